@@ -1,0 +1,47 @@
+# make demo: train and look; make test: check. Needs only Python >= 3.11 with venv and pip.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.PHONY: help demo test lint bench clean
+help:
+	@echo "make demo   train configs/demo.py on drawn radiographs, write runs/demo/report.html"
+	@echo "make test   tests and doctests      make lint   ruff"
+	@echo "make bench  speed and memory        make clean  remove caches; keeps .venv, data, runs"
+
+# Each stamp is touched last, so that an interrupted install is taken up again.
+.venv/.package: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is too old: plan_jax needs Python 3.11 or newer; try make PYTHON=python3.12"; exit 2; }
+	@echo "== making .venv and installing plan_jax and what it needs (1 to 3 minutes, 1.2 GB)"
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) -e .
+	@touch $@
+
+.venv/.test: .venv/.package
+	@echo "== installing what the tests need"
+	@$(INSTALL) -e '.[test]'
+	@touch $@
+
+demo: .venv/.package
+	@echo "== training configs/demo.py into runs/demo; a run that was stopped is resumed"
+	@$(BIN)/python -m plan_jax.main --config configs/demo.py --workdir runs/demo
+
+test: .venv/.test
+	@echo "== running tests and doctests in 2 processes"
+	@$(BIN)/python -m pytest -n 2
+
+lint: .venv/.test
+	@echo "== linting with ruff"
+	@$(BIN)/ruff check .
+
+bench: .venv/.package
+	@echo "== measuring input, step and memory; leave the machine alone meanwhile"
+	@$(BIN)/python tools/benchmark.py input --config configs/demo.py
+	@$(BIN)/python tools/benchmark.py step --config configs/demo.py
+	@$(BIN)/python tools/benchmark.py memory --config configs/demo.py
+
+clean:
+	@echo "== removing caches and build products; .venv, data and runs stay"
+	@rm -rf .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

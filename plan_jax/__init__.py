@@ -1,0 +1,22 @@
+"""plan_jax: medical image-text pre-training in JAX; the door to what one needs from Python."""
+
+from typing import Any
+
+__all__ = ["METHODS", "TASKS", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `load`, `METHODS` and `TASKS` when they are first asked for: it takes seconds."""
+    if name == "load":
+        from plan_jax.evaluate import load
+
+        return load
+    if name == "METHODS":
+        from plan_jax.methods import METHODS
+
+        return METHODS
+    if name == "TASKS":
+        from plan_jax.tasks import TASKS
+
+        return TASKS
+    raise AttributeError(f"module 'plan_jax' has no attribute {name!r}")

@@ -1,0 +1,163 @@
+"""Alignment algebra shared by the methods: one equation a function, written for masks and devices.
+
+`axis` names the mapped device axis (None: one device). Methods may import this file and `types`
+only, so the two collectives that a contrastive loss needs, `gather` and `average`, live here;
+which devices there are is the business of `parallel.py` alone.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+NEG = -1e9  # stands for minus infinity in masked logits: finite, so that no gradient is NaN
+
+
+def unit(x: Float[Array, "*B D"], eps: float = 1e-6) -> Float[Array, "*B D"]:
+    """Scale each vector to length 1; a zero vector stays zero and has a finite gradient.
+
+    >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).round(3).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + eps * eps)
+
+
+def gather(tree: PyTree, axis: str | None) -> PyTree:
+    """Join the leading axis of every leaf over all devices, in device order: [b ...] -> [B ...]."""
+    if axis is None:
+        return tree
+    return jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), tree)
+
+
+def average(tree: PyTree, axis: str | None) -> PyTree:
+    """Average every leaf over all devices."""
+    return tree if axis is None else lax.pmean(tree, axis)
+
+
+def masked_mean(
+    x: Float[Array, "*N"], mask: Float[Array, "*N"] | Bool[Array, "*N"], axis: int | None = None
+) -> Float[Array, "*M"]:
+    """Average x with weights `mask` (a mask or non-negative weights); 0 where nothing is real.
+
+    >>> masked_mean(jnp.array([1.0, 5.0, 9.0]), jnp.array([True, True, False])).item()
+    3.0
+    """
+    weight = mask.astype(jnp.float32)
+    return jnp.sum(x * weight, axis) / jnp.maximum(jnp.sum(weight, axis), 1e-6)
+
+
+def masked_lse(
+    x: Float[Array, "*N"], mask: Bool[Array, "*N"], axis: int = -1
+) -> Float[Array, "*M"]:
+    """Log-sum-exp over the real entries; about -1e9 where nothing is real."""
+    return jax.nn.logsumexp(jnp.where(mask, x, NEG), axis)
+
+
+def soft_max(
+    x: Float[Array, "*N"], tau: float, mask: Bool[Array, "*N"] | None = None, axis: int = -1
+) -> Float[Array, "*M"]:
+    """Soft maximum `tau log mean exp(x / tau)`: the mean for tau -> inf, the maximum for tau -> 0.
+
+    Over nothing real it is 0.
+    """
+    if mask is None:
+        return tau * (jax.nn.logsumexp(x / tau, axis) - jnp.log(x.shape[axis]))
+    count = jnp.sum(mask, axis).astype(jnp.float32)
+    value = tau * (masked_lse(x / tau, mask, axis) - jnp.log(jnp.maximum(count, 1.0)))
+    return jnp.where(count > 0, value, 0.0)
+
+
+def gate(x: Float[Array, "*N"], mask: Bool[Array, "*N"], kappa: float) -> Float[Array, "*N"]:
+    """Soft gate `sigmoid((x - mean x) / (kappa std x))` over the last axis, in (0, 1); 0 if masked.
+
+    Standardising frees the gate of the scale of x; kappa -> inf gives 0.5 everywhere.
+    """
+    mean = masked_mean(x, mask, -1)[..., None]
+    std = jnp.sqrt(masked_mean((x - mean) ** 2, mask, -1)[..., None] + 1e-8)
+    return jax.nn.sigmoid((x - mean) / (kappa * std)) * mask
+
+
+def cross_entropy(
+    logits: Float[Array, "*N K"], target: Int[Array, "*N"], mask: Bool[Array, "*N K"] | None = None
+) -> Float[Array, "*N"]:
+    """Cross-entropy of each row with the index of its true column; masked columns do not count."""
+    if mask is not None:
+        logits = jnp.where(mask, logits, NEG)
+    true = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
+    return jax.nn.logsumexp(logits, -1) - true
+
+
+def info_nce(logits: Float[Array, "I T"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """InfoNCE with the pairs on the diagonal: (image to text, text to image), each a mean.
+
+    *van den Oord et al., arXiv 1807.03748, eq. 4, in both directions:*
+    `-mean_i log softmax_j(logits_ij)[i]` and the same down the columns.
+    """
+    target = jnp.arange(logits.shape[0])
+    return cross_entropy(logits, target).mean(), cross_entropy(logits.T, target).mean()
+
+
+def cosines(x: Float[Array, "I D"], y: Float[Array, "T D"]) -> Float[Array, "I T"]:
+    """Cosine of every x with every y, in [-1, 1]."""
+    return unit(x) @ unit(y).T
+
+
+def all_pairs(
+    score: Callable[[PyTree, PyTree], PyTree], images: PyTree, texts: PyTree, tile: int = 4
+) -> PyTree:
+    """Score every image with every text, `tile` texts at a time: leaves [I T ...].
+
+    `score(image, text)` is written for one pair. What it makes in between is computed again in the
+    backward pass (`jax.checkpoint`), so memory holds I x tile pairs and never I x T of them.
+    """
+    count = jax.tree.leaves(texts)[0].shape[0]
+    tile = min(tile, count)
+    pad = -count % tile
+
+    def split(x: Array) -> Array:
+        x = jnp.concatenate([x, jnp.repeat(x[:1], pad, 0)]) if pad else x
+        return x.reshape(-1, tile, *x.shape[1:])
+
+    @jax.checkpoint
+    def block(part: PyTree) -> PyTree:
+        by_text = jax.vmap(score, (None, 0))
+        return jax.vmap(by_text, (0, None))(images, part)
+
+    blocks = lax.map(block, jax.tree.map(split, texts))
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1)  # [I blocks tile ...]
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :count]
+
+    return jax.tree.map(join, blocks)
+
+
+def near_pairs(
+    score: Callable[[PyTree, PyTree], PyTree], images: PyTree, texts: PyTree, *, candidates: int,
+    first: Int[Array, ""] | int = 0, tile: int = 8,
+) -> PyTree:  # fmt: skip
+    """Score each image with its own text and the texts before it: leaves [b candidates ...].
+
+    Image i is number first + i of the batch; entry r is its score with text (first + i - r) mod T,
+    so entry 0 is its own. Linear in the batch where `all_pairs` is quadratic, `tile` images at a
+    time and computed again in the backward pass.
+    """
+    count = jax.tree.leaves(texts)[0].shape[0]
+    size = jax.tree.leaves(images)[0].shape[0]
+    tile = next(n for n in range(min(tile, size), 0, -1) if size % n == 0)
+    number = first + jnp.arange(size)[:, None] - jnp.arange(candidates)[None, :]
+
+    @jax.checkpoint
+    def block(part: tuple[PyTree, Array]) -> PyTree:
+        some, which = part
+        theirs = jax.tree.map(lambda x: x[which], texts)
+        return jax.vmap(jax.vmap(score, (None, 0)))(some, theirs)
+
+    def split(x: Array) -> Array:
+        return x.reshape(-1, tile, *x.shape[1:])
+
+    blocks = lax.map(block, (jax.tree.map(split, images), split(number % count)))
+    return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), blocks)

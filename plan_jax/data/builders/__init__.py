@@ -1,0 +1,1 @@
+"""TFDS builders: one file a dataset, all in the schema of `plan_jax.data.records`."""

@@ -1,0 +1,1 @@
+"""Encoders: image towers, a text tower, and the two together."""

@@ -1,0 +1,139 @@
+"""Two towers and their heads: images and texts into one shared space, as `Features`.
+
+The local head of the image side is g(.) of PLAN, MGCA and GLoRIA: a learned map from a pixel of
+the feature map to the space of the words. Heads are named by what the papers use: `linear`
+(GLoRIA) and `mlp` (Linear, BatchNorm, ReLU, Linear, BatchNorm without scale; MGCA, PLAN); `norm` is
+a Linear with that last BatchNorm. Deviation: padded words do not enter the statistics of BatchNorm
+(they do in MGCA's code).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from plan_jax.encoders.text import make_text
+from plan_jax.encoders.vision import Norm, make_vision
+from plan_jax.types import Batch, Features
+
+
+class Head(nn.Module):
+    """A projection to the shared space: `linear`, `norm` or `mlp`."""
+
+    kind: str
+    hidden: int
+    dim: int
+    axis: str | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*B E"], train: bool, mask: Bool[Array, "*B"] | None = None
+    ) -> Float[Array, "*B D"]:
+        """Project the last axis; positions where mask is False do not enter any statistics."""
+        mask = None if mask is None else mask[..., None]
+        if self.kind == "mlp":
+            x = nn.Dense(self.hidden, use_bias=False, dtype=self.dtype, name="fc1")(x)
+            x = nn.relu(Norm(self.axis, name="norm1")(x, train, mask))
+        x = nn.Dense(self.dim, dtype=self.dtype, name="fc2")(x).astype(jnp.float32)
+        if self.kind == "linear":
+            return x
+        return Norm(self.axis, affine=False, name="norm2")(x, train, mask)
+
+
+class FineHead(nn.Module):
+    """Projects the finer map and adds what the coarse one knows there (a lateral connection).
+
+    Source: Lin et al., arXiv 1612.03144 (feature pyramid), with one level.
+    """
+
+    dim: int
+    axis: str | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, fine: Float[Array, "B V U C"], coarse: Float[Array, "B Y X E"], train: bool
+    ) -> Float[Array, "B V U D"]:
+        """Project every pixel of the finer map."""
+        x = nn.Dense(self.dim, dtype=self.dtype, name="lateral")(fine)
+        y = nn.Dense(self.dim, use_bias=False, dtype=self.dtype, name="top")(coarse)
+        shape = (y.shape[0], *fine.shape[1:3], self.dim)
+        x = (x + jax.image.resize(y, shape, "bilinear")).astype(jnp.float32)
+        return Norm(self.axis, affine=False, name="norm")(x, train)
+
+
+class Dual(nn.Module):
+    """Both towers with their four heads (global and local, image and text).
+
+    `heads` gives the kind of each: image_global, image_local, text_global, text_local. A `shared`
+    local head is the global one applied to each pixel or word with its stored statistics (ConVIRT
+    has no other: its heat map is a class activation map). `standard` is how grey values are normalised: `image` (each image to mean 0, variance 1) or `fixed`
+    ((x - 0.5) / 0.5, as MGCA and GLoRIA do).
+    """
+
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    heads: dict[str, str]
+    vocab: int
+    dim: int = 128
+    hidden: int = 2048
+    standard: str = "fixed"
+    channels: int = 3
+    fine: bool = False
+    axis: str | None = None
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Make towers and heads."""
+        self.see_tower = make_vision(axis=self.axis, dtype=self.dtype, **self.vision)
+        self.read_tower = make_text(vocab=self.vocab, dtype=self.dtype, **self.text)
+        for name, kind in self.heads.items():
+            if kind != "shared":
+                head = Head(kind, self.hidden, self.dim, self.axis, self.dtype)
+                setattr(self, f"{name}_head", head)
+        if self.fine:
+            self.image_fine_head = FineHead(self.dim, self.axis, self.dtype)
+
+    def see(self, image: UInt8[Array, "B Y X 1"], train: bool = False) -> Features:
+        """Encode images (grey, 0..255)."""
+        x = jnp.repeat(image.astype(jnp.float32) / 255, self.channels, -1)
+        if self.standard == "image":
+            mean, std = x.mean((1, 2, 3), keepdims=True), x.std((1, 2, 3), keepdims=True)
+            x = (x - mean) / (std + 1e-3)
+        else:
+            x = (x - 0.5) / 0.5
+        seen = self.see_tower(x.astype(self.dtype), train)
+        pooled = self.image_global_head(seen.pooled, train)
+        if self.heads["image_local"] == "shared":
+            local = self.image_global_head(seen.local, False)
+        else:
+            local = self.image_local_head(seen.local, train)
+        grid, fine, fine_grid = local.shape[1:3], None, None
+        if self.fine:
+            fine = self.image_fine_head(seen.fine, seen.local, train)
+            fine_grid, fine = fine.shape[1:3], fine.reshape(fine.shape[0], -1, self.dim)
+        local = local.reshape(local.shape[0], -1, self.dim)
+        mask = jnp.ones(local.shape[:2], bool)
+        return Features(pooled, local, mask, fine=fine, grid=grid, fine_grid=fine_grid)
+
+    def read(
+        self, tokens: Int[Array, "B L"], word_index: Int[Array, "B L"],
+        word_id: Int[Array, "B W"], sentence: Int[Array, "B W"], train: bool = False,
+    ) -> Features:  # fmt: skip
+        """Encode texts."""
+        mask = word_id > 0
+        out = self.read_tower(tokens, word_index, sentence, train)
+        pooled = self.text_global_head(out.pooled, train)
+        if self.heads["text_local"] == "shared":
+            local = self.text_global_head(out.words, False)
+        else:
+            local = self.text_local_head(out.words, train, mask)
+        return Features(pooled, local * mask[..., None], mask, word_id, sentence)
+
+    def __call__(self, batch: Batch, train: bool = False) -> tuple[Features, Features]:
+        """Encode both sides of a batch."""
+        texts = (batch.tokens, batch.word_index, batch.word_id, batch.sentence)
+        return self.see(batch.image, train), self.read(*texts, train)

@@ -1,0 +1,130 @@
+"""The text tower: BERT in Flax linen; a size is a row of data, not a class.
+
+Source: Devlin et al., arXiv 1810.04805, with Hugging Face's semantics (post-norm, LayerNorm eps
+1e-12, exact GELU, no pooler). Words are sums of their pieces, as in GLoRIA and MGCA.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+BERTS = {
+    "bert_base": {"width": 768, "depth": 12, "heads": 12},
+    "bert_base_6": {"width": 768, "depth": 6, "heads": 12},
+    "bert_small": {"width": 64, "depth": 2, "heads": 4},
+    "bert_tiny": {"width": 16, "depth": 1, "heads": 2},
+}
+
+
+class ReadOut(NamedTuple):
+    """What the tower reads in B texts: a vector for the whole and one for each word."""
+
+    pooled: Float[Array, "B E"]
+    words: Float[Array, "B W E"]
+
+
+def attention_mask(
+    word_index: Int[Array, "B L"], sentence: Int[Array, "B W"], real: Bool[Array, "B L"],
+    blocked: bool,
+) -> Bool[Array, "B 1 L L"]:  # fmt: skip
+    """Say which piece may look at which: any real one or, if blocked, its own sentence only.
+
+    Pieces that belong to no word ([CLS], [SEP], punctuation) look at everything real, but if
+    blocked no word looks at them, so that a word's vector cannot tell of other sentences.
+    """
+    if not blocked:
+        return real[:, None, None, :] & real[:, None, :, None]
+    owner = jnp.take_along_axis(sentence, jnp.maximum(word_index, 0), 1)
+    owner = jnp.where(word_index >= 0, owner, -1)
+    same = (owner[:, :, None] == owner[:, None, :]) | (owner[:, :, None] < 0)
+    return (same & real[:, None, :] & real[:, :, None])[:, None]
+
+
+def pieces_to_words(
+    pieces: Float[Array, "B L E"], word_index: Int[Array, "B L"], words: int
+) -> Float[Array, "B W E"]:
+    """Sum the pieces of each word; pieces with index -1 belong to none.
+
+    >>> pieces_to_words(jnp.ones((1, 4, 1)), jnp.array([[-1, 0, 0, 1]]), 3)[0, :, 0].tolist()
+    [2.0, 1.0, 0.0]
+    """
+    member = jax.nn.one_hot(word_index, words, dtype=pieces.dtype)
+    return jnp.einsum("ble,blw->bwe", pieces, member)
+
+
+class TextLayer(nn.Module):
+    """A post-norm BERT layer."""
+
+    heads: int
+    dropout: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L E"], mask: Bool[Array, "B 1 L L"], train: bool
+    ) -> Float[Array, "B L E"]:
+        """Apply it."""
+        width = x.shape[-1]
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+
+        def heads(name: str) -> Array:
+            y = nn.Dense(width, dtype=self.dtype, name=name)(x)
+            return rearrange(y, "b l (h e) -> b l h e", h=self.heads)
+
+        y = jax.nn.dot_product_attention(heads("query"), heads("key"), heads("value"), mask=mask)
+        y = nn.Dense(width, dtype=self.dtype, name="out")(rearrange(y, "b l h e -> b l (h e)"))
+        x = nn.LayerNorm(1e-12, name="norm1")(x + drop(y)).astype(self.dtype)
+        y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype, name="fc1")(x), approximate=False)
+        y = nn.Dense(width, dtype=self.dtype, name="fc2")(y)
+        return nn.LayerNorm(1e-12, name="norm2")(x + drop(y)).astype(self.dtype)
+
+
+class Bert(nn.Module):
+    """BERT; `pool` is `cls` (the first piece) or `attention` (a learned weighting of the words).
+
+    `blocked` keeps the attention of words within their sentence: a report is a list of sentences
+    in no particular order, and a word that has seen its neighbours' sentences grounds in them too.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    positions: int = 512
+    dropout: float = 0.0
+    blocked: bool = False
+    pool: str = "cls"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B L"], word_index: Int[Array, "B L"],
+        sentence: Int[Array, "B W"], train: bool = False,
+    ) -> ReadOut:  # fmt: skip
+        """Read B texts; token 0 is padding."""
+        init = nn.initializers.normal(0.02)
+        real = tokens > 0
+        x = nn.Embed(self.vocab, self.width, embedding_init=init, name="token")(tokens)
+        place = self.param("position", init, (self.positions, self.width))
+        kind = self.param("type", init, (2, self.width))
+        x = x + place[: tokens.shape[1]] + kind[0]
+        x = nn.LayerNorm(1e-12, name="norm")(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x).astype(self.dtype)
+        mask = attention_mask(word_index, sentence, real, self.blocked)
+        for n in range(self.depth):
+            x = TextLayer(self.heads, self.dropout, self.dtype, name=f"layer{n}")(x, mask, train)
+        words = pieces_to_words(x, word_index, sentence.shape[1])
+        if self.pool == "cls":
+            return ReadOut(x[:, 0], words)
+        weight = nn.Dense(1, name="pool")(words)[..., 0]
+        weight = jax.nn.softmax(jnp.where(sentence >= 0, weight, -1e9), -1)
+        return ReadOut(jnp.einsum("bwe,bw->be", words, weight), words)
+
+
+def make_text(name: str, vocab: int, dtype: Any, **changes: Any) -> Bert:
+    """Make the tower called `name` (a row of BERTS), with some of its sizes changed."""
+    return Bert(vocab=vocab, dtype=dtype, **{**BERTS[name], **changes})

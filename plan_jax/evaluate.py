@@ -1,0 +1,225 @@
+"""From a config or a checkpoint folder to a `Model` of verbs, and from that to tables and a page."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plan_jax import checkpoint, report
+from plan_jax.data import loader, phantom
+from plan_jax.data.records import Dataset, open_dataset
+from plan_jax.data.text import Tokenizer, encode_many, load_tokenizer
+from plan_jax.encoders.dual import Dual
+from plan_jax.figures import PhraseRow, RetrievedRow
+from plan_jax.journal import read_rows, replace
+from plan_jax.methods import METHODS
+from plan_jax.tasks import TASKS, grounding, retrieval, zero_shot
+from plan_jax.types import Features, Model, UserError
+
+
+class System(NamedTuple):
+    """What a config describes, without any parameter: towers, method, its constants, tokeniser."""
+
+    dual: Dual
+    method: Any
+    hyper: Any
+    tokenizer: Tokenizer
+
+
+def assemble(config: Mapping[str, Any], axis: str | None = None) -> System:
+    """Make towers, method and tokeniser of a config (as plain dicts or a ConfigDict)."""
+    method = METHODS[config["method"]]
+    tokenizer = load_tokenizer(config["data"]["tokenizer"])
+    dual = Dual(
+        vision=dict(config["vision"]), text=dict(config["text"]), heads=dict(config["heads"]),
+        vocab=tokenizer.size, dim=config["dim"], hidden=config["hidden"],
+        standard=config["standard"], channels=config["channels"], fine=config["fine"], axis=axis,
+        dtype=jnp.dtype(config["dtype"]),
+    )  # fmt: skip
+    return System(dual, method, make_hyper(method, config["hyper"]), tokenizer)
+
+
+def make_hyper(method: Any, changes: Mapping[str, Any]) -> Any:
+    """Make a method's constants with some of them changed.
+
+    Raises:
+      UserError: if the method has no such constant.
+    """
+    known = [field.name for field in dataclasses.fields(method.Hyper)]
+    for name in changes:
+        if name not in known:
+            where = method.__name__.rpartition(".")[2]
+            raise UserError(f"hyper.{name} is not a constant of {where}; it has {', '.join(known)}")
+    return method.Hyper(**dict(changes))
+
+
+def chunked(function: Any, arrays: tuple[np.ndarray, ...], size: int) -> Any:
+    """Apply a function to rows in chunks of one size, padding the last, and join the results."""
+    count = len(arrays[0])
+    parts = []
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        parts.append(jax.device_get(function(*(array[rows] for array in arrays))))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+
+
+def make_model(system: System, config: Mapping[str, Any], variables: Mapping[str, Any]) -> Model:
+    """Bind parameters, batch statistics and memory (`params`, `batch_stats`, `memory`) to the verbs."""
+    dual, method, hyper, tokenizer = system
+    data, batch = config["data"], config["eval"]["batch"]
+    variables = jax.device_put(jax.tree.map(np.asarray, dict(variables)))
+    towers = {"params": variables["params"]["encoders"], "batch_stats": variables["batch_stats"]}
+    own, memory = variables["params"]["method"], variables["memory"]
+    shape = (1, data["size"], data["size"], 1)
+    seen = jax.eval_shape(lambda: dual.apply(towers, jnp.zeros(shape, jnp.uint8), method="see"))
+    see_some = jax.jit(lambda towers, *a: dual.apply(towers, *a, method="see"))
+    read_some = jax.jit(lambda towers, *a: dual.apply(towers, *a, method="read"))
+    compare = jax.jit(method.similarity, static_argnums=4)
+    draw = jax.jit(method.heatmap, static_argnums=4)
+
+    def see(images: np.ndarray) -> Features:
+        return chunked(lambda *a: see_some(towers, *a), (images,), batch)
+
+    def read(texts: list[str]) -> Features:
+        rows = encode_many(tokenizer, texts, length=data["length"], words=data["words"])
+        names = ("tokens", "word_index", "word_id", "sentence")
+        return chunked(lambda *a: read_some(towers, *a), tuple(rows[n] for n in names), batch)
+
+    def similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
+        def columns(*leaves: np.ndarray) -> dict[str, np.ndarray]:
+            some = jax.tree.unflatten(jax.tree.structure(texts), leaves)
+            return {k: v.T for k, v in compare(own, memory, images, some, hyper).items()}
+
+        found = chunked(columns, tuple(jax.tree.leaves(texts)), batch)
+        return {kind: table.T for kind, table in found.items()}
+
+    def heatmap(
+        images: Features, texts: Features, rounds: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        chosen = hyper if rounds is None else dataclasses.replace(hyper, rounds=rounds)
+        return jax.device_get(draw(own, memory, images, texts, chosen))
+
+    return Model(
+        name=config["method"], grid=seen.fine_grid or seen.grid, rounds=getattr(hyper, "rounds", 0), size=data["size"],
+        see=see, read=read, similarity=similarity, heatmap=heatmap, config=config,
+    )  # fmt: skip
+
+
+def load(folder: str | Path) -> Model:
+    """Load the model of a run from its folder, or from one of its checkpoints.
+
+    Raises:
+      UserError: if there is no whole checkpoint.
+    """
+    held = checkpoint.restore_params(folder)
+    return make_model(assemble(held["config"]), held["config"], held)
+
+
+def open_split(config: Mapping[str, Any], split: str) -> Dataset:
+    """Open a split of the config's dataset, which is prepared if it is not there yet."""
+    data = config["data"]
+    return open_dataset(
+        data["name"], split, data_dir=data["dir"], cache=data["cache"], **data["builder"]
+    )
+
+
+class Scored(NamedTuple):
+    """Flat metrics (`grounding/cnr_signed`) and what the page shows beside them."""
+
+    metrics: dict[str, float]
+    cases: Sequence[PhraseRow] = ()
+    retrieved: Sequence[RetrievedRow] = ()
+
+
+def score(model: Model, config: Mapping[str, Any], split: str) -> Scored:
+    """Run the config's tasks on a split.
+
+    Raises:
+      UserError: if the dataset lacks what a task needs.
+    """
+    wanted, data = config["eval"], config["data"]
+    dataset = open_split(config, split)
+    records = loader.records(dataset, wanted["limit"], data["size"])
+    metrics: dict[str, float] = {}
+    cases: Sequence[PhraseRow] = ()
+    rows: Sequence[RetrievedRow] = ()
+
+    def add(task: str, values: Mapping[str, float]) -> None:
+        metrics.update({f"{task}/{name}": float(value) for name, value in values.items()})
+
+    for task in wanted["tasks"]:
+        check_truth(task, records, data["name"])
+        if task == "grounding":
+            known = loader.records(open_split(config, "train"), wanted["prior"], data["size"])
+            priors = grounding.fit_priors(known)
+            values, found = grounding.evaluate(
+                model, records, findings=dataset.findings, priors=priors
+            )
+            add(task, values)
+            cases = grounding.illustrate(model, records, found)
+        elif task == "retrieval":
+            values, rows = retrieval.evaluate(model, records)
+            add(task, values)
+        else:
+            prompts = phantom.PROMPTS if data["name"] == "phantom" else plain_prompts(dataset)
+            add(task, zero_shot.evaluate(model, records, prompts, findings=dataset.findings))
+    return Scored(metrics, cases, rows)
+
+
+def plain_prompts(dataset: Dataset) -> dict[str, tuple[list[str], list[str]]]:
+    """Make the plainest prompts for the findings of a dataset: `there is X`, `there is no X`."""
+    return {name: ([f"there is {name}"], [f"there is no {name}"]) for name in dataset.findings}
+
+
+def check_truth(task: str, records: Sequence[Any], dataset: str) -> None:
+    """See that the records hold what a task is judged by.
+
+    Raises:
+      UserError: naming the field that is missing.
+    """
+    lacks = {
+        "grounding": ("phrases", not any(record.phrases for record in records)),
+        "zero_shot": ("labels", not any(len(record.labels) for record in records)),
+    }
+    field, missing = lacks.get(task, ("", False))
+    if missing:
+        kept = ", ".join(repr(name) for name in TASKS if name != task)
+        raise UserError(
+            f"task {task} needs {field}, and dataset {dataset} has none; leave it out: "
+            f"--config.eval.tasks=({kept})"
+        )
+
+
+def write(
+    folder: Path, config: Mapping[str, Any], scored: Scored, history: Sequence[Mapping[str, Any]]
+) -> Path:
+    """Write `metrics.json` and `report.html` into a run's folder; return the page."""
+    replace(folder / "metrics.json", json.dumps(scored.metrics, indent=2, sort_keys=True))
+    return report.write(
+        folder, config=config, metrics=scored.metrics, history=history, cases=scored.cases,
+        retrieved=scored.retrieved,
+    )  # fmt: skip
+
+
+def evaluate(config: Mapping[str, Any], folder: str | Path) -> dict[str, float]:
+    """Evaluate a checkpoint by the tasks of a config, and write table and page beside it.
+
+    Raises:
+      UserError: if there is no whole checkpoint, or the data lack what a task needs.
+    """
+    held = checkpoint.restore_params(folder)
+    model = make_model(assemble(config), config, held)
+    scored = score(model, config, config["eval"]["split"])
+    metrics = scored.metrics | {
+        "steps": float(held["step"]), "params_sha256": checkpoint.fingerprint(held["params"]),
+    }  # fmt: skip
+    top = checkpoint.locate(folder)[0].parent
+    out = top / "eval" / str(config["eval"]["split"])
+    out.mkdir(parents=True, exist_ok=True)
+    write(out, config, scored._replace(metrics=metrics), read_rows(top / "metrics.jsonl"))
+    return metrics

@@ -1,0 +1,65 @@
+"""ConVIRT: global image-report contrast, the reference without any local alignment.
+
+PAPER: Zhang et al., Contrastive Learning of Medical Visual Representations from Paired Images and
+Text, arXiv 2010.00747. Established: both equations of the loss and its constants. Ours: the heat
+map (the paper has none), a class activation map: each pixel through the global head against the
+embedding of the whole phrase.
+
+Deviation: negatives come from all devices, not from one.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from plan_jax import align
+from plan_jax.types import Features, Memory, Metrics, Params
+
+PAPER = "arXiv 2010.00747"
+NEEDS: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Constants of the paper (section 3.4): temperature and the weight of image to text."""
+
+    tau: float = 0.1
+    image_to_text: float = 0.75
+
+
+def init(key: PRNGKeyArray, dim: int, hyper: Hyper) -> tuple[Params, Memory]:
+    """Make the method's own parameters and memory: ConVIRT has none."""
+    return {}, {}
+
+
+def similarity(
+    params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper,
+    axis: str | None = None,
+) -> dict[str, Float[Array, "I T"]]:  # fmt: skip
+    """Compare all images with all texts: cosine of the global embeddings, in [-1, 1]."""
+    return {"global": align.cosines(images.pooled, texts.pooled)}
+
+
+def heatmap(
+    params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
+) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
+    """Map each pixel's cosine with the whole text; the same map for every word, equal weights."""
+    cam = jnp.einsum("bpd,bd->bp", align.unit(images.local), align.unit(texts.pooled))
+    words = texts.mask.astype(jnp.float32)
+    return cam[:, None, :] * words[..., None], words
+
+
+def loss(
+    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Array], *,
+    key: PRNGKeyArray, step: Array, hyper: Hyper, axis: str | None = None,
+) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:  # fmt: skip
+    """Contrast the pairs of the whole batch.
+
+    *Paper eq. 2-4:* `lambda l_image_to_text + (1 - lambda) l_text_to_image` on cosines / tau.
+    """
+    images, texts = align.gather((images, texts), axis)
+    cosines = similarity(params, memory, images, texts, hyper)["global"]
+    forward, backward = align.info_nce(cosines / hyper.tau)
+    value = hyper.image_to_text * forward + (1 - hyper.image_to_text) * backward
+    return value, ({"loss_global": value}, memory)

@@ -1,0 +1,294 @@
+"""Training: the state, the one pure step, and the loop around it.
+
+One step, in this order: encode the batch on each device; the method's loss (devices meet once, to
+share embeddings); gradients; mean over devices (they meet again); optimiser; moving average;
+memory. The metrics of step n - 1 are fetched while step n runs.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from plan_jax import checkpoint, evaluate, optim, parallel
+from plan_jax.data import loader
+from plan_jax.journal import Journal
+from plan_jax.types import Batch, Memory, Metrics, Params
+
+
+@struct.dataclass
+class State:
+    """All that changes while training; saved whole, so that a resumed run is the same run."""
+
+    step: Array
+    key: Array  # raw key data
+    params: Params
+    batch_stats: PyTree
+    optimiser: PyTree
+    memory: Memory
+    average: Params  # moving average of `params`; {} if none is kept
+
+
+def init_state(
+    system: evaluate.System, batch: Mapping[str, Array], tx_of: Callable, seed: int, average: bool
+) -> tuple[State, optax.GradientTransformation]:
+    """Make the first state from a seed, and the optimiser that `tx_of(params)` gives for it."""
+    key = jax.random.key(seed)
+    towers = jax.random.fold_in(key, 0)
+    dual = system.dual.clone(axis=None)
+    variables = jax.jit(dual.init)(towers, Batch(**jax.tree.map(lambda x: x[:2], dict(batch))))
+    own, memory = system.method.init(jax.random.fold_in(key, 1), dual.dim, system.hyper)
+    params = {"encoders": variables["params"], "method": own}
+    params, memory = jax.tree.map(strong, (params, memory))
+    tx = tx_of(params)
+    state = State(
+        step=jnp.zeros((), jnp.int32), key=jax.random.key_data(jax.random.fold_in(key, 2)),
+        params=params, batch_stats=variables.get("batch_stats", {}), optimiser=tx.init(params),
+        memory=memory, average=jax.tree.map(jnp.copy, params) if average else {},
+    )  # fmt: skip
+    return state, tx
+
+
+def strong(x: Array) -> Array:
+    """Fix the type of an array: one made from a Python number would make the second step compile.
+
+    >>> strong(jnp.log(2.0)).weak_type
+    False
+    """
+    return lax.convert_element_type(x, x.dtype)
+
+
+def make_step(
+    system: evaluate.System, tx: optax.GradientTransformation, decay: float, axis: str | None
+) -> Callable[[State, Mapping[str, Array]], tuple[State, Metrics]]:
+    """Make the pure step, written for one device of `axis`; `decay` is that of the average."""
+    dual, method, hyper, _ = system
+
+    def step(state: State, batch: Mapping[str, Array]) -> tuple[State, Metrics]:
+        batch = Batch(**batch)
+        key = parallel.step_key(jax.random.wrap_key_data(state.key), state.step)
+        drop = parallel.device_key(jax.random.fold_in(key, 0), axis)
+
+        def encode(params: Params) -> tuple[Any, PyTree]:
+            variables = {"params": params["encoders"], "batch_stats": state.batch_stats}
+            rngs = {"dropout": drop}
+            return dual.apply(variables, batch, True, rngs=rngs, mutable=["batch_stats"])
+
+        extra = dict(batch.extra)
+        if state.average:
+            extra["teacher"] = lax.stop_gradient(encode(state.average)[0])
+
+        def objective(params: Params) -> tuple[Array, tuple[Metrics, Memory, PyTree]]:
+            (images, texts), changed = encode(params)
+            value, (metrics, memory) = method.loss(
+                params["method"], state.memory, images, texts, extra,
+                key=jax.random.fold_in(key, 1), step=state.step, hyper=hyper, axis=axis,
+            )  # fmt: skip
+            return value, (metrics, memory, changed.get("batch_stats", {}))
+
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (value, (metrics, memory, stats)), grads = gradient(state.params)
+        grads, stats = parallel.mean((grads, stats), axis)
+        updates, optimiser = tx.update(grads, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average:
+            average = optax.incremental_update(params, average, 1 - decay)
+        metrics = {"loss": value, "gradient_norm": optax.global_norm(grads), **metrics}
+        state = State(state.step + 1, state.key, params, stats, optimiser, memory, average)
+        return state, parallel.mean(metrics, axis)
+
+    return step
+
+
+class Stop:
+    """Notes SIGTERM, so that the loop can save and leave."""
+
+    def __init__(self) -> None:
+        """Nobody has asked yet."""
+        self.asked = False
+        self.before = None
+
+    def __enter__(self) -> "Stop":
+        """Listen."""
+        def note(*_: Any) -> None:
+            self.asked = True
+
+        try:
+            self.before = signal.signal(signal.SIGTERM, note)
+        except ValueError:  # not the main thread: a notebook's worker; nobody will signal it
+            self.before = None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Listen no more."""
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+def batches(config: Mapping[str, Any], system: evaluate.System) -> loader.Batches:
+    """Open the training split: this process's share of every batch, shuffled for ever."""
+    data, hosts = config["data"], jax.process_count()
+    return loader.train_batches(
+        evaluate.open_split(config, "train"), system.tokenizer,
+        batch=parallel.split_batch(config["batch"], hosts), size=data["size"], shift=data["shift"],
+        length=data["length"], words=data["words"], seed=config["seed"], workers=data["workers"],
+        shard=(jax.process_index(), hosts), extra=system.method.NEEDS,
+    )  # fmt: skip
+
+
+def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
+    """Train a config in `workdir`, resuming what is there, then evaluate; return final metrics.
+
+    A run stopped by SIGTERM returns {} after saving.
+
+    Raises:
+      UserError: for a batch that does not divide, a dataset that cannot be read, and the like.
+    """
+    workdir = Path(workdir)
+    mesh = parallel.mesh(config["parallel"]["devices"] or None)
+    parallel.split_batch(config["batch"], mesh.size)
+    system = evaluate.assemble(config, parallel.AXIS)
+    stream = batches(config, system)
+    at_start = stream.get_state()
+    example = next(stream)
+    stream.set_state(at_start)
+
+    def optimiser(params: Params) -> optax.GradientTransformation:
+        return optim.make_optimiser(params, steps=config["steps"], **config["optim"])
+
+    state, tx = init_state(system, example, optimiser, config["seed"], config["ema"] > 0)
+    state = parallel.replicate(state, mesh)
+    settings = config["checkpoint"]
+    manager = checkpoint.open_manager(
+        workdir / checkpoint.FOLDER, settings["keep"], settings["best"] or None
+    )
+    found = checkpoint.restore(manager, state)
+    if found:
+        state = found.state
+        stream.set_state(found.data)
+    step = make_step(system, tx, config["ema"], parallel.AXIS)
+    step = parallel.spread(step, mesh, implementation=config["parallel"]["implementation"])
+    run = Run(config, system, mesh, step, stream, manager)
+    start = found.step if found else 0
+    with Journal(workdir, config, start, writes=parallel.is_main()) as journal, Stop() as stop:
+        if found:
+            journal.say(f"resumed at step {start} of {config['steps']}")
+        state = loop(run, state, start, journal, stop)
+        stopped = int(state.step) < config["steps"]
+        if stopped:
+            journal.say(f"stopped at step {int(state.step)} and saved; the same command resumes")
+        checkpoint.close(manager)
+        return {} if stopped else finish(run, state, journal)
+
+
+class Run(NamedTuple):
+    """What stays the same while a run trains."""
+
+    config: Mapping[str, Any]
+    system: evaluate.System
+    mesh: Any
+    step: Callable[[State, Mapping[str, Array]], tuple[State, Metrics]]
+    stream: Any
+    manager: Any
+
+
+def loop(run: Run, state: State, start: int, journal: Journal, stop: Stop) -> State:
+    """Take the steps from `start` on; save, evaluate and log in between."""
+    config, pace = run.config, Pace(run.config["batch"])
+    waiting: Metrics | None = None  # of the step before, fetched while this one runs
+    for n in range(start, config["steps"]):
+        batch = parallel.shard(next(run.stream), run.mesh)
+        state, metrics = run.step(state, batch)
+        if waiting is not None and n % config["log_every"] == 0:
+            journal.log(n, parallel.host(waiting) | pace.measure(n))
+        waiting = metrics
+        journal.tick()
+        done = n + 1
+        leave = parallel.agree(stop.asked)
+        every = config["eval"]["every"]
+        measured = None
+        if every and done % every == 0 and done < config["steps"]:
+            measured = validate(run, state)
+            journal.log(done, measured)
+        last = done == config["steps"]
+        if leave or last or done % config["checkpoint"]["every"] == 0 or measured:
+            if last:
+                journal.log(done, parallel.host(metrics) | pace.measure(done))
+            save(run, done, state, measured)
+        if leave:
+            break
+    return state
+
+
+class Pace:
+    """Measures images per second; the first step, which compiles, is left out."""
+
+    def __init__(self, batch: int) -> None:
+        """Note the size of a batch."""
+        self.batch = batch
+        self.seen: tuple[int, float] | None = None
+        self.total = [0, 0.0]
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Give the rate since the last call; {} at the first."""
+        now, before = time.monotonic(), self.seen
+        self.seen = step, now
+        if before is None or step == before[0]:
+            return {}
+        return {"images_per_s": (step - before[0]) * self.batch / (now - before[1])}
+
+
+def save(run: Run, step: int, state: State, measured: Mapping[str, float] | None) -> None:
+    """Begin to save a step."""
+    config = plain(run.config)
+    checkpoint.save(run.manager, step, state, run.stream.get_state(), config, measured)
+
+
+def plain(config: Any) -> Any:
+    """Turn a config into what JSON can hold."""
+    if isinstance(config, Mapping):
+        return {name: plain(value) for name, value in config.items()}
+    return list(config) if isinstance(config, tuple) else config
+
+
+def weights(state: State) -> dict[str, PyTree]:
+    """Take what a model needs: the averaged parameters if an average is kept."""
+    params = state.average or state.params
+    return parallel.host(
+        {"params": params, "batch_stats": state.batch_stats, "memory": state.memory}
+    )
+
+
+def validate(run: Run, state: State) -> dict[str, float]:
+    """Evaluate on the validation split, without writing anything."""
+    model = evaluate.make_model(run.system, run.config, weights(state))
+    return evaluate.score(model, run.config, "val").metrics
+
+
+def finish(run: Run, state: State, journal: Journal) -> dict[str, float]:
+    """Evaluate the final state, and write `metrics.json` and the page of the run."""
+    held = weights(state)
+    rates = [row["images_per_s"] for row in journal.history if "images_per_s" in row]
+    about = {
+        "steps": float(int(state.step)),
+        "images_per_s": float(np.median(rates)) if rates else float("nan"),
+        "params_sha256": checkpoint.fingerprint(parallel.host(state.params)),
+    }
+    if not parallel.is_main():
+        return about
+    journal.say("evaluating")
+    model = evaluate.make_model(run.system, run.config, held)
+    scored = evaluate.score(model, run.config, run.config["eval"]["split"])
+    metrics = scored.metrics | about | {"wall_s": journal.wall()}
+    evaluate.write(journal.folder, plain(run.config), scored._replace(metrics=metrics), journal.history)
+    return metrics

@@ -1,0 +1,110 @@
+"""Axis letters and the few types that every part of the library passes around.
+
+Axis letters, the same in types, einops strings and docstrings:
+B pairs; I, T images, texts; L token positions; W words; S sentences; P pixels of the feature map
+(row-major over Y, X); Y, X, C rows, columns, channels; D shared embedding; E an encoder's own width;
+K prototypes, queries or chosen words; F findings; R regions or boxes; N rounds or devices.
+
+Masks are Bool and True means real.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
+
+Params = PyTree[Array]
+Memory = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+class UserError(Exception):
+    """A user's mistake: one sentence naming the thing, its value and the remedy; shown bare."""
+
+
+@struct.dataclass
+class Batch:
+    """One batch of image-text pairs as the step sees it.
+
+    `word_index` says to which word a piece belongs (-1: none), `word_id` names the word (0: padding)
+    and `sentence` the sentence of each word (-1: padding); all three are made in the data pipeline.
+    """
+
+    image: UInt8[Array, "B Y X 1"]
+    tokens: Int[Array, "B L"]
+    word_index: Int[Array, "B L"]
+    word_id: Int[Array, "B W"]
+    sentence: Int[Array, "B W"]
+    extra: Mapping[str, Array] = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class Features:
+    """What a tower says of B images or texts, in the shared space, not normalised.
+
+    For images `local` holds the P pixels of the feature map, row-major over `grid`; for texts the W
+    words, with their `word_id` and `sentence`. `mask` is True where a local item is real. `fine` are
+    the Q pixels of a finer map over `fine_grid`, where the tower gives one.
+    """
+
+    pooled: Float[Array, "B D"]
+    local: Float[Array, "B N D"]
+    mask: Bool[Array, "B N"]
+    word_id: Int[Array, "B N"] | None = None
+    sentence: Int[Array, "B N"] | None = None
+    fine: Float[Array, "B Q D"] | None = None
+    grid: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
+    fine_grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A phrase and where it is true in its image.
+
+    `key` is its normalised meaning (`consolidation|left|lower`), `bare` the phrase without its
+    place; the truth is the union of `mask` if there is one, else of `boxes` (x0, y0, x1, y1; pixels).
+    """
+
+    text: str
+    finding: int = -1
+    key: str = ""
+    bare: str = ""
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One study with everything that is known of it; empty where nothing is known."""
+
+    image: np.ndarray
+    text: str
+    patient_id: str = ""
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
+    phrases: tuple[Phrase, ...] = ()
+    anatomy: Mapping[str, np.ndarray] = field(default_factory=dict)
+    triplets: tuple[tuple[str, str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """The verbs of a trained model: all that a task may know of it.
+
+    `see` takes UInt8[N Y X 1] images and `read` a list of texts, any number; `similarity` compares
+    all images with all texts, one Float[I T] for each kind (`global`, `local`, `both`); `heatmap`
+    pairs item b with item b and gives Float[B W P] and word weights Float[B W], after `rounds`
+    rounds of refinement (None: as the method was configured).
+    """
+
+    name: str
+    grid: tuple[int, int]
+    rounds: int
+    size: int
+    see: Callable[[np.ndarray], Features]
+    read: Callable[[list[str]], Features]
+    similarity: Callable[[Features, Features], dict[str, np.ndarray]]
+    heatmap: Callable[..., tuple[np.ndarray, np.ndarray]]
+    config: Any = None
