@@ -37,7 +37,9 @@ def get_config() -> ConfigDict:
         }
     )  # fmt: skip
     config.ema = 0.0  # decay of a moving average of the parameters; 0 keeps none
-    config.parallel = ConfigDict({"implementation": "shard_map", "devices": 0})
+    config.parallel = ConfigDict(
+        {"implementation": "shard_map", "devices": 0, "cpu_devices": 1}
+    )  # devices 0: all; cpu_devices: how many to make of a CPU that is alone
     config.checkpoint = ConfigDict({"every": 500, "keep": 2, "best": "grounding/cnr_signed"})
     config.eval = ConfigDict(
         {
@@ -56,8 +58,8 @@ def data() -> ConfigDict:
             "dir": "data",
             "size": 96,  # pixels of the square image a tower sees
             "shift": 3,  # largest random shift in training, in pixels
-            "length": 64,  # word-pieces of a text, [CLS] and [SEP] included
-            "words": 56,
+            "length": 48,  # word-pieces of a text, [CLS] and [SEP] included
+            "words": 40,
             "tokenizer": "phantom",
             "workers": 0,
             "cache": True,  # keep decoded training rows in memory

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 NEG = -1e9  # stands for minus infinity in masked logits: finite, so that no gradient is NaN
 
@@ -38,26 +38,26 @@ def average(tree: PyTree, axis: str | None) -> PyTree:
 
 
 def masked_mean(
-    x: Float[Array, "*N"], mask: Float[Array, "*N"] | Bool[Array, "*N"], axis: int | None = None
+    x: Float[Array, "*N"], mask: Float[Array, "*#N"] | Bool[Array, "*#N"], axis: int | None = None
 ) -> Float[Array, "*M"]:
     """Average x with weights `mask` (a mask or non-negative weights); 0 where nothing is real.
 
     >>> masked_mean(jnp.array([1.0, 5.0, 9.0]), jnp.array([True, True, False])).item()
     3.0
     """
-    weight = mask.astype(jnp.float32)
+    weight = jnp.broadcast_to(mask.astype(jnp.float32), x.shape)
     return jnp.sum(x * weight, axis) / jnp.maximum(jnp.sum(weight, axis), 1e-6)
 
 
 def masked_lse(
-    x: Float[Array, "*N"], mask: Bool[Array, "*N"], axis: int = -1
+    x: Float[Array, "*N"], mask: Bool[Array, "*#N"], axis: int = -1
 ) -> Float[Array, "*M"]:
     """Log-sum-exp over the real entries; about -1e9 where nothing is real."""
     return jax.nn.logsumexp(jnp.where(mask, x, NEG), axis)
 
 
 def soft_max(
-    x: Float[Array, "*N"], tau: float, mask: Bool[Array, "*N"] | None = None, axis: int = -1
+    x: Float[Array, "*N"], tau: float, mask: Bool[Array, "*#N"] | None = None, axis: int = -1
 ) -> Float[Array, "*M"]:
     """Soft maximum `tau log mean exp(x / tau)`: the mean for tau -> inf, the maximum for tau -> 0.
 
@@ -161,3 +161,42 @@ def near_pairs(
 
     blocks = lax.map(block, (jax.tree.map(split, images), split(number % count)))
     return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), blocks)
+
+
+def enlarge(
+    maps: Float[Array, "K P"], grid: tuple[int, int], fine_grid: tuple[int, int]
+) -> Float[Array, "K Q"]:
+    """Resize maps bilinearly from one grid to a finer one."""
+    shape = (maps.shape[0], *fine_grid)
+    return jax.image.resize(maps.reshape(-1, *grid), shape, "bilinear").reshape(shape[0], -1)
+
+
+def draw(weight: Float[Array, "B W"], key: PRNGKeyArray, count: int) -> Int[Array, "B {count}"]:
+    """Draw `count` places of each row without replacement, likelier the more they weigh.
+
+    By Gumbel's trick (*Kool et al., arXiv 1903.06059*); places of weight 0 come last.
+    """
+    noisy = jnp.log(jnp.maximum(weight, 1e-9)) + jax.random.gumbel(key, weight.shape)
+    return lax.top_k(jnp.where(weight > 0, noisy, NEG), count)[1]
+
+
+def contrast(
+    match: Float[Array, "T C K"], allowed: Bool[Array, "T C K"], own: Int[Array, " T"],
+    to_image: Int[Array, "I C"], weight: Float[Array, "T K"], tau: float,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:  # fmt: skip
+    """Contrast texts, and each of their words, over C candidate images: (texts, words).
+
+    A text's score is the weighted mean of its words' matches / tau; texts are contrasted both ways
+    (the sum of two means), a word over those of its candidates that are allowed.
+
+    `own` is the place of a text's own image among its candidates; entry [i, c] of `to_image` the
+    flat place in [T C] of the c-th text that image i is a candidate of, its own at `own[i]`.
+    """
+    share = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
+    text = jnp.sum(match * share[:, None], -1) / tau
+    by_text = cross_entropy(text, own)
+    by_image = cross_entropy(text.ravel()[to_image], own)
+    logits = jnp.moveaxis(match, 1, 2) / tau
+    target = jnp.broadcast_to(own[:, None], logits.shape[:2])
+    by_word = cross_entropy(logits, target, jnp.moveaxis(allowed, 1, 2))
+    return by_text.mean() + by_image.mean(), jnp.sum(by_word * share, -1).mean()

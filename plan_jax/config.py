@@ -75,6 +75,7 @@ FIELDS = {
     "heads.text_local": _HEAD,
     "dim": Field(int, 1),
     "hidden": Field(int, 1),
+    "fine": Field(bool),
     "standard": Field(str, choices=("image", "fixed")),
     "channels": Field(int, 1, 3),
     "method": Field(str, choices=tuple(METHODS)),
@@ -90,6 +91,7 @@ FIELDS = {
     "ema": Field(float, 0, 1 - _TINY),
     "parallel.implementation": Field(str, choices=parallel.IMPLEMENTATIONS),
     "parallel.devices": Field(int, 0),
+    "parallel.cpu_devices": Field(int, 1),
     "checkpoint.every": Field(int, 1),
     "checkpoint.keep": Field(int, 1),
     "checkpoint.best": Field(str),
@@ -127,7 +129,7 @@ def check(config: Mapping[str, Any]) -> None:
     for name, value in present.items():
         if name not in FIELDS:
             if name not in own:
-                raise unknown(name, {**FIELDS, **own})
+                raise unknown(name, {**FIELDS, **own}, _owner(name, config))
             _check_value(name, value, own[name])
     if (split := config["eval"]["split"].partition("[")[0]) not in SPLITS:
         raise UserError(f"config.eval.split is {split!r}; use one of {_listed(SPLITS)}")
@@ -148,11 +150,13 @@ def override(config: dict[str, Any], changes: Mapping[str, str]) -> None:
     for name in sorted(changes, key=lambda name: name not in FIELDS):
         known = FIELDS if name in FIELDS else {**FIELDS, **sections(config)}
         if name not in known:
-            raise unknown(name, known)
+            raise unknown(name, known, _owner(name, config))
         *path, last = name.split(".")
         section = config
         for part in path:
-            section = section.setdefault(part, {})
+            if not isinstance(section.get(part), dict):
+                section[part] = {}  # `check` will find what is missing
+            section = section[part]
         section[last] = _read(name, changes[name], known[name])
 
 
@@ -189,7 +193,8 @@ def sections(config: Mapping[str, Any]) -> dict[str, Field]:
 
     A name that is no choice has no fields here; `check` finds fault with the name itself.
     """
-    data, vision, text = (config.get(name, {}) for name in ("data", "vision", "text"))
+    chosen = [config.get(name) for name in ("data", "vision", "text")]
+    data, vision, text = (each if isinstance(each, Mapping) else {} for each in chosen)
     found = {}
     if vision.get("name") in RESNETS or vision.get("name") in VITS:
         tower = ResNet if vision["name"] in RESNETS else ViT
@@ -226,17 +231,27 @@ def _fields(prefix: str, source: type, skip: tuple[str, ...] = ()) -> dict[str, 
     return found
 
 
-def unknown(name: str, known: Mapping[str, Field]) -> UserError:
+def unknown(name: str, known: Mapping[str, Field], owner: str = "") -> UserError:
     """Make the sentence on a name that there is not, with the nearest one that there is."""
     inside = [k.removeprefix(f"{name}.") for k in known if k.startswith(f"{name}.")]
     if inside:
         return UserError(f"config.{name} is a section; set one of its fields {_listed(inside)}")
-    near = difflib.get_close_matches(name, known, 1, 0.6)
+    near = difflib.get_close_matches(name, known, 1, 0.8 if owner else 0.6)
     section = name.rpartition(".")[0]
-    there = [k.removeprefix(f"{section}.") for k in known if k.rpartition(".")[0] == section]
+    there = [k.rpartition(".")[2] for k in known if section and k.rpartition(".")[0] == section]
     tops = dict.fromkeys(k.partition(".")[0] for k in known)
     hint = f"did you mean config.{near[0]}?" if near else f"there are {_listed(there or tops)}"
-    return UserError(f"config.{name} is not a field; {hint}")
+    return UserError(f"config.{name} is not a field{owner}; {hint}")
+
+
+def _owner(name: str, config: Mapping[str, Any]) -> str:
+    """Say whose fields a section's are: of the method, the tower or the dataset that is chosen."""
+    section = name.rpartition(".")[0]
+    if section == "hyper":
+        return f" of {config.get('method')}"
+    chosen = {"vision": "vision", "text": "text", "data.builder": "data"}.get(section)
+    found = config.get(chosen) if chosen else None
+    return f" of {found.get('name')}" if isinstance(found, Mapping) else ""
 
 
 def _check_value(name: str, value: Any, field: Field) -> None:

@@ -1,4 +1,4 @@
-"""From a config or a checkpoint folder to a `Model` of verbs, and from that to tables and a page."""
+"""From a config or a checkpoint folder to a `Model` of verbs, and from it to tables and a page."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from plan_jax.figures import PhraseRow, RetrievedRow
 from plan_jax.journal import read_rows, replace
 from plan_jax.methods import METHODS
 from plan_jax.tasks import TASKS, grounding, retrieval, zero_shot
-from plan_jax.types import Features, Model, UserError
+from plan_jax.types import Features, Model, Record, UserError
 
 
 class System(NamedTuple):
@@ -69,10 +69,11 @@ def chunked(function: Any, arrays: tuple[np.ndarray, ...], size: int) -> Any:
 
 
 def make_model(system: System, config: Mapping[str, Any], variables: Mapping[str, Any]) -> Model:
-    """Bind parameters, batch statistics and memory (`params`, `batch_stats`, `memory`) to the verbs."""
+    """Bind `params`, `batch_stats` and `memory` of a run, among `variables`, to the verbs."""
     dual, method, hyper, tokenizer = system
     data, batch = config["data"], config["eval"]["batch"]
-    variables = jax.device_put(jax.tree.map(np.asarray, dict(variables)))
+    held = {name: variables[name] for name in ("params", "batch_stats", "memory")}
+    variables = jax.device_put(jax.tree.map(np.asarray, held))
     towers = {"params": variables["params"]["encoders"], "batch_stats": variables["batch_stats"]}
     own, memory = variables["params"]["method"], variables["memory"]
     shape = (1, data["size"], data["size"], 1)
@@ -105,8 +106,9 @@ def make_model(system: System, config: Mapping[str, Any], variables: Mapping[str
         return jax.device_get(draw(own, memory, images, texts, chosen))
 
     return Model(
-        name=config["method"], grid=seen.fine_grid or seen.grid, rounds=getattr(hyper, "rounds", 0), size=data["size"],
-        see=see, read=read, similarity=similarity, heatmap=heatmap, config=config,
+        name=config["method"], grid=seen.fine_grid or seen.grid, size=data["size"],
+        rounds=getattr(hyper, "rounds", 0), config=config,
+        see=see, read=read, similarity=similarity, heatmap=heatmap,
     )  # fmt: skip
 
 
@@ -128,6 +130,19 @@ def open_split(config: Mapping[str, Any], split: str) -> Dataset:
     )
 
 
+def open_truth(config: Mapping[str, Any], split: str) -> tuple[Dataset, list[Record]]:
+    """Open a split and read what will be evaluated, having checked that its tasks can be.
+
+    Raises:
+      UserError: if the split lacks what one of the config's tasks needs.
+    """
+    dataset = open_split(config, split)
+    records = loader.records(dataset, config["eval"]["limit"], config["data"]["size"])
+    for task in config["eval"]["tasks"]:
+        check_truth(task, records, config["data"]["name"])
+    return dataset, records
+
+
 class Scored(NamedTuple):
     """Flat metrics (`grounding/cnr_signed`) and what the page shows beside them."""
 
@@ -143,8 +158,7 @@ def score(model: Model, config: Mapping[str, Any], split: str) -> Scored:
       UserError: if the dataset lacks what a task needs.
     """
     wanted, data = config["eval"], config["data"]
-    dataset = open_split(config, split)
-    records = loader.records(dataset, wanted["limit"], data["size"])
+    dataset, records = open_truth(config, split)
     metrics: dict[str, float] = {}
     cases: Sequence[PhraseRow] = ()
     rows: Sequence[RetrievedRow] = ()
@@ -153,7 +167,6 @@ def score(model: Model, config: Mapping[str, Any], split: str) -> Scored:
         metrics.update({f"{task}/{name}": float(value) for name, value in values.items()})
 
     for task in wanted["tasks"]:
-        check_truth(task, records, data["name"])
         if task == "grounding":
             known = loader.records(open_split(config, "train"), wanted["prior"], data["size"])
             priors = grounding.fit_priors(known)
@@ -216,8 +229,9 @@ def evaluate(config: Mapping[str, Any], folder: str | Path) -> dict[str, float]:
     model = make_model(assemble(config), config, held)
     scored = score(model, config, config["eval"]["split"])
     metrics = scored.metrics | {
-        "steps": float(held["step"]), "params_sha256": checkpoint.fingerprint(held["params"]),
-    }  # fmt: skip
+        "steps": float(held["step"]),
+        "params_sha256": checkpoint.fingerprint(held["params"]),
+    }
     top = checkpoint.locate(folder)[0].parent
     out = top / "eval" / str(config["eval"]["split"])
     out.mkdir(parents=True, exist_ok=True)

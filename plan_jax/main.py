@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,18 @@ from absl import flags
 from ml_collections.config_flags import config_flags
 
 from plan_jax.types import UserError
+
+HEADLINES = (
+    "grounding/cnr_signed",
+    "grounding/pointing",
+    "grounding/miou_z",
+    "grounding/bare/cnr_signed",
+    "grounding/bare/pointing",
+    "retrieval/i2t_r1",
+    "retrieval/i2t_r5",
+    "retrieval/t2i_r5",
+    "zero_shot/auroc_macro",
+)
 
 
 def define() -> flags.FlagValues:
@@ -136,10 +148,11 @@ def train(loaded: dict[str, Any] | None, changes: dict[str, str], workdir: str) 
     """
     if loaded is None:
         raise UserError("--config is not given; write --config configs/demo.py, say")
-    from plan_jax import config
+    from plan_jax import config, parallel
 
     config.override(loaded, changes)
     config.check(loaded)
+    parallel.settle(loaded["parallel"]["cpu_devices"])
     held = held_by(Path(workdir))
     if held and (differs := config.difference(held, loaded)):
         raise UserError(
@@ -147,7 +160,7 @@ def train(loaded: dict[str, Any] | None, changes: dict[str, str], workdir: str) 
         )
     from plan_jax.train import train as begin
 
-    begin(loaded, workdir)
+    show(begin(loaded, workdir), Path(workdir) / "report.html")
 
 
 def evaluate(loaded: dict[str, Any] | None, changes: dict[str, str], folder: str) -> None:
@@ -168,7 +181,26 @@ def evaluate(loaded: dict[str, Any] | None, changes: dict[str, str], folder: str
         )
     from plan_jax.evaluate import evaluate as begin
 
-    begin(given, folder)
+    top = checkpoint.locate(folder)[0].parent
+    show(begin(given, folder), top / "eval" / given["eval"]["split"] / "report.html")
+
+
+def show(metrics: Mapping[str, Any], page: Path) -> None:
+    """Print the table of the metrics that matter most, and where the page of all of them is."""
+    from plan_jax import parallel
+    from plan_jax.report.numbers import nulls_of
+
+    if not metrics or not parallel.is_main():
+        return  # stopped before the end, or another process says it
+    for key in HEADLINES:
+        if key in metrics:
+            beside = [f"{name} {null:.3g}" for name, null in nulls_of(key, metrics).items()]
+            print(f"{key:<28}{metrics[key]:>8.3f}  {', '.join(beside)}".rstrip())
+    for key in ("images_per_s", "wall_s"):
+        if key in metrics:
+            print(f"{key:<28}{metrics[key]:>8.0f}")
+    print(f"params_sha256 {metrics['params_sha256']}")
+    print(f"all of it, with pictures: {page}")
 
 
 def held_by(workdir: Path) -> dict[str, Any]:
@@ -197,7 +229,8 @@ def default(config: str | None) -> str:
     """
     if not config:
         raise UserError("nothing to do; write --config configs/demo.py, or see --help")
-    return str(Path("runs") / Path(config.split(":", 1)[0]).stem)
+    path, _, argument = config.partition(":")
+    return str(Path("runs") / "_".join(filter(None, (Path(path).stem, argument.replace("/", "_")))))
 
 
 def _line(error: Exception, name: str) -> int | None:

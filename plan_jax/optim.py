@@ -1,4 +1,4 @@
-"""Schedules and the optimiser: AdamW with warm-up, cosine, clipping, accumulation, frozen subtrees."""
+"""The optimiser: AdamW with warm-up, cosine, clipping, accumulation and frozen subtrees."""
 
 import jax
 import optax

@@ -39,7 +39,7 @@ class State:
 
 
 def init_state(
-    system: evaluate.System, batch: Mapping[str, Array], tx_of: Callable, seed: int, average: bool
+    system: evaluate.System, batch: Mapping[str, Any], tx_of: Callable, seed: int, average: bool
 ) -> tuple[State, optax.GradientTransformation]:
     """Make the first state from a seed, and the optimiser that `tx_of(params)` gives for it."""
     key = jax.random.key(seed)
@@ -59,7 +59,8 @@ def init_state(
 
 
 def strong(x: Array) -> Array:
-    """Fix the type of an array: one made from a Python number would make the second step compile.
+    """Fix the type of an array of any shape: one made from a Python number is weakly typed, and
+    would make the second step compile again.
 
     >>> strong(jnp.log(2.0)).weak_type
     False
@@ -120,6 +121,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         """Listen."""
+
         def note(*_: Any) -> None:
             self.asked = True
 
@@ -158,6 +160,7 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
     mesh = parallel.mesh(config["parallel"]["devices"] or None)
     parallel.split_batch(config["batch"], mesh.size)
     system = evaluate.assemble(config, parallel.AXIS)
+    evaluate.open_truth(config, config["eval"]["split"])
     stream = batches(config, system)
     at_start = stream.get_state()
     example = next(stream)
@@ -290,5 +293,7 @@ def finish(run: Run, state: State, journal: Journal) -> dict[str, float]:
     model = evaluate.make_model(run.system, run.config, held)
     scored = evaluate.score(model, run.config, run.config["eval"]["split"])
     metrics = scored.metrics | about | {"wall_s": journal.wall()}
-    evaluate.write(journal.folder, plain(run.config), scored._replace(metrics=metrics), journal.history)
+    evaluate.write(
+        journal.folder, plain(run.config), scored._replace(metrics=metrics), journal.history
+    )
     return metrics

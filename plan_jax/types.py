@@ -2,8 +2,8 @@
 
 Axis letters, the same in types, einops strings and docstrings:
 B pairs; I, T images, texts; L token positions; W words; S sentences; P pixels of the feature map
-(row-major over Y, X); Y, X, C rows, columns, channels; D shared embedding; E an encoder's own width;
-K prototypes, queries or chosen words; F findings; R regions or boxes; N rounds or devices.
+(row-major over Y, X); Y, X, C rows, columns, channels; D shared embedding; E an encoder's own
+width; K prototypes, queries or chosen words; F findings; R regions or boxes; N rounds or devices.
 
 Masks are Bool and True means real.
 """
@@ -29,8 +29,8 @@ class UserError(Exception):
 class Batch:
     """One batch of image-text pairs as the step sees it.
 
-    `word_index` says to which word a piece belongs (-1: none), `word_id` names the word (0: padding)
-    and `sentence` the sentence of each word (-1: padding); all three are made in the data pipeline.
+    `word_index` says to which word a piece belongs (-1: none), `word_id` names the word (0:
+    padding) and `sentence` the sentence of each word (-1: padding); the data pipeline makes them.
     """
 
     image: UInt8[Array, "B Y X 1"]
@@ -45,9 +45,9 @@ class Batch:
 class Features:
     """What a tower says of B images or texts, in the shared space, not normalised.
 
-    For images `local` holds the P pixels of the feature map, row-major over `grid`; for texts the W
-    words, with their `word_id` and `sentence`. `mask` is True where a local item is real. `fine` are
-    the Q pixels of a finer map over `fine_grid`, where the tower gives one.
+    For images `local` holds the P pixels of the feature map, row-major over `grid`; for texts the
+    W words, with their `word_id` and `sentence`. `mask` is True where a local item is real. `fine`
+    are the Q pixels of a finer map over `fine_grid`, where the tower gives one.
     """
 
     pooled: Float[Array, "B D"]
@@ -65,7 +65,7 @@ class Phrase:
     """A phrase and where it is true in its image.
 
     `key` is its normalised meaning (`consolidation|left|lower`), `bare` the phrase without its
-    place; the truth is the union of `mask` if there is one, else of `boxes` (x0, y0, x1, y1; pixels).
+    place; the truth is `mask` if there is one, else the union of `boxes` (x0, y0, x1, y1; pixels).
     """
 
     text: str

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "train": "evaluate encoders* methods* data* optim parallel checkpoint journal types",
     "ground": "evaluate data* figures types",
     "config": "data* encoders* methods* tasks* parallel types",
-    "main": "config train evaluate checkpoint parallel types",
+    "main": "config train evaluate checkpoint parallel report.numbers types",
 }
 # Which files may import these libraries.
 ONLY_IN = {
@@ -109,6 +109,7 @@ def inner(path):
 
 def functions(path, public=False):
     """Functions and classes of the file with dotted names; `public` ones are of use outside it."""
+
     def walk(node, prefix):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -119,6 +120,7 @@ def functions(path, public=False):
                     yield from walk(child, f"{prefix}{child.name}.")
             elif not public:
                 yield from walk(child, prefix)
+
     yield from walk(tree(path), "")
 
 

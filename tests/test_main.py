@@ -1,6 +1,7 @@
 """The command line: what is read from it, what is passed on, and the exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,7 +120,10 @@ def test_a_config_with_an_argument():
     )
     assert main.load("small.py") == {"steps": 1}
     assert main.load("small.py:5") == {"steps": 5}
-    assert main.default("small.py:5") == "runs/small"
+    assert [main.default(f"x/small.py{end}") for end in ("", ":5")] == [
+        "runs/small",
+        "runs/small_5",
+    ]
 
 
 @pytest.mark.parametrize("module", ["main", "ground"])
@@ -128,6 +132,30 @@ def test_as_a_program(module):
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "--help shows" in done.stderr
+
+
+def test_the_table_shows_what_is_beaten(capsys):
+    metrics = {"grounding/cnr_signed": 1.5, "grounding/prior/cnr_signed": 1.1, "images_per_s": 99.6}
+    metrics |= {"retrieval/i2t_r5": 0.5, "retrieval/chance/i2t_r5": 0.017, "params_sha256": "ab12"}
+    main.show(metrics, Path("runs/x/report.html"))
+    assert capsys.readouterr().out.splitlines() == [
+        "grounding/cnr_signed           1.500  lung prior 1.1",
+        "retrieval/i2t_r5               0.500  chance 0.017",
+        "images_per_s                     100",
+        "params_sha256 ab12",
+        "all of it, with pictures: runs/x/report.html",
+    ]
+    main.show({}, Path("runs/x/report.html"))
+    assert capsys.readouterr().out == ""
+
+
+def test_there_is_no_such_device():
+    argv = [sys.executable, "-m", "plan_jax.main", "--config=configs/testing.py", "--workdir=no"]
+    environment = {**os.environ, "JAX_PLATFORMS": "tpu"}
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("JAX_PLATFORMS is tpu: Unable to initialize")
+    assert not (ROOT / "no").exists()
 
 
 def toy_model():

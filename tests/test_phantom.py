@@ -189,8 +189,9 @@ def claims_in(sentence: str) -> set[tuple[str, str, int]]:
         claims.add(("heart", "cardiomegaly", 1))
     sided = stated.replace("both lungs", "").replace("pleural effusion", "effusion")
     for kind in kinds_in(re.sub(rf"\b({side or 'x'}) (?=pleural|effusion)", "", sided)):
-        lung = f"{side} lung" if side else "both lungs"
-        region = f"{side} chest" if kind == "pacemaker" else everywhere.get(kind, lung)
+        nowhere = "both lungs" if kind == "pulmonary oedema" else "chest"
+        lung = f"{side} lung" if side else nowhere
+        region = f"{side} chest".strip() if kind == "pacemaker" else everywhere.get(kind, lung)
         region = f"{side} {zone} zone" if zone else region
         claims.add((region, kind, -1 if any(word in stated for word in DOUBT) else 1))
     return claims
@@ -245,6 +246,14 @@ def test_difficulty_does_what_it_says():
     for _, findings, _, triplets in hedged:
         subtle = [f.kind for f in findings if f.level == 0 and f.kind != "pacemaker"]
         assert sorted(subtle) == sorted(kind for _, kind, existence in triplets if existence == -1)
+    for share in (0, 1):
+        vague = [phantom.report(2, i, Difficulty(vague=share)) for i in range(60)]
+        sided = [len([f for f in findings if f.side]) for _, findings, _, _ in vague]
+        placed = [
+            len([1 for where, _, existence in triplets if existence and where.split()[0] in SIDES])
+            for _, _, _, triplets in vague
+        ]
+        assert placed == ([0] * 60 if share else sided)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +261,7 @@ def test_difficulty_does_what_it_says():
     [
         {"findings": ("nodules",)}, {"findings": ()}, {"findings": ("nodule", "nodule")},
         {"max_findings": 5}, {"noise": -1.0}, {"filler": -0.1}, {"hedged": 1.5},
+        {"vague": -0.5},
     ],
 )  # fmt: skip
 def test_wrong_difficulty_is_named(wrong):

@@ -35,7 +35,8 @@ class Difficulty:
     `findings`: kinds that occur (labels follow this order). `max_findings`: at most, 0 to 4.
     `noise`: multiplies the image noise (0: none). `filler`: mean number of irrelevant sentences a
     report. `hedged`: share of the mildest findings that the report states with doubt. `negated`:
-    mean number of absent kinds that the report rules out.
+    mean number of absent kinds that the report rules out. `vague`: share of findings that the
+    report states without their place.
     """
 
     findings: tuple[str, ...] = FINDINGS
@@ -44,6 +45,7 @@ class Difficulty:
     filler: Number = 1.5
     hedged: Number = 0.3
     negated: Number = 1.6
+    vague: Number = 0.2
 
     def __post_init__(self):
         for kind in self.findings:
@@ -58,8 +60,9 @@ class Difficulty:
         for name in ("noise", "filler", "negated"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} {getattr(self, name)} is negative; use 0 or more")
-        if not 0 <= self.hedged <= 1:
-            raise UserError(f"hedged {self.hedged} is no share; use 0 to 1")
+        for name in ("hedged", "vague"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)} is no share; use 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -153,8 +153,10 @@ def write(
     for finding in findings:
         subtle = finding.level == 0 and finding.kind != "pacemaker"
         doubt = subtle and rng.random() < difficulty.hedged
-        sentence = _state(rng, finding, doubt)
-        claims = [(region(finding), finding.kind, -1 if doubt else 1)]
+        vague = bool(finding.side) and rng.random() < difficulty.vague
+        sentence = _state(rng, finding, doubt, vague)
+        where = "chest" if vague else region(finding)
+        claims = [(where, finding.kind, -1 if doubt else 1)]
         if denied and not doubt and rng.random() < 0.15:
             kind = denied.pop()
             sentence += f" without {_name(rng, kind)[0]}"
@@ -214,10 +216,11 @@ def _place(finding: Finding, variant: int) -> str:
     return options[variant % len(options)].format(side=finding.side, zone=finding.zone)
 
 
-def _state(rng: np.random.Generator, finding: Finding, doubt: bool) -> str:
-    """One sentence that states a finding, or doubts it."""
+def _state(rng: np.random.Generator, finding: Finding, doubt: bool, vague: bool) -> str:
+    """One sentence that states a finding, or doubts it; a vague one does not say where it is."""
     name, countable = _name(rng, finding.kind)
-    place = _place(finding, int(rng.integers(len(PLACES[finding.kind]))))
+    variant = int(rng.integers(len(PLACES[finding.kind])))
+    place = "" if vague else _place(finding, variant)
     graded = rng.random() < 0.75
     if graded and not countable and GRADES[finding.kind] is _SIZES:
         name, countable = f"{_AMOUNTS[finding.level]} {name}", True
@@ -226,7 +229,7 @@ def _state(rng: np.random.Generator, finding: Finding, doubt: bool) -> str:
     if finding.kind == "cardiomegaly" and not doubt and rng.random() < 0.3:
         how = _ENLARGED[finding.level] if rng.random() < 0.75 else _ENLARGED[3]
         return how.format(heart=_pick(rng, ("heart", "cardiac silhouette")))
-    if finding.kind in ("pleural effusion", "pneumothorax") and rng.random() < 0.35:
+    if finding.kind in ("pleural effusion", "pneumothorax") and place and rng.random() < 0.35:
         words = name.split(" ")  # "a small left pleural effusion"
         nouns = ("pleural", "effusion", "pneumothorax")
         at = next(i for i, word in enumerate(words) if word in nouns)

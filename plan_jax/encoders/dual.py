@@ -33,7 +33,6 @@ class Head(nn.Module):
         self, x: Float[Array, "*B E"], train: bool, mask: Bool[Array, "*B"] | None = None
     ) -> Float[Array, "*B D"]:
         """Project the last axis; positions where mask is False do not enter any statistics."""
-        mask = None if mask is None else mask[..., None]
         if self.kind == "mlp":
             x = nn.Dense(self.hidden, use_bias=False, dtype=self.dtype, name="fc1")(x)
             x = nn.relu(Norm(self.axis, name="norm1")(x, train, mask))
@@ -70,8 +69,9 @@ class Dual(nn.Module):
 
     `heads` gives the kind of each: image_global, image_local, text_global, text_local. A `shared`
     local head is the global one applied to each pixel or word with its stored statistics (ConVIRT
-    has no other: its heat map is a class activation map). `standard` is how grey values are normalised: `image` (each image to mean 0, variance 1) or `fixed`
-    ((x - 0.5) / 0.5, as MGCA and GLoRIA do).
+    has no other: its heat map is a class activation map). `standard` is how grey values are
+    normalised: `image` (each image to mean 0, variance 1) or `fixed` ((x - 0.5) / 0.5, as MGCA and
+    GLoRIA do). `fine` adds a head on the map one stage earlier.
     """
 
     vision: dict[str, Any]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 RESNETS = {
     "resnet50": {
@@ -44,7 +44,7 @@ VITS = {
 class Seen(NamedTuple):
     """What a tower sees in B images: pooled vectors and the pixels of its feature map.
 
-    `fine` is the map one stage earlier, of more pixels and a smaller field of view, if there is one.
+    `fine` is the map one stage earlier: more pixels, a smaller field of view; or None.
     """
 
     pooled: Float[Array, "B E"]
@@ -86,19 +86,45 @@ class Conv(nn.Module):
 
 
 class Norm(nn.Module):
-    """BatchNorm with torch's constants (momentum 0.1, eps 1e-5), over all devices of `axis`."""
+    """BatchNorm as torch has it (momentum 0.1, eps 1e-5, unbiased running variance).
+
+    Statistics are sums over all devices of `axis` divided by one count, so that they are the same
+    on any number of devices also where a mask leaves them different shares.
+    """
 
     axis: str | None
     affine: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, train: bool, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "*B C"], train: bool, mask: Bool[Array, "*B"] | None = None
+    ) -> Float[Array, "*B C"]:
         """Normalise over all but the last axis; positions where mask is False do not count."""
-        norm = nn.BatchNorm(
-            not train, momentum=0.9, epsilon=1e-5, use_bias=self.affine, use_scale=self.affine,
-            axis_name=self.axis if train else None, name="bn",
-        )  # fmt: skip
-        return norm(x.astype(jnp.float32), mask=mask).astype(x.dtype)
+        dtype, x, width = x.dtype, x.astype(jnp.float32), x.shape[-1]
+        mean_kept = self.variable("batch_stats", "mean", jnp.zeros, width)
+        var_kept = self.variable("batch_stats", "var", jnp.ones, width)
+        mean, var = mean_kept.value, var_kept.value
+        if train:
+            real = jnp.ones(x.shape[:-1]) if mask is None else mask.astype(jnp.float32)
+            real = real.reshape(-1, 1)
+            flat = x.reshape(-1, width)
+            count = jnp.maximum(self._sum(real), 1.0)
+            mean = self._sum(flat * real) / count
+            var = self._sum((flat - mean) ** 2 * real) / count
+            if not self.is_initializing():
+                mean_kept.value = 0.9 * mean_kept.value + 0.1 * mean
+                unbiased = var * count / jnp.maximum(count - 1, 1.0)
+                var_kept.value = 0.9 * var_kept.value + 0.1 * unbiased
+        y = (x - mean) * lax.rsqrt(var + 1e-5)
+        if self.affine:
+            y = y * self.param("scale", nn.initializers.ones, (width,))
+            y = y + self.param("bias", nn.initializers.zeros, (width,))
+        return y.astype(dtype)
+
+    def _sum(self, x: Float[Array, "N C"]) -> Float[Array, " C"]:
+        """Sum the rows on all devices."""
+        total = x.sum(0)
+        return total if self.axis is None or self.is_initializing() else lax.psum(total, self.axis)
 
 
 class Block(nn.Module):
@@ -156,7 +182,9 @@ class ResNet(nn.Module):
             for n in range(depth):
                 stride = 2 if stage > 0 and n == 0 else 1
                 name = f"layer{stage + 1}_{n}"
-                x = Block(width, stride, self.bottleneck, self.axis, self.dtype, name=name)(x, train)
+                x = Block(width, stride, self.bottleneck, self.axis, self.dtype, name=name)(
+                    x, train
+                )
                 if self.position and stage == self.local_stage and n == 0:
                     init = nn.initializers.normal(0.1)
                     x = x + self.param("position", init, x.shape[1:]).astype(x.dtype)
@@ -210,6 +238,8 @@ class ViT(nn.Module):
     def __call__(self, x: Float[Array, "B Y X C"], train: bool = False) -> Seen:
         """See B images."""
         x = Conv(self.width, self.patch, self.patch, 0, self.dtype, name="embed")(x)
+        bias = self.param("embed_bias", nn.initializers.zeros, (self.width,))
+        x = x + bias.astype(x.dtype)
         grid = (x.shape[1], x.shape[2])
         x = rearrange(x, "b y x c -> b (y x) c")
         init = nn.initializers.normal(0.02)

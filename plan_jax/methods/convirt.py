@@ -9,6 +9,7 @@ Deviation: negatives come from all devices, not from one.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -51,7 +52,7 @@ def heatmap(
 
 
 def loss(
-    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Array], *,
+    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Any], *,
     key: PRNGKeyArray, step: Array, hyper: Hyper, axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:  # fmt: skip
     """Contrast the pairs of the whole batch.

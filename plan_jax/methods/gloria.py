@@ -14,6 +14,7 @@ of 64 and BatchNorm in the heads, raw products saturate both of its softmaxes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def heatmap(
 
 
 def loss(
-    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Array], *,
+    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Any], *,
     key: PRNGKeyArray, step: Array, hyper: Hyper, axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:  # fmt: skip
     """Contrast the pairs of the whole batch, locally and globally.

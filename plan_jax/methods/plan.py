@@ -12,7 +12,7 @@ contrasted with selected words; S updated in each iteration with its history.
 
 Ours, equation by equation (z unit pixels after g, u unit words, n word, p pixel, i image, j text):
 (1) first look          `S0_np = <u_n, z_p>` on the coarse map
-(2) word importance     `a_n = gate_n(softmax-mean_p S_np)`, gate = sigmoid of the standardised value
+(2) word importance     `a_n = gate_n(softmax-mean_p S_np)`, gate = standardise, then sigmoid
 (3) pixel importance    `b_p = gate_p(softmax-mean_n S_np)`; both without gradient
 (4) soft region         `A_np = softmax_p(4 a_n b_p S_np / tau_region)`: no boundary anywhere
 (5) region feature      `r_n = unit(sum_p A_np z_p)`, match `C_n = <u_n, r_n>`
@@ -36,7 +36,7 @@ moving average of the whole model (config.ema), with a share that grows to `shar
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,16 +80,6 @@ class Hyper:
     tile: int = 4  # texts (round 0) or images (later rounds) at a time
 
 
-class Look(NamedTuple):
-    """What one look at a similarity map gives: equations 2-5."""
-
-    word: Float[Array, " K"]
-    pixel: Float[Array, " P"]
-    region: Float[Array, "K P"]
-    found: Float[Array, "K D"]
-    match: Float[Array, " K"]
-
-
 class Sight(NamedTuple):
     """The pixels of one image, unit length, coarse and fine, and those of the averaged model."""
 
@@ -128,61 +118,45 @@ def importance(
 def look(
     maps: Float[Array, "K P"], pixels: Float[Array, "P D"], words: Float[Array, "K D"],
     mask: Bool[Array, " K"], hyper: Hyper,
-) -> Look:  # fmt: skip
-    """Find each word's soft region and how well it matches: *equations 2-5*."""
+) -> tuple[Float[Array, " K"], Float[Array, "K D"], Float[Array, " K"]]:  # fmt: skip
+    """Give each word's importance, its region's feature and their match: *equations 2-5*."""
     word, pixel = importance(maps, mask, hyper)
     damped = maps * (4 * word[:, None] * pixel)
     region = jax.nn.softmax(damped / hyper.tau_region, -1)
     found = align.unit(region @ pixels)
-    return Look(word, pixel, region, found, jnp.sum(words * found, -1) * mask)
+    return word, found, jnp.sum(words * found, -1) * mask
 
 
 def read(
     image: Sight, text: Words, grids: tuple, hyper: Hyper, rounds: int, share: Array | float = 0.0
-) -> tuple[Float[Array, "N K"], Float[Array, "K Q"], Look]:
-    """Read one text on one image: matches of rounds 0..T, the last map and the last look.
+) -> tuple[Float[Array, "N K"], Float[Array, "K Q"], Float[Array, " K"]]:
+    """Read one text on one image: matches of rounds 0..T, the last map, and word importance.
 
-    `grids` are the coarse and the fine one (None: rounds stay on the coarse map, and Q is P);
-    `share` is how much the averaged model's map counts.
+    `grids` are the coarse and the fine one (no fine pixels: rounds stay on the coarse map, and Q is
+    P); `share` is how much the averaged model's map counts.
     """
-    words, mask = text.words, text.word_id > 0
-    maps = words @ image.pixels.T
+    words, mask, pixels = text.words, text.word_id > 0, image.pixels
+    maps = words @ pixels.T
     if image.past is not None:
         maps = (1 - share) * maps + share * (text.past @ image.past.T)
     maps = maps * mask[:, None]
-    pixels = image.pixels
-    first = look(maps, pixels, words, mask, hyper)
+    word, found, first = look(maps, pixels, words, mask, hyper)
     if image.fine is not None:
-        maps, pixels = enlarge(maps, *grids), image.fine
-    if not rounds:
-        return first.match[None], maps, first
+        maps, pixels = align.enlarge(maps, *grids), image.fine
 
-    def step(carry: tuple, _: None) -> tuple[tuple, Array]:
-        maps, last = carry
-        query = align.unit(words + hyper.eta * last.word[:, None] * last.found)
+    def step(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple, Array]:
+        maps, word, found = carry
+        query = align.unit(words + hyper.eta * word[:, None] * found)
         seen = query @ pixels.T * mask[:, None]
         maps = (1 - hyper.rho) * seen + hyper.rho * maps
-        now = look(maps, pixels, words, mask, hyper)
-        return (maps, now), now.match
+        word, found, match = look(maps, pixels, words, mask, hyper)
+        return (maps, word, found), match
 
-    start = first._replace(
-        pixel=jnp.zeros(maps.shape[-1]), region=jnp.zeros(maps.shape, first.region.dtype)
-    )
-    (maps, last), later = lax.scan(step, (maps, start), None, rounds)
-    return jnp.concatenate([first.match[None], later]), maps, last
+    (maps, word, _), later = lax.scan(step, (maps, word, found), None, rounds)
+    return jnp.concatenate([first[None], later]), maps, word
 
 
-def enlarge(
-    maps: Float[Array, "K P"], grid: tuple[int, int], fine_grid: tuple[int, int]
-) -> Float[Array, "K Q"]:
-    """Resize maps bilinearly from one grid to a finer one."""
-    shape = (maps.shape[0], *fine_grid)
-    return jax.image.resize(maps.reshape(-1, *grid), shape, "bilinear").reshape(shape[0], -1)
-
-
-def word_weight(
-    memory: Memory, word_id: Int[Array, "B W"], hyper: Hyper
-) -> Float[Array, "B W"]:
+def word_weight(memory: Memory, word_id: Int[Array, "B W"], hyper: Hyper) -> Float[Array, "B W"]:
     """Weigh words by their history: *equation 7*; in [floor, 1], 1/2 if never seen, 0 if masked."""
     real = word_id > 0
     if not hyper.history:
@@ -192,19 +166,6 @@ def word_weight(
     spread = jnp.sqrt(align.masked_mean((gap - mean) ** 2, seen) + 1e-6)
     weight = jnp.where(seen, jax.nn.sigmoid((gap - mean) / spread), 0.5)
     return jnp.maximum(weight, hyper.floor)[word_id % hyper.table] * real
-
-
-def choose(
-    weight: Float[Array, "B W"], key: PRNGKeyArray, hyper: Hyper
-) -> Int[Array, "B K"]:
-    """Draw K words of each text without replacement, the likelier the more they weigh.
-
-    By Gumbel's trick (*Kool et al., arXiv 1903.06059*). Only the text decides: what an image shows
-    must not, or the choice would give the pairing away.
-    """
-    noisy = jnp.log(jnp.maximum(weight, 1e-9)) + jax.random.gumbel(key, weight.shape)
-    count = min(hyper.words, weight.shape[1])
-    return lax.top_k(jnp.where(weight > 0, noisy, align.NEG), count)[1]
 
 
 def remember(
@@ -251,56 +212,32 @@ def similarity(
 def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W Q"], Float[Array, "B W"]]:
-    """Map each word on its image after all rounds (on the fine grid if there is one), with `a_n`."""
+    """Map each word on its image after all rounds, on the fine grid if there is one; with `a_n`."""
     fine = None if images.fine is None else align.unit(images.fine)
     sights = Sight(align.unit(images.local), fine)
     words = Words(align.unit(texts.local), texts.word_id)
     grids = (images.grid, images.fine_grid)
-    _, maps, last = jax.vmap(lambda s, w: read(s, w, grids, hyper, hyper.rounds))(sights, words)
-    return maps, last.word
-
-
-def contrast(
-    match: Float[Array, "T C K"], allowed: Bool[Array, "T C K"], own: Int[Array, " T"],
-    to_image: Int[Array, "I C"], weight: Float[Array, "T K"], hyper: Hyper,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:  # fmt: skip
-    """Contrast reports and words over C candidate images each: *equations 8, 9*.
-
-    `own` is the place of a text's own image among its candidates; entry [i, c] of `to_image` the
-    flat place in [T C] of the c-th text that image i is a candidate of, its own at `own[i]`.
-    """
-    share = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
-    report = jnp.sum(match * share[:, None], -1) / hyper.tau_local
-    by_text = align.cross_entropy(report, own)
-    by_image = align.cross_entropy(report.ravel()[to_image], own)
-    logits = jnp.moveaxis(match, 1, 2) / hyper.tau_local
-    target = jnp.broadcast_to(own[:, None], logits.shape[:2])
-    by_word = align.cross_entropy(logits, target, jnp.moveaxis(allowed, 1, 2))
-    return by_text.mean() + by_image.mean(), jnp.sum(by_word * share, -1).mean()
-
-
-def negatives(own: Bool[Array, "T C"], same: Bool[Array, "T C K"], hyper: Hyper) -> Array:
-    """Say which candidates a word is contrasted with, Bool[T C K]: its own and true negatives."""
-    return own[..., None] | ~same if hyper.negatives == "token" else jnp.ones_like(same)
+    _, maps, word = jax.vmap(lambda s, w: read(s, w, grids, hyper, hyper.rounds))(sights, words)
+    return maps, word
 
 
 def loss(
-    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Array], *,
+    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Any], *,
     key: PRNGKeyArray, step: Array, hyper: Hyper, axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:  # fmt: skip
     """Contrast the pairs of the whole batch globally and locally, round by round: *equation 10*."""
     every = align.gather(texts, axis)
     weight = word_weight(memory, every.word_id, hyper)
-    chosen = choose(weight, key, hyper)
+    chosen = align.draw(weight, key, min(hyper.words, weight.shape[1]))
     weight = jnp.take_along_axis(weight, chosen, 1)
     sights, words, share = prepare(images, every, texts, chosen, extra, step, hyper, axis)
     size, (own, same, match) = len(weight), first_round(sights, words, share, hyper, axis)
-    allowed = negatives(own, same, hyper)
+    allowed = own[..., None] | ~same | (hyper.negatives == "all")
     place = jnp.arange(size)
     flat = place[None, :] * size + place[:, None]
     omega = hyper.gamma ** jnp.arange(hyper.rounds, -1, -1)
     omega = omega / omega.mean()
-    report, word = contrast(match, allowed, place, flat, weight, hyper)
+    report, word = align.contrast(match, allowed, place, flat, weight, hyper.tau_local)
     metrics = {"loss_report": report, "loss_word": word}
     local = omega[0] * (hyper.weight_report * report + hyper.weight_word * word)
     if hyper.rounds:
@@ -312,13 +249,12 @@ def loss(
     memory = remember(memory, mine - align.masked_mean(match, others, 1), words.word_id, hyper)
     cosines = align.cosines(align.gather(images.pooled, axis), every.pooled)
     total = sum(align.info_nce(scale_of(params) * cosines)) / 2
-    metrics |= {"loss_global": total}
-    return hyper.weight_global * total + local, (metrics, memory)
+    return hyper.weight_global * total + local, (metrics | {"loss_global": total}, memory)
 
 
 def prepare(
     images: Features, every: Features, texts: Features, chosen: Int[Array, "T K"],
-    extra: dict[str, Array], step: Array, hyper: Hyper, axis: str | None,
+    extra: dict[str, Any], step: Array, hyper: Hyper, axis: str | None,
 ) -> tuple[tuple[Sight, Int[Array, "b W"]], Words, Float[Array, ""]]:  # fmt: skip
     """Take what the rounds need: this device's images with the words of their reports, and of all
     texts the chosen words, [T K D]; and the share of the averaged model.
@@ -338,8 +274,9 @@ def prepare(
 
 
 def first_round(
-    sights: tuple[Sight, Array], words: Words, share: Array, hyper: Hyper, axis: str | None
-) -> tuple[Bool[Array, "T I"], Bool[Array, "T I K"], Float[Array, "T I K"]]:
+    sights: tuple[Sight, Int[Array, "b W"]], words: Words, share: Float[Array, ""], hyper: Hyper,
+    axis: str | None,
+) -> tuple[Bool[Array, "T I"], Bool[Array, "T I K"], Float[Array, "T I K"]]:  # fmt: skip
     """Try every word on every image: whether it is its own, has the same word, and the match."""
 
     def score(image: tuple[Sight, Array], text: Words) -> tuple[Array, Array]:
@@ -353,8 +290,8 @@ def first_round(
 
 
 def later_rounds(
-    sights: tuple[Sight, Array], words: Words, images: Features, weight: Float[Array, "T K"],
-    hyper: Hyper, axis: str | None,
+    sights: tuple[Sight, Int[Array, "b W"]], words: Words, images: Features,
+    weight: Float[Array, "T K"], hyper: Hyper, axis: str | None,
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:  # fmt: skip
     """Contrast rounds 1..T over a few candidates each: report and word loss of each round."""
     size, here = len(weight), sights[1].shape[0]
@@ -368,18 +305,16 @@ def later_rounds(
         sight = sight._replace(past=None)
         return same, read(sight, text._replace(past=None), grids, hyper, hyper.rounds)[0][1:]
 
-    near = align.near_pairs(
-        score, sights, words, candidates=count, first=first, tile=hyper.tile
-    )
+    near = align.near_pairs(score, sights, words, candidates=count, first=first, tile=hyper.tile)
     place, back = jnp.arange(size)[:, None], jnp.arange(count)[None, :]
     image_of = (place + back) % size  # candidate c of text j is image j + c
     same, match = align.gather(near, axis)  # by image: entry c is text i - c
     same, match = same[image_of, back], match[image_of, back]
-    allowed = negatives(jnp.broadcast_to(back == 0, (size, count)), same, hyper)
+    allowed = (back == 0)[..., None] | ~same | (hyper.negatives == "all")
     flat = (place - back) % size * count + back
     own = jnp.zeros(size, jnp.int32)
 
     def one(match: Array) -> tuple[Array, Array]:
-        return contrast(match, allowed, own, flat, weight, hyper)
+        return align.contrast(match, allowed, own, flat, weight, hyper.tau_local)
 
     return jax.vmap(one, 2)(match)

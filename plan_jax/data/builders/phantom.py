@@ -39,6 +39,7 @@ class PhantomConfig(tfds.core.BuilderConfig):
     filler: Number = 1.5
     hedged: Number = 0.3
     negated: Number = 1.6
+    vague: Number = 0.2
 
     def difficulty(self) -> phantom.Difficulty:
         """The part that `phantom.draw` takes; raises UserError if a value is out of range."""

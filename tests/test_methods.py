@@ -1,0 +1,154 @@
+"""The contract that every method keeps, one parametrised test a clause."""
+
+import dataclasses
+
+import features
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from plan_jax import parallel
+from plan_jax.methods import METHODS
+
+SMALL = {"plan": {"words": 5, "tile": 2, "candidates": 3, "rounds": 2}, "gloria": {"tile": 2}}
+KEY = jax.random.key(0)
+
+
+def setup(name, **changes):
+    method = METHODS[name]
+    hyper = method.Hyper(**SMALL.get(name, {}) | changes)
+    return method, hyper, *method.init(KEY, 8, hyper)
+
+
+def value(name, images, texts, axis=None, **changes):
+    method, hyper, params, memory = setup(name, **changes)
+    return method.loss(
+        params, memory, images, texts, {}, key=KEY, step=jnp.array(0), hyper=hyper, axis=axis
+    )
+
+
+each = pytest.mark.parametrize("name", sorted(METHODS))
+
+
+@each
+def test_all_have_the_same_names(name):
+    method, hyper, params, memory = setup(name)
+    assert isinstance(method.PAPER, str) and isinstance(method.NEEDS, tuple)
+    assert dataclasses.is_dataclass(hyper) and hyper == dataclasses.replace(hyper)
+    assert isinstance(memory, dict)
+
+
+@each
+def test_loss_is_finite_and_moves_both_towers_and_own_parameters(name):
+    method, hyper, params, memory = setup(name)
+    images, texts = features.make()
+
+    def objective(parts):
+        params, images, texts = parts
+        return method.loss(
+            params, memory, images, texts, {}, key=KEY, step=jnp.array(0), hyper=hyper
+        )[0]
+
+    out, grads = jax.value_and_grad(objective, allow_int=True)((params, images, texts))
+    assert np.isfinite(out)
+    for leaf in jax.tree.leaves(grads[0]):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0
+    for side in grads[1:]:
+        assert np.isfinite(side.pooled).all() and np.abs(side.pooled).max() > 0
+    if name != "convirt":
+        for side in grads[1:]:
+            assert np.isfinite(side.local).all() and np.abs(side.local).max() > 0
+
+
+@each
+def test_permuting_pairs_permutes_scores(name):
+    method, hyper, params, memory = setup(name)
+    images, texts = features.make()
+    rows, columns = np.array([3, 0, 5, 1, 4, 2]), np.array([1, 5, 2, 0, 3, 4])
+    want = method.similarity(params, memory, images, texts, hyper)
+    moved = features.permute(images, rows), features.permute(texts, columns)
+    got = method.similarity(params, memory, *moved, hyper)
+    for kind in want:
+        np.testing.assert_allclose(got[kind], want[kind][rows][:, columns], rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_padded_words_change_nothing(name):
+    method, hyper, params, memory = setup(name)
+    images, texts = features.make()
+    padded = features.pad(texts)
+    for kind, want in method.similarity(params, memory, images, texts, hyper).items():
+        got = method.similarity(params, memory, images, padded, hyper)[kind]
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    maps, weight = method.heatmap(params, memory, images, texts, hyper)
+    maps_, weight_ = method.heatmap(params, memory, images, padded, hyper)
+    words = texts.mask.shape[1]
+    np.testing.assert_allclose(maps_[:, :words] * texts.mask[..., None],
+                               maps * texts.mask[..., None], rtol=1e-4, atol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(weight_[:, :words], weight, rtol=1e-4, atol=1e-5)
+    assert (np.asarray(weight_)[:, words:] == 0).all()
+
+
+@each
+def test_heat_maps_are_finite_and_fit_the_grid(name):
+    method, hyper, params, memory = setup(name)
+    images, texts = features.make()
+    maps, weight = method.heatmap(params, memory, images, texts, hyper)
+    cells = np.prod(images.fine_grid if name == "plan" else images.grid)
+    assert maps.shape == (*texts.mask.shape, cells)
+    assert np.isfinite(maps).all() and (np.asarray(weight) >= 0).all()
+
+
+@each
+def test_a_pair_alone_scores_as_in_a_batch(name):
+    method, hyper, params, memory = setup(name)
+    images, texts = features.make()
+    table = method.similarity(params, memory, images, texts, hyper)
+    one = features.permute(images, np.array([2])), features.permute(texts, np.array([4]))
+    for kind, score in method.similarity(params, memory, *one, hyper).items():
+        np.testing.assert_allclose(score[0, 0], table[kind][2, 4], rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_eight_devices_equal_one(name):
+    images, texts = features.make(pairs=16)
+    mesh = parallel.mesh(8)
+    cut = PartitionSpec(parallel.AXIS)
+
+    def whole(images, texts):
+        return value(name, images, texts)[0]
+
+    def part(images, texts):
+        def mine(images, texts):
+            return value(name, images, texts, parallel.AXIS)[0]
+
+        out, grads = jax.value_and_grad(mine, (0, 1), allow_int=True)(images, texts)
+        return out[None], jax.tree.map(lambda g: g / 8 if g.dtype == jnp.float32 else g, grads)
+
+    want, grads = jax.value_and_grad(whole, (0, 1), allow_int=True)(images, texts)
+    spread = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False))
+    got, grads_ = spread(images, texts)
+    np.testing.assert_allclose(got, np.full(8, want), rtol=1e-5)
+    for side in (0, 1):
+        for field in ("pooled", "local"):
+            a, b = getattr(grads[side], field), getattr(grads_[side], field)
+            np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+@each
+@pytest.mark.parametrize("kind", ["local"])
+def test_memory_of_the_loss_is_at_most_linear_in_the_batch(name, kind):
+    """Temporary memory of the compiled loss and its gradient, from B = 16 to 128."""
+    sizes = {}
+    for pairs in (16, 128):
+        images, texts = features.make(pairs=pairs, words=16, dim=32, grid=(8, 8))
+
+        def objective(images, texts):
+            return value(name, images, texts, **({"words": 8} if name == "plan" else {}))[0]
+
+        gradient = jax.jit(jax.grad(objective, (0, 1), allow_int=True))
+        memory = gradient.lower(images, texts).compile().memory_analysis()
+        sizes[pairs] = memory.temp_size_in_bytes
+    assert sizes[128] <= 8 * sizes[16] * 1.05, sizes

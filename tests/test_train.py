@@ -1,0 +1,136 @@
+"""The step: the same on one device and eight, compiled once; and the optimiser."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import testing
+from plan_jax import evaluate, optim, parallel, train
+from plan_jax.types import UserError
+
+OPTIMISER = {
+    "rate": 1e-3, "warmup": 0.1, "end": 0.1, "weight_decay": 1e-3, "b1": 0.9, "b2": 0.98,
+    "clip": 1.0, "accumulate": 1, "freeze": (),
+}  # fmt: skip
+
+
+def batch(pairs=16, seed=0, size=32, length=12, words=10):
+    rng = np.random.default_rng(seed)
+    index = np.arange(length) - 1
+    count = rng.integers(3, words + 1, (pairs, 1))
+    index = np.where((index >= 0) & (index < count), index, -1)
+    place = np.arange(words)
+    return {
+        "image": rng.integers(0, 255, (pairs, size, size, 1), dtype=np.uint8),
+        "tokens": np.where(np.arange(length) < count + 2, rng.integers(5, 99, (pairs, length)), 0),
+        "word_index": index,
+        "word_id": np.where(place < count, rng.integers(5, 40, (pairs, words)), 0),
+        "sentence": np.where(place < count, place // 4, -1),
+    }
+
+
+def prepared(devices=1, seed=0, ema=0.0, changes=None, **optimiser):
+    config = testing.get_config().to_dict() | (changes or {})
+    mesh = parallel.mesh(devices)
+    system = evaluate.assemble(config, parallel.AXIS)
+
+    def tx_of(params):
+        return optim.make_optimiser(params, steps=50, **OPTIMISER | optimiser)
+
+    state, tx = train.init_state(system, batch(), tx_of, seed, ema > 0)
+    step = parallel.spread(train.make_step(system, tx, ema, parallel.AXIS), mesh)
+    return parallel.replicate(state, mesh), step, mesh
+
+
+def largest(a, b):
+    """Largest difference of two trees, relative to the largest entry of each leaf."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.abs(x - y).max() / (np.abs(x).max() + 1e-6)) for x, y in pairs)
+
+
+def test_eight_devices_take_the_same_step_as_one_and_compile_it_once():
+    after = {}
+    for devices in (1, 8):
+        state, step, mesh = prepared(devices)
+        seen = []
+        for n in range(3):
+            state, metrics = step(state, parallel.shard(batch(seed=n), mesh))
+            seen.append(parallel.host(metrics))
+            if n == 0:
+                first = parallel.host(state)
+        assert step._cache_size() == 1, f"compiled {step._cache_size()} times"
+        after[devices] = seen, first
+    (one, state_one), (eight, state_eight) = after[1], after[8]
+    for name in one[0]:
+        np.testing.assert_allclose(eight[0][name], one[0][name], rtol=2e-5, err_msg=name)
+    assert largest(state_one.batch_stats, state_eight.batch_stats) < 1e-5
+    assert largest(state_one.memory, state_eight.memory) < 1e-4
+    moments = [
+        [leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state.optimiser)[0]
+         if "mu" in str(path)]
+        for state in (state_one, state_eight)
+    ]  # fmt: skip
+    scale = max(np.abs(leaf).max() for leaf in moments[0])
+    for a, b in zip(*moments, strict=True):  # the gradients
+        np.testing.assert_allclose(a, b, atol=1e-5 * scale)
+    for name in one[-1]:
+        np.testing.assert_allclose(eight[-1][name], one[-1][name], rtol=1e-2, err_msg=name)
+
+
+def test_a_frozen_tower_stays_and_the_other_moves():
+    state, step, mesh = prepared(freeze=("encoders/read_tower",))
+    before = parallel.host(state.params)
+    for n in range(2):
+        state, _ = step(state, parallel.shard(batch(seed=n), mesh))
+    after = parallel.host(state.params)
+    frozen, moved = (
+        jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before["encoders"][name],
+                     after["encoders"][name]) for name in ("read_tower", "see_tower")
+    )  # fmt: skip
+    assert max(jax.tree.leaves(frozen)) == 0
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_freezing_what_is_not_there_is_a_users_mistake():
+    with pytest.raises(UserError, match="optim.freeze 'text' names no parameter; there are"):
+        prepared(freeze=("text",))
+
+
+def test_accumulation_updates_every_second_step():
+    state, step, mesh = prepared(accumulate=2)
+    seen = [parallel.host(state.params)]
+    for n in range(4):
+        state, _ = step(state, parallel.shard(batch(seed=n), mesh))
+        seen.append(parallel.host(state.params))
+    moved = [largest(a, b) > 0 for a, b in zip(seen, seen[1:], strict=False)]
+    assert moved == [False, True, False, True] or moved == [False, False, False, True]
+
+
+def test_the_average_follows_the_parameters_and_teaches():
+    changes = {"hyper": {"words": 4, "tile": 2, "progress": "ema", "ramp": 1, "rounds": 0}}
+    state, step, mesh = prepared(ema=0.9, changes=changes)
+    start = parallel.host(state.average)
+    state, _ = step(state, parallel.shard(batch(), mesh))
+    average, params = parallel.host((state.average, state.params))
+    want = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, start, params)
+    assert largest(want, average) < 1e-5
+
+
+def test_gradients_are_clipped_by_their_norm():
+    params = {"w": jnp.ones((2, 2))}
+    tx = optim.make_optimiser(params, steps=10, **OPTIMISER | {"clip": 1.0, "weight_decay": 0.0})
+    free = optim.make_optimiser(params, steps=10, **OPTIMISER | {"clip": 0.0, "weight_decay": 0.0})
+    grads = [{"w": jnp.full((2, 2), value)} for value in (1.0, 100.0)]
+    moved = []
+    for optimiser in (tx, free):
+        state = optimiser.init(params)
+        for grad in (*grads, grads[0]):
+            update, state = optimiser.update(grad, state, params)
+        moved.append(float(jnp.abs(update["w"]).max()))
+    assert moved[0] > 1.1 * moved[1], "a clipped outlier weighs no more in Adam's second moment"
+
+
+def test_only_matrices_decay():
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "log_scale": jnp.ones(())}
+    assert optim.decays(params) == {"kernel": True, "bias": False, "log_scale": False}
