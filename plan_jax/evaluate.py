@@ -118,8 +118,18 @@ def load(folder: str | Path) -> Model:
     Raises:
       UserError: if there is no whole checkpoint.
     """
-    held = checkpoint.restore_params(folder)
+    held = read(folder)
     return make_model(assemble(held["config"]), held["config"], held)
+
+
+def read(folder: str | Path) -> dict[str, Any]:
+    """Read the weights and config of a checkpoint; of a kept moving average, that.
+
+    Raises:
+      UserError: if there is no whole checkpoint.
+    """
+    held = checkpoint.restore_params(folder)
+    return held | {"params": held["average"] or held["params"]}
 
 
 def open_split(config: Mapping[str, Any], split: str) -> Dataset:
@@ -225,7 +235,7 @@ def evaluate(config: Mapping[str, Any], folder: str | Path) -> dict[str, float]:
     Raises:
       UserError: if there is no whole checkpoint, or the data lack what a task needs.
     """
-    held = checkpoint.restore_params(folder)
+    held = read(folder)
     model = make_model(assemble(config), config, held)
     scored = score(model, config, config["eval"]["split"])
     metrics = scored.metrics | {

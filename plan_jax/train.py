@@ -217,7 +217,7 @@ def loop(run: Run, state: State, start: int, journal: Journal, stop: Stop) -> St
         waiting = metrics
         journal.tick()
         done = n + 1
-        leave = parallel.agree(stop.asked)
+        leave = done % config["log_every"] == 0 and parallel.agree(stop.asked)
         every = config["eval"]["every"]
         measured = None
         if every and done % every == 0 and done < config["steps"]:
@@ -225,8 +225,9 @@ def loop(run: Run, state: State, start: int, journal: Journal, stop: Stop) -> St
             journal.log(done, measured)
         last = done == config["steps"]
         if leave or last or done % config["checkpoint"]["every"] == 0 or measured:
-            if last:
+            if done % config["log_every"] == 0 or last:
                 journal.log(done, parallel.host(metrics) | pace.measure(done))
+                waiting = None
             save(run, done, state, measured)
         if leave:
             break
@@ -240,7 +241,6 @@ class Pace:
         """Note the size of a batch."""
         self.batch = batch
         self.seen: tuple[int, float] | None = None
-        self.total = [0, 0.0]
 
     def measure(self, step: int) -> dict[str, float]:
         """Give the rate since the last call; {} at the first."""
@@ -288,6 +288,7 @@ def finish(run: Run, state: State, journal: Journal) -> dict[str, float]:
         "params_sha256": checkpoint.fingerprint(parallel.host(state.params)),
     }
     if not parallel.is_main():
+        parallel.barrier("evaluated")
         return about
     journal.say("evaluating")
     model = evaluate.make_model(run.system, run.config, held)
@@ -296,4 +297,5 @@ def finish(run: Run, state: State, journal: Journal) -> dict[str, float]:
     evaluate.write(
         journal.folder, plain(run.config), scored._replace(metrics=metrics), journal.history
     )
+    parallel.barrier("evaluated")
     return metrics
