@@ -48,7 +48,6 @@ def init_state(
     variables = jax.jit(dual.init)(towers, Batch(**jax.tree.map(lambda x: x[:2], dict(batch))))
     own, memory = system.method.init(jax.random.fold_in(key, 1), dual.dim, system.hyper)
     params = {"encoders": variables["params"], "method": own}
-    params, memory = jax.tree.map(strong, (params, memory))
     tx = tx_of(params)
     state = State(
         step=jnp.zeros((), jnp.int32), key=jax.random.key_data(jax.random.fold_in(key, 2)),
@@ -56,16 +55,6 @@ def init_state(
         memory=memory, average=jax.tree.map(jnp.copy, params) if average else {},
     )  # fmt: skip
     return state, tx
-
-
-def strong(x: Array) -> Array:
-    """Fix the type of an array of any shape: one made from a Python number is weakly typed, and
-    would make the second step compile again.
-
-    >>> strong(jnp.log(2.0)).weak_type
-    False
-    """
-    return lax.convert_element_type(x, x.dtype)
 
 
 def make_step(
@@ -104,7 +93,7 @@ def make_step(
         average = state.average
         if average:
             average = optax.incremental_update(params, average, 1 - decay)
-        metrics = {"loss": value, "gradient_norm": optax.global_norm(grads), **metrics}
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(grads), **metrics}
         state = State(state.step + 1, state.key, params, stats, optimiser, memory, average)
         return state, parallel.mean(metrics, axis)
 
