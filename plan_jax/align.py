@@ -1,7 +1,7 @@
 """Alignment algebra shared by the methods: one equation a function, written for masks and devices.
 
 `axis` names the mapped device axis (None: one device). Methods may import this file and `types`
-only, so the two collectives that a contrastive loss needs, `gather` and `average`, live here;
+only, so the one collective that a contrastive loss needs, `gather`, lives here;
 which devices there are is the business of `parallel.py` alone.
 """
 
@@ -30,11 +30,6 @@ def gather(tree: PyTree, axis: str | None) -> PyTree:
     if axis is None:
         return tree
     return jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), tree)
-
-
-def average(tree: PyTree, axis: str | None) -> PyTree:
-    """Average every leaf over all devices."""
-    return tree if axis is None else lax.pmean(tree, axis)
 
 
 def masked_mean(
