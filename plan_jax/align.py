@@ -32,6 +32,15 @@ def gather(tree: PyTree, axis: str | None) -> PyTree:
     return jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), tree)
 
 
+def numbers(here: int, axis: str | None) -> Int[Array, " b"]:
+    """Number this device's `here` items among those of all devices, in the order of `gather`.
+
+    >>> numbers(3, None).tolist()
+    [0, 1, 2]
+    """
+    return jnp.arange(here) + (0 if axis is None else lax.axis_index(axis) * here)
+
+
 def masked_mean(
     x: Float[Array, "*N"], mask: Float[Array, "*#N"] | Bool[Array, "*#N"], axis: int | None = None
 ) -> Float[Array, "*M"]:
@@ -95,20 +104,29 @@ def info_nce(logits: Float[Array, "I T"]) -> tuple[Float[Array, ""], Float[Array
     return cross_entropy(logits, target).mean(), cross_entropy(logits.T, target).mean()
 
 
+def scale(log_scale: Float[Array, ""], most: float = 50.0) -> Float[Array, ""]:
+    """Give the learned factor on cosines, 1 / temperature: at most `most`.
+
+    *Radford et al., arXiv 2103.00020, section 2.5*, with a bound of our own.
+    """
+    return jnp.exp(jnp.minimum(log_scale, jnp.log(most)))
+
+
 def cosines(x: Float[Array, "I D"], y: Float[Array, "T D"]) -> Float[Array, "I T"]:
     """Cosine of every x with every y, in [-1, 1]."""
     return unit(x) @ unit(y).T
 
 
-def all_pairs(
-    score: Callable[[PyTree, PyTree], PyTree], images: PyTree, texts: PyTree, tile: int = 4
-) -> PyTree:
-    """Score every image with every text, `tile` texts at a time: leaves [I T ...].
+def tiled(function: Callable[[PyTree], PyTree], items: PyTree, tile: int) -> PyTree:
+    """Apply a function of several items to `tile` of them at a time: [B ...] to [B ...].
 
-    `score(image, text)` is written for one pair. What it makes in between is computed again in the
-    backward pass (`jax.checkpoint`), so memory holds I x tile pairs and never I x T of them.
+    What it makes in between is computed again in the backward pass (`jax.checkpoint`), so memory
+    holds that of one tile. The last tile is filled up with copies of the first item.
+
+    >>> tiled(lambda x: 2 * x, jnp.arange(3.0), 2).tolist()
+    [0.0, 2.0, 4.0]
     """
-    count = jax.tree.leaves(texts)[0].shape[0]
+    count = jax.tree.leaves(items)[0].shape[0]
     tile = min(tile, count)
     pad = -count % tile
 
@@ -116,18 +134,23 @@ def all_pairs(
         x = jnp.concatenate([x, jnp.repeat(x[:1], pad, 0)]) if pad else x
         return x.reshape(-1, tile, *x.shape[1:])
 
-    @jax.checkpoint
+    blocks = lax.map(jax.checkpoint(function), jax.tree.map(split, items))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], blocks)
+
+
+def all_pairs(
+    score: Callable[[PyTree, PyTree], PyTree], images: PyTree, texts: PyTree, tile: int = 4
+) -> PyTree:
+    """Score every image with every text, `tile` texts at a time: leaves [I T ...].
+
+    `score(image, text)` is written for one pair; memory holds I x tile pairs and never I x T.
+    """
+
     def block(part: PyTree) -> PyTree:
-        by_text = jax.vmap(score, (None, 0))
-        return jax.vmap(by_text, (0, None))(images, part)
+        by_image = jax.vmap(score, (0, None))
+        return jax.vmap(by_image, (None, 0))(images, part)
 
-    blocks = lax.map(block, jax.tree.map(split, texts))
-
-    def join(x: Array) -> Array:
-        x = jnp.moveaxis(x, 0, 1)  # [I blocks tile ...]
-        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :count]
-
-    return jax.tree.map(join, blocks)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tiled(block, texts, tile))
 
 
 def near_pairs(
@@ -137,25 +160,18 @@ def near_pairs(
     """Score each image with its own text and the texts before it: leaves [b candidates ...].
 
     Image i is number first + i of the batch; entry r is its score with text (first + i - r) mod T,
-    so entry 0 is its own. Linear in the batch where `all_pairs` is quadratic, `tile` images at a
-    time and computed again in the backward pass.
+    so entry 0 is its own. Linear in the batch where `all_pairs` is quadratic.
     """
     count = jax.tree.leaves(texts)[0].shape[0]
     size = jax.tree.leaves(images)[0].shape[0]
-    tile = next(n for n in range(min(tile, size), 0, -1) if size % n == 0)
     number = first + jnp.arange(size)[:, None] - jnp.arange(candidates)[None, :]
 
-    @jax.checkpoint
     def block(part: tuple[PyTree, Array]) -> PyTree:
         some, which = part
         theirs = jax.tree.map(lambda x: x[which], texts)
         return jax.vmap(jax.vmap(score, (None, 0)))(some, theirs)
 
-    def split(x: Array) -> Array:
-        return x.reshape(-1, tile, *x.shape[1:])
-
-    blocks = lax.map(block, (jax.tree.map(split, images), split(number % count)))
-    return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), blocks)
+    return tiled(block, (images, number % count), tile)
 
 
 def enlarge(
@@ -175,23 +191,31 @@ def draw(weight: Float[Array, "B W"], key: PRNGKeyArray, count: int) -> Int[Arra
     return lax.top_k(jnp.where(weight > 0, noisy, NEG), count)[1]
 
 
-def contrast(
-    match: Float[Array, "T C K"], allowed: Bool[Array, "T C K"], own: Int[Array, " T"],
-    to_image: Int[Array, "I C"], weight: Float[Array, "T K"], tau: float,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:  # fmt: skip
-    """Contrast texts, and each of their words, over C candidate images: (texts, words).
+def by_text(near: PyTree) -> PyTree:
+    """Turn what `near_pairs` gave for all images into [T candidates ...]: entry r is image j + r.
 
-    A text's score is the weighted mean of its words' matches / tau; texts are contrasted both ways
-    (the sum of two means), a word over those of its candidates that are allowed.
-
-    `own` is the place of a text's own image among its candidates; entry [i, c] of `to_image` the
-    flat place in [T C] of the c-th text that image i is a candidate of, its own at `own[i]`.
+    >>> by_text(jnp.array([[0, 2], [1, 0], [2, 1]])).tolist()  # entry [i, r] was text i - r
+    [[0, 0], [1, 1], [2, 2]]
     """
-    share = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
-    text = jnp.sum(match * share[:, None], -1) / tau
-    by_text = cross_entropy(text, own)
-    by_image = cross_entropy(text.ravel()[to_image], own)
-    logits = jnp.moveaxis(match, 1, 2) / tau
-    target = jnp.broadcast_to(own[:, None], logits.shape[:2])
-    by_word = cross_entropy(logits, target, jnp.moveaxis(allowed, 1, 2))
-    return by_text.mean() + by_image.mean(), jnp.sum(by_word * share, -1).mean()
+    size, count = jax.tree.leaves(near)[0].shape[:2]
+    place, back = jnp.arange(size)[:, None], jnp.arange(count)[None, :]
+    return jax.tree.map(lambda x: x[(place + back) % size, back], near)
+
+
+def contrast_near(
+    logits: Float[Array, "T C K N"], allowed: Bool[Array, "T C K"], part: Float[Array, "T K"]
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Contrast texts, and each of their words, over C candidate images: (texts, words), N rounds.
+
+    Candidate r of text j is image j + r (modulo T), so its own is the first. A text's score is the
+    sum of its words' logits with weights `part`; texts are contrasted both ways (the sum of two
+    means), a word over those of its candidates that are allowed.
+    """
+    size, count = logits.shape[:2]
+    text = jnp.einsum("tckn,tk->ntc", logits, part)
+    place, back = jnp.arange(size)[:, None], jnp.arange(count)[None, :]
+    image = text[:, (place - back) % size, back]  # image i is candidate r of text i - r
+    first = jnp.zeros(text.shape[:2], jnp.int32)
+    texts = cross_entropy(text, first).mean(1) + cross_entropy(image, first).mean(1)
+    total = masked_lse(logits, allowed[..., None], 1)
+    return texts, jnp.einsum("tkn,tk->n", total - logits[:, 0], part) / size

@@ -226,6 +226,10 @@ def _fields(prefix: str, source: type, skip: tuple[str, ...] = ()) -> dict[str, 
     for field in dataclasses.fields(source):
         if field.name not in skip:
             origin = typing.get_origin(field.type) or field.type
+            if origin is typing.Literal:
+                choices = typing.get_args(field.type)
+                found[f"{prefix}.{field.name}"] = Field(str, choices=choices)
+                continue
             kind = {Any: object, types.UnionType: field.type, **plain}.get(origin, origin)
             found[f"{prefix}.{field.name}"] = Field(kind)
     return found

@@ -84,15 +84,16 @@ def make_model(system: System, config: Mapping[str, Any], variables: Mapping[str
     draw = jax.jit(method.heatmap, static_argnums=4)
 
     def see(images: np.ndarray) -> Features:
-        return chunked(lambda *a: see_some(towers, *a), (images,), batch)
+        return chunked(lambda *a: see_some(towers, *a).replace(raw=None), (images,), batch)
 
     def read(texts: list[str]) -> Features:
         rows = encode_many(tokenizer, texts, length=data["length"], words=data["words"])
         names = ("tokens", "word_index", "word_id", "sentence")
-        return chunked(lambda *a: read_some(towers, *a), tuple(rows[n] for n in names), batch)
+        arrays = tuple(rows[n] for n in names)
+        return chunked(lambda *a: read_some(towers, *a).replace(raw=None), arrays, batch)
 
     def similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
-        def columns(*leaves: np.ndarray) -> dict[str, np.ndarray]:
+        def columns(*leaves: np.ndarray) -> dict[str, jax.Array]:
             some = jax.tree.unflatten(jax.tree.structure(texts), leaves)
             return {k: v.T for k, v in compare(own, memory, images, some, hyper).items()}
 

@@ -7,7 +7,7 @@ memory. The metrics of step n - 1 are fetched while step n runs.
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +17,14 @@ import numpy as np
 import optax
 from flax import struct
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from plan_jax import checkpoint, evaluate, optim, parallel
 from plan_jax.data import loader
+from plan_jax.data.records import Dataset
+from plan_jax.data.text import encode_many
 from plan_jax.journal import Journal
-from plan_jax.types import Batch, Memory, Metrics, Params
+from plan_jax.types import Batch, Memory, Metrics, Params, Setting
 
 
 @struct.dataclass
@@ -39,14 +41,19 @@ class State:
 
 
 def init_state(
-    system: evaluate.System, batch: Mapping[str, Any], tx_of: Callable, seed: int, average: bool
-) -> tuple[State, optax.GradientTransformation]:
+    system: evaluate.System, batch: Mapping[str, Any], tx_of: Callable, seed: int, average: bool,
+    findings: Sequence[str] = (),
+) -> tuple[State, optax.GradientTransformation]:  # fmt: skip
     """Make the first state from a seed, and the optimiser that `tx_of(params)` gives for it."""
     key = jax.random.key(seed)
     towers = jax.random.fold_in(key, 0)
     dual = system.dual.clone(axis=None)
-    variables = jax.jit(dual.init)(towers, Batch(**jax.tree.map(lambda x: x[:2], dict(batch))))
-    own, memory = system.method.init(jax.random.fold_in(key, 1), dual.dim, system.hyper)
+    batch = Batch(**jax.tree.map(lambda x: x[:2], dict(batch)))
+    variables = jax.jit(dual.init)(towers, batch)
+    images, _ = jax.eval_shape(dual.apply, variables, batch)
+    tags = read_tags(system, variables, findings) if "labels" in system.method.NEEDS else None
+    setting = Setting(dual.dim, images.raw.shape[-1], tags)
+    own, memory = system.method.init(jax.random.fold_in(key, 1), setting, system.hyper)
     params = {"encoders": variables["params"], "method": own}
     tx = tx_of(params)
     state = State(
@@ -57,13 +64,25 @@ def init_state(
     return state, tx
 
 
+def read_tags(
+    system: evaluate.System, variables: Any, findings: Sequence[str]
+) -> Float[Array, "F E"]:
+    """Read the names of findings: the mean of each one's words, before the heads."""
+    rows = encode_many(system.tokenizer, findings, 16, 12)
+    texts = [rows[name] for name in ("tokens", "word_index", "word_id", "sentence")]
+    dual = system.dual.clone(axis=None)
+    read = jax.jit(lambda held, *texts: dual.apply(held, *texts, method="read"))
+    found = read(variables, *texts)
+    return jnp.sum(found.raw * found.mask[..., None], 1) / found.mask.sum(1, keepdims=True)
+
+
 def make_step(
     system: evaluate.System, tx: optax.GradientTransformation, decay: float, axis: str | None
-) -> Callable[[State, Mapping[str, Array]], tuple[State, Metrics]]:
+) -> Callable[[State, Mapping[str, Any]], tuple[State, Metrics]]:
     """Make the pure step, written for one device of `axis`; `decay` is that of the average."""
     dual, method, hyper, _ = system
 
-    def step(state: State, batch: Mapping[str, Array]) -> tuple[State, Metrics]:
+    def step(state: State, batch: Mapping[str, Any]) -> tuple[State, Metrics]:
         batch = Batch(**batch)
         key = parallel.step_key(jax.random.wrap_key_data(state.key), state.step)
         drop = parallel.device_key(jax.random.fold_in(key, 0), axis)
@@ -126,11 +145,11 @@ class Stop:
             signal.signal(signal.SIGTERM, self.before)
 
 
-def batches(config: Mapping[str, Any], system: evaluate.System) -> loader.Batches:
-    """Open the training split: this process's share of every batch, shuffled for ever."""
+def batches(config: Mapping[str, Any], system: evaluate.System, dataset: Dataset) -> loader.Batches:
+    """Iterate over this process's share of every batch of a dataset, shuffled, for ever."""
     data, hosts = config["data"], jax.process_count()
     return loader.train_batches(
-        evaluate.open_split(config, "train"), system.tokenizer,
+        dataset, system.tokenizer,
         batch=parallel.split_batch(config["batch"], hosts), size=data["size"], shift=data["shift"],
         length=data["length"], words=data["words"], seed=config["seed"], workers=data["workers"],
         shard=(jax.process_index(), hosts), extra=system.method.NEEDS,
@@ -150,7 +169,8 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
     parallel.split_batch(config["batch"], mesh.size)
     system = evaluate.assemble(config, parallel.AXIS)
     evaluate.open_truth(config, config["eval"]["split"])
-    stream = batches(config, system)
+    dataset = evaluate.open_split(config, "train")
+    stream = batches(config, system, dataset)
     at_start = stream.get_state()
     example = next(stream)
     stream.set_state(at_start)
@@ -158,7 +178,8 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
     def optimiser(params: Params) -> optax.GradientTransformation:
         return optim.make_optimiser(params, steps=config["steps"], **config["optim"])
 
-    state, tx = init_state(system, example, optimiser, config["seed"], config["ema"] > 0)
+    average = config["ema"] > 0
+    state, tx = init_state(system, example, optimiser, config["seed"], average, dataset.findings)
     state = parallel.replicate(state, mesh)
     settings = config["checkpoint"]
     manager = checkpoint.open_manager(
@@ -189,7 +210,7 @@ class Run(NamedTuple):
     config: Mapping[str, Any]
     system: evaluate.System
     mesh: Any
-    step: Callable[[State, Mapping[str, Array]], tuple[State, Metrics]]
+    step: Callable[[State, Mapping[str, Any]], tuple[State, Metrics]]
     stream: Any
     manager: Any
 

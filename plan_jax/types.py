@@ -31,6 +31,9 @@ class Batch:
 
     `word_index` says to which word a piece belongs (-1: none), `word_id` names the word (0:
     padding) and `sentence` the sentence of each word (-1: padding); the data pipeline makes them.
+    `extra` holds what a method names in its NEEDS: `labels` Int8[B F] in {-1, 0, 1} (-1: unknown),
+    `regions` Float[B R 4] (x0, y0, x1, y1 as shares of the image, after it was moved; empty if
+    lost) and `region_words` Bool[B R W], the words of the sentences about each region.
     """
 
     image: UInt8[Array, "B Y X 1"]
@@ -47,7 +50,9 @@ class Features:
 
     For images `local` holds the P pixels of the feature map, row-major over `grid`; for texts the
     W words, with their `word_id` and `sentence`. `mask` is True where a local item is real. `fine`
-    are the Q pixels of a finer map over `fine_grid`, where the tower gives one.
+    are the Q pixels of a finer map over `fine_grid`, where the tower gives one. `raw` are the local
+    items before their head, and `attention` how much the tower's summary attends to each of them
+    (mean over heads, words summed over their pieces; None for a ResNet).
     """
 
     pooled: Float[Array, "B D"]
@@ -56,8 +61,23 @@ class Features:
     word_id: Int[Array, "B N"] | None = None
     sentence: Int[Array, "B N"] | None = None
     fine: Float[Array, "B Q D"] | None = None
+    raw: Float[Array, "B N E"] | None = None
+    attention: Float[Array, "B N"] | None = None
     grid: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
     fine_grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method has to know to make its own parameters.
+
+    `dim` is the shared space's D, `width` the E of an image's `raw` pixels, and `tags` the features
+    of the names of the dataset's F findings in the text tower as it was at the start.
+    """
+
+    dim: int
+    width: int = 0
+    tags: Float[Array, "F E"] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +98,11 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Record:
-    """One study with everything that is known of it; empty where nothing is known."""
+    """One study with everything that is known of it; empty where nothing is known.
+
+    `labels` Int8[F] and the boxes `regions` Float32[R 4] (x0, y0, x1, y1; pixels; zeros if unknown)
+    are in the order of the dataset's `findings` and `region_names`.
+    """
 
     image: np.ndarray
     text: str
@@ -87,6 +111,7 @@ class Record:
     phrases: tuple[Phrase, ...] = ()
     anatomy: Mapping[str, np.ndarray] = field(default_factory=dict)
     triplets: tuple[tuple[str, str, int], ...] = ()
+    regions: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plan_jax.types import Features
+from plan_jax.types import Features, Setting
+
+WIDTH = 10  # of what an encoder gives before its heads
 
 
 def make(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
@@ -24,9 +26,34 @@ def make(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
     images = Features(
         draw(pairs, dim), draw(pairs, pixels, dim), jnp.ones((pairs, pixels), bool), grid=grid,
         fine=draw(pairs, 4 * pixels, dim) if fine else None, fine_grid=large if fine else None,
+        raw=draw(pairs, pixels, WIDTH), attention=jax.nn.softmax(draw(pairs, pixels)),
     )  # fmt: skip
     local = draw(pairs, words, dim) * mask[..., None]
-    return images, Features(draw(pairs, dim), local, jnp.asarray(mask), word_id, sentence)
+    attention = jax.nn.softmax(draw(pairs, words)) * mask
+    raw = draw(pairs, words, WIDTH)
+    return images, Features(
+        draw(pairs, dim), local, jnp.asarray(mask), word_id, sentence, raw=raw, attention=attention
+    )
+
+
+def setting(dim=8):
+    """Make what a method is told at its start: F = 4 tags."""
+    return Setting(dim, WIDTH, jax.random.normal(jax.random.key(9), (4, 12)))
+
+
+def make_extra(texts, regions=3, seed=0):
+    """Make labels, boxes of regions and their words; pair 0 has lost region 0, pair 1 has none."""
+    rng = np.random.default_rng(seed)
+    pairs, words = texts.mask.shape
+    low, size = rng.uniform(0, 0.5, (pairs, regions, 2)), rng.uniform(0.2, 0.5, (pairs, regions, 2))
+    boxes = np.concatenate([low, low + size], -1).astype(np.float32)
+    boxes[0, 0], boxes[1] = 0, 0
+    said = rng.random((pairs, regions, words)) < 0.7
+    return {
+        "labels": jnp.asarray(rng.integers(-1, 2, (pairs, 4)), jnp.int8),
+        "regions": jnp.asarray(boxes),
+        "region_words": jnp.asarray(said) & texts.mask[:, None],
+    }
 
 
 def permute(tree, order):
@@ -39,6 +66,8 @@ def pad(texts, more=3, noise=7.0):
     wide = ((0, 0), (0, more))
     return texts.replace(
         local=jnp.pad(texts.local, (*wide, (0, 0)), constant_values=noise),
+        raw=jnp.pad(texts.raw, (*wide, (0, 0)), constant_values=noise),
+        attention=jnp.pad(texts.attention, wide),
         mask=jnp.pad(texts.mask, wide),
         word_id=jnp.pad(texts.word_id, wide),
         sentence=jnp.pad(texts.sentence, wide, constant_values=-1),

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "": "types evaluate methods tasks",
     "types": "",
     "align": "types",
+    "packing": "align types",
     "metrics": "types",
     "parallel": "types",
     "optim": "types",
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "encoders*": "encoders* types",
     "data*": "data* types",
     "methods": "methods.* types",
-    "methods.*": "align types",
+    "methods.*": "align packing types",
     "tasks": "tasks.* types",
     "tasks.*": "metrics truth optim figures types",
     "evaluate": "tasks* encoders* methods* data* parallel checkpoint journal truth figures report*"
@@ -46,7 +47,7 @@ MAY_IMPORT = {
 # Which files may import these libraries.
 ONLY_IN = {
     "tensorflow": (),
-    "torch": (),
+    "torch": ("tools/benchmark_losses.py",),
     "pickle": (),
     "cloudpickle": (),
     "marshal": (),

@@ -12,6 +12,7 @@ from plan_jax.types import Phrase, Record, UserError
 
 VOCABULARY = "[PAD] [UNK] [CLS] [SEP] . no effusion heart is normal lungs are clear a b c d e f"
 SENTENCES = ("No effusion.", "Heart is normal.", "Lungs are clear.")
+REGIONS = ("left lung", "heart", "right lung")
 COUNT, BATCH = 26, 4
 
 
@@ -30,13 +31,14 @@ def record(i, y=20, x=24):
         ),
         anatomy={"lung": mask, "heart": ~mask},
         triplets=(("left lung", "effusion", 0), ("", "é", 1)),
+        regions=np.asarray([[12, 2, 20, 18], [8, 9, 16, 17], [0, 0, 0, 0]], np.float32),
     )
 
 
 @pytest.fixture(scope="module")
 def dataset():
     source = [schema.serialize(record(i)) for i in range(COUNT)]
-    return records.Dataset(source, ("effusion", "oedema"), ("lung", "heart"))
+    return records.Dataset(source, ("effusion", "oedema"), ("lung", "heart"), REGIONS)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,10 @@ def batches(dataset, tokenizer):
 
 def same(ours, theirs):
     assert ours.keys() == theirs.keys()
-    for name in ours:
+    for name in set(ours) - {"extra"}:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    if "extra" in ours:
+        same(ours["extra"], theirs["extra"])
 
 
 def studies(batch):
@@ -89,6 +93,7 @@ def test_a_record_comes_back_as_it_was(dataset):
         assert theirs.phrases[1].mask is None
         assert list(theirs.anatomy) == ["lung", "heart"]
         np.testing.assert_array_equal(ours.anatomy["heart"], theirs.anatomy["heart"])
+        np.testing.assert_array_equal(ours.regions, theirs.regions)
 
 
 def test_a_record_of_which_nothing_is_known_comes_back():
@@ -96,7 +101,7 @@ def test_a_record_of_which_nothing_is_known_comes_back():
     found = records.Dataset([schema.serialize(bare)], (), ("lung",))[0]
     assert found.image.shape == (3, 5, 1)
     assert (found.phrases, found.anatomy, found.triplets) == ((), {}, ())
-    assert found.labels.shape == (0,)
+    assert (found.labels.shape, found.regions.shape) == ((0,), (0, 4))
 
 
 def test_training_reads_image_text_and_labels_only(dataset):
@@ -119,7 +124,8 @@ def test_a_record_beyond_the_end_is_named(dataset):
 
 def test_a_batch_has_the_fields_of_the_step(batches):
     batch = next(batches())
-    kinds = {name: (value.shape, value.dtype.name) for name, value in batch.items()}
+    extra = batch.pop("extra")
+    kinds = {name: (value.shape, value.dtype.name) for name, value in (batch | extra).items()}
     assert kinds == {
         "image": ((4, 24, 24, 1), "uint8"),
         "tokens": ((4, 16), "int32"),
@@ -128,8 +134,24 @@ def test_a_batch_has_the_fields_of_the_step(batches):
         "sentence": ((4, 10), "int32"),
         "labels": ((4, 2), "int8"),
     }
-    assert "labels" not in next(batches(extra=()))
-    np.testing.assert_array_equal(batch["labels"][:, 0], np.asarray(studies(batch)) % 2)
+    assert next(batches(extra=()))["extra"] == {}
+    np.testing.assert_array_equal(extra["labels"][:, 0], np.asarray(studies(batch)) % 2)
+
+
+def test_regions_follow_the_image_and_their_words_the_sentences(batches, dataset):
+    batch = next(batches(extra=("regions", "region_words"), shift=2))
+    boxes, said = batch["extra"]["regions"] * 24, batch["extra"]["region_words"]
+    given = dataset[0].regions[:2] + np.asarray([0, 2, 0, 2])  # a row of 20 x 24, padded to 24 x 24
+    shifts = boxes[:, :2] - given
+    np.testing.assert_allclose(shifts, shifts.round(), atol=1e-4)
+    assert np.abs(shifts).max() <= 2 and len(np.unique(shifts[:, 0].round(), axis=0)) > 1
+    np.testing.assert_allclose(shifts[:, 0], shifts[:, 1], atol=1e-4)
+    assert (boxes[:, 2, 2] <= boxes[:, 2, 0]).all(), "an unknown region has become a box"
+    vocabulary = VOCABULARY.split()
+    for b in range(BATCH):
+        for word, *marked in zip(batch["word_id"][b], *said[b], strict=True):
+            about = {"heart": {1}, "is": {1}, "normal": {1}}.get(vocabulary[word], {0, 2})
+            assert set(np.flatnonzero(marked)) == (about if word else set())
 
 
 def test_an_epoch_is_a_permutation_without_repeats(batches):
@@ -225,7 +247,7 @@ def test_it_is_an_iterator_of_grain(batches):
         ({"batch": 27}, "batch 27 does not fit a dataset of 26 pairs"),
         ({"batch": 14, "shard": (0, 2)}, "batch 28 does not fit"),
         ({"batch": 0}, "batch 0 does not fit"),
-        ({"extra": ("boxes",)}, "extra .'boxes'. is unknown"),
+        ({"extra": ("boxes",)}, "extra 'boxes' is unknown; the data can add labels, regions"),
         ({"length": 2}, "length 2"),
         ({"seed": -1}, "seed -1"),
     ],

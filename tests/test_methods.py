@@ -12,7 +12,13 @@ from jax.sharding import PartitionSpec
 from plan_jax import parallel
 from plan_jax.methods import METHODS
 
-SMALL = {"plan": {"words": 5, "tile": 2, "candidates": 3}, "gloria": {"tile": 2}}
+SMALL = {
+    "plan": {"words": 5, "tile": 2, "candidates": 3},
+    "gloria": {"tile": 2},
+    "asg": {"layers": 1, "heads": 2, "hidden": 8},
+    "mgca": {"prototypes": 4, "freeze": 0, "tile": 2},
+    "place": {"queries": 3},
+}
 KEY = jax.random.key(0)
 
 
@@ -22,19 +28,20 @@ SIMILARITY, HEATMAP = (
 )
 
 
-def setup(name, **changes):
+def setup(name, dim=8, **changes):
     method = METHODS[name]
     hyper = method.Hyper(**SMALL.get(name, {}) | changes)
-    return method, hyper, *method.init(KEY, 8, hyper)
+    return method, hyper, *method.init(KEY, features.setting(dim), hyper)
 
 
-def value(name, images, texts, axis=None, **changes):
-    method, hyper, params, memory = setup(name, **changes)
+def value(name, images, texts, extra, axis=None, **changes):
+    method, hyper, params, memory = setup(name, images.pooled.shape[-1], **changes)
     return method.loss(
-        params, memory, images, texts, {}, key=KEY, step=jnp.array(0), hyper=hyper, axis=axis
+        params, memory, images, texts, extra, key=KEY, step=jnp.array(9), hyper=hyper, axis=axis
     )
 
 
+LARGE = {"plan": {"words": 12}}  # for the memory of a batch
 each = pytest.mark.parametrize("name", sorted(METHODS))
 
 
@@ -50,11 +57,12 @@ def test_all_have_the_same_names(name):
 def test_loss_is_finite_and_moves_both_towers_and_own_parameters(name):
     method, hyper, params, memory = setup(name)
     images, texts = features.make()
+    extra = features.make_extra(texts)
 
     def objective(parts):
         params, images, texts = parts
         return method.loss(
-            params, memory, images, texts, {}, key=KEY, step=jnp.array(0), hyper=hyper
+            params, memory, images, texts, extra, key=KEY, step=jnp.array(9), hyper=hyper
         )[0]
 
     gradient = jax.jit(jax.value_and_grad(objective, allow_int=True))
@@ -124,19 +132,21 @@ def test_eight_devices_equal_one(name):
     mesh = parallel.mesh(8)
     cut = PartitionSpec(parallel.AXIS)
 
-    def whole(images, texts):
-        return value(name, images, texts)[0]
+    extra = features.make_extra(texts)
 
-    def part(images, texts):
+    def whole(images, texts):
+        return value(name, images, texts, extra)[0]
+
+    def part(images, texts, extra):
         def mine(images, texts):
-            return value(name, images, texts, parallel.AXIS)[0]
+            return value(name, images, texts, extra, parallel.AXIS)[0]
 
         out, grads = jax.value_and_grad(mine, (0, 1), allow_int=True)(images, texts)
         return out[None], jax.tree.map(lambda g: g / 8 if g.dtype == jnp.float32 else g, grads)
 
     want, grads = jax.jit(jax.value_and_grad(whole, (0, 1), allow_int=True))(images, texts)
     spread = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False))
-    got, grads_ = spread(images, texts)
+    got, grads_ = spread(images, texts, extra)
     np.testing.assert_allclose(got, np.full(8, want), rtol=1e-5)
     for side in (0, 1):
         for field in ("pooled", "local"):
@@ -144,20 +154,20 @@ def test_eight_devices_equal_one(name):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gloria", "plan"])
+@each
 def test_memory_of_the_local_loss_is_at_most_linear_in_the_batch(name):
-    """Temporary memory of the compiled loss and its gradient, from B = 16 to 128.
-
-    The table of scores, B x B x K for words, is quadratic as in any contrast: it may add a tenth.
+    """Temporary memory of the compiled loss and its gradient, from B = 16 to 128, on maps as large
+    as the papers' (19 x 19), where the B x B tables of scores no longer count.
     """
     sizes = {}
     for pairs in (16, 128):
-        images, texts = features.make(pairs=pairs, words=24, dim=32, grid=(12, 12))
+        images, texts = features.make(pairs=pairs, words=24, dim=128, grid=(19, 19), fine=False)
 
         def objective(images, texts):
-            return value(name, images, texts, **({"words": 12} if name == "plan" else {}))[0]
+            extra = features.make_extra(texts)
+            return value(name, images, texts, extra, **LARGE.get(name, {}))[0]
 
         gradient = jax.jit(jax.grad(objective, (0, 1), allow_int=True))
         memory = gradient.lower(images, texts).compile().memory_analysis()
         sizes[pairs] = memory.temp_size_in_bytes
-    assert sizes[128] <= 8 * sizes[16] * 1.1, sizes
+    assert sizes[128] <= 8 * sizes[16], sizes

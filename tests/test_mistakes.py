@@ -25,6 +25,11 @@ FILES = {
     "    config.data.builder = {}\n    return config\n",
     "column.py": BEGIN + "    config.data.name = 'pairs'\n"
     "    config.data.builder = {'manifest': 'pairs.csv', 'size': 32}\n    return config\n",
+    "asg.py": BEGIN + "    config.data.name, config.method = 'pairs', 'asg'\n"
+    "    config.data.builder = {'manifest': 'good.csv', 'size': 32}\n"
+    "    config.hyper, config.eval.tasks = {}, ('retrieval',)\n    return config\n",
+    "good.csv": "image,text,split,patient_id\n"
+    + "".join(f"ok.png,No effusion.,{split},{split}\n" for split in ("train", "val", "test")),
     "pairs.csv": "image,report\nx.png,No effusion.\n",
     "text.png": "no picture",
     "file": "",
@@ -56,7 +61,10 @@ TRAIN = {
     "fraction": ("config.steps=2.5", "config.steps is 2.5; it has to be an int"),
     "not a number": ("config.optim.rate=nan", "config.optim.rate is 'nan'; it has to be a number"),
     "range": ("config.optim.rate=-1", "config.optim.rate is -1; use at least 1e-12"),
-    "method": ("config.method=plam", "config.method is 'plam'; use one of convirt, gloria, plan"),
+    "method": ("config.method=plam", "config.method is 'plam'; use one of convirt, gloria, "),
+    "choice": ("config.hyper.negatives=tokens", "negatives is 'tokens'; use one of token, all"),
+    "other choice": ("config.vision.pool=max", "vision.pool is 'max'; use one of mean, mean_max"),
+    "data that is not there": ("--config asg.py", "need labels, which dataset pairs .*columns="),
     "task": ("config.eval.tasks=retrievl", "retrievl.*; use some of grounding, retrieval"),
     "dataset": ("config.data.name=mimic", "config.data.name is 'mimic'; use one of phantom, pairs"),
     "tower": ("config.vision.name=vgg", "config.vision.name is 'vgg'; use one of resnet50"),

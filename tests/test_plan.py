@@ -8,6 +8,7 @@ import pytest
 
 from plan_jax import align
 from plan_jax.methods import plan
+from plan_jax.types import Setting
 
 HYPER = plan.Hyper(words=5, tile=2, candidates=3, rounds=2, eta=0.5)
 RNG = np.random.default_rng(1)
@@ -178,7 +179,7 @@ def test_loss_is_the_literal_loop(pairs):
     images, texts = features.make(pairs=pairs)
     hyper = plan.Hyper(words=4, tile=2, candidates=min(3, pairs), rounds=2, eta=0.5)
     key = jax.random.key(3)
-    params, memory = plan.init(key, 8, hyper)
+    params, memory = plan.init(key, Setting(8), hyper)
     memory = {"gap": jnp.linspace(-1, 1, hyper.table), "seen": jnp.ones(hyper.table)}
     got, _ = plan.loss(params, memory, images, texts, {}, key=key, step=jnp.array(0), hyper=hyper)
     np.testing.assert_allclose(got, slow_loss(images, texts, memory, key, hyper), rtol=1e-3)
@@ -210,7 +211,7 @@ def test_choice_of_words_does_not_look_at_images():
     images, texts = features.make()
     other = images.replace(local=images.local[::-1], pooled=images.pooled[::-1])
     hyper, key = plan.Hyper(words=2, rounds=0), jax.random.key(0)
-    params, memory = plan.init(key, 8, hyper)
+    params, memory = plan.init(key, Setting(8), hyper)
     seen = [
         plan.loss(params, memory, some, texts, {}, key=key, step=jnp.array(0), hyper=hyper)[1][1]
         for some in (images, other)
@@ -223,7 +224,7 @@ def test_ema_reading_mixes_in_the_averaged_model():
     teacher = features.make(seed=5)
     hyper = plan.Hyper(words=4, rounds=0, progress="ema", ramp=10)
     key = jax.random.key(0)
-    params, memory = plan.init(key, 8, hyper)
+    params, memory = plan.init(key, Setting(8), hyper)
 
     def value(step, hyper):
         extra = {"teacher": teacher}

@@ -22,7 +22,7 @@ from configs import testing
 
 def get_config():
     config = testing.get_config()
-    config.method, config.hyper, config.steps = "convirt", {}, 3
+    config.steps = 3
     return config
 """
 PATIENCE = 600  # seconds for anything to happen on a machine that is busy with other tests

@@ -3,6 +3,7 @@
 input   images a second that the loader gives, decoded, shifted and tokenised
 step    ms a step and images a second, `shard_map` against `pmap`, taken in turns
 memory  bytes that a method's loss and its gradient need in between, as the batch grows
+losses  GLoRIA's and MGCA's losses against the originals' way in torch (no --config; needs torch)
 
 A time is worth something only on a quiet machine: what other processes use of the CPUs is read
 before and while measuring; above 5 % nothing is measured, unless `--anyway` is given.
@@ -85,7 +86,8 @@ def measure_input(args: argparse.Namespace, config: Any) -> None:
     """Take batches from the loader alone: what the input could feed at most."""
     from plan_jax import evaluate, train
 
-    stream = iter(train.batches(config, evaluate.assemble(config)))
+    dataset = evaluate.open_split(config, "train")
+    stream = iter(train.batches(config, evaluate.assemble(config), dataset))
     started = time.perf_counter()
     next(stream)
     print(f"first batch after {time.perf_counter() - started:.1f} s; batch {config['batch']}")
@@ -108,10 +110,16 @@ def first_step(config: Any, implementation: str) -> tuple[Any, Any, Any, float]:
 
     mesh = parallel.mesh(config["parallel"]["devices"] or None)
     system = evaluate.assemble(config, parallel.AXIS)
-    batch = next(iter(train.batches(config, system)))
+    dataset = evaluate.open_split(config, "train")
+    batch = next(iter(train.batches(config, system, dataset)))
     settings = {"steps": config["steps"], **config["optim"]}
     state, tx = train.init_state(
-        system, batch, lambda p: optim.make_optimiser(p, **settings), 0, config["ema"] > 0
+        system,
+        batch,
+        lambda p: optim.make_optimiser(p, **settings),
+        0,
+        config["ema"] > 0,
+        dataset.findings,
     )
     pure = train.make_step(system, tx, config["ema"], parallel.AXIS)
     step = parallel.spread(pure, mesh, implementation=implementation)
@@ -165,7 +173,7 @@ def loss_memory(config: Any, batch: int) -> int:
     import jax.numpy as jnp
 
     from plan_jax import evaluate
-    from plan_jax.types import Batch
+    from plan_jax.types import Batch, Setting
 
     system = evaluate.assemble(config)
     data, method, hyper = config["data"], system.method, system.hyper
@@ -178,7 +186,7 @@ def loss_memory(config: Any, batch: int) -> int:
     }  # fmt: skip
     features, _ = jax.eval_shape(system.dual.init_with_output, jax.random.key(0),
                                  Batch(image=image, **whole))  # fmt: skip
-    own, memory = jax.eval_shape(lambda key: method.init(key, system.dual.dim, hyper),
+    own, memory = jax.eval_shape(lambda key: method.init(key, Setting(system.dual.dim), hyper),
                                  jax.random.key(0))  # fmt: skip
 
     def value(learned: Any, fixed: Any, memory: Any, key: Any, step: Any) -> Any:
@@ -207,28 +215,46 @@ def measure_memory(args: argparse.Namespace, config: Any) -> None:
         before = used
 
 
+def measure_losses(args: argparse.Namespace) -> None:
+    """Compare with torch on the CPU, on all of it or in one thread."""
+    import benchmark_losses
+
+    others = Others()
+    benchmark_losses.main(max(args.repeats, 10), 1 if args.one_thread else os.cpu_count() or 1)
+    others.tell()
+
+
 def main() -> None:
     """Read the command line and measure one thing."""
     about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(allow_abbrev=False, **about)
-    parser.add_argument("what", choices=("input", "step", "memory"))
-    parser.add_argument("--config", required=True, help="a file; --config.field=value changes it")
+    parser.add_argument("what", choices=("input", "step", "memory", "losses"))
+    parser.add_argument("--config", help="a file; --config.field=value changes it")
     parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices (0: none)")
     parser.add_argument("--repeats", type=int, default=10, help="readings, at least 10")
     parser.add_argument("--steps", type=int, default=3, help="steps or batches a reading")
+    parser.add_argument("--one-thread", action="store_true", help="losses: one thread, CPU time")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too")
     args, changes = parser.parse_known_args()
     if wrong := [change for change in changes if not change.startswith("--config.")]:
         parser.error(f"{wrong[0]} is not known")
+    if (args.config is None) != (args.what == "losses"):
+        parser.error("input, step and memory need --config FILE, losses takes none")
     if args.devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
+    if args.what == "losses":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if args.one_thread:
+        os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     from plan_jax.types import UserError
 
     measure = {"input": measure_input, "step": measure_step, "memory": measure_memory}
     if args.what != "memory":
         be_alone(args.anyway)
     try:
+        if args.what == "losses":
+            return measure_losses(args)
         measure[args.what](args, read_config(args.config, changes))
     except UserError as error:
         sys.exit(str(error))

@@ -1,6 +1,7 @@
-"""Train the variants of configs/compare.py over several seeds and write one table of the results.
+"""Train variants of configs/compare.py over several seeds; one table, in Markdown and as a page.
 
-    python tools/compare.py --jobs 2 --seeds 3 --variants convirt,gloria,plan_0,plan
+    python tools/compare.py --jobs 2 --seeds 3
+    python tools/compare.py --jobs 2 --seeds 1 --variants plan,plan_2,plan_no_gates
 
 A run that is finished is not run again, so the same command continues after an interruption.
 """
@@ -18,7 +19,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs.compare import STEPS, VARIANTS  # noqa: E402
+from configs.compare import METHODS, STEPS, VARIANTS  # noqa: E402
+from plan_jax.report.elements import document, table, tag  # noqa: E402
 
 COLUMNS = {
     "CNR": "grounding/cnr_signed",
@@ -58,7 +60,7 @@ def train(folder: Path, variant: str, seed: int, data: str, core: int | None) ->
     return "done" if code == 0 else f"failed with {code}, see {folder / 'log.txt'}"
 
 
-def row(name: str, found: list[dict[str, float]], prefix: str = "") -> str:
+def row(name: str, found: list[dict[str, float]], prefix: str = "") -> list[str]:
     """Make one line of the table: mean and standard deviation over seeds."""
     cells = [name, str(len(found)) if not prefix else ""]
     for key in COLUMNS.values():
@@ -75,21 +77,34 @@ def row(name: str, found: list[dict[str, float]], prefix: str = "") -> str:
             cells.append(f"{values[0]:.3g}")
         else:
             cells.append(f"{np.mean(values):.3g} ± {np.std(values, ddof=1):.2g}")
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
-def table(runs: Path, variants: list[str]) -> str:
-    """Gather the metrics of all finished runs into a Markdown table, the null maps below."""
-    lines = ["| variant | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    found: list[dict[str, float]] = []
+def rows_of(runs: Path, variants: list[str]) -> list[list[str]]:
+    """Gather the metrics of all finished runs into rows, the null maps below."""
+    rows, found = [], []
     for variant in variants:
         files = sorted(runs.glob(f"{variant}-*/metrics.json"))
         found = [json.loads(file.read_text()) for file in files] or found
         if files:
-            lines.append(row(VARIANTS[variant], found))
-    if found:
-        lines += [row(name, found[:1], prefix) for name, prefix in NULLS.items()]
-    return "\n".join(lines) + "\n"
+            rows.append(row(VARIANTS[variant], found))
+    return rows + [row(name, found[:1], prefix) for name, prefix in NULLS.items() if found]
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Write the rows as a Markdown table."""
+    head = [["variant", "seeds", *COLUMNS], ["---"] * (len(COLUMNS) + 2)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in head + rows)
+
+
+def page(rows: list[list[str]], runs: Path, variants: list[str]) -> str:
+    """Write the rows as a page, with a link to the page of every run."""
+    cells = [[tag("td", cell, class_="n" if i else "") for i, cell in enumerate(r)] for r in rows]
+    pages = [f"{v}-{s}/report.html" for v in variants for s in range(99)]
+    links = [tag("li", tag("a", at, href=at)) for at in pages if (runs / at).exists()]
+    about = tag("p", f"{STEPS} steps a run; mean ± standard deviation over seeds.")
+    parts = tag("h1", "Methods side by side"), about, table(["variant", "seeds", *COLUMNS], cells)
+    return document("Methods side by side", *parts, tag("ul", *links))
 
 
 def main() -> None:
@@ -99,7 +114,7 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="folder of prepared datasets")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each if > 1")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--variants", default=",".join(METHODS))
     given = parser.parse_args()
     variants = given.variants.split(",")
     cores = list(range(given.jobs))
@@ -116,7 +131,10 @@ def main() -> None:
     jobs = [(seed, variant) for seed in range(given.seeds) for variant in variants]
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(work, jobs))
-    print(f"{STEPS} steps a run\n\n{table(Path(given.runs), variants)}")
+    runs = Path(given.runs)
+    rows = rows_of(runs, variants)
+    (runs / "report.html").write_text(page(rows, runs, variants))
+    print(f"{STEPS} steps a run; as a page: {runs / 'report.html'}\n\n{markdown(rows)}", end="")
 
 
 if __name__ == "__main__":

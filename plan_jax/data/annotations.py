@@ -77,13 +77,8 @@ def read_boxes(value: Any, text: str) -> list[dict[str, Any]]:
     boxes = []
     for item in found:
         item = dict(item) if isinstance(item, Mapping) else {"box": item}
-        box = item.get("box")
-        if isinstance(box, str) or not isinstance(box, Sequence) or len(box) != 4:
-            raise ValueError(f"box {box!r} is not [x0, y0, x1, y1]")
-        if not all(map(_number, box)):
-            raise ValueError(f"box {box!r} is not [x0, y0, x1, y1]")
         phrase, label = str(item.get("phrase") or text), str(item.get("label") or "")
-        boxes.append(item | {"box": tuple(map(float, box)), "phrase": phrase, "label": label})
+        boxes.append(item | {"box": _box(item.get("box")), "phrase": phrase, "label": label})
     return boxes
 
 
@@ -107,6 +102,40 @@ def read_masks(value: Any, phrases: Sequence[str], text: str) -> dict[str, str]:
     return {names[0]: found}
 
 
+def read_regions(value: Any) -> dict[str, tuple[float, ...]]:
+    """Read boxes of anatomical regions: JSON {region: [x0, y0, x1, y1]}, pixels of the image.
+
+    >>> read_regions('{"left lung": [5, 1, 9, 8]}')
+    {'left lung': (5.0, 1.0, 9.0, 8.0)}
+
+    Raises:
+      ValueError: if it is something else.
+    """
+    found = parsed(value)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise ValueError("regions are not {region: [x0, y0, x1, y1]}")
+    return {str(name): _box(box) for name, box in found.items()}
+
+
+def scale_box(
+    box: Sequence[float], shape: tuple[int, int], size: tuple[int, int]
+) -> tuple[float, ...]:
+    """Scale a box from an image of `shape` rows, columns to one of `size`, cut at its border.
+
+    Raises:
+      ValueError: if it lies outside.
+    """
+    scale = (size[1] / shape[1], size[0] / shape[0]) * 2
+    limit = (size[1], size[0]) * 2
+    corners = zip(box, scale, limit, strict=True)
+    scaled = tuple(min(max(at * factor, 0.0), float(most)) for at, factor, most in corners)
+    if scaled[0] >= scaled[2] or scaled[1] >= scaled[3]:
+        raise ValueError(f"box {tuple(box)} lies outside of its {shape[1]} x {shape[0]} image")
+    return scaled
+
+
 def make_phrases(
     boxes: Sequence[Mapping[str, Any]],
     masks: Mapping[str, Any],
@@ -122,15 +151,10 @@ def make_phrases(
     Raises:
       ValueError: if a box lies outside of its image.
     """
-    scale = (size[1] / shape[1], size[0] / shape[0]) * 2
-    limit = (size[1], size[0]) * 2
     placed: dict[str, list[tuple[float, ...]]] = {}
     labels: dict[str, str] = {}
     for item in boxes:
-        corners = zip(item["box"], scale, limit, strict=True)
-        box = tuple(min(max(at * factor, 0.0), float(most)) for at, factor, most in corners)
-        if box[0] >= box[2] or box[1] >= box[3]:
-            raise ValueError(f"box {item['box']} lies outside of its {shape[1]} x {shape[0]} image")
+        box = scale_box(item["box"], shape, size)
         placed.setdefault(item["phrase"], []).append(box)
         labels.setdefault(item["phrase"], item["label"])
     phrases = []
@@ -147,6 +171,13 @@ def make_phrases(
             )
         )
     return phrases
+
+
+def _box(value: Any) -> tuple[float, ...]:
+    listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 4
+    if not listed or not all(map(_number, value)):
+        raise ValueError(f"box {value!r} is not [x0, y0, x1, y1]")
+    return tuple(map(float, value))
 
 
 def _number(value: Any) -> bool:

@@ -6,13 +6,15 @@ from functools import lru_cache
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from plan_jax.data import text, transforms
+from plan_jax.data import reports, text, transforms
 from plan_jax.data.records import Dataset
 from plan_jax.types import Record, UserError
 
 AHEAD = 4  # batches made ahead of the step
+_ALWAYS = ("image", "tokens", "word_index", "word_id", "sentence")
+_COLUMN = {"labels": "labels", "regions": "regions", "region_words": "regions"}  # of a manifest
 
 
 def train_batches(
@@ -32,8 +34,9 @@ def train_batches(
     """Iterate for ever over this process's share of shuffled batches.
 
     Each item is a dict of arrays: image UInt8[B size size 1], tokens and word_index Int32[B L],
-    word_id and sentence Int32[B W], and, of `extra`, labels Int8[B F]. Images are moved by up to
-    `shift` pixels (by default a sixteenth of `size`) and sentences are shuffled.
+    word_id and sentence Int32[B W], and, in `extra`, those of labels Int8[B F], regions
+    Float32[B R 4] and region_words Bool[B R W] that are asked for (see `Batch`). Images are moved
+    by up to `shift` pixels (by default a sixteenth of `size`) and sentences are shuffled.
 
     An epoch is a permutation of its own; what is left of it after whole batches over all processes
     is left out, so that no study comes twice in a batch. Item k of a global batch is that of
@@ -45,7 +48,8 @@ def train_batches(
       shard: index and number of processes.
 
     Raises:
-      UserError: if the batch over all processes is larger than the dataset, or `extra` is unknown.
+      UserError: if the batch over all processes is larger than the dataset, or it lacks something
+        of `extra`.
     """
     total = batch * shard[1]
     _check(dataset, total, length, words, seed, extra)
@@ -66,13 +70,21 @@ def train_batches(
 
 
 def _check(dataset, total: int, length: int, words: int, seed: int, extra: Sequence[str]) -> None:
+    for name in extra:
+        if name not in _COLUMN:
+            known = ", ".join(_COLUMN)
+            raise UserError(f"extra {name!r} is unknown; the data can add {known}")
+        column = _COLUMN[name]
+        if not (dataset.findings if column == "labels" else dataset.region_names):
+            raise UserError(
+                f"batches need {name}, which dataset {dataset.name or 'given'} does not have; name "
+                f"the column that holds them: --config.data.builder.columns=\"{{'{column}': ..}}\""
+            )
     if not 0 < total <= len(dataset):
         raise UserError(
             f"batch {total} does not fit a dataset of {len(dataset)} pairs; "
             f"use 1 to {len(dataset)} over all processes"
         )
-    if set(extra) - {"labels"}:
-        raise UserError(f"extra {sorted(extra)} is unknown; the data can add only labels")
     if length < 3 or words < 1 or seed < 0:
         raise UserError(
             f"length {length}, words {words}, seed {seed} cannot be; use at least 3, 1 and 0"
@@ -99,7 +111,8 @@ class _Steps:
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         items = [self._item(int(step) * self.total + int(at)) for at in self.positions]
-        return {name: np.stack([item[name] for item in items]) for name in items[0]}
+        whole = {name: np.stack([item[name] for item in items]) for name in items[0]}
+        return whole | {"extra": {name: whole.pop(name) for name in self.extra}}
 
     def _item(self, position: int) -> dict[str, np.ndarray]:
         count = len(self.dataset)
@@ -108,11 +121,20 @@ class _Steps:
         rng = np.random.default_rng((self.seed, position))
         row = self.dataset.image_text(study)
         limits = {"length": self.length, "words": self.words}
-        item = text.encode(self.tokenizer, row.text, **limits, rng=rng, row=str(study))
-        item["image"] = transforms.augment(row.image, self.size, rng, self.shift)
-        if "labels" in self.extra:
-            item["labels"] = row.labels
-        return item
+        flags = self._speaks_of if "region_words" in self.extra else None
+        item = text.encode(self.tokenizer, row.text, **limits, rng=rng, row=str(study), flags=flags)
+        item["region_words"] = item.pop("flagged", None)
+        fitted = transforms.fit(row.image, self.size)
+        down, right = transforms.draw(rng, self.shift)
+        boxes = transforms.fit_boxes(row.regions, row.image.shape[:2], self.size)
+        item["image"] = transforms.move(fitted, down, right)
+        item["regions"] = transforms.move_boxes(boxes, down, right, self.size) / self.size
+        item["labels"] = row.labels
+        return {name: item[name] for name in (*_ALWAYS, *self.extra)}
+
+    def _speaks_of(self, sentence: str) -> Bool[np.ndarray, " R"]:
+        named = reports.regions(sentence)
+        return np.asarray([name in named for name in self.dataset.region_names], bool)
 
 
 @lru_cache(maxsize=8)

@@ -75,6 +75,7 @@ def draw(seed: int, index: int, size: int = 96, difficulty: Difficulty = DEFAULT
     rng, findings, text, triplets = report(seed, index, difficulty)
     scene = _scene(rng, new_patient(np.random.default_rng((seed, number))), findings, size)
     masks = [paint(scene, finding) for finding in findings]
+    anatomy = anatomy_masks(scene.chest)
     image = _expose(scene, rng, difficulty.noise)
     kinds = difficulty.findings
     present = {finding.kind for finding in findings}
@@ -86,8 +87,11 @@ def draw(seed: int, index: int, size: int = 96, difficulty: Difficulty = DEFAULT
         f"p{number:07d}",
         labels,
         phrases,
-        anatomy_masks(scene.chest),
+        anatomy,
         triplets,
+        np.asarray(
+            [_box(mask) if mask.any() else (0,) * 4 for mask in anatomy.values()], np.float32
+        ),
     )
 
 

@@ -14,7 +14,9 @@ DATA_DIR = "~/.cache/plan_jax"
 
 
 class Dataset(Sequence):
-    """Studies of one split with random access; `findings` name the labels, `anatomy` the masks.
+    """Studies of one split with random access.
+
+    `findings` name the labels, `anatomy` the masks, `regions` the boxes of regions.
 
     `source` holds serialised examples; a list of `schema.serialize(record)` will do. `dataset[i]`
     decodes a whole `Record`, `image_text(i)` only what training reads; `keep` remembers the latter,
@@ -26,12 +28,16 @@ class Dataset(Sequence):
         source: Sequence[bytes],
         findings: Sequence[str] = (),
         anatomy: Sequence[str] = (),
+        regions: Sequence[str] = (),
         *,
+        name: str = "",
         keep: bool = False,
     ):
         self.source = source
         self.findings = tuple(findings)
         self.anatomy_names = tuple(anatomy)
+        self.region_names = tuple(regions)
+        self.name = name
         self._kept: dict[int, schema.Row] | None = {} if keep else None
 
     def __len__(self) -> int:
@@ -43,7 +49,7 @@ class Dataset(Sequence):
         return schema.deserialize(self.source[i], self.anatomy_names)
 
     def image_text(self, i: int) -> schema.Row:
-        """Decode image, text and labels of study i, and nothing else."""
+        """Decode image, text, labels and regions of study i, and nothing else."""
         if self._kept is not None and i in self._kept:
             return self._kept[i]
         row = schema.deserialize_row(self.source[i])
@@ -82,4 +88,5 @@ def open_dataset(
             f"split {split!r} cannot be read; write {known[0]} or {known[0]}[:50%]"
         ) from None
     metadata = builder.info.metadata
-    return Dataset(source, metadata["findings"], metadata["anatomy"], keep=cache)
+    names = (metadata[kind] for kind in ("findings", "anatomy", "regions"))
+    return Dataset(source, *names, name=name, keep=cache)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Bool, Int8, UInt8
+from jaxtyping import Bool, Float32, Int8, UInt8
 from PIL import Image
 
 from plan_jax.types import Phrase, Record
@@ -20,6 +20,7 @@ class Row(NamedTuple):
     image: UInt8[np.ndarray, "Y X 1"]
     text: str
     labels: Int8[np.ndarray, " F"]
+    regions: Float32[np.ndarray, "R 4"]
 
 
 def feature_dict() -> tfds.features.FeaturesDict:
@@ -37,6 +38,7 @@ def feature_dict() -> tfds.features.FeaturesDict:
             "text": tfds.features.Text(),
             "patient_id": tfds.features.Text(),
             "labels": tfds.features.Tensor(shape=(None,), dtype=np.int8),
+            "regions": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),
             "phrases": tfds.features.Sequence(
                 {
                     "text": tfds.features.Text(),
@@ -78,6 +80,7 @@ def to_example(record: Record) -> dict[str, Any]:
         "text": record.text,
         "patient_id": record.patient_id,
         "labels": np.asarray(record.labels, np.int8),
+        "regions": np.asarray(record.regions, np.float32).reshape(-1, 4),
         "phrases": [
             {"text": p.text, "finding": p.finding, "key": p.key, "bare": p.bare}
             for p in record.phrases
@@ -136,6 +139,7 @@ def from_example(example: dict[str, Any], anatomy: tuple[str, ...] = ()) -> Reco
         text=_string(example["text"]),
         patient_id=_string(example["patient_id"]),
         labels=np.asarray(example["labels"], np.int8),
+        regions=np.asarray(example["regions"], np.float32).reshape(-1, 4),
         phrases=tuple(
             Phrase(
                 text=_string(row["text"]),
@@ -166,9 +170,10 @@ def deserialize(data: bytes, anatomy: tuple[str, ...] = ()) -> Record:
 
 
 def deserialize_row(data: bytes) -> Row:
-    """Decode image, text and labels of a serialised record, and nothing else."""
+    """Decode image, text, labels and regions of a serialised record, and nothing else."""
     found = _brief().deserialize_example_np(data, decoders=_ENCODED)
-    return Row(_image(found["image"]), _string(found["text"]), found["labels"])
+    regions = np.asarray(found["regions"], np.float32).reshape(-1, 4)
+    return Row(_image(found["image"]), _string(found["text"]), found["labels"], regions)
 
 
 @cache

@@ -3,7 +3,7 @@
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32, Shaped
 
 from plan_jax.types import UserError
 
@@ -31,6 +31,7 @@ _NO_END = re.compile(
 class Pieces:
     """One sentence in pieces: `word` is each piece's word within it, -1 for punctuation."""
 
+    text: str
     tokens: Int32[np.ndarray, " n"]
     word: Int32[np.ndarray, " n"]
     word_id: Int32[np.ndarray, " m"]
@@ -73,6 +74,7 @@ class Tokenizer:
                 words.setdefault(word, []).append(token)
         slot = {word: i for i, word in enumerate(words)}
         return Pieces(
+            sentence,
             np.asarray(coded.ids, np.int32),
             np.asarray([slot.get(word, -1) for word in coded.word_ids], np.int32),
             np.asarray([self._word_id(pieces) for pieces in words.values()], np.int32),
@@ -181,7 +183,8 @@ def encode(
     words: int,
     rng: np.random.Generator | None = None,
     row: str = "",
-) -> dict[str, Int32[np.ndarray, " _"]]:
+    flags: Callable[[str], Bool[np.ndarray, " R"]] | None = None,
+) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Encode one text: `tokens` [L], `word_index` [L], `word_id` [W], `sentence` [W].
 
     Tokens are [CLS], pieces, [SEP], then 0. `word_index` is the slot of each piece's word (-1:
@@ -189,6 +192,7 @@ def encode(
     one piece, else a stable hash of its pieces in [size, size + WORD_HASHES), 0 is padding;
     `sentence` counts from 0 in the order taken, -1 is padding. Whole sentences are taken, in order
     or, given `rng`, shuffled, until one does not fit; if that is the first, it is cut.
+    `flags(sentence)` marks what a sentence speaks of; `flagged` Bool[R W] then marks its words.
 
     Raises:
       UserError: if the text has no word; names `row`.
@@ -205,7 +209,11 @@ def encode(
             break
         taken += 1
     chosen = found[:taken] or [_cut(found[0], length - 2, words)]
-    return _laid_out(tokenizer, chosen, length, words)
+    out = _laid_out(tokenizer, chosen, length, words)
+    if flags is not None:
+        marked = np.stack([flags(sentence.text) for sentence in chosen], 1)
+        out["flagged"] = marked[:, out["sentence"]] & (out["sentence"] >= 0)
+    return out
 
 
 def _cut(sentence: Pieces, room: int, words: int) -> Pieces:
@@ -215,7 +223,8 @@ def _cut(sentence: Pieces, room: int, words: int) -> Pieces:
         kept -= 1
     kept = kept or room  # the first word alone is too long
     word = np.where(word[:kept] < words, word[:kept], -1)
-    return Pieces(sentence.tokens[:kept], word, sentence.word_id[: int(word.max(initial=-1)) + 1])
+    ids = sentence.word_id[: int(word.max(initial=-1)) + 1]
+    return Pieces(sentence.text, sentence.tokens[:kept], word, ids)
 
 
 def _laid_out(

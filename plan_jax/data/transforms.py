@@ -66,22 +66,13 @@ def fit_record(record: Record, size: int) -> Record:
     return replace(record, image=fit(record.image, size), phrases=phrases, anatomy=anatomy)
 
 
-def augment(
-    image: UInt8[np.ndarray, "Y X 1"], size: int, rng: np.random.Generator, shift: int
-) -> UInt8[np.ndarray, "size size 1"]:
-    """Fit an image, then move it by up to `shift` pixels each way, repeating its edges.
+def draw(rng: np.random.Generator, shift: int) -> tuple[int, int]:
+    """Draw by how much to move an image in training: rows down, columns right, at most `shift`.
 
     It is never mirrored: left and right are part of what a report says.
     """
-    fitted = fit(image, size)
     if shift == 0:
-        return fitted
-    down, right = draw(rng, shift)
-    return move(fitted, down, right)
-
-
-def draw(rng: np.random.Generator, shift: int) -> tuple[int, int]:
-    """Draw what `augment` moves by: rows down and columns right, in [-shift, shift]."""
+        return 0, 0
     down, right = rng.integers(-shift, shift + 1, 2)
     return int(down), int(right)
 

@@ -117,7 +117,11 @@ class Dual(nn.Module):
             fine_grid, fine = fine.shape[1:3], fine.reshape(fine.shape[0], -1, self.dim)
         local = local.reshape(local.shape[0], -1, self.dim)
         mask = jnp.ones(local.shape[:2], bool)
-        return Features(pooled, local, mask, fine=fine, grid=grid, fine_grid=fine_grid)
+        raw = seen.local.reshape(*local.shape[:2], -1).astype(jnp.float32)
+        return Features(
+            pooled, local, mask, fine=fine, raw=raw, attention=seen.attention, grid=grid,
+            fine_grid=fine_grid,
+        )  # fmt: skip
 
     def read(
         self, tokens: Int[Array, "B L"], word_index: Int[Array, "B L"],
@@ -131,7 +135,11 @@ class Dual(nn.Module):
             local = self.text_global_head(out.words, False)
         else:
             local = self.text_local_head(out.words, train, mask)
-        return Features(pooled, local * mask[..., None], mask, word_id, sentence)
+        attention = out.attention * mask
+        raw = out.words.astype(jnp.float32)
+        return Features(
+            pooled, local * mask[..., None], mask, word_id, sentence, raw=raw, attention=attention
+        )
 
     def __call__(self, batch: Batch, train: bool = False) -> tuple[Features, Features]:
         """Encode both sides of a batch."""

@@ -4,13 +4,15 @@ Source: Devlin et al., arXiv 1810.04805, with Hugging Face's semantics (post-nor
 1e-12, exact GELU, no pooler). Words are sums of their pieces, as in GLoRIA and MGCA.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
+
+from plan_jax.encoders.vision import first_attention
 
 BERTS = {
     "bert_base": {"width": 768, "depth": 12, "heads": 12},
@@ -21,10 +23,15 @@ BERTS = {
 
 
 class ReadOut(NamedTuple):
-    """What the tower reads in B texts: a vector for the whole and one for each word."""
+    """What the tower reads in B texts: a vector for the whole and one for each word.
+
+    `attention` is how much the whole attends to each word: of [CLS] in the last layer, mean over
+    heads and summed over pieces, or, with attention pooling, the weight of the word.
+    """
 
     pooled: Float[Array, "B E"]
     words: Float[Array, "B W E"]
+    attention: Float[Array, "B W"]
 
 
 def attention_mask(
@@ -66,8 +73,8 @@ class TextLayer(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B L E"], mask: Bool[Array, "B 1 L L"], train: bool
-    ) -> Float[Array, "B L E"]:
-        """Apply it."""
+    ) -> tuple[Float[Array, "B L E"], Float[Array, "B L"]]:
+        """Apply it; also give the attention of the first piece, mean over heads."""
         width = x.shape[-1]
         drop = nn.Dropout(self.dropout, deterministic=not train)
 
@@ -75,12 +82,14 @@ class TextLayer(nn.Module):
             y = nn.Dense(width, dtype=self.dtype, name=name)(x)
             return rearrange(y, "b l (h e) -> b l h e", h=self.heads)
 
-        y = jax.nn.dot_product_attention(heads("query"), heads("key"), heads("value"), mask=mask)
+        q, k = heads("query"), heads("key")
+        y = jax.nn.dot_product_attention(q, k, heads("value"), mask=mask)
         y = nn.Dense(width, dtype=self.dtype, name="out")(rearrange(y, "b l h e -> b l (h e)"))
         x = nn.LayerNorm(1e-12, name="norm1")(x + drop(y)).astype(self.dtype)
         y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype, name="fc1")(x), approximate=False)
         y = nn.Dense(width, dtype=self.dtype, name="fc2")(y)
-        return nn.LayerNorm(1e-12, name="norm2")(x + drop(y)).astype(self.dtype)
+        x = nn.LayerNorm(1e-12, name="norm2")(x + drop(y)).astype(self.dtype)
+        return x, first_attention(q, k, mask[:, 0, 0])
 
 
 class Bert(nn.Module):
@@ -97,7 +106,7 @@ class Bert(nn.Module):
     positions: int = 512
     dropout: float = 0.0
     blocked: bool = False
-    pool: str = "cls"
+    pool: Literal["cls", "attention"] = "cls"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -116,13 +125,15 @@ class Bert(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x).astype(self.dtype)
         mask = attention_mask(word_index, sentence, real, self.blocked)
         for n in range(self.depth):
-            x = TextLayer(self.heads, self.dropout, self.dtype, name=f"layer{n}")(x, mask, train)
+            layer = TextLayer(self.heads, self.dropout, self.dtype, name=f"layer{n}")
+            x, attention = layer(x, mask, train)
         words = pieces_to_words(x, word_index, sentence.shape[1])
         if self.pool == "cls":
-            return ReadOut(x[:, 0], words)
+            attention = pieces_to_words(attention[..., None], word_index, sentence.shape[1])
+            return ReadOut(x[:, 0], words, attention[..., 0])
         weight = nn.Dense(1, name="pool")(words)[..., 0]
         weight = jax.nn.softmax(jnp.where(sentence >= 0, weight, -1e9), -1)
-        return ReadOut(jnp.einsum("bwe,bw->be", words, weight), words)
+        return ReadOut(jnp.einsum("bwe,bw->be", words, weight), words, weight)
 
 
 def make_text(name: str, vocab: int, dtype: Any, **changes: Any) -> Bert:

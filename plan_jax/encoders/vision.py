@@ -5,7 +5,7 @@ arXiv 2010.11929 (ViT). A tower maps images Float[B Y X C] to `Seen`: a pooled v
 feature map and, from ResNets, the finer map before it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,14 @@ VITS = {
 class Seen(NamedTuple):
     """What a tower sees in B images: pooled vectors and the pixels of its feature map.
 
-    `fine` is the map one stage earlier: more pixels, a smaller field of view; or None.
+    `fine` is the map one stage earlier: more pixels, a smaller field of view; or None. `attention`
+    is that of ViT's class token to the patches in the last layer, mean over heads; or None.
     """
 
     pooled: Float[Array, "B E"]
     local: Float[Array, "B Y X C"]
     fine: Float[Array, "B V U C"] | None = None
+    attention: Float[Array, "B P"] | None = None
 
 
 def conv2d(
@@ -169,7 +171,7 @@ class ResNet(nn.Module):
     stem_width: int = 64
     local_stage: int = 2
     position: bool = False
-    pool: str = "mean"
+    pool: Literal["mean", "mean_max"] = "mean"
     axis: str | None = None
     dtype: Any = jnp.float32
 
@@ -205,6 +207,16 @@ class ResNet(nn.Module):
         return x
 
 
+def first_attention(
+    q: Float[Array, "B N H C"], k: Float[Array, "B N H C"], mask: Bool[Array, "B N"] | None = None
+) -> Float[Array, "B N"]:
+    """Give the softmax attention of the first token to all that mask leaves, mean over heads."""
+    logits = jnp.einsum("bhc,bnhc->bhn", q[:, 0], k).astype(jnp.float32) / q.shape[-1] ** 0.5
+    if mask is not None:
+        logits = jnp.where(mask[:, None], logits, -1e9)
+    return jax.nn.softmax(logits, -1).mean(1)
+
+
 class Layer(nn.Module):
     """A pre-norm transformer layer of ViT (LayerNorm eps 1e-6, exact GELU)."""
 
@@ -212,8 +224,10 @@ class Layer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N E"]) -> Float[Array, "B N E"]:
-        """Apply it."""
+    def __call__(
+        self, x: Float[Array, "B N E"]
+    ) -> tuple[Float[Array, "B N E"], Float[Array, "B N"]]:
+        """Apply it; also give the attention of the first token, mean over heads."""
         width = x.shape[-1]
         y = nn.LayerNorm(1e-6, name="norm1")(x).astype(self.dtype)
         qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(y)
@@ -222,7 +236,7 @@ class Layer(nn.Module):
         x = x + nn.Dense(width, dtype=self.dtype, name="proj")(y)
         y = nn.LayerNorm(1e-6, name="norm2")(x).astype(self.dtype)
         y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype, name="fc1")(y), approximate=False)
-        return x + nn.Dense(width, dtype=self.dtype, name="fc2")(y)
+        return x + nn.Dense(width, dtype=self.dtype, name="fc2")(y), first_attention(q, k)
 
 
 class ViT(nn.Module):
@@ -247,9 +261,10 @@ class ViT(nn.Module):
         x = jnp.concatenate([jnp.repeat(token, x.shape[0], 0), x], 1)
         x = x + self.param("position", init, (1, x.shape[1], self.width)).astype(x.dtype)
         for n in range(self.depth):
-            x = Layer(self.heads, self.dtype, name=f"layer{n}")(x)
+            x, attention = Layer(self.heads, self.dtype, name=f"layer{n}")(x)
         x = nn.LayerNorm(1e-6, name="norm")(x)
-        return Seen(x[:, 0], rearrange(x[:, 1:], "b (y x) c -> b y x c", y=grid[0]))
+        local = rearrange(x[:, 1:], "b (y x) c -> b y x c", y=grid[0])
+        return Seen(x[:, 0], local, attention=attention[:, 1:])
 
 
 def make_vision(name: str, axis: str | None, dtype: Any, **changes: Any) -> nn.Module:

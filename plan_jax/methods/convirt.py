@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from plan_jax import align
-from plan_jax.types import Features, Memory, Metrics, Params
+from plan_jax.types import Features, Memory, Metrics, Params, Setting
 
 PAPER = "arXiv 2010.00747"
 NEEDS: tuple[str, ...] = ()
@@ -29,7 +29,7 @@ class Hyper:
     image_to_text: float = 0.75
 
 
-def init(key: PRNGKeyArray, dim: int, hyper: Hyper) -> tuple[Params, Memory]:
+def init(key: PRNGKeyArray, setting: Setting, hyper: Hyper) -> tuple[Params, Memory]:
     """Make the method's own parameters and memory: ConVIRT has none."""
     return {}, {}
 

@@ -6,22 +6,22 @@ Established, paper and code: every equation and constant below.
 
 Deviation: retrieval uses the similarity of the loss; the code trains with the sum over words of
 exp(5 cos) and retrieves with the maximum (`retrieve="max"` gives the latter).
-Deviation: scores are computed tile by tile instead of in a loop over captions with the regions
-repeated, and negatives come from all devices.
+Deviation: scores are computed on packed words (`packing.py`, equations 4 to 7) instead of in a loop
+over captions with their words repeated, and negatives come from all devices.
 Deviation: [CLS] is not counted as a word (the code slices its words from it).
 `normalise=True` (ours) takes cosines instead of raw products in the attention: with a shared space
 of 64 and BatchNorm in the heads, raw products saturate both of its softmaxes.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from plan_jax import align
-from plan_jax.types import Features, Memory, Metrics, Params
+from plan_jax import align, packing
+from plan_jax.types import Features, Memory, Metrics, Params, Setting
 
 PAPER = "ICCV 2021, github.com/marshuang80/gloria"
 NEEDS: tuple[str, ...] = ()
@@ -37,49 +37,29 @@ class Hyper:
     weight_local: float = 1.0
     weight_global: float = 1.0
     normalise: bool = False
-    retrieve: str = "sum"  # or "max"
-    tile: int = 4  # texts at a time
+    retrieve: Literal["sum", "max"] = "sum"
+    tile: int = 0  # words at a time, at least a text's; 0: what suits the device
 
 
-def init(key: PRNGKeyArray, dim: int, hyper: Hyper) -> tuple[Params, Memory]:
+def init(key: PRNGKeyArray, setting: Setting, hyper: Hyper) -> tuple[Params, Memory]:
     """Make the method's own parameters and memory: GLoRIA has none beside its heads."""
     return {}, {}
 
 
-def attend(
-    pixels: Float[Array, "P D"], words: Float[Array, "W D"], mask: Bool[Array, "W"], hyper: Hyper
-) -> tuple[Float[Array, "W P"], Float[Array, "W D"]]:
-    """Give each word its attention over the pixels and the region it attends to.
+def local_scores(
+    pixels: Float[Array, "I P D"], words: Float[Array, "T W D"], mask: Bool[Array, "T W"],
+    hyper: Hyper, kind: Literal["sum", "max"] = "sum",
+) -> Float[Array, "I T"]:  # fmt: skip
+    """Score every text on every image: *eq. 4-7:* `log sum_w exp(5 cos(w, region_w))`, or its max.
 
-    *Paper eq. 4-5 as in the code:* softmax over words of `<w, p>`, times 4, softmax over pixels.
+    *As in the code,* a word's region is the mean of the pixels with weights: the softmax over words
+    of `<w, p>`, times 4, softmax over pixels.
     """
     if hyper.normalise:
         pixels, words = align.unit(pixels), align.unit(words)
-    products = words @ pixels.T
-    shares = jax.nn.softmax(jnp.where(mask[:, None], products, align.NEG), 0)
-    attention = jax.nn.softmax(shares * hyper.attention, -1)
-    return attention, attention @ pixels
-
-
-def local_score(
-    pixels: Float[Array, "P D"], words: Float[Array, "W D"], mask: Bool[Array, "W"], hyper: Hyper,
-    kind: str = "sum",
-) -> Float[Array, ""]:  # fmt: skip
-    """Score one text on one image: *eq. 6-7:* `log sum_w exp(5 cos(w, region_w))`, or its max."""
-    _, regions = attend(pixels, words, mask, hyper)
-    match = hyper.words * jnp.sum(align.unit(words) * align.unit(regions), -1)
-    if kind == "max":
-        return jnp.max(jnp.where(mask, match, align.NEG))
-    return align.masked_lse(match, mask)
-
-
-def _local_scores(
-    images: Features, texts: Features, hyper: Hyper, kind: str
-) -> Float[Array, "I T"]:
-    def score(pixels: Array, text: tuple[Array, Array]) -> Array:
-        return local_score(pixels, *text, hyper, kind)
-
-    return align.all_pairs(score, images.local, (texts.local, texts.mask), hyper.tile)
+    slots = hyper.tile or (128 if jax.default_backend() == "cpu" else 2048)
+    form = packing.Form(hyper.attention, hyper.words, kind, slots)
+    return packing.scores(pixels, words, mask, form)
 
 
 def similarity(
@@ -88,7 +68,7 @@ def similarity(
 ) -> dict[str, Float[Array, "I T"]]:  # fmt: skip
     """Compare all images with all texts: `global` cosine, `local` score, `both` their mean."""
     cosines = align.cosines(images.pooled, texts.pooled)
-    local = _local_scores(images, texts, hyper, hyper.retrieve)
+    local = local_scores(images.local, texts.local, texts.mask, hyper, hyper.retrieve)
     return {"global": cosines, "local": local, "both": (cosines + local) / 2}
 
 
@@ -110,7 +90,7 @@ def loss(
     """
     texts = align.gather(texts, axis)
     cosines = align.cosines(align.gather(images.pooled, axis), texts.pooled)
-    local = align.gather(_local_scores(images, texts, hyper, "sum"), axis)
+    local = align.gather(local_scores(images.local, texts.local, texts.mask, hyper), axis)
     total_local = sum(align.info_nce(hyper.scale * local))
     total_global = sum(align.info_nce(hyper.scale * cosines))
     value = hyper.weight_local * total_local + hyper.weight_global * total_global

@@ -27,16 +27,15 @@ Ours, equation by equation (z unit pixels after g, u unit words, n word, p pixel
     are no negatives
 (10) loss               global InfoNCE + sum over rounds t of `omega_t ((8) + (9))`, omega growing
 
-What failed in trials and is therefore not done: word-region contrast with regions of the word's own
-image only (solved without looking), and choosing words by the importance (2) of their own pair
-(gives the pairing away). In round 0 all images of the batch are candidates; in later rounds
-`candidates` of them, since a fine map costs more.
+Failed in trials: word-region contrast with regions of the word's own image only (solved without
+looking); choosing words by the importance (2) of their own pair (gives the pairing away).
+In round 0 all images are candidates, in later ones `candidates`, since a fine map costs more.
 `progress="ema"` is the other reading of "iteration", over training time: S is mixed with that of a
-moving average of the whole model (config.ema), with a share that grows to `share`.
+moving average of the whole model (config.ema), with a share growing to `share`.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from plan_jax import align
-from plan_jax.types import Features, Memory, Metrics, Params
+from plan_jax.types import Features, Memory, Metrics, Params, Setting
 
 PAPER = "arXiv 2502.18047"
 NEEDS: tuple[str, ...] = ()
@@ -55,6 +54,7 @@ class Hyper:
     """All constants; every one is ours, since the paper's are not public."""
 
     rounds: int = 1  # T, of refinement; 0 is one soft attention
+    start: int = 0  # step from which rounds >= 1 count in the loss
     tau: float = 0.1  # temperature of the global contrast at the start; it is learned
     tau_local: float = 0.1
     tau_region: float = 0.1
@@ -70,8 +70,8 @@ class Hyper:
     decay: float = 0.99
     floor: float = 0.25
     table: int = 8192  # slots of the history; word ids are folded into it
-    negatives: str = "token"  # "token": same word, no negative; "all"
-    progress: str = "rounds"  # or "ema"
+    negatives: Literal["token", "all"] = "token"  # "token": the same word is no negative
+    progress: Literal["rounds", "ema"] = "rounds"
     share: float = 0.5  # of the averaged model's S at the end of the ramp
     ramp: int = 1000  # steps of the ramp
     weight_global: float = 2.0
@@ -96,7 +96,13 @@ class Words(NamedTuple):
     past: Float[Array, "K D"] | None = None
 
 
-def init(key: PRNGKeyArray, dim: int, hyper: Hyper) -> tuple[Params, Memory]:
+def sight_of(images: Features) -> Sight:
+    """Take the pixels of images, [B P D] and [B Q D], to unit length."""
+    fine = None if images.fine is None else align.unit(images.fine)
+    return Sight(align.unit(images.local), fine)
+
+
+def init(key: PRNGKeyArray, setting: Setting, hyper: Hyper) -> tuple[Params, Memory]:
     """Make the learned temperature, and an empty history of words: Float[table] each."""
     memory = {"gap": jnp.zeros(hyper.table), "seen": jnp.zeros(hyper.table)}
     return {"log_scale": jnp.log(1 / hyper.tau)}, memory
@@ -158,9 +164,9 @@ def read(
 
 def word_weight(memory: Memory, word_id: Int[Array, "B W"], hyper: Hyper) -> Float[Array, "B W"]:
     """Weigh words by their history: *equation 7*; in [floor, 1], 1/2 if never seen, 0 if masked."""
-    real = word_id > 0
+    real = (word_id > 0).astype(jnp.float32)
     if not hyper.history:
-        return real.astype(jnp.float32)
+        return real
     gap, seen = memory["gap"], memory["seen"] > 0
     mean = align.masked_mean(gap, seen)
     spread = jnp.sqrt(align.masked_mean((gap - mean) ** 2, seen) + 1e-6)
@@ -177,14 +183,8 @@ def remember(
     count = empty.at[slot].add(real)
     mean = empty.at[slot].add(real * gap.ravel()) / jnp.maximum(count, 1)
     moved = hyper.decay * memory["gap"] + (1 - hyper.decay) * mean
-    moved = jnp.where(memory["seen"] > 0, moved, mean)
-    gap = jnp.where(count > 0, moved, memory["gap"])
+    gap = jnp.where(count > 0, jnp.where(memory["seen"] > 0, moved, mean), memory["gap"])
     return lax.stop_gradient({"gap": gap, "seen": memory["seen"] + count})
-
-
-def scale_of(params: Params) -> Float[Array, ""]:
-    """Give the factor on global cosines: 1 / temperature, at most 50."""
-    return jnp.exp(jnp.minimum(params["log_scale"], jnp.log(50.0)))
 
 
 def similarity(
@@ -196,16 +196,15 @@ def similarity(
     `global` is the cosine; `local` the weighted match of all words (*equation 8*, round 0); `both`
     the sum of the two at the temperatures of the loss.
     """
-    weight = word_weight(memory, texts.word_id, hyper)
 
-    def score(pixels: Array, words: Words) -> Array:
-        return read(Sight(pixels), words, (), hyper, 0)[0][0]
+    def score(pixels: Array, text: tuple[Words, Array]) -> Array:
+        return align.masked_mean(read(Sight(pixels), text[0], (), hyper, 0)[0][0], text[1])
 
     words = Words(align.unit(texts.local), texts.word_id)
-    match = align.all_pairs(score, align.unit(images.local), words, hyper.tile)
-    local = align.masked_mean(match, weight, -1)
+    said = words, word_weight(memory, texts.word_id, hyper)
+    local = align.all_pairs(score, align.unit(images.local), said, hyper.tile)
     cosines = align.cosines(images.pooled, texts.pooled)
-    both = scale_of(params) * cosines + local / hyper.tau_local
+    both = align.scale(params["log_scale"]) * cosines + local / hyper.tau_local
     return {"global": cosines, "local": local, "both": both}
 
 
@@ -213,12 +212,10 @@ def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W Q"], Float[Array, "B W"]]:
     """Map each word on its image after all rounds, on the fine grid if there is one; with `a_n`."""
-    fine = None if images.fine is None else align.unit(images.fine)
-    sights = Sight(align.unit(images.local), fine)
     words = Words(align.unit(texts.local), texts.word_id)
     grids = (images.grid, images.fine_grid)
-    _, maps, word = jax.vmap(lambda s, w: read(s, w, grids, hyper, hyper.rounds))(sights, words)
-    return maps, word
+    every = jax.vmap(lambda image, text: read(image, text, grids, hyper, hyper.rounds)[1:])
+    return every(sight_of(images), words)
 
 
 def loss(
@@ -230,25 +227,21 @@ def loss(
     weight = word_weight(memory, every.word_id, hyper)
     chosen = align.draw(weight, key, min(hyper.words, weight.shape[1]))
     weight = jnp.take_along_axis(weight, chosen, 1)
+    part = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
     sights, words, share = prepare(images, every, texts, chosen, extra, step, hyper, axis)
-    size, (own, same, match) = len(weight), first_round(sights, words, share, hyper, axis)
-    allowed = own[..., None] | ~same | (hyper.negatives == "all")
-    place = jnp.arange(size)
-    flat = place[None, :] * size + place[:, None]
-    omega = hyper.gamma ** jnp.arange(hyper.rounds, -1, -1)
-    omega = omega / omega.mean()
-    report, word = align.contrast(match, allowed, place, flat, weight, hyper.tau_local)
+    begun = (jnp.arange(hyper.rounds + 1) == 0) | (step >= hyper.start)
+    omega = begun * hyper.gamma ** jnp.arange(hyper.rounds, -1, -1)
+    omega = omega * begun.sum() / omega.sum()
+    report, word, gap = first_round(sights, words, share, part, hyper, axis)
     metrics = {"loss_report": report, "loss_word": word}
     local = omega[0] * (hyper.weight_report * report + hyper.weight_word * word)
     if hyper.rounds:
-        reports, words_ = later_rounds(sights, words, images, weight, hyper, axis)
+        reports, words_ = later_rounds(sights, words, images, part, hyper, axis)
         metrics |= {"loss_report_last": reports[-1], "loss_word_last": words_[-1]}
         local += omega[1:] @ (hyper.weight_report * reports + hyper.weight_word * words_)
-    others = (allowed & ~own[..., None]).astype(jnp.float32)
-    mine = jnp.take_along_axis(match, place[:, None, None], 1)[:, 0]
-    memory = remember(memory, mine - align.masked_mean(match, others, 1), words.word_id, hyper)
+    memory = remember(memory, gap, words.word_id, hyper)
     cosines = align.cosines(align.gather(images.pooled, axis), every.pooled)
-    total = sum(align.info_nce(scale_of(params) * cosines)) / 2
+    total = sum(align.info_nce(align.scale(params["log_scale"]) * cosines)) / 2
     return hyper.weight_global * total + local, (metrics | {"loss_global": total}, memory)
 
 
@@ -256,12 +249,11 @@ def prepare(
     images: Features, every: Features, texts: Features, chosen: Int[Array, "T K"],
     extra: dict[str, Any], step: Array, hyper: Hyper, axis: str | None,
 ) -> tuple[tuple[Sight, Int[Array, "b W"]], Words, Float[Array, ""]]:  # fmt: skip
-    """Take what the rounds need: this device's images with the words of their reports, and of all
-    texts the chosen words, [T K D]; and the share of the averaged model.
+    """Take this device's images with the words of their reports, of all texts the chosen words
+    [T K D], and the share of the averaged model.
     """
     pick = chosen[..., None]
-    fine = None if images.fine is None else align.unit(images.fine)
-    sight = Sight(align.unit(images.local), fine)
+    sight = sight_of(images)
     local = jnp.take_along_axis(align.unit(every.local), pick, 1)
     words = Words(local, jnp.take_along_axis(every.word_id, chosen, 1))
     share = jnp.zeros(())
@@ -273,48 +265,56 @@ def prepare(
     return (sight, texts.word_id), words, share
 
 
+def has_word(ids: Int[Array, " W"], text: Words) -> Bool[Array, " K"]:
+    """Say which words of a text are among the words `ids` of an image's report."""
+    return (text.word_id[:, None] == ids[None, :]).any(-1)
+
+
 def first_round(
-    sights: tuple[Sight, Int[Array, "b W"]], words: Words, share: Float[Array, ""], hyper: Hyper,
-    axis: str | None,
-) -> tuple[Bool[Array, "T I"], Bool[Array, "T I K"], Float[Array, "T I K"]]:  # fmt: skip
-    """Try every word on every image: whether it is its own, has the same word, and the match."""
+    sights: tuple[Sight, Int[Array, "b W"]], words: Words, share: Float[Array, ""],
+    part: Float[Array, "T K"], hyper: Hyper, axis: str | None,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "T K"]]:  # fmt: skip
+    """Contrast every word over all images: report loss, word loss, and by how much each word fits
+    its own image better than the others. There is no [T I K] anywhere.
+    """
+    number = align.numbers(len(sights[1]), axis)
 
     def score(image: tuple[Sight, Array], text: Words) -> tuple[Array, Array]:
-        sight, ids = image
-        same = (text.word_id[:, None] == ids[None, :]).any(-1)
-        return same, read(sight._replace(fine=None), text, (), hyper, 0, share)[0][0]
+        match = read(image[0]._replace(fine=None), text, (), hyper, 0, share)[0][0]
+        return has_word(image[1], text), match
 
-    same, match = align.gather(align.all_pairs(score, sights, words, hyper.tile), axis)
-    own = jnp.eye(len(match), dtype=bool)
-    return own, jnp.swapaxes(same, 0, 1), jnp.swapaxes(match, 0, 1)
+    def block(some: tuple[Words, Array, Array]) -> tuple[Array, ...]:
+        text, which, part = some
+        same, match = jax.vmap(jax.vmap(score, (0, None)), (None, 0))(sights, text)  # [t b K]
+        own = (which[:, None] == number)[..., None]
+        allowed = own | ~same | (hyper.negatives == "all")
+        total = align.masked_lse(match / hyper.tau_local, allowed, 1)
+        sums = [jnp.sum(match * which, 1) for which in (own, allowed & ~own)]
+        return jnp.einsum("tbk,tk->tb", match, part), total, *sums, jnp.sum(allowed & ~own, 1)
+
+    scores, *parts = align.tiled(block, (words, jnp.arange(len(part)), part), hyper.tile)
+    scores = align.gather(scores.T, axis)
+    total, mine, rest, count = align.gather([x[None] for x in parts], axis)  # [N T K], by device
+    mine, total = mine.sum(0), jax.nn.logsumexp(total, 0)
+    word = jnp.sum((total - mine / hyper.tau_local) * part, -1).mean()
+    gap = mine - rest.sum(0) / jnp.maximum(count.sum(0), 1)
+    return sum(align.info_nce(scores / hyper.tau_local)), word, gap
 
 
 def later_rounds(
     sights: tuple[Sight, Int[Array, "b W"]], words: Words, images: Features,
-    weight: Float[Array, "T K"], hyper: Hyper, axis: str | None,
+    part: Float[Array, "T K"], hyper: Hyper, axis: str | None,
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:  # fmt: skip
     """Contrast rounds 1..T over a few candidates each: report and word loss of each round."""
-    size, here = len(weight), sights[1].shape[0]
-    count = min(hyper.candidates, size)
-    first = 0 if axis is None else lax.axis_index(axis) * here
+    count, first = min(hyper.candidates, len(part)), align.numbers(len(sights[1]), axis)[0]
     grids = (images.grid, images.fine_grid)
 
     def score(image: tuple[Sight, Array], text: Words) -> tuple[Array, Array]:
-        sight, ids = image
-        same = (text.word_id[:, None] == ids[None, :]).any(-1)
-        sight = sight._replace(past=None)
-        return same, read(sight, text._replace(past=None), grids, hyper, hyper.rounds)[0][1:]
+        sight, text = image[0]._replace(past=None), text._replace(past=None)
+        match = read(sight, text, grids, hyper, hyper.rounds)[0][1:]
+        return has_word(image[1], text), match.T
 
     near = align.near_pairs(score, sights, words, candidates=count, first=first, tile=hyper.tile)
-    place, back = jnp.arange(size)[:, None], jnp.arange(count)[None, :]
-    image_of = (place + back) % size  # candidate c of text j is image j + c
-    same, match = align.gather(near, axis)  # by image: entry c is text i - c
-    same, match = same[image_of, back], match[image_of, back]
-    allowed = (back == 0)[..., None] | ~same | (hyper.negatives == "all")
-    flat = (place - back) % size * count + back
-    own = jnp.zeros(size, jnp.int32)
-
-    def one(match: Array) -> tuple[Array, Array]:
-        return align.contrast(match, allowed, own, flat, weight, hyper.tau_local)
-
-    return jax.vmap(one, 2)(match)
+    same, match = align.by_text(align.gather(near, axis))  # candidate 0 of a text is its own image
+    allowed = (jnp.arange(count) == 0)[:, None] | ~same | (hyper.negatives == "all")
+    return align.contrast_near(match / hyper.tau_local, allowed, part)

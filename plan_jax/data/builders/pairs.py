@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from plan_jax.data import annotations, images, manifest, schema
 from plan_jax.types import Record, UserError
 
-ROLES = ("image", "text", "split", "patient_id", "labels", "boxes", "mask")
+ROLES = ("image", "text", "split", "patient_id", "labels", "boxes", "mask", "regions")
 NAMED = 5  # rows named of those that are left out; a file beside the data names all
 CHUNK = 256  # rows read ahead
 
@@ -92,12 +92,13 @@ class _Entry:
     labels: annotations.Labels
     boxes: list[dict[str, Any]]
     masks: dict[str, str]
+    regions: dict[str, tuple[float, ...]]
 
 
 class Pairs(tfds.core.GeneratorBasedBuilder):
     """Builds `schema.feature_dict()` examples from a manifest; see `PairsConfig`."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     builder_config: PairsConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -105,7 +106,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description="Image-text pairs of a user's own manifest.",
             features=schema.feature_dict(),
-            metadata=tfds.core.MetadataDict({"findings": [], "anatomy": []}),
+            metadata=tfds.core.MetadataDict({"findings": [], "anatomy": [], "regions": []}),
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
@@ -121,6 +122,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         named = self._labelled | {b["label"] for e in entries for b in e.boxes if b["label"]}
         self._findings = tuple(config.findings) or tuple(sorted(named))
         self.info.metadata["findings"] = list(self._findings)
+        self._regions = tuple(sorted({name for entry in entries for name in entry.regions}))
+        self.info.metadata["regions"] = list(self._regions)
         splits = {s: [e for e in entries if e.split == s] for s in manifest.SPLITS}
         return {s: self._generate_examples(rows, s) for s, rows in splits.items() if rows}
 
@@ -188,6 +191,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                 labels=annotations.read_labels(cells["labels"]),
                 boxes=boxes,
                 masks=annotations.read_masks(cells["mask"], [b["phrase"] for b in boxes], text),
+                regions=annotations.read_regions(cells["regions"]),
             )
         except ValueError as error:
             self._bad.append(f"{path or f'row {number}'} ({error})")
@@ -225,6 +229,12 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             phrases = annotations.make_phrases(
                 entry.boxes, masks, self._findings, shape, pixels.shape
             )
+            regions = [
+                annotations.scale_box(entry.regions[name], shape, pixels.shape)
+                if name in entry.regions
+                else (0.0,) * 4
+                for name in self._regions
+            ]
         except (OSError, ValueError) as error:
             return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
         rest = {name: entry.labels.rest for name in self._labelled}
@@ -235,6 +245,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             patient_id=entry.patient,
             labels=np.asarray([labels.get(name, -1) for name in self._findings], np.int8),
             phrases=tuple(phrases),
+            regions=np.asarray(regions, np.float32).reshape(-1, 4),
         )
 
     def _bad_named(self) -> str:

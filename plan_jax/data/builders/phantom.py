@@ -59,12 +59,14 @@ class PhantomConfig(tfds.core.BuilderConfig):
 class Phantom(tfds.core.GeneratorBasedBuilder):
     """Procedural frontal chest radiographs with reports, masks, boxes and triplets."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Boxes of regions."}
     BUILDER_CONFIGS = [PhantomConfig(name="default")]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        names = {"findings": list(self.builder_config.findings), "anatomy": list(phantom.ANATOMY)}
+        anatomy = list(phantom.ANATOMY)
+        findings = list(self.builder_config.findings)
+        names = {"findings": findings, "anatomy": anatomy, "regions": anatomy}
         return tfds.core.DatasetInfo(
             builder=self,
             description="Procedural frontal chest radiographs with reports and full truth.",

@@ -1,0 +1,26 @@
+"""ASG, as its code trains it on MIMIC-CXR; with `:phantom`, on a laptop.
+
+python -m plan_jax.main --config configs/asg.py:phantom
+python -m plan_jax.main --config configs/asg.py --config.data.builder.manifest=DIR/manifest.csv
+
+The manifest needs the columns `labels` and `regions` (JSON, {region: [x0, y0, x1, y1]}, pixels).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(size: str = "paper") -> ConfigDict:
+    """Return the experiment; the constants are of github.com/ASGMVLP/ASGMVLP_CODE at 088e896."""
+    config = base.sized(size)
+    config.method = "asg"
+    config.fine = False
+    if size == "phantom":
+        config.hyper = ConfigDict({"layers": 2, "hidden": 128})
+    else:
+        config.vision.name = "vit_b16"
+        config.batch = 288  # 72 on each of 4 GPUs
+        config.steps = 37_500
+        config.optim.rate = 4e-5
+    return config

@@ -1,0 +1,16 @@
+"""PLAN, at the size of MGCA (its own settings are not public); with `:phantom`, on a laptop.
+
+python -m plan_jax.main --config configs/plan.py:phantom
+python -m plan_jax.main --config configs/plan.py --config.data.builder.manifest=DIR/manifest.csv
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(size: str = "paper") -> ConfigDict:
+    """Return the experiment; all of it is ours but what `base.paper` takes from MGCA."""
+    config = base.sized(size)
+    config.fine = True
+    return config

@@ -1,0 +1,237 @@
+"""ASG's equations against literal loops, and what a crop does to its regions."""
+
+import features
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plan_jax.data import transforms
+from plan_jax.methods import asg
+
+HYPER = asg.Hyper(layers=1, heads=2, hidden=8, dropout=0.0)
+KEY = jax.random.key(1)
+LOSS = jax.jit(asg.loss, static_argnames="hyper")
+
+
+def unit(x):
+    return x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-12)
+
+
+def softmax(row):
+    return np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+
+
+def slow_roi(image, box, aligned):
+    """RoIAlign of one box (in cells) to one cell, sample by sample, as torchvision does it."""
+    rows, columns, _ = image.shape
+    x0, y0, x1, y1 = box
+    offset = 0.5 if aligned else 0.0
+    width, height = x1 - x0, y1 - y0
+    if not aligned:
+        width, height = max(width, 1.0), max(height, 1.0)
+    across, down = max(int(np.ceil(width)), 1), max(int(np.ceil(height)), 1)
+    total = np.zeros(image.shape[-1])
+    for i in range(down):
+        for j in range(across):
+            y = y0 - offset + (i + 0.5) * height / down
+            x = x0 - offset + (j + 0.5) * width / across
+            if y < -1 or y > rows or x < -1 or x > columns:
+                continue
+            y, x = min(max(y, 0), rows - 1), min(max(x, 0), columns - 1)
+            top, left = int(y), int(x)
+            low, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
+            a, b = y - top, x - left
+            total += (1 - a) * ((1 - b) * image[top, left] + b * image[top, right])
+            total += a * ((1 - b) * image[low, left] + b * image[low, right])
+    return total / (across * down)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_roi_align_is_the_mean_of_bilinear_samples(aligned):
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(5, 7, 3)).astype(np.float32)
+    low = rng.uniform(0, 0.7, (9, 2))
+    boxes = np.concatenate([low, np.minimum(low + rng.uniform(0.01, 0.6, (9, 2)), 1)], -1)
+    boxes[0], boxes[1] = (0, 0, 1, 1), (0.5, 0.5, 0.52, 0.52)
+    got = asg.roi_align(jnp.asarray(image.reshape(35, 3)), jnp.asarray(boxes), (5, 7), aligned)
+    for found, box in zip(got, boxes, strict=True):
+        want = slow_roi(image, box * np.array([7, 5, 7, 5]), aligned)
+        np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+
+
+def test_roi_align_of_a_box_of_whole_cells_is_their_mean():
+    image = jnp.arange(16.0).reshape(16, 1)
+    got = asg.roi_align(image, jnp.array([[0.25, 0.5, 0.75, 1.0]]), (4, 4), True)
+    np.testing.assert_allclose(got, [[(9 + 10 + 13 + 14) / 4]], rtol=1e-6)
+    off = asg.roi_align(image, jnp.array([[0.25, 0.5, 0.75, 1.0]]), (4, 4), False)
+    assert float(off[0, 0]) > float(got[0, 0]), "the code's boxes lie half a cell further on"
+
+
+def slow_regions(images, texts, extra, hyper):
+    total, count = 0.0, 0
+    for b in range(len(texts.mask)):
+        pixels = unit(np.asarray(images.local[b])).reshape(*images.grid, -1)
+        words, rho, sigma = unit(np.asarray(texts.local[b])), [], []
+        for box, said in zip(extra["regions"][b], extra["region_words"][b], strict=True):
+            if box[2] > box[0] and said.any():
+                scale = np.array([images.grid[1], images.grid[0]] * 2)
+                rho.append(slow_roi(pixels, np.asarray(box) * scale, hyper.aligned))
+                sigma.append(words[np.asarray(said)].mean(0))
+        for table in (np.array(rho) @ np.array(sigma).T, np.array(sigma) @ np.array(rho).T):
+            for r in range(len(rho)):
+                total -= np.log(softmax(table[r] / hyper.tau)[r])
+        count += len(rho)
+    return total / max(count, 1)
+
+
+def slow_soft(images, texts, labels, hyper):
+    scores = unit(np.asarray(images.pooled)) @ unit(np.asarray(texts.pooled)).T / hyper.tau
+    size, total, whole = len(scores), 0.0, 0.0
+    tags = [row / max(np.sqrt(row.sum()), 1e-6) for row in (np.asarray(labels) > 0).astype(float)]
+    for table in (scores, scores.T):
+        for i in range(size):
+            soft = np.array([(1 - hyper.soft) * (i == j) + hyper.soft * tags[i] @ tags[j]
+                             + hyper.smooth for j in range(size)])  # fmt: skip
+            soft, p = soft / soft.sum(), softmax(table[i])
+            total += (sum(soft * np.log(soft / p)) + sum(p * np.log(p / soft))) / 2 / size / 2
+            whole -= np.log(p[i]) / size
+    return whole, total
+
+
+@pytest.mark.parametrize("pairs", [2, 6])
+def test_each_term_is_the_literal_loop(pairs):
+    images, texts = features.make(pairs=pairs)
+    extra = features.make_extra(texts)
+    params, memory = asg.init(KEY, features.setting(), HYPER)
+    value, (metrics, _) = LOSS(
+        params, memory, images, texts, extra, key=KEY, step=jnp.array(0), hyper=HYPER
+    )
+    whole, soft = slow_soft(images, texts, extra["labels"], HYPER)
+    np.testing.assert_allclose(metrics["loss_global"], whole, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss_soft"], soft, rtol=1e-3)
+    region = slow_regions(images, texts, extra, HYPER)
+    np.testing.assert_allclose(metrics["loss_region"], region, rtol=1e-4)
+    assert pairs == 2 or region > 0
+    total = whole + region + 5 * metrics["loss_tags"] + soft
+    np.testing.assert_allclose(value, total, rtol=1e-4)
+
+
+def test_tags_are_asked_of_each_image_and_unknown_counts_as_absent():
+    images, texts = features.make(pairs=3)
+    labels = features.make_extra(texts)["labels"].at[0, 0].set(-1)
+    params, memory = asg.init(KEY, features.setting(), HYPER)
+    got = asg.tag_loss(params["decoder"], memory["tags"], images.raw, labels, KEY, HYPER, None)
+    for b in range(3):
+        logits = asg.decoder(HYPER).apply(
+            {"params": params["decoder"]}, memory["tags"], images.raw[b], False
+        )
+        truth, p = np.asarray(labels[b]) > 0, 1 / (1 + np.exp(-np.asarray(logits)))
+        want = -np.mean(np.where(truth, np.log(p), np.log(1 - p)))
+        np.testing.assert_allclose(got[b], want, rtol=1e-4)
+
+
+def test_the_decoder_is_pre_norm_attention_layer_by_layer():
+    tags, pixels = features.setting().tags, jax.random.normal(KEY, (5, 12))
+    params = asg.decoder(HYPER).init(KEY, tags, pixels, False)["params"]
+    assert "project" not in params, "equal widths need no projection"
+    p = jax.tree.map(np.asarray, params)
+
+    def norm(x, name):
+        scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return scaled * p[name]["scale"] + p[name]["bias"]
+
+    def attend(x, y, name):
+        q, k, v = (
+            np.einsum("ne,ehd->nhd", z, p[name][part]["kernel"]) + p[name][part]["bias"]
+            for z, part in ((x, "query"), (y, "key"), (y, "value"))
+        )
+        out = np.zeros_like(q)
+        for head in range(HYPER.heads):
+            for n in range(len(q)):
+                share = softmax(k[:, head] @ q[n, head] / np.sqrt(q.shape[-1]))
+                out[n, head] = share @ v[:, head]
+        return np.einsum("nhd,hde->ne", out, p[name]["out"]["kernel"]) + p[name]["out"]["bias"]
+
+    x = np.asarray(tags)
+    y = norm(x, "norm0_1")
+    x = x + attend(y, y, "self0")
+    x = x + attend(norm(x, "norm0_2"), np.asarray(pixels), "cross0")
+    y = norm(x, "norm0_3") @ p["fc0_1"]["kernel"] + p["fc0_1"]["bias"]
+    x = x + np.maximum(y, 0) @ p["fc0_2"]["kernel"] + p["fc0_2"]["bias"]
+    want = norm(x, "norm") @ p["logit"]["kernel"] + p["logit"]["bias"]
+    got = asg.decoder(HYPER).apply({"params": params}, tags, pixels, False)
+    np.testing.assert_allclose(got, want[:, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_is_drawn_for_the_image_wherever_it_is_computed():
+    images, texts = features.make(pairs=4)
+    hyper = asg.Hyper(layers=1, heads=2, hidden=8, dropout=0.5)
+    params, memory = asg.init(KEY, features.setting(), hyper)
+    labels = features.make_extra(texts)["labels"]
+
+    def losses(key):
+        return asg.tag_loss(params["decoder"], memory["tags"], images.raw, labels, key, hyper, None)
+
+    same = images.raw[:1].repeat(4, 0), labels[:1].repeat(4, 0)
+    each = asg.tag_loss(params["decoder"], memory["tags"], *same, KEY, hyper, None)
+    assert len(set(np.asarray(each).round(6).tolist())) > 1, "all images drop the same"
+    assert not np.allclose(losses(KEY), losses(jax.random.key(2)))
+
+
+def test_soft_targets_sum_to_one_and_follow_the_tags():
+    labels = jnp.array([[1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, -1]], jnp.int8)
+    target = asg.soft_targets(labels, asg.Hyper())
+    np.testing.assert_allclose(target.sum(-1), 1, rtol=1e-6)
+    assert target[0, 1] > 1000 * target[0, 2]
+    np.testing.assert_allclose(target[0, :2], [1 / 1.2, 0.2 / 1.2], rtol=1e-4)
+    np.testing.assert_allclose(target[3, 3], 1, rtol=1e-4)  # no tag is like no other
+
+
+def test_a_lost_region_and_one_without_words_do_not_count():
+    images, texts = features.make(pairs=3)
+    extra = features.make_extra(texts)
+    params, memory = asg.init(KEY, features.setting(), HYPER)
+
+    def region(extra):
+        rest = {"key": KEY, "step": jnp.array(0), "hyper": HYPER}
+        return LOSS(params, memory, images, texts, extra, **rest)[1][0]["loss_region"]
+
+    more = {
+        "labels": extra["labels"],
+        "regions": jnp.pad(extra["regions"], ((0, 0), (0, 1), (0, 0)), constant_values=0.3),
+        "region_words": jnp.pad(extra["region_words"], ((0, 0), (0, 1), (0, 0))),
+    }
+    np.testing.assert_allclose(region(more), region(extra), rtol=1e-5)
+    more["region_words"] = more["region_words"].at[:, -1, 0].set(True)  # words, but no box
+    np.testing.assert_allclose(region(more), region(extra), rtol=1e-5)
+
+
+def test_images_without_any_region_give_zero_and_no_nan():
+    images, texts = features.make(pairs=3)
+    extra = features.make_extra(texts)
+    extra["regions"] = jnp.zeros_like(extra["regions"])
+    params, memory = asg.init(KEY, features.setting(), HYPER)
+
+    def value(images):
+        rest = {"key": KEY, "step": jnp.array(0), "hyper": HYPER}
+        return asg.loss(params, memory, images, texts, extra, **rest)
+
+    grads, (metrics, _) = jax.jit(jax.grad(value, has_aux=True, allow_int=True))(images)
+    assert metrics["loss_region"] == 0
+    assert np.isfinite(grads.local).all() and (np.asarray(grads.local) == 0).all()
+
+
+def test_a_moved_image_moves_its_regions():
+    """The region of a crop holds what it held before; one that left the image is lost."""
+    image = np.zeros((16, 16, 1), np.uint8)
+    image[4:8, 8:12] = 200
+    box = np.array([[8, 4, 12, 8], [0, 12, 3, 16]], np.float32)
+    for down, right in ((0, 0), (4, -4), (-4, 4)):
+        moved = transforms.move(image, down, right)
+        shares = transforms.move_boxes(box, down, right, 16) / 16
+        pixels = jnp.asarray(moved.reshape(256, 1), jnp.float32)
+        region = asg.roi_align(pixels, jnp.asarray(shares), (16, 16), True)
+        np.testing.assert_allclose(region[0], 200)
+        lost = shares[1, 2] <= shares[1, 0] or shares[1, 3] <= shares[1, 1]
+        assert lost == ((down, right) == (4, -4))

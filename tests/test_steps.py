@@ -1,0 +1,99 @@
+"""Whole steps of every method, towers and BatchNorm included, on sixteen phantoms."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+from configs import testing
+from plan_jax import evaluate, optim, parallel, train
+from plan_jax.data import loader, phantom, records, schema
+from plan_jax.methods import METHODS
+from plan_jax.types import Batch
+
+PAIRS, STEPS = 16, 160
+HYPER = {
+    "plan": {"words": 4, "tile": 4},
+    "mgca": {"prototypes": 8, "freeze": 0},
+    "asg": {"layers": 1, "heads": 2, "hidden": 8, "dropout": 0.0},
+    "place": {"queries": 4},
+}
+OPTIMISER = {
+    "rate": 1e-2, "warmup": 0.1, "end": 0.1, "weight_decay": 0.0, "b1": 0.9, "b2": 0.98,
+    "clip": 1.0, "accumulate": 1, "freeze": (),
+}  # fmt: skip
+
+
+@cache
+def dataset():
+    """The first sixteen phantoms whose reports differ."""
+    drawn = {(record := phantom.draw(0, i, 32)).text: record for i in range(PAIRS + 8)}
+    source = [schema.serialize(record) for record in list(drawn.values())[:PAIRS]]
+    assert len(source) == PAIRS
+    return records.Dataset(source, phantom.FINDINGS, phantom.ANATOMY, phantom.ANATOMY, keep=True)
+
+
+def prepared(name, devices):
+    """The state, the step, the batch and what they are made of."""
+    config = testing.get_config().to_dict() | {"method": name, "hyper": HYPER.get(name, {})}
+    config["data"] |= {"length": 64, "words": 48}
+    if name == "convirt":
+        config["heads"] |= {"image_local": "shared", "text_local": "shared"}
+        config["vision"] |= {"pool": "mean"}
+    config["fine"] = name == "plan"
+    mesh, system = parallel.mesh(devices), evaluate.assemble(config, parallel.AXIS)
+    stream = loader.train_batches(
+        dataset(), system.tokenizer, batch=PAIRS, size=32, length=64, words=48, seed=0, shift=0,
+        extra=METHODS[name].NEEDS,
+    )  # fmt: skip
+    batch = next(stream)
+    stream.close()
+
+    def tx_of(params):
+        return optim.make_optimiser(params, steps=STEPS, **OPTIMISER)
+
+    state, tx = train.init_state(system, batch, tx_of, 0, False, dataset().findings)
+    step = parallel.spread(train.make_step(system, tx, 0.0, parallel.AXIS), mesh)
+    return parallel.replicate(state, mesh), step, parallel.shard(batch, mesh), system
+
+
+def gradients(state):
+    """Adam's first moments after the first step: a tenth of the clipped gradients."""
+    found = jax.tree_util.tree_flatten_with_path(state.optimiser)[0]
+    return [leaf for path, leaf in found if "mu" in str(path)]
+
+
+def recognise(system, held, batch):
+    """Scores of the batch in evaluation, with the statistics of BatchNorm from training."""
+
+    @jax.jit
+    def table(held, batch):
+        params = held["params"]
+        towers = {"params": params["encoders"], "batch_stats": held["batch_stats"]}
+        images, texts = system.dual.apply(towers, Batch(**batch))
+        compare, own = system.method.similarity, (params["method"], held["memory"])
+        return compare(*own, images, texts, system.hyper)["global"]
+
+    scores = np.asarray(table(held, batch))
+    return scores, scores.T
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_eight_devices_step_like_one_and_sixteen_pairs_are_learned_by_heart(name):
+    first = {}
+    for devices in (8, 1):
+        state, step, batch, system = prepared(name, devices)
+        state, seen = step(state, batch)
+        first[devices] = parallel.host((state, seen))
+    (one, seen_one), (eight, seen_eight) = first[1], first[8]
+    np.testing.assert_allclose(seen_eight["loss"], seen_one["loss"], rtol=1e-5)
+    a, b = (np.concatenate([x.ravel() for x in gradients(state)]) for state in (one, eight))
+    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a), "the gradients differ"
+    for a, b in zip(*(jax.tree.leaves(s.batch_stats) for s in (one, eight)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+    for _ in range(STEPS - 1):
+        state, seen = step(state, batch)
+    assert step._cache_size() == 1, "compiled again after the first step"
+    for scores in recognise(system, train.weights(state), parallel.host(batch)):
+        assert (scores.argmax(-1) == np.arange(PAIRS)).all(), float(seen["loss"])
