@@ -11,6 +11,7 @@ from plan_jax.methods import plan
 from plan_jax.types import Setting
 
 HYPER = plan.Hyper(words=5, tile=2, candidates=3, rounds=2, eta=0.5)
+LOSS = jax.jit(plan.loss, static_argnames="hyper")
 RNG = np.random.default_rng(1)
 
 
@@ -181,7 +182,7 @@ def test_loss_is_the_literal_loop(pairs):
     key = jax.random.key(3)
     params, memory = plan.init(key, Setting(8), hyper)
     memory = {"gap": jnp.linspace(-1, 1, hyper.table), "seen": jnp.ones(hyper.table)}
-    got, _ = plan.loss(params, memory, images, texts, {}, key=key, step=jnp.array(0), hyper=hyper)
+    got, _ = LOSS(params, memory, images, texts, {}, key=key, step=jnp.array(0), hyper=hyper)
     np.testing.assert_allclose(got, slow_loss(images, texts, memory, key, hyper), rtol=1e-3)
 
 
@@ -213,7 +214,7 @@ def test_choice_of_words_does_not_look_at_images():
     hyper, key = plan.Hyper(words=2, rounds=0), jax.random.key(0)
     params, memory = plan.init(key, Setting(8), hyper)
     seen = [
-        plan.loss(params, memory, some, texts, {}, key=key, step=jnp.array(0), hyper=hyper)[1][1]
+        LOSS(params, memory, some, texts, {}, key=key, step=jnp.array(0), hyper=hyper)[1][1]
         for some in (images, other)
     ]
     np.testing.assert_array_equal(seen[0]["seen"], seen[1]["seen"])
@@ -228,7 +229,7 @@ def test_ema_reading_mixes_in_the_averaged_model():
 
     def value(step, hyper):
         extra = {"teacher": teacher}
-        return plan.loss(
+        return LOSS(
             params, memory, images, texts, extra, key=key, step=jnp.array(step), hyper=hyper
         )[0]
 

@@ -92,6 +92,8 @@ def test_eight_devices_step_like_one_and_sixteen_pairs_are_learned_by_heart(name
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a), "the gradients differ"
     for a, b in zip(*(jax.tree.leaves(s.batch_stats) for s in (one, eight)), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*(jax.tree.leaves(s.memory) for s in (one, eight)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
     for _ in range(STEPS - 1):
         state, seen = step(state, batch)
     assert step._cache_size() == 1, "compiled again after the first step"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import grain
 import numpy as np
@@ -109,7 +110,7 @@ class _Steps:
     def __len__(self) -> int:
         return 2**60
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, step: int) -> dict[str, Any]:
         items = [self._item(int(step) * self.total + int(at)) for at in self.positions]
         whole = {name: np.stack([item[name] for item in items]) for name in items[0]}
         return whole | {"extra": {name: whole.pop(name) for name in self.extra}}
@@ -155,7 +156,7 @@ class Batches(grain.DatasetIterator):
         self._step = 0
         self._reader: grain.DatasetIterator | None = None
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> dict[str, Any]:
         self._assert_not_closed()
         if self._reader is None:
             self._reader = self._read_from(self._step)
