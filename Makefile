@@ -29,7 +29,7 @@ demo: .venv/.package
 
 test: .venv/.test
 	@echo "== running tests and doctests in 2 processes"
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/.test
 	@echo "== linting with ruff"

@@ -1,4 +1,4 @@
-"""The contract that every method keeps, one parametrised test a clause."""
+"""The contract that every method keeps, one parametrised test a clause; devices: test_steps.py."""
 
 import dataclasses
 
@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
-from plan_jax import parallel
 from plan_jax.methods import METHODS
 
 SMALL = {
@@ -34,10 +32,10 @@ def setup(name, dim=8, **changes):
     return method, hyper, *method.init(KEY, features.setting(dim), hyper)
 
 
-def value(name, images, texts, extra, axis=None, **changes):
+def value(name, images, texts, extra, **changes):
     method, hyper, params, memory = setup(name, images.pooled.shape[-1], **changes)
     return method.loss(
-        params, memory, images, texts, extra, key=KEY, step=jnp.array(9), hyper=hyper, axis=axis
+        params, memory, images, texts, extra, key=KEY, step=jnp.array(9), hyper=hyper
     )
 
 
@@ -124,34 +122,6 @@ def test_a_pair_alone_scores_as_in_a_batch(name):
     one = features.permute(images, np.array([2])), features.permute(texts, np.array([4]))
     for kind, score in SIMILARITY[name](params, memory, *one, hyper).items():
         np.testing.assert_allclose(score[0, 0], table[kind][2, 4], rtol=1e-4, atol=1e-5)
-
-
-@each
-def test_eight_devices_equal_one(name):
-    images, texts = features.make(pairs=16)
-    mesh = parallel.mesh(8)
-    cut = PartitionSpec(parallel.AXIS)
-
-    extra = features.make_extra(texts)
-
-    def whole(images, texts):
-        return value(name, images, texts, extra)[0]
-
-    def part(images, texts, extra):
-        def mine(images, texts):
-            return value(name, images, texts, extra, parallel.AXIS)[0]
-
-        out, grads = jax.value_and_grad(mine, (0, 1), allow_int=True)(images, texts)
-        return out[None], jax.tree.map(lambda g: g / 8 if g.dtype == jnp.float32 else g, grads)
-
-    want, grads = jax.jit(jax.value_and_grad(whole, (0, 1), allow_int=True))(images, texts)
-    spread = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False))
-    got, grads_ = spread(images, texts, extra)
-    np.testing.assert_allclose(got, np.full(8, want), rtol=1e-5)
-    for side in (0, 1):
-        for field in ("pooled", "local"):
-            a, b = getattr(grads[side], field), getattr(grads_[side], field)
-            np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"convirt"}))

@@ -31,7 +31,8 @@ def batch(pairs=16, seed=0, size=32, length=12, words=10):
 
 
 def prepared(devices=1, seed=0, ema=0.0, changes=None, **optimiser):
-    config = testing.get_config().to_dict() | (changes or {})
+    plain = {"method": "convirt", "hyper": {}, "fine": False}  # which compiles soonest
+    config = testing.get_config().to_dict() | (changes or plain)
     mesh = parallel.mesh(devices)
     system = evaluate.assemble(config, parallel.AXIS)
 
