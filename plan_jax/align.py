@@ -1,7 +1,7 @@
 """Alignment algebra shared by the methods: one equation a function, written for masks and devices.
 
-`axis` names the mapped device axis (None: one device). Methods may import this file and `types`
-only, so the one collective that a contrastive loss needs, `gather`, lives here;
+`axis` names the mapped device axis (None: one device). Methods may import this file, `packing`
+and `types` only, so the one collective that a contrastive loss needs, `gather`, lives here;
 which devices there are is the business of `parallel.py` alone.
 """
 
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from plan_jax.types import Features
 
 NEG = -1e9  # stands for minus infinity in masked logits: finite, so that no gradient is NaN
 
@@ -115,6 +117,12 @@ def scale(log_scale: Float[Array, ""], most: float = 50.0) -> Float[Array, ""]:
 def cosines(x: Float[Array, "I D"], y: Float[Array, "T D"]) -> Float[Array, "I T"]:
     """Cosine of every x with every y, in [-1, 1]."""
     return unit(x) @ unit(y).T
+
+
+def word_maps(texts: Features, images: Features) -> Float[Array, "B W P"]:
+    """Map the cosine of each word with each pixel of its own image; 0 for padding."""
+    maps = jnp.einsum("bwd,bpd->bwp", unit(texts.local), unit(images.local))
+    return maps * texts.mask[..., None]
 
 
 def tiled(function: Callable[[PyTree], PyTree], items: PyTree, tile: int) -> PyTree:

@@ -78,19 +78,22 @@ def make_model(system: System, config: Mapping[str, Any], variables: Mapping[str
     own, memory = variables["params"]["method"], variables["memory"]
     shape = (1, data["size"], data["size"], 1)
     seen = jax.eval_shape(lambda: dual.apply(towers, jnp.zeros(shape, jnp.uint8), method="see"))
-    see_some = jax.jit(lambda towers, *a: dual.apply(towers, *a, method="see"))
-    read_some = jax.jit(lambda towers, *a: dual.apply(towers, *a, method="read"))
+
+    def some(verb: str) -> Any:  # no task needs what the towers gave before their heads
+        return jax.jit(lambda towers, *a: dual.apply(towers, *a, method=verb).replace(raw=None))
+
+    see_some, read_some = some("see"), some("read")
     compare = jax.jit(method.similarity, static_argnums=4)
     draw = jax.jit(method.heatmap, static_argnums=4)
 
     def see(images: np.ndarray) -> Features:
-        return chunked(lambda *a: see_some(towers, *a).replace(raw=None), (images,), batch)
+        return chunked(lambda *a: see_some(towers, *a), (images,), batch)
 
     def read(texts: list[str]) -> Features:
         rows = encode_many(tokenizer, texts, length=data["length"], words=data["words"])
         names = ("tokens", "word_index", "word_id", "sentence")
         arrays = tuple(rows[n] for n in names)
-        return chunked(lambda *a: read_some(towers, *a).replace(raw=None), arrays, batch)
+        return chunked(lambda *a: read_some(towers, *a), arrays, batch)
 
     def similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
         def columns(*leaves: np.ndarray) -> dict[str, jax.Array]:

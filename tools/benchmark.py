@@ -177,6 +177,9 @@ def loss_memory(config: Any, batch: int) -> int:
 
     system = evaluate.assemble(config)
     data, method, hyper = config["data"], system.method, system.hyper
+    if method.NEEDS:
+        needs = ", ".join(method.NEEDS)
+        sys.exit(f"config.method {config['method']} needs {needs}; memory takes one without")
     size = data["size"]
     image = jax.ShapeDtypeStruct((batch, size, size, 1), jnp.uint8)
     whole = {
@@ -217,8 +220,10 @@ def measure_memory(args: argparse.Namespace, config: Any) -> None:
 
 def measure_losses(args: argparse.Namespace) -> None:
     """Compare with torch on the CPU, on all of it or in one thread."""
-    import benchmark_losses
-
+    try:
+        import benchmark_losses
+    except ModuleNotFoundError as error:
+        sys.exit(f"losses needs {error.name}, which is not installed; pip install {error.name}")
     others = Others()
     benchmark_losses.main(max(args.repeats, 10), 1 if args.one_thread else os.cpu_count() or 1)
     others.tell()

@@ -127,10 +127,11 @@ class _Steps:
         item["region_words"] = item.pop("flagged", None)
         fitted = transforms.fit(row.image, self.size)
         down, right = transforms.draw(rng, self.shift)
-        boxes = transforms.fit_boxes(row.regions, row.image.shape[:2], self.size)
         item["image"] = transforms.move(fitted, down, right)
-        item["regions"] = transforms.move_boxes(boxes, down, right, self.size) / self.size
         item["labels"] = row.labels
+        if "regions" in self.extra:
+            boxes = transforms.fit_boxes(row.regions, row.image.shape[:2], self.size)
+            item["regions"] = transforms.move_boxes(boxes, down, right, self.size) / self.size
         return {name: item[name] for name in (*_ALWAYS, *self.extra)}
 
     def _speaks_of(self, sentence: str) -> Bool[np.ndarray, " R"]:

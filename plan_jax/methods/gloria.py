@@ -76,8 +76,7 @@ def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
     """Map the cosine of each word with each pixel; all words weigh the same."""
-    maps = jnp.einsum("bwd,bpd->bwp", align.unit(texts.local), align.unit(images.local))
-    return maps * texts.mask[..., None], texts.mask.astype(jnp.float32)
+    return align.word_maps(texts, images), texts.mask.astype(jnp.float32)
 
 
 def loss(

@@ -227,8 +227,7 @@ def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
     """Map the cosine of each word with each patch; words weigh what they weigh in the loss."""
-    maps = jnp.einsum("bwd,bpd->bwp", align.unit(texts.local), align.unit(images.local))
-    return maps * texts.mask[..., None], word_weight(texts, hyper)
+    return align.word_maps(texts, images), word_weight(texts, hyper)
 
 
 def loss(

@@ -34,7 +34,7 @@ j text; x local pixels, w local words, r pixels before their head, or x if the t
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,6 @@ from plan_jax.types import Features, Memory, Metrics, Params, Setting, UserError
 
 PAPER = "arXiv 2506.10573"
 NEEDS: tuple[str, ...] = ()
-MATCHES = ("max", "soft", "attn")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Hyper:
     decoder_blocks: int = 1
     heads: int = 4  # of every attention; they divide D
     sentences: int = 12  # of a report, at most
-    match: str = "max"  # or "soft", "attn"
+    match: Literal["max", "soft", "attn"] = "max"
     tau: float = 0.07  # of ITA
     tau_local: float = 0.07  # of PCMA
     tau_match: float = 0.1  # of "soft" and "attn", and of the heat map's choice of queries
@@ -137,13 +136,11 @@ def init(key: PRNGKeyArray, setting: Setting, hyper: Hyper) -> tuple[Params, Mem
     """Make extractor, head of sentences and decoder, all of width D; there is no memory.
 
     Raises:
-      UserError: the heads do not divide D, or there is no such match.
+      UserError: the heads do not divide D.
     """
     dim = setting.dim
     if dim % hyper.heads:
         raise UserError(f"hyper.heads {hyper.heads} do not divide dim {dim}; choose a divisor")
-    if hyper.match not in MATCHES:
-        raise UserError(f"hyper.match is {hyper.match!r}; use {', '.join(MATCHES)}")
     keys = jax.random.split(key, 3)
     x, mask = jnp.zeros((1, dim)), jnp.ones(1, bool)
     made = {
@@ -250,8 +247,7 @@ def hide(
     key: PRNGKeyArray, count: int, pixels: int, hyper: Hyper, axis: str | None = None
 ) -> Bool[Array, "B P"]:
     """Draw each image's patches to hide, the same on any number of devices."""
-    first = 0 if axis is None else lax.axis_index(axis) * count
-    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(first + jnp.arange(count))
+    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(align.numbers(count, axis))
     noise = jax.vmap(lambda k: jax.random.uniform(k, (pixels,)))(keys)
     chosen = lax.top_k(noise, min(max(round(hyper.hidden * pixels), 1), pixels))[1]
     return jax.nn.one_hot(chosen, pixels, dtype=bool).any(1)
