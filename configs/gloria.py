@@ -12,8 +12,9 @@ from configs import base
 def get_config(size: str = "paper") -> ConfigDict:
     """Return the experiment; the constants are of github.com/marshuang80/gloria at 416466a.
 
-    Deviation: a whole report instead of one random sentence; a cosine instead of a plateau; the
-    text side has linear heads instead of none; its last layer instead of the sum of four.
+    Deviation: a whole report instead of one random sentence, whose vector is the mean of its pieces
+    instead of all slots; a cosine instead of a plateau; the text side has linear heads instead of
+    none.
     """
     config = base.sized(size)
     config.method = "gloria"
@@ -21,7 +22,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     if size == "phantom":
         config.hyper = ConfigDict({"normalise": True})
     else:
-        config.text.name = "bert_base"
+        config.text.update(name="bert_base", pool="mean", last=4)
         for head in config.heads:
             config.heads[head] = "linear"
         config.dim = 768

@@ -17,6 +17,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     if size == "phantom":
         config.hyper = ConfigDict({"prototypes": 64, "freeze": 128})
     else:
-        config.vision.name = "vit_b16"
+        config.vision = ConfigDict({"name": "vit_b16"})
+        config.weights.vision = "timm/deit_base_patch16_224.fb_in1k"
         config.hyper = ConfigDict({"freeze": 1500})
     return config

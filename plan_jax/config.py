@@ -16,8 +16,9 @@ from typing import Any
 
 from plan_jax import parallel
 from plan_jax.data.prepare import NAMES as DATASETS
+from plan_jax.encoders.resnet import RESNETS, ResNet
 from plan_jax.encoders.text import BERTS, Bert
-from plan_jax.encoders.vision import RESNETS, VITS, ResNet, ViT
+from plan_jax.encoders.vit import VITS, ViT
 from plan_jax.methods import METHODS
 from plan_jax.tasks import TASKS
 from plan_jax.types import UserError
@@ -54,7 +55,7 @@ _OPEN = ("vision.", "text.", "hyper.", "data.builder.")
 _HEAD = Field(str, choices=("linear", "norm", "mlp", "shared"))
 FIELDS = {
     "seed": Field(int, 0, 2**31 - 1),
-    "steps": Field(int, 1),
+    "steps": Field(int, 0),
     "batch": Field(int, 2),
     "dtype": Field(str, choices=("float32", "bfloat16")),
     "log_every": Field(int, 1),
@@ -79,6 +80,9 @@ FIELDS = {
     "standard": Field(str, choices=("image", "fixed")),
     "channels": Field(int, 1, 3),
     "method": Field(str, choices=tuple(METHODS)),
+    "weights.vision": Field(str),
+    "weights.text": Field(str),
+    "weights.heads": Field(str),
     "optim.rate": Field(float, _TINY),
     "optim.warmup": Field(float, 0, 1),
     "optim.end": Field(float, 0, 1),
@@ -92,6 +96,7 @@ FIELDS = {
     "parallel.implementation": Field(str, choices=parallel.IMPLEMENTATIONS),
     "parallel.devices": Field(int, 0),
     "parallel.cpu_devices": Field(int, 1),
+    "parallel.cache": Field(str),
     "checkpoint.every": Field(int, 1),
     "checkpoint.keep": Field(int, 1),
     "checkpoint.best": Field(str),
@@ -103,7 +108,10 @@ FIELDS = {
     "eval.batch": Field(int, 1),
 }
 # What may differ between two runs of one experiment without changing what is trained.
-FREE = ("log_every", "data.dir", "data.workers", "data.cache", "checkpoint", "eval", "parallel")
+FREE = (
+    "log_every", "data.dir", "data.workers", "data.cache", "checkpoint", "eval", "parallel",
+    "dtype", "vision.remat", "vision.scan", "text.remat", "text.scan",
+)  # fmt: skip
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -133,6 +141,12 @@ def check(config: Mapping[str, Any]) -> None:
             _check_value(name, value, own[name])
     if (split := config["eval"]["split"].partition("[")[0]) not in SPLITS:
         raise UserError(f"config.eval.split is {split!r}; use one of {_listed(SPLITS)}")
+    kinds = set(config["heads"].values())
+    if config["weights"]["heads"] and kinds != {"mlp"}:
+        raise UserError(
+            f"config.weights.heads is for heads of kind mlp, and config.heads are {_listed(kinds)};"
+            " set all four to mlp, or leave weights.heads empty"
+        )
     if config["data"]["words"] > config["data"]["length"] - 2:
         raise UserError(
             f"config.data.words is {config['data']['words']}, more than fit in the"
@@ -198,9 +212,9 @@ def sections(config: Mapping[str, Any]) -> dict[str, Field]:
     found = {}
     if vision.get("name") in RESNETS or vision.get("name") in VITS:
         tower = ResNet if vision["name"] in RESNETS else ViT
-        found |= _fields("vision", tower, ("dtype", "axis", "parent", "name"))
+        found |= _fields("vision", tower, ("dtype", "axis", "hold", "parent", "name"))
     if text.get("name") in BERTS:
-        found |= _fields("text", Bert, ("vocab", "dtype", "parent", "name"))
+        found |= _fields("text", Bert, ("vocab", "dtype", "hold", "parent", "name"))
     if config.get("method") in METHODS:
         found |= _fields("hyper", METHODS[config["method"]].Hyper)
     if data.get("name") in DATASETS:

@@ -15,6 +15,9 @@ from plan_jax.data import loader, phantom
 from plan_jax.data.records import Dataset, open_dataset
 from plan_jax.data.text import Tokenizer, encode_many, load_tokenizer
 from plan_jax.encoders.dual import Dual
+from plan_jax.encoders.resnet import RESNETS
+from plan_jax.encoders.text import BERTS
+from plan_jax.encoders.vit import VITS
 from plan_jax.figures import PhraseRow, RetrievedRow
 from plan_jax.journal import read_rows, replace
 from plan_jax.methods import METHODS
@@ -34,14 +37,39 @@ class System(NamedTuple):
 def assemble(config: Mapping[str, Any], axis: str | None = None) -> System:
     """Make towers, method and tokeniser of a config (as plain dicts or a ConfigDict)."""
     method = METHODS[config["method"]]
+    hold = {side: held_layers(side, config) for side in ("vision", "text")}
     tokenizer = load_tokenizer(config["data"]["tokenizer"])
     dual = Dual(
-        vision=dict(config["vision"]), text=dict(config["text"]), heads=dict(config["heads"]),
+        vision={**config["vision"], "hold": hold["vision"]},
+        text={**config["text"], "hold": hold["text"]}, heads=dict(config["heads"]),
         vocab=tokenizer.size, dim=config["dim"], hidden=config["hidden"],
         standard=config["standard"], channels=config["channels"], fine=config["fine"], axis=axis,
         dtype=jnp.dtype(config["dtype"]),
     )  # fmt: skip
     return System(dual, method, make_hyper(method, config["hyper"]), tokenizer)
+
+
+def held_layers(side: str, config: Mapping[str, Any]) -> int:
+    """Say how many first layers (of a ResNet: stages) of a tower `optim.freeze` freezes.
+
+    `text` freezes the whole tower, `text:6` embeddings and six layers.
+
+    Raises:
+      UserError: the tower has not so many, or is named by its path.
+    """
+    table = BERTS if side == "text" else RESNETS | VITS
+    sizes = {**table[config[side]["name"]], **config[side]}
+    layers = len(sizes["widths"]) if "widths" in sizes else sizes["depth"]
+    found = 0
+    for entry in config["optim"]["freeze"]:
+        name, _, count = str(entry).partition(":")
+        if name == side:
+            if count and not (count.isdecimal() and 1 <= int(count) <= layers):
+                raise UserError(f"optim.freeze is {entry!r}; use {side}:1 to {side}:{layers}")
+            found = max(found, int(count or layers))
+        elif name.startswith(f"encoders/{'read' if side == 'text' else 'see'}_tower"):
+            raise UserError(f"optim.freeze {entry!r} is in a tower; write {side} or {side}:N")
+    return found
 
 
 def make_hyper(method: Any, changes: Mapping[str, Any]) -> Any:

@@ -25,6 +25,7 @@ class Journal:
         """Begin, or continue after `step`: rows of later steps, from before a kill, are dropped."""
         self.folder, self.writes, self.started = folder, writes, time.monotonic()
         self.history: list[dict[str, float]] = []
+        self.facts: dict[str, float] = {}  # what is known once, for the final metrics
         self.steps, self.batch = config["steps"], config["batch"]
         self.first = step
         self.bar = None

@@ -9,6 +9,7 @@ The same command again resumes a run that was stopped. SIGTERM saves and exits w
 
 import copy
 import json
+import math
 import os
 import sys
 import traceback
@@ -152,7 +153,9 @@ def train(loaded: dict[str, Any] | None, changes: dict[str, str], workdir: str) 
 
     config.override(loaded, changes)
     config.check(loaded)
-    parallel.settle(loaded["parallel"]["cpu_devices"])
+    settings = loaded["parallel"]
+    beside = Path(workdir).absolute().parent / "programs"
+    parallel.settle(settings["cpu_devices"], settings["cache"] or beside)
     held = held_by(Path(workdir))
     if held and (differs := config.difference(held, loaded)):
         raise UserError(
@@ -169,7 +172,7 @@ def evaluate(loaded: dict[str, Any] | None, changes: dict[str, str], folder: str
     Raises:
       UserError: for a mistake of the user.
     """
-    from plan_jax import checkpoint, config
+    from plan_jax import checkpoint, config, parallel
 
     held = checkpoint.read_config(folder)
     given = copy.deepcopy(held) if loaded is None else loaded
@@ -182,6 +185,7 @@ def evaluate(loaded: dict[str, Any] | None, changes: dict[str, str], folder: str
     from plan_jax.evaluate import evaluate as begin
 
     top = checkpoint.locate(folder)[0].parent
+    parallel.settle(1, given["parallel"]["cache"] or top.absolute().parent / "programs")
     show(begin(given, folder), top / "eval" / given["eval"]["split"] / "report.html")
 
 
@@ -197,7 +201,7 @@ def show(metrics: Mapping[str, Any], page: Path) -> None:
             beside = [f"{name} {null:.3g}" for name, null in nulls_of(key, metrics).items()]
             print(f"{key:<28}{metrics[key]:>8.3f}  {', '.join(beside)}".rstrip())
     for key in ("images_per_s", "wall_s"):
-        if key in metrics:
+        if not math.isnan(metrics.get(key, math.nan)):
             print(f"{key:<28}{metrics[key]:>8.0f}")
     print(f"params_sha256 {metrics['params_sha256']}")
     print(f"all of it, with pictures: {page}")

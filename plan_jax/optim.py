@@ -1,5 +1,7 @@
 """The optimiser: AdamW with warm-up, cosine, clipping, accumulation and frozen subtrees."""
 
+from collections.abc import Callable
+
 import jax
 import optax
 from jaxtyping import PyTree
@@ -27,20 +29,25 @@ def decays(params: Params) -> PyTree:
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
-def frozen(params: Params, prefixes: tuple[str, ...]) -> PyTree:
-    """Label each leaf `frozen` if its path begins with one of the prefixes, else `train`.
+def frozen(
+    params: Params, prefixes: tuple[str, ...], held: Callable[[str], bool] = lambda name: False
+) -> PyTree:
+    """Label each leaf `frozen` if it lies under one of the prefixes or is `held`, else `train`.
 
     Raises:
       UserError: if a prefix matches nothing.
     """
     names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
-            tops = ", ".join(sorted({"/".join(name.split("/")[:2]) for name in names}))
-            raise UserError(f"optim.freeze {prefix!r} names no parameter; there are {tops}")
+    under = tuple(f"{prefix.rstrip('/')}/" for prefix in prefixes)
+    for prefix, found in zip(prefixes, under, strict=True):
+        if not any(f"{name}/".startswith(found) for name in names):
+            tops = sorted({"/".join(name.split("/")[:2]) for name in names if "_tower" not in name})
+            there = ", ".join(["vision", "text", "vision:N", "text:N", *tops])
+            raise UserError(f"optim.freeze {prefix!r} names no parameter; there are {there}")
 
     def label(path: tuple, _: object) -> str:
-        return "frozen" if path_name(path).startswith(prefixes) and prefixes else "train"
+        name = path_name(path)
+        return "frozen" if held(name) or f"{name}/".startswith(under) else "train"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
@@ -48,11 +55,13 @@ def frozen(params: Params, prefixes: tuple[str, ...]) -> PyTree:
 def make_optimiser(
     params: Params, *, steps: int, rate: float, warmup: float, end: float, weight_decay: float,
     b1: float, b2: float, clip: float, accumulate: int, freeze: tuple[str, ...],
+    held: Callable[[str], bool] = lambda name: False,
 ) -> optax.GradientTransformation:  # fmt: skip
     """Make AdamW (*Loshchilov and Hutter, arXiv 1711.05101*) for `params`.
 
     `clip` bounds the global norm of the gradient (0: no bound); `accumulate` batches are averaged
-    into one update; `freeze` names subtrees that stay as they are and carry no optimiser state.
+    into one update. Parameters under a path in `freeze`, and those whose path is `held` (frozen
+    towers), stay as they are and carry no optimiser state.
     """
     chain = optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
@@ -61,8 +70,8 @@ def make_optimiser(
             weight_decay=weight_decay, mask=decays,
         ),
     )  # fmt: skip
-    if freeze:
-        labels = frozen(params, tuple(freeze))
+    labels = frozen(params, tuple(freeze), held)
+    if "frozen" in jax.tree.leaves(labels):
         chain = optax.multi_transform({"train": chain, "frozen": optax.set_to_zero()}, labels)
     if accumulate > 1:
         chain = optax.MultiSteps(chain, accumulate).gradient_transformation()

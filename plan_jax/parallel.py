@@ -53,21 +53,33 @@ def initialize() -> None:
     jax.distributed.initialize(address, int(count), int(index))
 
 
-def settle(cpu_devices: int) -> None:
-    """Keep compiled programs between runs, and cut a lone CPU into `cpu_devices` devices.
+def settle(cpu_devices: int, cache: str | Path) -> None:
+    """Keep compiled programs in the folder `cache`, and cut a lone CPU into `cpu_devices` devices.
 
     XLA spreads the small operations of small towers badly over cores: a device of one thread for
     each core, sharing the batch, is faster. Without effect where there is an accelerator, where
     XLA_FLAGS or JAX_COMPILATION_CACHE_DIR say otherwise, or once JAX has been used.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path("~/.cache/plan_jax/programs").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser().absolute()))
     flags = os.environ.get("XLA_FLAGS", "")
     if cpu_devices > 1 and "xla_force_host_platform_device_count" not in flags:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", cpu_devices)
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+
+
+class Programs:
+    """Counts the programs that were compiled, and those found in the cache, since it was made."""
+
+    def __init__(self) -> None:
+        """Begin to count."""
+        self.compiled = self.found = 0
+        jax.monitoring.register_event_listener(self._count)
+
+    def _count(self, event: str, **_: Any) -> None:
+        self.found += event == "/jax/compilation_cache/cache_hits"
+        self.compiled += event == "/jax/compilation_cache/cache_misses"
 
 
 def is_main() -> bool:

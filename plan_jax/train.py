@@ -1,122 +1,22 @@
-"""Training: the state, the one pure step, and the loop around it.
+"""Training: the loop around the step; the metrics of step n - 1 are fetched while step n runs."""
 
-One step, in this order: encode the batch on each device; the method's loss (devices meet once, to
-share embeddings); gradients; mean over devices (they meet again); optimiser; moving average;
-memory. The metrics of step n - 1 are fetched while step n runs.
-"""
-
+import functools
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import struct
-from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
-from plan_jax import checkpoint, evaluate, optim, parallel
+from plan_jax import checkpoint, evaluate, parallel
 from plan_jax.data import loader
 from plan_jax.data.records import Dataset
-from plan_jax.data.text import encode_many
 from plan_jax.journal import Journal
-from plan_jax.types import Batch, Memory, Metrics, Params, Setting
-
-
-@struct.dataclass
-class State:
-    """All that changes while training; saved whole, so that a resumed run is the same run."""
-
-    step: Array
-    key: Array  # raw key data
-    params: Params
-    batch_stats: PyTree
-    optimiser: PyTree
-    memory: Memory
-    average: Params  # moving average of `params`; {} if none is kept
-
-
-def init_state(
-    system: evaluate.System, batch: Mapping[str, Any], tx_of: Callable, seed: int, average: bool,
-    findings: Sequence[str] = (),
-) -> tuple[State, optax.GradientTransformation]:  # fmt: skip
-    """Make the first state from a seed, and the optimiser that `tx_of(params)` gives for it."""
-    key = jax.random.key(seed)
-    towers = jax.random.fold_in(key, 0)
-    dual = system.dual.clone(axis=None)
-    batch = Batch(**jax.tree.map(lambda x: x[:2], dict(batch)))
-    variables = jax.jit(dual.init)(towers, batch)
-    images, _ = jax.eval_shape(dual.apply, variables, batch)
-    tags = read_tags(system, variables, findings) if "labels" in system.method.NEEDS else None
-    setting = Setting(dual.dim, images.raw.shape[-1], tags)
-    own, memory = system.method.init(jax.random.fold_in(key, 1), setting, system.hyper)
-    params = {"encoders": variables["params"], "method": own}
-    tx = tx_of(params)
-    state = State(
-        step=jnp.zeros((), jnp.int32), key=jax.random.key_data(jax.random.fold_in(key, 2)),
-        params=params, batch_stats=variables.get("batch_stats", {}), optimiser=tx.init(params),
-        memory=memory, average=jax.tree.map(jnp.copy, params) if average else {},
-    )  # fmt: skip
-    return state, tx
-
-
-def read_tags(
-    system: evaluate.System, variables: Any, findings: Sequence[str]
-) -> Float[Array, "F E"]:
-    """Read the names of findings: the mean of each one's words, before the heads."""
-    rows = encode_many(system.tokenizer, findings, 16, 12)
-    texts = [rows[name] for name in ("tokens", "word_index", "word_id", "sentence")]
-    dual = system.dual.clone(axis=None)
-    read = jax.jit(lambda held, *texts: dual.apply(held, *texts, method="read"))
-    found = read(variables, *texts)
-    return jnp.sum(found.raw * found.mask[..., None], 1) / found.mask.sum(1, keepdims=True)
-
-
-def make_step(
-    system: evaluate.System, tx: optax.GradientTransformation, decay: float, axis: str | None
-) -> Callable[[State, Mapping[str, Any]], tuple[State, Metrics]]:
-    """Make the pure step, written for one device of `axis`; `decay` is that of the average."""
-    dual, method, hyper, _ = system
-
-    def step(state: State, batch: Mapping[str, Any]) -> tuple[State, Metrics]:
-        batch = Batch(**batch)
-        key = parallel.step_key(jax.random.wrap_key_data(state.key), state.step)
-        drop = parallel.device_key(jax.random.fold_in(key, 0), axis)
-
-        def encode(params: Params) -> tuple[Any, PyTree]:
-            variables = {"params": params["encoders"], "batch_stats": state.batch_stats}
-            rngs = {"dropout": drop}
-            return dual.apply(variables, batch, True, rngs=rngs, mutable=["batch_stats"])
-
-        extra = dict(batch.extra)
-        if state.average:
-            extra["teacher"] = lax.stop_gradient(encode(state.average)[0])
-
-        def objective(params: Params) -> tuple[Array, tuple[Metrics, Memory, PyTree]]:
-            (images, texts), changed = encode(params)
-            value, (metrics, memory) = method.loss(
-                params["method"], state.memory, images, texts, extra,
-                key=jax.random.fold_in(key, 1), step=state.step, hyper=hyper, axis=axis,
-            )  # fmt: skip
-            return value, (metrics, memory, changed.get("batch_stats", {}))
-
-        gradient = jax.value_and_grad(objective, has_aux=True)
-        (value, (metrics, memory, stats)), grads = gradient(state.params)
-        grads, stats = parallel.mean((grads, stats), axis)
-        updates, optimiser = tx.update(grads, state.optimiser, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if average:
-            average = optax.incremental_update(params, average, 1 - decay)
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(grads), **metrics}
-        state = State(state.step + 1, state.key, params, stats, optimiser, memory, average)
-        return state, parallel.mean(metrics, axis)
-
-    return step
+from plan_jax.step import State, init_state, make_step, optimiser_of
+from plan_jax.types import Metrics
 
 
 class Stop:
@@ -175,17 +75,19 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
     example = next(stream)
     stream.set_state(at_start)
 
-    def optimiser(params: Params) -> optax.GradientTransformation:
-        return optim.make_optimiser(params, steps=config["steps"], **config["optim"])
-
-    average = config["ema"] > 0
-    state, tx = init_state(system, example, optimiser, config["seed"], average, dataset.findings)
-    state = parallel.replicate(state, mesh)
+    begin = functools.partial(
+        init_state, system, example, optimiser_of(config, system), config["seed"],
+        config["ema"] > 0, dataset.findings,
+    )  # fmt: skip
+    state, tx = begin()
     settings = config["checkpoint"]
     manager = checkpoint.open_manager(
         workdir / checkpoint.FOLDER, settings["keep"], settings["best"] or None
     )
-    found = checkpoint.restore(manager, state)
+    found = checkpoint.restore(manager, parallel.replicate(state, mesh))
+    if any(config["weights"].values()) and not found:
+        state, tx = begin(config["weights"])
+    state = parallel.replicate(state, mesh)
     if found:
         state = found.state
         stream.set_state(found.data)
@@ -196,6 +98,8 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
     with Journal(workdir, config, start, writes=parallel.is_main()) as journal, Stop() as stop:
         if found:
             journal.say(f"resumed at step {start} of {config['steps']}")
+        if not (found or config["steps"]):
+            save(run, 0, state, None)
         state = loop(run, state, start, journal, stop)
         stopped = int(state.step) < config["steps"]
         if stopped:
@@ -219,9 +123,15 @@ def loop(run: Run, state: State, start: int, journal: Journal, stop: Stop) -> St
     """Take the steps from `start` on; save, evaluate and log in between."""
     config, pace = run.config, Pace(run.config["batch"])
     waiting: Metrics | None = None  # of the step before, fetched while this one runs
+    programs, began = parallel.Programs(), time.monotonic()
     for n in range(start, config["steps"]):
         batch = parallel.shard(next(run.stream), run.mesh)
         state, metrics = run.step(state, batch)
+        if n == start:
+            jax.block_until_ready(metrics)
+            journal.facts["first_step_s"] = time.monotonic() - began
+            how = f"{programs.compiled} programs compiled, {programs.found} kept from before"
+            journal.say(f"first step after {journal.facts['first_step_s']:.1f} s ({how})")
         if waiting is not None and n % config["log_every"] == 0:
             journal.log(n, parallel.host(waiting) | pace.measure(n))
         waiting = metrics
@@ -303,7 +213,7 @@ def finish(run: Run, state: State, journal: Journal) -> dict[str, float]:
     journal.say("evaluating")
     model = evaluate.make_model(run.system, run.config, held)
     scored = evaluate.score(model, run.config, run.config["eval"]["split"])
-    metrics = scored.metrics | about | {"wall_s": journal.wall()}
+    metrics = scored.metrics | about | journal.facts | {"wall_s": journal.wall()}
     evaluate.write(
         journal.folder, plain(run.config), scored._replace(metrics=metrics), journal.history
     )

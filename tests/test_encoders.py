@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from plan_jax.encoders import text, vision
+from plan_jax.encoders import resnet, text, vision
 from plan_jax.encoders.dual import Dual, Head
 
 KEY = jax.random.key(0)
@@ -43,7 +43,7 @@ def test_convolution_is_that_of_the_platform(size, stride, pad):
     want = lax.conv_general_dilated(
         x, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    got = vision.conv2d(x, kernel, stride, pad)
+    got = resnet.conv2d(x, kernel, stride, pad)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -124,7 +124,7 @@ def test_masked_words_do_not_enter_batch_statistics():
 
 def test_batch_statistics_are_those_of_the_literal_formula():
     x, mask = jax.random.normal(KEY, (4, 5, 2)), jax.random.bernoulli(KEY, 0.6, (4, 5))
-    norm = vision.Norm(None)
+    norm = resnet.Norm(None)
     y, stats = norm.apply(norm.init(KEY, x, True), x, True, mask, mutable=["batch_stats"])
     kept = np.asarray(x)[np.asarray(mask)]
     want = (x - kept.mean(0)) / np.sqrt(kept.var(0) + 1e-5)

@@ -10,6 +10,7 @@ from configs import testing
 from plan_jax import evaluate, optim, parallel, train
 from plan_jax.data import loader, phantom, records, schema
 from plan_jax.methods import METHODS
+from plan_jax.step import init_state, make_step
 from plan_jax.types import Batch
 
 PAIRS, STEPS = 16, 160
@@ -53,8 +54,8 @@ def prepared(name, devices):
     def tx_of(params):
         return optim.make_optimiser(params, steps=STEPS, **OPTIMISER)
 
-    state, tx = train.init_state(system, batch, tx_of, 0, False, dataset().findings)
-    step = parallel.spread(train.make_step(system, tx, 0.0, parallel.AXIS), mesh)
+    state, tx = init_state(system, batch, tx_of, 0, False, dataset().findings)
+    step = parallel.spread(make_step(system, tx, 0.0, parallel.AXIS), mesh)
     return parallel.replicate(state, mesh), step, parallel.shard(batch, mesh), system
 
 

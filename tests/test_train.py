@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from configs import testing
-from plan_jax import evaluate, optim, parallel, train
-from plan_jax.types import UserError
+from plan_jax import evaluate, optim, parallel
+from plan_jax.step import init_state, make_step
 
 OPTIMISER = {
     "rate": 1e-3, "warmup": 0.1, "end": 0.1, "weight_decay": 1e-3, "b1": 0.9, "b2": 0.98,
@@ -39,8 +38,8 @@ def prepared(devices=1, seed=0, ema=0.0, changes=None, **optimiser):
     def tx_of(params):
         return optim.make_optimiser(params, steps=50, **OPTIMISER | optimiser)
 
-    state, tx = train.init_state(system, batch(), tx_of, seed, ema > 0)
-    step = parallel.spread(train.make_step(system, tx, ema, parallel.AXIS), mesh)
+    state, tx = init_state(system, batch(), tx_of, seed, ema > 0)
+    step = parallel.spread(make_step(system, tx, ema, parallel.AXIS), mesh)
     return parallel.replicate(state, mesh), step, mesh
 
 
@@ -48,25 +47,6 @@ def largest(a, b):
     """Largest difference of two trees, relative to the largest entry of each leaf."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(float(np.abs(x - y).max() / (np.abs(x).max() + 1e-6)) for x, y in pairs)
-
-
-def test_a_frozen_tower_stays_and_the_other_moves():
-    state, step, mesh = prepared(freeze=("encoders/read_tower",))
-    before = parallel.host(state.params)
-    for n in range(2):
-        state, _ = step(state, parallel.shard(batch(seed=n), mesh))
-    after = parallel.host(state.params)
-    frozen, moved = (
-        jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before["encoders"][name],
-                     after["encoders"][name]) for name in ("read_tower", "see_tower")
-    )  # fmt: skip
-    assert max(jax.tree.leaves(frozen)) == 0
-    assert min(jax.tree.leaves(moved)) > 0
-
-
-def test_freezing_what_is_not_there_is_a_users_mistake():
-    with pytest.raises(UserError, match="optim.freeze 'text' names no parameter; there are"):
-        prepared(freeze=("text",))
 
 
 def test_accumulation_updates_every_second_step():

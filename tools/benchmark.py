@@ -106,22 +106,16 @@ def first_step(config: Any, implementation: str) -> tuple[Any, Any, Any, float]:
     """Compile the step of a config and run it once; return step, state, batch and seconds."""
     import jax
 
-    from plan_jax import evaluate, optim, parallel, train
+    from plan_jax import evaluate, parallel, train
+    from plan_jax.step import init_state, make_step, optimiser_of
 
     mesh = parallel.mesh(config["parallel"]["devices"] or None)
     system = evaluate.assemble(config, parallel.AXIS)
     dataset = evaluate.open_split(config, "train")
     batch = next(iter(train.batches(config, system, dataset)))
-    settings = {"steps": config["steps"], **config["optim"]}
-    state, tx = train.init_state(
-        system,
-        batch,
-        lambda p: optim.make_optimiser(p, **settings),
-        0,
-        config["ema"] > 0,
-        dataset.findings,
-    )
-    pure = train.make_step(system, tx, config["ema"], parallel.AXIS)
+    tx_of = optimiser_of(config, system)
+    state, tx = init_state(system, batch, tx_of, 0, config["ema"] > 0, dataset.findings)
+    pure = make_step(system, tx, config["ema"], parallel.AXIS)
     step = parallel.spread(pure, mesh, implementation=implementation)
     state, batch = parallel.replicate(state, mesh), parallel.shard(batch, mesh)
     started = time.perf_counter()

@@ -60,6 +60,15 @@ def train(folder: Path, variant: str, seed: int, data: str, core: int | None) ->
     return "done" if code == 0 else f"failed with {code}, see {folder / 'log.txt'}"
 
 
+def shown(value: float, digits: int) -> str:
+    """Write a number with so many significant digits, zeros at its end included.
+
+    >>> shown(2.0, 3), shown(101.7, 3), shown(0.054, 2)
+    ('2.00', '102', '0.054')
+    """
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
 def row(name: str, found: list[dict[str, float]], prefix: str = "") -> list[str]:
     """Make one line of the table: mean and standard deviation over seeds."""
     cells = [name, str(len(found)) if not prefix else ""]
@@ -74,9 +83,9 @@ def row(name: str, found: list[dict[str, float]], prefix: str = "") -> list[str]
         if not values:
             cells.append("")
         elif prefix or len(values) == 1:
-            cells.append(f"{values[0]:.3g}")
+            cells.append(shown(values[0], 3))
         else:
-            cells.append(f"{np.mean(values):.3g} ± {np.std(values, ddof=1):.2g}")
+            cells.append(f"{shown(np.mean(values), 3)} ± {shown(np.std(values, ddof=1), 2)}")
     return cells
 
 

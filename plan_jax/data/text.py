@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32, Shaped
 
+from plan_jax.sources import PACKAGE, in_package
 from plan_jax.types import UserError
 
 WORD_HASHES = 2**20  # ids of words of several pieces lie in [size, size + WORD_HASHES)
@@ -108,7 +109,9 @@ def split_sentences(text: str) -> list[str]:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Load a tokeniser: `phantom` (ships with the package), a local folder or vocab.txt, a hub id.
+    """Load a tokeniser: `phantom` (it ships with plan_jax), or one of BERT's kind from elsewhere.
+
+    That is a local folder or vocab.txt, a hub id, or `package:NAME`, an installed distribution.
 
     Raises:
       UserError: if there is none of this name, or it is not of BERT's kind ([CLS], [SEP], padding
@@ -116,7 +119,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "phantom":
         return from_vocab(str(resources.files("plan_jax.data") / "vocab.txt"), name)
-    path = Path(name).expanduser()
+    path = in_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()
     if path.is_file():
         return from_vocab(str(path), name)
     bare = path.is_dir() and not any(

