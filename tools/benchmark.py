@@ -4,6 +4,7 @@ input   images a second that the loader gives, decoded, shifted and tokenised
 step    ms a step and images a second, `shard_map` against `pmap`, taken in turns
 memory  bytes that a method's loss and its gradient need in between, as the batch grows
 losses  GLoRIA's and MGCA's losses against the originals' way in torch (no --config; needs torch)
+encoders  the towers at the papers' sizes against torch's, as `make parity` installs them
 
 A time is worth something only on a quiet machine: what other processes use of the CPUs is read
 before and while measuring; above 5 % nothing is measured, unless `--anyway` is given.
@@ -19,6 +20,7 @@ from typing import Any
 
 LIMIT = 0.05  # share of all CPUs that others may use
 BATCHES = (16, 32, 64, 128)
+COMPARED = ("losses", "encoders")  # with torch
 
 
 class Others:
@@ -212,14 +214,21 @@ def measure_memory(args: argparse.Namespace, config: Any) -> None:
         before = used
 
 
-def measure_losses(args: argparse.Namespace) -> None:
-    """Compare with torch on the CPU, on all of it or in one thread."""
+def compare_with_torch(args: argparse.Namespace) -> None:
+    """Compare losses or towers with torch's on the CPU, on all of it or in one thread."""
+    threads = 1 if args.one_thread else os.cpu_count() or 1
+    from plan_jax import parallel
+
+    parallel.keep_memory()  # before anything makes threads
     try:
-        import benchmark_losses
+        if args.what == "losses":
+            import benchmark_losses as comparison
+        else:
+            import benchmark_encoders as comparison
     except ModuleNotFoundError as error:
-        sys.exit(f"losses needs {error.name}, which is not installed; pip install {error.name}")
+        sys.exit(f"{args.what} needs {error.name}; pip install {error.name}, or make parity")
     others = Others()
-    benchmark_losses.main(max(args.repeats, 10), 1 if args.one_thread else os.cpu_count() or 1)
+    comparison.main(max(args.repeats, 10), threads)
     others.tell()
 
 
@@ -227,22 +236,22 @@ def main() -> None:
     """Read the command line and measure one thing."""
     about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(allow_abbrev=False, **about)
-    parser.add_argument("what", choices=("input", "step", "memory", "losses"))
+    parser.add_argument("what", choices=("input", "step", "memory", *COMPARED))
     parser.add_argument("--config", help="a file; --config.field=value changes it")
     parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices (0: none)")
     parser.add_argument("--repeats", type=int, default=10, help="readings, at least 10")
     parser.add_argument("--steps", type=int, default=3, help="steps or batches a reading")
-    parser.add_argument("--one-thread", action="store_true", help="losses: one thread, CPU time")
+    parser.add_argument("--one-thread", action="store_true", help="losses, encoders: CPU time")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too")
     args, changes = parser.parse_known_args()
     if wrong := [change for change in changes if not change.startswith("--config.")]:
         parser.error(f"{wrong[0]} is not known")
-    if (args.config is None) != (args.what == "losses"):
-        parser.error("input, step and memory need --config FILE, losses takes none")
+    if (args.config is None) != (args.what in COMPARED):
+        parser.error("input, step and memory need --config FILE, losses and encoders take none")
     if args.devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
-    if args.what == "losses":
+    if args.what in COMPARED:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.one_thread:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
@@ -252,8 +261,8 @@ def main() -> None:
     if args.what != "memory":
         be_alone(args.anyway)
     try:
-        if args.what == "losses":
-            return measure_losses(args)
+        if args.what in COMPARED:
+            return compare_with_torch(args)
         measure[args.what](args, read_config(args.config, changes))
     except UserError as error:
         sys.exit(str(error))

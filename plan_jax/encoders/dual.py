@@ -36,7 +36,7 @@ class Head(nn.Module):
         """Project the last axis; positions where mask is False do not enter any statistics."""
         if self.kind == "mlp":
             x = nn.Dense(self.hidden, use_bias=False, dtype=self.dtype, name="fc1")(x)
-            x = nn.relu(Norm(self.axis, name="norm1")(x, train, mask))
+            x = Norm(self.axis, name="norm1")(x, train, mask, relu=True)
         x = nn.Dense(self.dim, dtype=self.dtype, name="fc2")(x).astype(jnp.float32)
         if self.kind == "linear":
             return x

@@ -7,11 +7,12 @@ bottleneck has the stride; its padding; BatchNorm as torch has it).
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from einops import rearrange
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from plan_jax.encoders.convolution import conv2d, max_pool
+from plan_jax.encoders.normalise import EPSILON, batch_norm
 from plan_jax.encoders.outputs import Seen
 
 RESNETS = {
@@ -36,30 +37,6 @@ RESNETS = {
         "bottleneck": False, "local_stage": 1,
     },
 }  # fmt: skip
-
-
-def conv2d(
-    x: Float[Array, "B Y X C"],
-    kernel: Float[Array, "H W C E"],
-    stride: int,
-    pad: int,
-    dilation: int = 1,
-) -> Float[Array, "B V U E"]:
-    """Convolve with zero padding `pad` on every side (torch's convention), no bias."""
-    height, width, _, out = kernel.shape
-    if height == width == stride and not pad:  # nothing overlaps: one matrix product
-        rows, cols = x.shape[1] // stride, x.shape[2] // stride
-        x = x[:, : rows * stride, : cols * stride]
-        x = rearrange(x, "b (v h) (u w) c -> b v u (h w c)", h=height, w=width)
-        return x @ kernel.reshape(-1, out)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        [(pad, pad)] * 2,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
 
 
 class Conv(nn.Module):
@@ -94,34 +71,32 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*B C"], train: bool, mask: Bool[Array, "*B"] | None = None
-    ) -> Float[Array, "*B C"]:
-        """Normalise over all but the last axis; positions where mask is False do not count."""
-        dtype, x, width = x.dtype, x.astype(jnp.float32), x.shape[-1]
+        self, x: Float[Array, "*B C"], train: bool, mask: Bool[Array, "*B"] | None = None,
+        relu: bool = False, added: Float[Array, "*B C"] | None = None,
+    ) -> Float[Array, "*B C"]:  # fmt: skip
+        """Normalise over all but the last axis; positions where mask is False do not count.
+
+        `added` is added to the result, and `relu` takes the positive part of that.
+        """
+        width = x.shape[-1]
         mean_kept = self.variable("batch_stats", "mean", jnp.zeros, width)
         var_kept = self.variable("batch_stats", "var", jnp.ones, width)
-        mean, var = mean_kept.value, var_kept.value
-        if train:
-            real = jnp.ones(x.shape[:-1]) if mask is None else mask.astype(jnp.float32)
-            real = real.reshape(-1, 1)
-            flat = x.reshape(-1, width)
-            count = jnp.maximum(self._sum(real), 1.0)
-            mean = self._sum(flat * real) / count
-            var = self._sum((flat - mean) ** 2 * real) / count
-            if not self.is_initializing():
-                mean_kept.value = 0.9 * mean_kept.value + 0.1 * mean
-                unbiased = var * count / jnp.maximum(count - 1, 1.0)
-                var_kept.value = 0.9 * var_kept.value + 0.1 * unbiased
-        y = (x - mean) * lax.rsqrt(var + 1e-5)
+        scale, bias = jnp.ones(width), jnp.zeros(width)
         if self.affine:
-            y = y * self.param("scale", nn.initializers.ones, (width,))
-            y = y + self.param("bias", nn.initializers.zeros, (width,))
-        return y.astype(dtype)
-
-    def _sum(self, x: Float[Array, "N C"]) -> Float[Array, " C"]:
-        """Sum the rows on all devices."""
-        total = x.sum(0)
-        return total if self.axis is None or self.is_initializing() else lax.psum(total, self.axis)
+            scale = self.param("scale", nn.initializers.ones, (width,))
+            bias = self.param("bias", nn.initializers.zeros, (width,))
+        if train:
+            axis = None if self.is_initializing() else self.axis
+            y, (mean, var, count) = batch_norm(x, scale, bias, mask, axis, relu, added)
+            if not self.is_initializing():
+                unbiased = var * count / jnp.maximum(count - 1, 1.0)
+                mean_kept.value = 0.9 * mean_kept.value + 0.1 * mean
+                var_kept.value = 0.9 * var_kept.value + 0.1 * unbiased
+            return y
+        y = (x.astype(jnp.float32) - mean_kept.value) * lax.rsqrt(var_kept.value + EPSILON)
+        y = y * scale + bias
+        y = y if added is None else y + added.astype(jnp.float32)
+        return (nn.relu(y) if relu else y).astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -147,12 +122,12 @@ class Block(nn.Module):
             dilation = self.dilation if size == 3 else 1
             pad = dilation * (size // 2)
             y = Conv(width, size, stride, pad, dilation, self.dtype, name=f"conv{n + 1}")(y)
-            y = Norm(self.axis, name=f"norm{n + 1}")(y, train)
-            y = nn.relu(y) if n < len(sizes) - 1 else y
+            if n < len(sizes) - 1:
+                y = Norm(self.axis, name=f"norm{n + 1}")(y, train, relu=True)
         if x.shape != y.shape:
             x = Conv(out, 1, self.stride, dtype=self.dtype, name="conv_skip")(x)
             x = Norm(self.axis, name="norm_skip")(x, train)
-        return nn.relu(x + y)
+        return Norm(self.axis, name=f"norm{len(sizes)}")(y, train, relu=True, added=x)
 
 
 class ResNet(nn.Module):
@@ -228,10 +203,8 @@ class ResNet(nn.Module):
         patch = self.stem.startswith("patch")
         size, pad = (int(self.stem[5:]), 0) if patch else (7, 3)
         x = Conv(self.stem_width, size, size if patch else 2, pad, dtype=self.dtype, name="stem")(x)
-        x = nn.relu(Norm(self.axis, name="stem_norm")(x, train))
-        if not patch:
-            x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
-        return x
+        x = Norm(self.axis, name="stem_norm")(x, train, relu=True)
+        return x if patch else max_pool(x, 3, 2, 1)
 
 
 def resize(x: Float[Array, "B Y X C"], size: int) -> Float[Array, "B S S C"]:
