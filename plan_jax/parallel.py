@@ -7,10 +7,8 @@ on every device: the step averages it before returning.
 """
 
 import contextlib
-import ctypes
 import functools
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,6 @@ from plan_jax.types import UserError
 
 AXIS = "devices"
 IMPLEMENTATIONS = ("shard_map", "pmap")
-# M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of malloc.h: one heap, which only grows.
-_MALLOPT = {-4: 0, -1: -1, -8: 1}
 
 
 def initialize() -> None:
@@ -57,18 +53,6 @@ def initialize() -> None:
     jax.distributed.initialize(address, int(count), int(index))
 
 
-def keep_memory() -> None:
-    """Let the C library keep freed memory for the next step instead of giving it back.
-
-    A step of a large tower takes gigabytes at once and frees them; fetching them from the system
-    anew, page by page, costs up to a quarter of a step on a CPU. Without effect but with glibc.
-    """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(library, "gnu_get_libc_version"):
-        for option, value in _MALLOPT.items():
-            library.mallopt(option, value)
-
-
 def settle(cpu_devices: int, cache: str | Path) -> None:
     """Keep compiled programs in the folder `cache`, and cut a lone CPU into `cpu_devices` devices.
 
@@ -78,7 +62,6 @@ def settle(cpu_devices: int, cache: str | Path) -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser().absolute()))
-    keep_memory()
     flags = os.environ.get("XLA_FLAGS", "")
     if cpu_devices > 1 and "xla_force_host_platform_device_count" not in flags:
         with contextlib.suppress(RuntimeError):

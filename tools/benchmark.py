@@ -217,9 +217,6 @@ def measure_memory(args: argparse.Namespace, config: Any) -> None:
 def compare_with_torch(args: argparse.Namespace) -> None:
     """Compare losses or towers with torch's on the CPU, on all of it or in one thread."""
     threads = 1 if args.one_thread else os.cpu_count() or 1
-    from plan_jax import parallel
-
-    parallel.keep_memory()  # before anything makes threads
     try:
         if args.what == "losses":
             import benchmark_losses as comparison

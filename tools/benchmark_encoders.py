@@ -3,9 +3,7 @@
 Forward and backward to all parameters of the sum of squares of what a tower gives, in float32, with
 random weights: ResNet-50 against torchvision's (BatchNorm in training mode), ViT against timm's
 (fused attention), BERT-base against transformers' (sdpa, texts of full length). Each tower has its
-own random weights, of the same sizes; whether values agree is a matter for the tests. Both
-libraries run in one process, in which freed memory is kept, as plan_jax.main does; torch gains from
-it too.
+own random weights, of the same sizes; whether values agree is a matter for the tests.
 """
 
 import copy
