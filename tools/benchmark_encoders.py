@@ -80,7 +80,7 @@ def squares(*arrays: Any) -> Any:
 def load_torchvision() -> Any:
     """Import torchvision, also where it lacks its kernels; timm and transformers import it too.
 
-    The wheel on PyPI does not fit torch's wheel for CPU: it then finds none of its operators, which
+    A wheel made for GPUs does not fit torch's wheel for CPUs: it finds none of its operators, which
     no model here needs, but wants two of them to exist.
     """
     try:
