@@ -19,7 +19,8 @@ def get_config(size: str = "paper") -> ConfigDict:
     if size == "phantom":
         config.hyper = ConfigDict({"layers": 2, "hidden": 128})
     else:
-        config.vision.name = "vit_b16"
+        config.vision = ConfigDict({"name": "vit_b16"})
+        config.weights.vision = "timm/deit_base_patch16_224.fb_in1k"
         config.batch = 288  # 72 on each of 4 GPUs
         config.steps = 37_500
         config.optim.rate = 4e-5

@@ -17,5 +17,6 @@ def get_config(size: str = "paper") -> ConfigDict:
     if size == "phantom":
         config.hyper = ConfigDict({"match": "soft"})
     else:
-        config.vision.name = "vit_b16"
+        config.vision = ConfigDict({"name": "vit_b16"})
+        config.weights.vision = "timm/deit_base_patch16_224.fb_in1k"
     return config

@@ -79,13 +79,12 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
         init_state, system, example, optimiser_of(config, system), config["seed"],
         config["ema"] > 0, dataset.findings,
     )  # fmt: skip
-    state, tx = begin()
-    settings = config["checkpoint"]
-    manager = checkpoint.open_manager(
-        workdir / checkpoint.FOLDER, settings["keep"], settings["best"] or None
-    )
+    folder, settings = workdir / checkpoint.FOLDER, config["checkpoint"]
+    fresh = not folder.exists()
+    state, tx = begin(config["weights"] if fresh else None)
+    manager = checkpoint.open_manager(folder, settings["keep"], settings["best"] or None)
     found = checkpoint.restore(manager, parallel.replicate(state, mesh))
-    if any(config["weights"].values()) and not found:
+    if any(config["weights"].values()) and not (fresh or found):
         state, tx = begin(config["weights"])
     state = parallel.replicate(state, mesh)
     if found:
