@@ -40,7 +40,7 @@ test: .venv/.test
 	@touch $@
 
 parity: .venv/.parity
-	@echo "== comparing the towers with torch's, and with published weights"
+	@echo "== comparing the towers with torch's, their options and gradients with plain ones"
 	@$(BIN)/python -m pytest -s --override-ini addopts= tests/parity
 
 lint: .venv/.test
