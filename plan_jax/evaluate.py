@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from plan_jax import checkpoint, report
 from plan_jax.data import loader, phantom
@@ -22,7 +23,7 @@ from plan_jax.figures import PhraseRow, RetrievedRow
 from plan_jax.journal import read_rows, replace
 from plan_jax.methods import METHODS
 from plan_jax.tasks import TASKS, grounding, retrieval, zero_shot
-from plan_jax.types import Features, Model, Record, UserError
+from plan_jax.types import Features, Model, Record, Stages, Tower, UserError
 
 
 class System(NamedTuple):
@@ -140,8 +141,40 @@ def make_model(system: System, config: Mapping[str, Any], variables: Mapping[str
     return Model(
         name=config["method"], grid=seen.fine_grid or seen.grid, size=data["size"],
         rounds=getattr(hyper, "rounds", 0), config=config,
-        see=see, read=read, similarity=similarity, heatmap=heatmap,
+        see=see, read=read, similarity=similarity, heatmap=heatmap, tower=make_tower(dual, towers),
     )  # fmt: skip
+
+
+def make_tower(dual: Dual, towers: Mapping[str, Any]) -> Tower:
+    """Bind the vision tower's part of the encoders' variables to a pure function."""
+    plain = dual.clone(axis=None, vision={**dual.vision, "hold": 0})
+    small = plain.clone(vision={k: v for k, v in plain.vision.items() if k != "resize"})
+    variables = {
+        kind: {part: held for part, held in tree.items() if part == "see_tower"}
+        for kind, tree in towers.items()
+    }
+
+    def apply(
+        variables: Mapping[str, Any], images: jax.Array, train: bool = False, native: bool = False
+    ) -> tuple[Stages, PyTree]:
+        module = small if native else plain
+        if not train:
+            return module.apply(variables, images, method="stages"), variables["batch_stats"]
+        stages, changed = module.apply(
+            variables, images, True, method="stages", mutable=["batch_stats"]
+        )
+        return stages, changed.get("batch_stats", variables["batch_stats"])
+
+    return Tower(checkpoint.fingerprint(variables)[:12], variables, apply)
+
+
+def random_tower(system: System, config: Mapping[str, Any], seed: int = 0) -> Tower:
+    """Make the same tower with random weights: what downstream tasks compare with."""
+    size = config["data"]["size"]
+    dual = system.dual.clone(axis=None)
+    images = jnp.zeros((2, size, size, 1), jnp.uint8)
+    made = jax.jit(lambda key: dual.init(key, images, method="stages"))(jax.random.key(seed))
+    return make_tower(dual, {"params": made["params"], "batch_stats": made.get("batch_stats", {})})
 
 
 def load(folder: str | Path) -> Model:

@@ -51,6 +51,49 @@ class RetrievedRow:
 
 
 @dataclass(frozen=True)
+class MaskRow:
+    """A segmented image: the truth and what was found of the thing called `name`."""
+
+    name: str
+    image: UInt8[np.ndarray, "Y X 1"]
+    truth: Bool[np.ndarray, "Y X"]
+    found: Bool[np.ndarray, "Y X"]
+    dice: float
+
+
+@dataclass(frozen=True)
+class BoxRow:
+    """An image with its true boxes and those found (x0, y0, x1, y1; pixels), best score first."""
+
+    image: UInt8[np.ndarray, "Y X 1"]
+    truth: Float[np.ndarray, "R 4"]
+    found: Float[np.ndarray, "N 4"]
+    scores: Float[np.ndarray, " N"]
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """An image, its reference report and the generated one, with the findings each states."""
+
+    image: UInt8[np.ndarray, "Y X 1"]
+    reference: str
+    found: str
+    right: tuple[str, ...] = ()
+    missed: tuple[str, ...] = ()
+    invented: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LineRow:
+    """A curve of a classifier: `kind` is `roc` or `calibration`, x and y from 0 to 1."""
+
+    kind: str
+    name: str
+    x: Float[np.ndarray, " N"]
+    y: Float[np.ndarray, " N"]
+
+
+@dataclass(frozen=True)
 class Panel:
     """One pair of axes: a line for each label, from that key of the history; level lines beside."""
 

@@ -1,10 +1,21 @@
-"""The optimiser: AdamW with warm-up, cosine, clipping, accumulation and frozen subtrees."""
+"""The optimiser: AdamW with warm-up, cosine, clipping, accumulation, frozen subtrees; `fit_head`."""
 
+import hashlib
+import math
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import msgpack
+import numpy as np
 import optax
-from jaxtyping import PyTree
+from flax import serialization
+from jaxtyping import Array, Float, Int, PyTree
+from tqdm import tqdm
 
 from plan_jax.types import Params, UserError
 
@@ -76,3 +87,155 @@ def make_optimiser(
     if accumulate > 1:
         chain = optax.MultiSteps(chain, accumulate).gradient_transformation()
     return chain
+
+
+class Fit(NamedTuple):
+    """A fitted head: what was best on the validation rows, and how it came there."""
+
+    params: PyTree
+    stats: PyTree
+    best: float
+    history: list[dict[str, float]]
+
+
+def fit_head(
+    loss: Callable[..., tuple[Float[Array, ""], PyTree]], params: PyTree, stats: PyTree,
+    train: PyTree, validation: PyTree, tx: optax.GradientTransformation, *, batch: int,
+    epochs: int, patience: int, seed: int, judge: Callable[[PyTree, PyTree], float] | None = None,
+    name: str = "head", about: str = "", folder: Path | None = None,
+) -> Fit:  # fmt: skip
+    """Fit a head (or a whole model) to rows, and keep the epoch that is best on validation.
+
+    `train` and `validation` are trees of numpy arrays with one leading axis of rows;
+    `loss(params, stats, rows, key, train)` gives the mean loss of some rows and the new `stats`.
+    An epoch is a permutation drawn from (seed, epoch), in batches of `batch` (all rows, if there
+    are fewer), the rest left out. It ends early after `patience` epochs in which
+    `judge(params, stats)`, by default minus the validation loss, did not rise. With a `folder`
+    every epoch is kept there, under a name drawn from `about`, the settings and the data, so that
+    the same call goes on where a stopped one was, to the same result.
+
+    Raises:
+      UserError: if there are no rows, or the loss is not finite.
+    """
+    count, batch = _count(train, name), min(batch, _count(train, name))
+    _count(validation, name)
+    score = judge or (lambda p, s: -_mean_loss(evaluated, p, s, validation, batch))
+    evaluated = jax.jit(lambda p, s, rows: loss(p, s, rows, jax.random.key(0), False)[0])
+    update = _updater(loss, tx)
+    state = {
+        "params": params, "stats": stats, "optimiser": tx.init(params), "best_params": params,
+        "best_stats": stats, "best": -math.inf, "epoch": 0, "waited": 0, "losses": [], "scores": [],
+    }  # fmt: skip
+    settings = (name, about, batch, epochs, patience, seed)
+    path = folder and folder / f"{name}-{_digest(settings, params, stats, train)}.msgpack"
+    state = _resumed(state, path)
+    steps = count // batch
+    with tqdm(
+        total=epochs, initial=state["epoch"], desc=name, unit="epoch", file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 20.0, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        while state["epoch"] < epochs and state["waited"] < patience:
+            order = np.random.default_rng((seed, state["epoch"])).permutation(count)
+            key = jax.random.fold_in(jax.random.key(seed), state["epoch"])
+            began, total = time.monotonic(), jnp.zeros(())
+            current = state["params"], state["stats"], state["optimiser"]
+            for n in range(steps):
+                rows = take(train, order[n * batch : (n + 1) * batch])
+                *current, value = update(*current, rows, jax.random.fold_in(key, n))
+                total = total + value
+            _note(state, current, float(total) / steps, score, name)
+            _keep(state, path)
+            rate = steps * batch / (time.monotonic() - began)
+            shown = f"loss {state['losses'][-1]:.3g}, {rate:.0f} rows/s"
+            bar.set_postfix_str(shown, refresh=False)
+            bar.update()
+    rows = zip(state["losses"], state["scores"], strict=True)
+    history = [{"epoch": n + 1, "loss": a, "score": b} for n, (a, b) in enumerate(rows)]
+    return Fit(state["best_params"], state["best_stats"], state["best"], history)
+
+
+def take(rows: PyTree, chosen: Int[np.ndarray, " N"]) -> PyTree:
+    """Take some rows of every array of a tree."""
+    return jax.tree.map(lambda x: x[chosen], rows)
+
+
+def _count(rows: PyTree, name: str) -> int:
+    count = len(jax.tree.leaves(rows)[0])
+    if not count:
+        raise UserError(f"{name} has no rows to be fitted to; give more records, or a larger share")
+    return count
+
+
+def _updater(loss: Callable, tx: optax.GradientTransformation) -> Callable:
+    """Compile one step of the optimiser."""
+
+    @jax.jit
+    def update(params, stats, optimiser, rows, key):
+        gradient = jax.value_and_grad(lambda p: loss(p, stats, rows, key, True), has_aux=True)
+        (value, stats), grads = gradient(params)
+        updates, optimiser = tx.update(grads, optimiser, params)
+        return optax.apply_updates(params, updates), stats, optimiser, value
+
+    return update
+
+
+def _note(state: dict, current: tuple, loss: float, score: Callable, name: str) -> None:
+    """Enter an epoch into the state of a fit."""
+    if not math.isfinite(loss):
+        raise UserError(f"loss of {name} is {loss} in epoch {state['epoch'] + 1}; lower its rate")
+    state["params"], state["stats"], state["optimiser"] = current
+    found = float(score(state["params"], state["stats"]))
+    state["losses"].append(loss)
+    state["scores"].append(found)
+    better = found > state["best"]
+    if better or not state["epoch"]:
+        state["best_params"], state["best_stats"] = state["params"], state["stats"]
+        state["best"] = found
+    state["waited"] = 0 if better else state["waited"] + 1
+    state["epoch"] += 1
+
+
+def _mean_loss(
+    evaluated: Callable, params: PyTree, stats: PyTree, rows: PyTree, batch: int
+) -> float:
+    count, total = len(jax.tree.leaves(rows)[0]), 0.0
+    for start in range(0, count, batch):
+        some = np.arange(start, min(start + batch, count))
+        total += len(some) * float(evaluated(params, stats, take(rows, some)))
+    return total / count
+
+
+def _digest(settings: tuple, *trees: PyTree) -> str:
+    """Name settings and arrays (their first and last rows) by a hash."""
+    found = hashlib.blake2b(repr(settings).encode(), digest_size=8)
+    for leaf in jax.tree.leaves(trees):
+        rows = np.asarray(leaf)
+        found.update(f"{rows.shape}{rows.dtype}".encode())
+        ends = [rows] if rows.ndim == 0 else [rows[:32], rows[-32:]]
+        found.update(b"".join(np.ascontiguousarray(part).tobytes() for part in ends))
+    return found.hexdigest()
+
+
+def _resumed(state: dict, path: Path | None) -> dict:
+    """Go on from what was kept, if anything whole was."""
+    if path is None or not path.exists():
+        return state
+    try:
+        tree = serialization.msgpack_restore(path.read_bytes())
+        lists = {name: [float(x) for x in tree.pop(name)] for name in ("losses", "scores")}
+        arrays = {name: value for name, value in state.items() if name not in lists}
+        return serialization.from_state_dict(arrays, tree) | lists
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        print(f"{path} is broken ({type(error).__name__}); fitting again", file=sys.stderr)
+        return state
+
+
+def _keep(state: dict, path: Path | None) -> None:
+    """Write the state whole or not at all."""
+    if path is not None:
+        lists = {name: np.asarray(state[name], np.float64) for name in ("losses", "scores")}
+        tree = serialization.to_state_dict({k: v for k, v in state.items() if k not in lists})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_bytes(serialization.msgpack_serialize(jax.device_get(tree) | lists))
+        part.replace(path)

@@ -67,6 +67,32 @@ class Features:
     fine_grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
 
 
+@struct.dataclass
+class Stages:
+    """What a vision tower sees before any head of pre-training: what downstream heads begin from.
+
+    `maps` go from the stem to the last stage, finest first; two may be of one size. A ViT has one,
+    its patches; its `pooled` is the class token, that of a ResNet the mean of the last map.
+    """
+
+    pooled: Float[Array, "B E"]
+    maps: tuple[Float[Array, "B _ _ _"], ...]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower as a pure function of its `variables` (`params` and `batch_stats`).
+
+    `apply(variables, images, train=False, native=False)` sees UInt8[B Y X 1] images and gives
+    `Stages` and the new `batch_stats` (the old ones unless `train`); `native` leaves out a ResNet's
+    upsampling to 299 pixels, as the published dense tasks do. `name` tells two towers apart.
+    """
+
+    name: str
+    variables: Mapping[str, PyTree]
+    apply: Callable[..., tuple[Stages, PyTree]]
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a method has to know to make its own parameters.
@@ -121,7 +147,7 @@ class Model:
     `see` takes UInt8[N Y X 1] images and `read` a list of texts, any number; `similarity` compares
     all images with all texts, one Float[I T] for each kind (`global`, `local`, `both`); `heatmap`
     pairs item b with item b and gives Float[B W P] and word weights Float[B W], after `rounds`
-    rounds of refinement (None: as the method was configured).
+    rounds of refinement (None: as the method was configured). `tower` is what `see` begins with.
     """
 
     name: str
@@ -133,3 +159,4 @@ class Model:
     similarity: Callable[[Features, Features], dict[str, np.ndarray]]
     heatmap: Callable[..., tuple[np.ndarray, np.ndarray]]
     config: Any = None
+    tower: Tower | None = None

@@ -177,6 +177,30 @@ def test_boxes_and_masks_follow_the_resize(folder):
     assert by_text["3"] == ()
 
 
+def test_images_without_text_have_labels_in_columns_and_masks_of_organs(folder):
+    mask = np.zeros((30, 40), np.uint8)
+    mask[10:20, 4:12] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    made = rows(text="", Edema="1.0", Mass="", lung_mask="mask.png")
+    made[0] |= {"Edema": "-1", "Mass": "0", "lung_mask": ""}
+    columns = {"columns": {"anatomy": "lung_mask"}, "label_columns": ("Edema", "Mass")}
+    found = opened(folder, made, size=80, text_optional=True, **columns)
+    assert found.findings == ("Edema", "Mass") and found.anatomy_names == ("lung",)
+    by_first = sorted(((r.labels.tolist(), r) for r in found), key=lambda pair: pair[0])
+    assert [labels for labels, _ in by_first] == [[-1, 0]] + [[1, -1]] * 7
+    assert by_first[0][1].anatomy == {} and by_first[0][1].text == ""
+    lung = by_first[1][1].anatomy["lung"]
+    assert lung.shape == (60, 80) and lung[24:36, 12:20].all()
+    blank = opened(folder, made, text_optional=True, label_blank=0, **columns)
+    assert sorted(r.labels.tolist() for r in blank) == [[-1, 0]] + [[1, 0]] * 7
+    with pytest.raises(UserError, match="8 of 12 rows|12 of 12 rows"):
+        opened(folder, made, **columns)
+    with pytest.raises(UserError, match="column 'Oedema' of label_columns does not exist"):
+        opened(folder, made, text_optional=True, label_columns=("Oedema",))
+    without = [{k: v for k, v in row.items() if k != "text"} for row in made]
+    assert len(opened(folder, without, text_optional=True)) == 8
+
+
 def test_filters_choose_rows(folder):
     made = rows(view="PA")
     made[0]["view"], made[1]["text"] = "L", "short"

@@ -19,28 +19,31 @@ class Labels:
     rest: int = -1
 
 
-def read_labels(value: Any) -> Labels:
+def read_labels(value: Any, columns: Mapping[str, Any] | None = None, blank: int = -1) -> Labels:
     """Read labels: JSON {name: 1, 0 or -1}, a JSON list of what is present, or `a; b`.
 
     A name that is not in a list is absent (0); one that is not in an object, unknown (-1), as all
-    are where the cell is empty.
+    are where the cell is empty. `columns` are names that have a cell each; an empty one is `blank`.
 
     >>> read_labels("oedema; effusion")
     Labels(values={'oedema': 1, 'effusion': 1}, rest=0)
     >>> read_labels('{"oedema": 0}')
     Labels(values={'oedema': 0}, rest=-1)
+    >>> read_labels(None, {"Edema": "1.0", "Pneumonia": ""}, blank=0)
+    Labels(values={'Edema': 1, 'Pneumonia': 0}, rest=-1)
 
     Raises:
       ValueError: if it is none of these.
     """
     found = parsed(value)
+    if columns:
+        single = _read_values({n: blank if c in (None, "") else c for n, c in columns.items()})
+        several = read_labels(found) if found is not None else Labels({})
+        return Labels({**several.values, **single}, several.rest)
     if found is None:
         return Labels({})
     if isinstance(found, Mapping):
-        for name, given in found.items():
-            if _key(given) not in _TRUTH:
-                raise ValueError(f"label {name!r} is {given!r}, not 1, 0 or -1")
-        return Labels({str(name): _TRUTH[_key(given)] for name, given in found.items()})
+        return Labels(_read_values(found))
     if isinstance(found, str | int | float):
         found = [name.strip() for name in str(found).split(";")]
     if not isinstance(found, Sequence) or not all(isinstance(name, str) for name in found):
@@ -48,7 +51,16 @@ def read_labels(value: Any) -> Labels:
     return Labels({name: 1 for name in found if name}, rest=0)
 
 
+def _read_values(given: Mapping[str, Any]) -> dict[str, int]:
+    for name, value in given.items():
+        if _key(value) not in _TRUTH:
+            raise ValueError(f"label {name!r} is {value!r}, not 1, 0 or -1")
+    return {str(name): _TRUTH[_key(value)] for name, value in given.items()}
+
+
 def _key(value: Any) -> str:
+    if isinstance(value, str) and value.endswith(".0"):
+        value = value.removesuffix(".0")  # what pandas writes of a column with gaps
     if isinstance(value, float) and value == int(value if math.isfinite(value) else 0):
         value = int(value)
     return str(value).strip().lower()
@@ -100,6 +112,16 @@ def read_masks(value: Any, phrases: Sequence[str], text: str) -> dict[str, str]:
     if not isinstance(found, str) or len(names) > 1:
         raise ValueError("mask is neither one path for one phrase nor {phrase: path}")
     return {names[0]: found}
+
+
+def organ_of(column: str) -> str:
+    """Name what the masks of a column show, where they are paths without a name.
+
+    >>> organ_of("lung_mask"), organ_of("masks/heart")
+    ('lung', 'heart')
+    """
+    words = column.lower().replace("_", " ").replace("/", " ").split()
+    return " ".join(word for word in words if word not in ("mask", "masks")) or "anatomy"
 
 
 def read_regions(value: Any) -> dict[str, tuple[float, ...]]:

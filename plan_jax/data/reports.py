@@ -138,6 +138,16 @@ def tags(text: str, findings: Sequence[str]) -> Int8[np.ndarray, " F"]:
     return out
 
 
+def is_known(name: str) -> bool:
+    """Say whether `tags` has a name for a finding.
+
+    >>> is_known("Pleural effusion"), is_known("COVID-19")
+    (True, False)
+    """
+    plain = " ".join(name.lower().split())
+    return plain in terms.COVERS or plain in terms.TERMS
+
+
 def _covered(name: str) -> tuple[str, ...]:
     plain = " ".join(name.lower().split())
     if plain in terms.COVERS:

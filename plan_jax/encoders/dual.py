@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from plan_jax.encoders.resnet import Norm
 from plan_jax.encoders.text import make_text
 from plan_jax.encoders.vision import make_vision
-from plan_jax.types import Batch, Features
+from plan_jax.types import Batch, Features, Stages
 
 
 class Head(nn.Module):
@@ -109,15 +109,23 @@ class Dual(nn.Module):
         if self.fine:
             self.image_fine_head = FineHead(self.dim, self.axis, self.dtype)
 
-    def see(self, image: UInt8[Array, "B Y X 1"], train: bool = False) -> Features:
-        """Encode images (grey, 0..255)."""
+    def stages(self, image: UInt8[Array, "B Y X 1"], train: bool = False) -> Stages:
+        """Encode images (grey, 0..255) by the tower alone, before any head of pre-training."""
+        seen = self.see_tower(self._standardise(image), train)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), Stages(seen.pooled, seen.stages))
+
+    def _standardise(self, image: UInt8[Array, "B Y X 1"]) -> Float[Array, "B Y X C"]:
         x = jnp.repeat(image.astype(jnp.float32) / 255, self.channels, -1)
         if self.standard == "image":
             mean, std = x.mean((1, 2, 3), keepdims=True), x.std((1, 2, 3), keepdims=True)
             x = (x - mean) / (std + 1e-3)
         else:
             x = (x - 0.5) / 0.5
-        seen = self.see_tower(x.astype(self.dtype), train)
+        return x.astype(self.dtype)
+
+    def see(self, image: UInt8[Array, "B Y X 1"], train: bool = False) -> Features:
+        """Encode images (grey, 0..255)."""
+        seen = self.see_tower(self._standardise(image), train)
         pooled = self.image_global_head(seen.pooled, train)
         if self.heads["image_local"] == "shared":
             local = self.image_global_head(seen.local, False)

@@ -10,12 +10,15 @@ class Seen(NamedTuple):
 
     `fine` is the map one stage earlier: more pixels, a smaller field of view; or None. `attention`
     is that of ViT's class token to the patches in the last layer, mean over heads; or None.
+    `stages` are all maps from the stem on, finest first (of a ViT only its patches), for the heads
+    of downstream tasks.
     """
 
     pooled: Float[Array, "B E"]
     local: Float[Array, "B Y X C"]
     fine: Float[Array, "B V U C"] | None = None
     attention: Float[Array, "B P"] | None = None
+    stages: tuple[Float[Array, "B _ _ _"], ...] = ()
 
 
 class ReadOut(NamedTuple):

@@ -161,17 +161,19 @@ class ResNet(nn.Module):
     def __call__(self, x: Float[Array, "B Y X C"], train: bool = False) -> Seen:
         """See B images."""
         x = resize(x, self.resize) if self.resize else x
-        x = self._stem(x, train and not self.hold)
+        stem, x = self._stem(x, train and not self.hold)
         local = fine = x
+        stages = [lax.stop_gradient(stem) if self.hold else stem]
         for stage in range(len(self.widths)):
             x = self._stage(stage, x, train and stage >= self.hold)
             x = x if stage >= self.hold else lax.stop_gradient(x)
+            stages.append(x)
             local = x if stage == self.local_stage else local
             fine = x if stage == self.local_stage - 1 else fine
         pooled = x.mean((1, 2))
         if self.pool == "mean_max":
             pooled = jnp.concatenate([pooled, x.max((1, 2))], -1)
-        return Seen(pooled, local, fine)
+        return Seen(pooled, local, fine, stages=tuple(stages))
 
     def holds(self, name: str) -> bool:
         """Say whether the parameters called `name` in this tower are frozen by `hold`."""
@@ -199,12 +201,13 @@ class ResNet(nn.Module):
                 x = x + self.param("position", init, x.shape[1:]).astype(x.dtype)
         return x
 
-    def _stem(self, x: Float[Array, "B Y X C"], train: bool) -> Float[Array, "B V U E"]:
+    def _stem(self, x: Float[Array, "B Y X C"], train: bool) -> tuple[Array, Array]:
+        """Give what the stem sees, and that after its pooling: twice [B V U E]."""
         patch = self.stem.startswith("patch")
         size, pad = (int(self.stem[5:]), 0) if patch else (7, 3)
         x = Conv(self.stem_width, size, size if patch else 2, pad, dtype=self.dtype, name="stem")(x)
         x = Norm(self.axis, name="stem_norm")(x, train, relu=True)
-        return x if patch else max_pool(x, 3, 2, 1)
+        return x, x if patch else max_pool(x, 3, 2, 1)
 
 
 def resize(x: Float[Array, "B Y X C"], size: int) -> Float[Array, "B S S C"]:

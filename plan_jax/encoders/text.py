@@ -14,8 +14,15 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from plan_jax.encoders.attention import attend, gelu
 from plan_jax.encoders.outputs import ReadOut
-from plan_jax.encoders.transformer import dropout, first_attention, holds_layer, run_layers
+from plan_jax.encoders.transformer import (
+    LayerNorm,
+    dropout,
+    first_attention,
+    holds_layer,
+    run_layers,
+)
 
 BERTS = {
     "bert_base": {"width": 768, "depth": 12, "heads": 12},
@@ -75,14 +82,14 @@ class TextLayer(nn.Module):
             return rearrange(y, "b l (h e) -> b l h e", h=self.heads)
 
         q, k = heads("query"), heads("key")
-        y = jax.nn.dot_product_attention(q, k, heads("value"), mask=mask)
+        y = attend(q, k, heads("value"), mask)
         y = nn.Dense(width, dtype=self.dtype, name="out")(rearrange(y, "b l h e -> b l (h e)"))
         y = dropout(y, self.dropout, keys[0])
-        x = nn.LayerNorm(1e-12, name="norm1")(x + y).astype(self.dtype)
-        y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype, name="fc1")(x), approximate=False)
+        x = LayerNorm(1e-12, name="norm1")(x + y).astype(self.dtype)
+        y = gelu(nn.Dense(4 * width, dtype=self.dtype, name="fc1")(x))
         y = nn.Dense(width, dtype=self.dtype, name="fc2")(y)
         y = dropout(y, self.dropout, keys[1])
-        x = nn.LayerNorm(1e-12, name="norm2")(x + y).astype(self.dtype)
+        x = LayerNorm(1e-12, name="norm2")(x + y).astype(self.dtype)
         return x, first_attention(q, k, mask[:, 0, 0])
 
 
@@ -145,7 +152,7 @@ class Bert(nn.Module):
         place = self.param("position", init, (self.positions, self.width))
         kind = self.param("type", init, (2, self.width))
         x = x + place[: tokens.shape[1]] + kind[0]
-        x = nn.LayerNorm(1e-12, name="norm")(x)
+        x = LayerNorm(1e-12, name="norm")(x)
         key = None if key is None else jax.random.fold_in(key, self.depth)
         return dropout(x, self.dropout, key).astype(self.dtype)
 

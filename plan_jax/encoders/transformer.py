@@ -8,6 +8,21 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from plan_jax.encoders.normalise import layer_norm
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, in float32, with the parameters of flax's."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+        """Normalise."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x.astype(jnp.float32), scale, bias, self.epsilon)
+
 
 def first_attention(
     q: Float[Array, "B N H C"], k: Float[Array, "B N H C"], mask: Bool[Array, "B N"] | None = None

@@ -12,9 +12,10 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from plan_jax.encoders.attention import attend, gelu
 from plan_jax.encoders.outputs import Seen
 from plan_jax.encoders.resnet import Conv
-from plan_jax.encoders.transformer import first_attention, holds_layer, run_layers
+from plan_jax.encoders.transformer import LayerNorm, first_attention, holds_layer, run_layers
 
 VITS = {
     "vit_b16": {"patch": 16, "width": 768, "depth": 12, "heads": 12},
@@ -37,13 +38,13 @@ class Layer(nn.Module):
     ) -> tuple[Float[Array, "B N E"], Float[Array, "B N"]]:
         """Apply it; also give the attention of the first token, mean over heads."""
         width = x.shape[-1]
-        y = nn.LayerNorm(1e-6, name="norm1")(x).astype(self.dtype)
+        y = LayerNorm(1e-6, name="norm1")(x).astype(self.dtype)
         qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(y)
         q, k, v = rearrange(qkv, "b n (t h e) -> t b n h e", t=3, h=self.heads)
-        y = rearrange(jax.nn.dot_product_attention(q, k, v), "b n h e -> b n (h e)")
+        y = rearrange(attend(q, k, v), "b n h e -> b n (h e)")
         x = x + nn.Dense(width, dtype=self.dtype, name="proj")(y)
-        y = nn.LayerNorm(1e-6, name="norm2")(x).astype(self.dtype)
-        y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype, name="fc1")(y), approximate=False)
+        y = LayerNorm(1e-6, name="norm2")(x).astype(self.dtype)
+        y = gelu(nn.Dense(4 * width, dtype=self.dtype, name="fc1")(y))
         return x + nn.Dense(width, dtype=self.dtype, name="fc2")(y), first_attention(q, k)
 
 
@@ -80,8 +81,8 @@ class ViT(nn.Module):
         x = x + self.param("position", init, (1, x.shape[1], self.width)).astype(x.dtype)
         settings = {"heads": self.heads, "dtype": self.dtype}
         x, attention = run_layers(self, Layer, settings, x)
-        x = nn.LayerNorm(1e-6, name="norm")(x)
+        x = LayerNorm(1e-6, name="norm")(x)
         local = rearrange(x[:, 1:], "b (y x) c -> b y x c", y=rows)
         if self.hold >= self.depth:
             x, local = jax.lax.stop_gradient((x, local))
-        return Seen(x[:, 0], local, attention=attention[:, 1:])
+        return Seen(x[:, 0], local, attention=attention[:, 1:], stages=(local,))

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from plan_jax.data import annotations, images, manifest, schema
 from plan_jax.types import Record, UserError
 
-ROLES = ("image", "text", "split", "patient_id", "labels", "boxes", "mask", "regions")
+ROLES = ("image", "text", "split", "patient_id", "labels", "boxes", "mask", "regions", "anatomy")
 NAMED = 5  # rows named of those that are left out; a file beside the data names all
 CHUNK = 256  # rows read ahead
 
@@ -27,8 +27,11 @@ class PairsConfig(tfds.core.BuilderConfig):
     leave; the longer side of an image becomes `size` pixels. `columns` says which column plays
     which of ROLES where it has another name. `filters` choose rows, `box_where` boxes by their
     fields: {column: {"in": [..]}} or {"not": [..]}. Rows of fewer than `min_words` words are passed
-    over. Without a column of splits, shares of `val_fraction` and `test_fraction` of the patients
-    are held out. `findings` name the labels (by default all that occur, sorted). More than
+    over; with `text_optional` a row, or the manifest, need have no text, which is enough to
+    classify, segment and detect. Without a column of splits, shares of `val_fraction` and
+    `test_fraction` of the patients are held out. `findings` name the labels (by default all that
+    occur, sorted); besides the column of labels, `label_columns` are columns that each hold one of
+    them (1, 0, -1), an empty cell meaning `label_blank` (CheXpert's readers take 0). More than
     `max_bad`, the share of rows that cannot be used, is an error.
     """
 
@@ -39,9 +42,12 @@ class PairsConfig(tfds.core.BuilderConfig):
     filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     box_where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     min_words: int = 0
+    text_optional: bool = False
     val_fraction: float = 0.1
     test_fraction: float = 0.1
     findings: Sequence[str] = ()
+    label_columns: Sequence[str] = ()
+    label_blank: int = -1
     max_bad: float = 0.1
 
     def __post_init__(self):
@@ -93,12 +99,13 @@ class _Entry:
     boxes: list[dict[str, Any]]
     masks: dict[str, str]
     regions: dict[str, tuple[float, ...]]
+    anatomy: dict[str, str]
 
 
 class Pairs(tfds.core.GeneratorBasedBuilder):
     """Builds `schema.feature_dict()` examples from a manifest; see `PairsConfig`."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     builder_config: PairsConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -124,6 +131,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         self.info.metadata["findings"] = list(self._findings)
         self._regions = tuple(sorted({name for entry in entries for name in entry.regions}))
         self.info.metadata["regions"] = list(self._regions)
+        self._anatomy = tuple(sorted({name for entry in entries for name in entry.anatomy}))
+        self.info.metadata["anatomy"] = list(self._anatomy)
         splits = {s: [e for e in entries if e.split == s] for s in manifest.SPLITS}
         return {s: self._generate_examples(rows, s) for s, rows in splits.items() if rows}
 
@@ -132,8 +141,11 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         rows = manifest.read(Path(config.manifest).expanduser())
         numbers = {id(row): number for number, row in enumerate(rows, 1)}
-        columns = manifest.pick_columns(rows, config.columns, ("image", "text"), ROLES)
+        required = ("image",) if config.text_optional else ("image", "text")
+        columns = manifest.pick_columns(rows, config.columns, required, ROLES)
+        self._organ = annotations.organ_of(columns["anatomy"] or "")
         manifest.check_columns(config.filters, rows, "filters")
+        manifest.check_columns({name: [] for name in config.label_columns}, rows, "label_columns")
         rows = [
             row
             for row in manifest.where(rows, config.filters)
@@ -177,7 +189,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         patient = str(path if cells["patient_id"] is None else cells["patient_id"])
         try:
             full = self._inside(path, number)
-            if not any(map(str.isalnum, text)):
+            if not (self.builder_config.text_optional or any(map(str.isalnum, text))):
                 raise ValueError("its text is empty")
             if not full.is_file():
                 raise ValueError("does not exist")
@@ -188,10 +200,15 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                 split=self._split(cells["split"], columns["split"], patient, number),
                 patient=patient,
                 text=text,
-                labels=annotations.read_labels(cells["labels"]),
+                labels=annotations.read_labels(
+                    cells["labels"],
+                    {name: manifest.cell(row, name) for name in self.builder_config.label_columns},
+                    self.builder_config.label_blank,
+                ),
                 boxes=boxes,
                 masks=annotations.read_masks(cells["mask"], [b["phrase"] for b in boxes], text),
                 regions=annotations.read_regions(cells["regions"]),
+                anatomy=annotations.read_masks(cells["anatomy"], [self._organ], ""),
             )
         except ValueError as error:
             self._bad.append(f"{path or f'row {number}'} ({error})")
@@ -222,10 +239,15 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         try:
             full = self._inside(entry.path, entry.number)
             pixels, shape = images.read_image(full, self.builder_config.size)
-            masks = {
-                phrase: images.read_mask(self._inside(path, entry.number), shape, *pixels.shape)
-                for phrase, path in entry.masks.items()
-            }
+
+            def drawn(paths: Mapping[str, str]) -> dict[str, np.ndarray]:
+                inside = {name: self._inside(path, entry.number) for name, path in paths.items()}
+                return {n: images.read_mask(p, shape, *pixels.shape) for n, p in inside.items()}
+
+            masks, anatomy = drawn(entry.masks), drawn(entry.anatomy)
+            if anatomy and len(anatomy) < len(self._anatomy):
+                lacks = ", ".join(sorted({*self._anatomy} - {*anatomy}))
+                raise ValueError(f"has masks of anatomy, but none of {lacks}")
             phrases = annotations.make_phrases(
                 entry.boxes, masks, self._findings, shape, pixels.shape
             )
@@ -246,6 +268,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             labels=np.asarray([labels.get(name, -1) for name in self._findings], np.int8),
             phrases=tuple(phrases),
             regions=np.asarray(regions, np.float32).reshape(-1, 4),
+            anatomy={name: anatomy[name] for name in self._anatomy if anatomy},
         )
 
     def _bad_named(self) -> str:

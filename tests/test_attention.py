@@ -1,0 +1,66 @@
+"""Attention, GELU and LayerNorm with gradients of their own, against the plain ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from plan_jax.encoders.attention import LARGE, attend, gelu
+from plan_jax.encoders.normalise import layer_norm
+
+
+def drawn(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def value_and_gradients(function, given, *arrays):
+    return jax.jit(lambda *a: (function(*a), jax.vjp(function, *a)[1](given)))(*arrays)
+
+
+def check(one, other, most):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=most, rtol=most)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("count", [8, 110])
+def test_attention_is_the_plain_one(count, masked):
+    assert 4 * 8 * 8 < LARGE < 4 * 110 * 110  # so both ways are taken
+    q, k, v, given = (drawn(2, count, 4, 8, seed=n) for n in range(4))
+    mask = None
+    if masked:
+        mask = jnp.asarray(np.random.default_rng(9).random((2, 1, count, count)) < 0.6)
+        mask = mask.at[0, 0, 3].set(False)  # a query that may look at nothing
+
+    def plain(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+    own = value_and_gradients(lambda q, k, v: attend(q, k, v, mask), given, q, k, v)
+    check(own, value_and_gradients(plain, given, q, k, v), 1e-5)
+
+
+def test_attention_in_bfloat16_stays_near():
+    q, k, v = (drawn(2, 110, 4, 8, seed=n).astype(jnp.bfloat16) for n in range(3))
+    own = attend(q, k, v)
+    assert own.dtype == jnp.bfloat16
+    wide = attend(*(x.astype(jnp.float32) for x in (q, k, v)))
+    np.testing.assert_allclose(own.astype(jnp.float32), wide, atol=0.02)
+
+
+def test_gelu_is_the_exact_one():
+    x, given = drawn(5, 300) * 3, drawn(5, 300, seed=1)
+    own = value_and_gradients(gelu, given, x)
+    plain = value_and_gradients(lambda x: nn.gelu(x, approximate=False), given, x)
+    check(own, plain, 2e-6)
+
+
+def test_layer_norm_is_flax_s():
+    x, given = drawn(3, 7, 40) * 2 + 1, drawn(3, 7, 40, seed=1)
+    scale, bias = drawn(40, seed=2), drawn(40, seed=3)
+
+    def plain(x, scale, bias):
+        return nn.LayerNorm(1e-6).apply({"params": {"scale": scale, "bias": bias}}, x)
+
+    own = value_and_gradients(lambda *a: layer_norm(*a, 1e-6), given, x, scale, bias)
+    check(own, value_and_gradients(plain, given, x, scale, bias), 1e-5)
