@@ -47,9 +47,12 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict(
         {
             "every": 0, "tasks": ("grounding", "retrieval", "zero_shot"), "split": "test",
-            "limit": 300, "prior": 1000, "batch": 64,
+            "limit": 300, "prior": 1000, "batch": 64, "train": 0, "random": False, "prompts": "",
         }
     )  # fmt: skip
+    # eval.train: records that heads are fitted to (0: all); eval.random: fit them to a tower of
+    # random weights as well; eval.prompts: a set of data/prompts.py. Options of a task, as
+    # eval.classification.epochs, are fields of its `Options`.
     return config
 
 

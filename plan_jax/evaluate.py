@@ -1,200 +1,31 @@
-"""From a config or a checkpoint folder to a `Model` of verbs, and from it to tables and a page."""
+"""Judging a `Model` by the config's tasks: what the data lack is said first; numbers, then a page."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
-from plan_jax import checkpoint, report
-from plan_jax.data import loader, phantom
+from plan_jax import assembly, checkpoint, report
+from plan_jax.data import loader, phantom, prompts, reports
 from plan_jax.data.records import Dataset, open_dataset
-from plan_jax.data.text import Tokenizer, encode_many, load_tokenizer
-from plan_jax.encoders.dual import Dual
-from plan_jax.encoders.resnet import RESNETS
-from plan_jax.encoders.text import BERTS
-from plan_jax.encoders.vit import VITS
-from plan_jax.figures import PhraseRow, RetrievedRow
 from plan_jax.journal import read_rows, replace
-from plan_jax.methods import METHODS
 from plan_jax.tasks import TASKS, grounding, retrieval, zero_shot
-from plan_jax.types import Features, Model, Record, Stages, Tower, UserError
+from plan_jax.types import Model, Record, Tower, UserError
+
+FITTED = ("classification", "segmentation", "detection", "report_generation")
+HELD_OUT = 0.2  # share of the training patients that validate where no split does
 
 
-class System(NamedTuple):
-    """What a config describes, without any parameter: towers, method, its constants, tokeniser."""
+class Scored(NamedTuple):
+    """Flat metrics (`grounding/cnr_signed`) and the rows that the page shows beside them."""
 
-    dual: Dual
-    method: Any
-    hyper: Any
-    tokenizer: Tokenizer
-
-
-def assemble(config: Mapping[str, Any], axis: str | None = None) -> System:
-    """Make towers, method and tokeniser of a config (as plain dicts or a ConfigDict)."""
-    method = METHODS[config["method"]]
-    hold = {side: held_layers(side, config) for side in ("vision", "text")}
-    tokenizer = load_tokenizer(config["data"]["tokenizer"])
-    dual = Dual(
-        vision={**config["vision"], "hold": hold["vision"]},
-        text={**config["text"], "hold": hold["text"]}, heads=dict(config["heads"]),
-        vocab=tokenizer.size, dim=config["dim"], hidden=config["hidden"],
-        standard=config["standard"], channels=config["channels"], fine=config["fine"], axis=axis,
-        dtype=jnp.dtype(config["dtype"]),
-    )  # fmt: skip
-    return System(dual, method, make_hyper(method, config["hyper"]), tokenizer)
-
-
-def held_layers(side: str, config: Mapping[str, Any]) -> int:
-    """Say how many first layers (of a ResNet: stages) of a tower `optim.freeze` freezes.
-
-    `text` freezes the whole tower, `text:6` embeddings and six layers.
-
-    Raises:
-      UserError: the tower has not so many, or is named by its path.
-    """
-    table = BERTS if side == "text" else RESNETS | VITS
-    sizes = {**table[config[side]["name"]], **config[side]}
-    layers = len(sizes["widths"]) if "widths" in sizes else sizes["depth"]
-    found = 0
-    for entry in config["optim"]["freeze"]:
-        name, _, count = str(entry).partition(":")
-        if name == side:
-            if count and not (count.isdecimal() and 1 <= int(count) <= layers):
-                raise UserError(f"optim.freeze is {entry!r}; use {side}:1 to {side}:{layers}")
-            found = max(found, int(count or layers))
-        elif name.startswith(f"encoders/{'read' if side == 'text' else 'see'}_tower"):
-            raise UserError(f"optim.freeze {entry!r} is in a tower; write {side} or {side}:N")
-    return found
-
-
-def make_hyper(method: Any, changes: Mapping[str, Any]) -> Any:
-    """Make a method's constants with some of them changed.
-
-    Raises:
-      UserError: if the method has no such constant.
-    """
-    known = [field.name for field in dataclasses.fields(method.Hyper)]
-    for name in changes:
-        if name not in known:
-            where = method.__name__.rpartition(".")[2]
-            raise UserError(f"hyper.{name} is not a constant of {where}; it has {', '.join(known)}")
-    return method.Hyper(**dict(changes))
-
-
-def chunked(function: Any, arrays: tuple[np.ndarray, ...], size: int) -> Any:
-    """Apply a function to rows in chunks of one size, padding the last, and join the results."""
-    count = len(arrays[0])
-    parts = []
-    for start in range(0, count, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)
-        parts.append(jax.device_get(function(*(array[rows] for array in arrays))))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
-
-
-def make_model(system: System, config: Mapping[str, Any], variables: Mapping[str, Any]) -> Model:
-    """Bind `params`, `batch_stats` and `memory` of a run, among `variables`, to the verbs."""
-    dual, method, hyper, tokenizer = system
-    data, batch = config["data"], config["eval"]["batch"]
-    held = {name: variables[name] for name in ("params", "batch_stats", "memory")}
-    variables = jax.device_put(jax.tree.map(np.asarray, held))
-    towers = {"params": variables["params"]["encoders"], "batch_stats": variables["batch_stats"]}
-    own, memory = variables["params"]["method"], variables["memory"]
-    shape = (1, data["size"], data["size"], 1)
-    seen = jax.eval_shape(lambda: dual.apply(towers, jnp.zeros(shape, jnp.uint8), method="see"))
-
-    def some(verb: str) -> Any:  # no task needs what the towers gave before their heads
-        return jax.jit(lambda towers, *a: dual.apply(towers, *a, method=verb).replace(raw=None))
-
-    see_some, read_some = some("see"), some("read")
-    compare = jax.jit(method.similarity, static_argnums=4)
-    draw = jax.jit(method.heatmap, static_argnums=4)
-
-    def see(images: np.ndarray) -> Features:
-        return chunked(lambda *a: see_some(towers, *a), (images,), batch)
-
-    def read(texts: list[str]) -> Features:
-        rows = encode_many(tokenizer, texts, length=data["length"], words=data["words"])
-        names = ("tokens", "word_index", "word_id", "sentence")
-        arrays = tuple(rows[n] for n in names)
-        return chunked(lambda *a: read_some(towers, *a), arrays, batch)
-
-    def similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
-        def columns(*leaves: np.ndarray) -> dict[str, jax.Array]:
-            some = jax.tree.unflatten(jax.tree.structure(texts), leaves)
-            return {k: v.T for k, v in compare(own, memory, images, some, hyper).items()}
-
-        found = chunked(columns, tuple(jax.tree.leaves(texts)), batch)
-        return {kind: table.T for kind, table in found.items()}
-
-    def heatmap(
-        images: Features, texts: Features, rounds: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        chosen = hyper if rounds is None else dataclasses.replace(hyper, rounds=rounds)
-        return jax.device_get(draw(own, memory, images, texts, chosen))
-
-    return Model(
-        name=config["method"], grid=seen.fine_grid or seen.grid, size=data["size"],
-        rounds=getattr(hyper, "rounds", 0), config=config,
-        see=see, read=read, similarity=similarity, heatmap=heatmap, tower=make_tower(dual, towers),
-    )  # fmt: skip
-
-
-def make_tower(dual: Dual, towers: Mapping[str, Any]) -> Tower:
-    """Bind the vision tower's part of the encoders' variables to a pure function."""
-    plain = dual.clone(axis=None, vision={**dual.vision, "hold": 0})
-    small = plain.clone(vision={k: v for k, v in plain.vision.items() if k != "resize"})
-    variables = {
-        kind: {part: held for part, held in tree.items() if part == "see_tower"}
-        for kind, tree in towers.items()
-    }
-
-    def apply(
-        variables: Mapping[str, Any], images: jax.Array, train: bool = False, native: bool = False
-    ) -> tuple[Stages, PyTree]:
-        module = small if native else plain
-        if not train:
-            return module.apply(variables, images, method="stages"), variables["batch_stats"]
-        stages, changed = module.apply(
-            variables, images, True, method="stages", mutable=["batch_stats"]
-        )
-        return stages, changed.get("batch_stats", variables["batch_stats"])
-
-    return Tower(checkpoint.fingerprint(variables)[:12], variables, apply)
-
-
-def random_tower(system: System, config: Mapping[str, Any], seed: int = 0) -> Tower:
-    """Make the same tower with random weights: what downstream tasks compare with."""
-    size = config["data"]["size"]
-    dual = system.dual.clone(axis=None)
-    images = jnp.zeros((2, size, size, 1), jnp.uint8)
-    made = jax.jit(lambda key: dual.init(key, images, method="stages"))(jax.random.key(seed))
-    return make_tower(dual, {"params": made["params"], "batch_stats": made.get("batch_stats", {})})
-
-
-def load(folder: str | Path) -> Model:
-    """Load the model of a run from its folder, or from one of its checkpoints.
-
-    Raises:
-      UserError: if there is no whole checkpoint.
-    """
-    held = read(folder)
-    return make_model(assemble(held["config"]), held["config"], held)
-
-
-def read(folder: str | Path) -> dict[str, Any]:
-    """Read the weights and config of a checkpoint; of a kept moving average, that.
-
-    Raises:
-      UserError: if there is no whole checkpoint.
-    """
-    held = checkpoint.restore_params(folder)
-    return held | {"params": held["average"] or held["params"]}
+    metrics: dict[str, float]
+    rows: Sequence[Any] = ()
 
 
 def open_split(config: Mapping[str, Any], split: str) -> Dataset:
@@ -205,67 +36,86 @@ def open_split(config: Mapping[str, Any], split: str) -> Dataset:
     )
 
 
-def open_truth(config: Mapping[str, Any], split: str) -> tuple[Dataset, list[Record]]:
-    """Open a split and read what will be evaluated, having checked that its tasks can be.
+@dataclasses.dataclass
+class Truth:
+    """The records by which a model is judged, read when they are asked for, once."""
+
+    config: Mapping[str, Any]
+    split: str
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The split that is judged."""
+        return open_split(self.config, self.split)
+
+    @functools.cached_property
+    def records(self) -> list[Record]:
+        """What is judged: the first `eval.limit` records."""
+        return loader.records(
+            self.dataset, self.config["eval"]["limit"], self.config["data"]["size"]
+        )
+
+    @functools.cached_property
+    def splits(self) -> dict[str, list[Record]]:
+        """What heads are fitted to, `train` and `val`, and the judged records, as `test`.
+
+        Where `val` is missing, or is itself judged, a share of the training patients validates.
+        """
+        data, wanted = self.config["data"], self.config["eval"]
+        train = loader.records(
+            open_split(self.config, "train"), wanted["train"] or None, data["size"]
+        )
+        if self.split == "train":
+            raise UserError("eval.split is train, which heads are fitted to; use val or test")
+        try:
+            if self.split == "val":
+                raise UserError("val is judged")
+            val = loader.records(open_split(self.config, "val"), wanted["limit"], data["size"])
+        except UserError:
+            train, val = _held_out(train, self.config["seed"])
+        return {"train": train, "val": val, "test": self.records}
+
+
+def _held_out(
+    records: Sequence[Record], seed: int, share: float = HELD_OUT
+) -> tuple[list[Record], list[Record]]:
+    """Divide records by patient into those to fit and a share to validate, by a seed."""
+    names = sorted({record.patient_id for record in records})
+    drawn = np.random.default_rng(seed).permutation(names)
+    chosen = set(drawn[: max(1, round(share * len(names)))].tolist())
+    parts = [[r for r in records if (r.patient_id in chosen) is kept] for kept in (False, True)]
+    if not all(parts):
+        raise UserError(
+            f"{len(names)} patients are too few to fit and to validate; give a split val"
+        )
+    return parts[0], parts[1]
+
+
+def options_of(task: str, config: Mapping[str, Any]) -> Any:
+    """Make a task's `Options` with those changed that the config's `eval.<task>` names."""
+    given = config["eval"].get(task, {})
+    plain = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return TASKS[task].Options(**plain)
+
+
+def open_truth(config: Mapping[str, Any], split: str) -> Truth:
+    """Open a split, having checked that it holds what the config's tasks are judged by.
 
     Raises:
-      UserError: if the split lacks what one of the config's tasks needs.
+      UserError: naming the field that is missing.
     """
-    dataset = open_split(config, split)
-    records = loader.records(dataset, config["eval"]["limit"], config["data"]["size"])
+    truth = Truth(config, split)
     for task in config["eval"]["tasks"]:
-        check_truth(task, records, config["data"]["name"])
-    return dataset, records
-
-
-class Scored(NamedTuple):
-    """Flat metrics (`grounding/cnr_signed`) and what the page shows beside them."""
-
-    metrics: dict[str, float]
-    cases: Sequence[PhraseRow] = ()
-    retrieved: Sequence[RetrievedRow] = ()
-
-
-def score(model: Model, config: Mapping[str, Any], split: str) -> Scored:
-    """Run the config's tasks on a split.
-
-    Raises:
-      UserError: if the dataset lacks what a task needs.
-    """
-    wanted, data = config["eval"], config["data"]
-    dataset, records = open_truth(config, split)
-    metrics: dict[str, float] = {}
-    cases: Sequence[PhraseRow] = ()
-    rows: Sequence[RetrievedRow] = ()
-
-    def add(task: str, values: Mapping[str, float]) -> None:
-        metrics.update({f"{task}/{name}": float(value) for name, value in values.items()})
-
-    for task in wanted["tasks"]:
-        if task == "grounding":
-            known = loader.records(open_split(config, "train"), wanted["prior"], data["size"])
-            priors = grounding.fit_priors(known)
-            values, found = grounding.evaluate(
-                model, records, findings=dataset.findings, priors=priors
-            )
-            add(task, values)
-            cases = grounding.illustrate(model, records, found)
-        elif task == "retrieval":
-            values, rows = retrieval.evaluate(model, records)
-            add(task, values)
+        if task in FITTED:
+            findings = truth.dataset.findings
+            TASKS[task].needs(truth.splits, options_of(task, config), findings)
         else:
-            prompts = phantom.PROMPTS if data["name"] == "phantom" else plain_prompts(dataset)
-            add(task, zero_shot.evaluate(model, records, prompts, findings=dataset.findings))
-    return Scored(metrics, cases, rows)
-
-
-def plain_prompts(dataset: Dataset) -> dict[str, tuple[list[str], list[str]]]:
-    """Make the plainest prompts for the findings of a dataset: `there is X`, `there is no X`."""
-    return {name: ([f"there is {name}"], [f"there is no {name}"]) for name in dataset.findings}
+            check_truth(task, truth.records, config["data"]["name"])
+    return truth
 
 
 def check_truth(task: str, records: Sequence[Any], dataset: str) -> None:
-    """See that the records hold what a task is judged by.
+    """See that the records hold what a task without a head is judged by.
 
     Raises:
       UserError: naming the field that is missing.
@@ -273,42 +123,140 @@ def check_truth(task: str, records: Sequence[Any], dataset: str) -> None:
     lacks = {
         "grounding": ("phrases", not any(record.phrases for record in records)),
         "zero_shot": ("labels", not any(len(record.labels) for record in records)),
+        "retrieval": ("text", not any(record.text for record in records)),
     }
     field, missing = lacks.get(task, ("", False))
     if missing:
-        kept = ", ".join(repr(name) for name in TASKS if name != task)
+        kept = ", ".join(repr(name) for name in TASKS if name not in (task, *FITTED))
         raise UserError(
             f"task {task} needs {field}, and dataset {dataset} has none; leave it out: "
             f"--config.eval.tasks=({kept})"
         )
 
 
-def write(
-    folder: Path, config: Mapping[str, Any], scored: Scored, history: Sequence[Mapping[str, Any]]
-) -> Path:
-    """Write `metrics.json` and `report.html` into a run's folder; return the page."""
-    replace(folder / "metrics.json", json.dumps(scored.metrics, indent=2, sort_keys=True))
-    return report.write(
-        folder, config=config, metrics=scored.metrics, history=history, cases=scored.cases,
-        retrieved=scored.retrieved,
+def score(
+    model: Model, config: Mapping[str, Any], split: str, folder: Path | None = None
+) -> Scored:
+    """Run the config's tasks on a split; heads that are fitted are kept under `folder`.
+
+    With `eval.random` the tasks that fit a head do so on a tower of random weights too, under
+    `<task>/random/`. `<task>/seconds` is what each took.
+
+    Raises:
+      UserError: if the dataset lacks what a task needs.
+    """
+    truth = open_truth(config, split)
+    metrics: dict[str, float] = {}
+    rows: list[Any] = []
+    for task in config["eval"]["tasks"]:
+        began = time.monotonic()
+        run = fitted if task in FITTED else RUNS[task]
+        keys = {"task": task, "folder": folder} if task in FITTED else {}
+        values, found = run(model, truth, options_of(task, config), **keys)
+        if task in FITTED and config["eval"]["random"]:
+            system = assembly.assemble(config)
+            other = dataclasses.replace(model, tower=_random(system, config))
+            beside, _ = fitted(other, truth, options_of(task, config), **keys)
+            values |= {f"random/{name}": value for name, value in beside.items()}
+        values["seconds"] = time.monotonic() - began
+        metrics.update({f"{task}/{name}": float(value) for name, value in values.items()})
+        rows += found
+    return Scored(metrics, rows)
+
+
+def _random(system: assembly.System, config: Mapping[str, Any]) -> Tower:
+    return assembly.random_tower(system, config, config["seed"])
+
+
+Run = Callable[..., tuple[dict[str, float], list[Any]]]
+
+
+def fitted(
+    model: Model, truth: Truth, options: Any, *, task: str, folder: Path | None
+) -> tuple[dict[str, float], list[Any]]:
+    """Fit a head to the training split and judge it."""
+    extra = {"labeller": labeller(truth.dataset.findings)} if task == "report_generation" else {}
+    return TASKS[task].evaluate(
+        model, truth.splits, options=options, findings=truth.dataset.findings,
+        folder=folder and folder / "fits", seed=truth.config["seed"], **extra,
     )  # fmt: skip
 
 
-def evaluate(config: Mapping[str, Any], folder: str | Path) -> dict[str, float]:
-    """Evaluate a checkpoint by the tasks of a config, and write table and page beside it.
+def labeller(findings: Sequence[str]) -> Callable[[str], Mapping[str, int]]:
+    """Make what reads from a report which of the findings it states, by this project's parser.
+
+    Findings that the parser has no name for are left out.
+    """
+    known = tuple(name for name in findings if reports.is_known(name))
+    return lambda text: dict(zip(known, reports.tags(text, known).tolist(), strict=True))
+
+
+def _ground(model: Model, truth: Truth, options: Any) -> tuple[dict[str, float], list[Any]]:
+    config = truth.config
+    known = loader.records(
+        open_split(config, "train"), config["eval"]["prior"], config["data"]["size"]
+    )
+    values, cases = grounding.evaluate(
+        model, truth.records, findings=truth.dataset.findings, options=options,
+        priors=grounding.fit_priors(known),
+    )  # fmt: skip
+    return values, grounding.illustrate(model, truth.records, cases, options=options)
+
+
+def _retrieve(model: Model, truth: Truth, options: Any) -> tuple[dict[str, float], list[Any]]:
+    return retrieval.evaluate(
+        model, truth.records, findings=truth.dataset.findings, options=options
+    )
+
+
+def _classify(model: Model, truth: Truth, options: Any) -> tuple[dict[str, float], list[Any]]:
+    validation = truth.splits["val"] if options.validate else None
+    values = zero_shot.evaluate(
+        model, truth.records, prompts_of(truth), findings=truth.dataset.findings,
+        validation=validation, options=options,
+    )  # fmt: skip
+    return values, []
+
+
+RUNS: dict[str, Run] = {"grounding": _ground, "retrieval": _retrieve, "zero_shot": _classify}
+
+
+def prompts_of(truth: Truth) -> Mapping[str, tuple[Sequence[str], Sequence[str]]]:
+    """Choose prompts: those of `eval.prompts`, the phantoms' own, or the plainest there are."""
+    if name := truth.config["eval"]["prompts"]:
+        return prompts.SETS[name]()
+    if truth.config["data"]["name"] == "phantom":
+        return phantom.PROMPTS
+    return {f: ([f"there is {f}"], [f"there is no {f}"]) for f in truth.dataset.findings}
+
+
+def write(
+    folder: Path, config: Mapping[str, Any], scored: Scored, history: Sequence[Mapping[str, Any]]
+) -> Path:
+    """Write `metrics.json`, `table.md` and `report.html` into a folder; return the page."""
+    replace(folder / "metrics.json", json.dumps(scored.metrics, indent=2, sort_keys=True))
+    replace(folder / "table.md", report.markdown(scored.metrics))
+    return report.write(
+        folder, config=config, metrics=scored.metrics, history=history, rows=scored.rows
+    )
+
+
+def evaluate(config: Mapping[str, Any], folder: str | Path, out: Path) -> dict[str, float]:
+    """Evaluate a checkpoint by the tasks of a config, and write table and page into `out`.
 
     Raises:
       UserError: if there is no whole checkpoint, or the data lack what a task needs.
     """
-    held = read(folder)
-    model = make_model(assemble(config), config, held)
-    scored = score(model, config, config["eval"]["split"])
+    held = assembly.read(folder)
+    model = assembly.make_model(assembly.assemble(config), config, held)
+    began = time.monotonic()
+    scored = score(model, config, config["eval"]["split"], out)
     metrics = scored.metrics | {
         "steps": float(held["step"]),
+        "wall_s": time.monotonic() - began,
         "params_sha256": checkpoint.fingerprint(held["params"]),
     }
-    top = checkpoint.locate(folder)[0].parent
-    out = top / "eval" / str(config["eval"]["split"])
     out.mkdir(parents=True, exist_ok=True)
-    write(out, config, scored._replace(metrics=metrics), read_rows(top / "metrics.jsonl"))
+    history = read_rows(checkpoint.locate(folder)[0].parent / "metrics.jsonl")
+    write(out, config, scored._replace(metrics=metrics), history)
     return metrics

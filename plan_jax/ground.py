@@ -65,10 +65,10 @@ def ground(checkpoint: str, image: str, text: str, out: str, rounds: int | None 
     if rounds is not None and rounds < 0:
         raise UserError(f"--rounds is {rounds}; use 0 or more")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from plan_jax import evaluate, figures  # after the arguments are read: imports take seconds
+    from plan_jax import assembly, figures  # after the arguments are read: imports take seconds
 
     pixels = read(image)
-    model = evaluate.load(checkpoint)
+    model = assembly.load(checkpoint)
     heat = heat_map(model, pixels, text, rounds)
     try:
         kind = "PNG" if target.suffix.lower() == ".png" else "JPEG"

@@ -3,11 +3,11 @@
     python -m plan_jax.main --config configs/demo.py
     python -m plan_jax.main --config configs/demo.py --config.optim.rate=1e-3 --workdir runs/slow
     python -m plan_jax.main --mode eval --checkpoint runs/demo --config.eval.split=val
+    python -m plan_jax.main --config configs/eval/all_phantom.py --checkpoint runs/demo
 
 The same command again resumes a run that was stopped. SIGTERM saves and exits with 0.
 """
 
-import copy
 import json
 import math
 import os
@@ -70,17 +70,21 @@ def go(argv: Sequence[str]) -> None:
     if given.help:
         print(__doc__, given.get_help(), sep="\n")
         return
-    if given.mode == "train" and given.checkpoint:
-        raise UserError("--checkpoint is for --mode eval; a run is resumed by its --workdir")
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain's workers read absl's own flags
     loaded = load(given.config) if given.config else None
 
-    from plan_jax import parallel  # after the arguments are read: imports take seconds
+    from plan_jax import config, parallel  # after the arguments are read: imports take seconds
 
+    judges = config.is_evaluation(loaded or {})
+    if given.mode == "train" and given.checkpoint and not judges:
+        raise UserError("--checkpoint is for --mode eval; a run is resumed by its --workdir")
+    if judges and not given.checkpoint:
+        raise UserError(f"{given.config} evaluates a checkpoint; give its folder as --checkpoint")
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's workers read absl's own flags
     parallel.initialize()
-    if given.mode == "eval":
-        evaluate(loaded, changes, given.checkpoint or given.workdir or default(given.config))
+    if given.mode == "eval" or judges:
+        folder = given.checkpoint or given.workdir or default(given.config)
+        evaluate(loaded, changes, folder, Path(default(given.config)).name if judges else "")
     else:
         train(loaded, changes, given.workdir or default(given.config))
 
@@ -166,19 +170,24 @@ def train(loaded: dict[str, Any] | None, changes: dict[str, str], workdir: str) 
     show(begin(loaded, workdir), Path(workdir) / "report.html")
 
 
-def evaluate(loaded: dict[str, Any] | None, changes: dict[str, str], folder: str) -> None:
+def evaluate(
+    loaded: dict[str, Any] | None, changes: dict[str, str], folder: str, name: str = ""
+) -> None:
     """Evaluate a checkpoint by its own config, with changes and the given config's `eval`.
+
+    Of a config that only tells how to evaluate, its `data` count too; `name` is then that of the
+    folder beside the checkpoint where the page goes, else the split's.
 
     Raises:
       UserError: for a mistake of the user.
     """
     from plan_jax import checkpoint, config, parallel
 
-    held = checkpoint.read_config(folder)
-    given = copy.deepcopy(held) if loaded is None else loaded
+    held = config.complete(checkpoint.read_config(folder))
+    given = config.for_evaluation(held, loaded or {}) if name or loaded is None else loaded
     config.override(given, changes)
     config.check(given)
-    if differs := config.difference(held, given):
+    if not name and (differs := config.difference(held, given)):
         raise UserError(
             f"checkpoint {folder} is of {differs}; leave --config out to use the run's own"
         )
@@ -186,23 +195,27 @@ def evaluate(loaded: dict[str, Any] | None, changes: dict[str, str], folder: str
 
     top = checkpoint.locate(folder)[0].parent
     parallel.settle(1, given["parallel"]["cache"] or top.absolute().parent / "programs")
-    show(begin(given, folder), top / "eval" / given["eval"]["split"] / "report.html")
+    out = top / "eval" / (name or given["eval"]["split"])
+    show(begin(given, folder, out), out / "report.html")
 
 
 def show(metrics: Mapping[str, Any], page: Path) -> None:
     """Print the table of the metrics that matter most, and where the page of all of them is."""
     from plan_jax import parallel
+    from plan_jax.report.downstream import headlines
     from plan_jax.report.numbers import nulls_of
 
     if not metrics or not parallel.is_main():
         return  # stopped before the end, or another process says it
-    for key in HEADLINES:
-        if key in metrics:
-            beside = [f"{name} {null:.3g}" for name, null in nulls_of(key, metrics).items()]
-            print(f"{key:<28}{metrics[key]:>8.3f}  {', '.join(beside)}".rstrip())
+    shown = [key for key in HEADLINES if key in metrics]
+    shown += [key for key, _ in headlines(metrics) if key not in HEADLINES]
+    wide = max(26, *map(len, shown)) + 2 if shown else 28
+    for key in shown:
+        beside = [f"{name} {null:.3g}" for name, null in nulls_of(key, metrics).items()]
+        print(f"{key:<{wide}}{metrics[key]:>8.3f}  {', '.join(beside)}".rstrip())
     for key in ("images_per_s", "wall_s"):
         if not math.isnan(metrics.get(key, math.nan)):
-            print(f"{key:<28}{metrics[key]:>8.0f}")
+            print(f"{key:<{wide}}{metrics[key]:>8.0f}")
     print(f"params_sha256 {metrics['params_sha256']}")
     print(f"all of it, with pictures: {page}")
 

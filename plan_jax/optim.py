@@ -1,10 +1,10 @@
-"""The optimiser: AdamW with warm-up, cosine, clipping, accumulation, frozen subtrees; `fit_head`."""
+"""The optimiser (AdamW, warm-up, cosine, clipping, accumulation, frozen subtrees); `fit_head`."""
 
 import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,25 +129,17 @@ def fit_head(
     settings = (name, about, batch, epochs, patience, seed)
     path = folder and folder / f"{name}-{_digest(settings, params, stats, train)}.msgpack"
     state = _resumed(state, path)
-    steps = count // batch
     with tqdm(
         total=epochs, initial=state["epoch"], desc=name, unit="epoch", file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 20.0, dynamic_ncols=True,
     ) as bar:  # fmt: skip
         while state["epoch"] < epochs and state["waited"] < patience:
-            order = np.random.default_rng((seed, state["epoch"])).permutation(count)
-            key = jax.random.fold_in(jax.random.key(seed), state["epoch"])
-            began, total = time.monotonic(), jnp.zeros(())
-            current = state["params"], state["stats"], state["optimiser"]
-            for n in range(steps):
-                rows = take(train, order[n * batch : (n + 1) * batch])
-                *current, value = update(*current, rows, jax.random.fold_in(key, n))
-                total = total + value
-            _note(state, current, float(total) / steps, score, name)
+            began = time.monotonic()
+            current, value = _epoch(update, state, train, count, batch, seed)
+            _note(state, current, value, score, name)
             _keep(state, path)
-            rate = steps * batch / (time.monotonic() - began)
-            shown = f"loss {state['losses'][-1]:.3g}, {rate:.0f} rows/s"
-            bar.set_postfix_str(shown, refresh=False)
+            rate = count // batch * batch / (time.monotonic() - began)
+            bar.set_postfix_str(f"loss {value:.3g}, {rate:.0f} rows/s", refresh=False)
             bar.update()
     rows = zip(state["losses"], state["scores"], strict=True)
     history = [{"epoch": n + 1, "loss": a, "score": b} for n, (a, b) in enumerate(rows)]
@@ -179,7 +171,22 @@ def _updater(loss: Callable, tx: optax.GradientTransformation) -> Callable:
     return update
 
 
-def _note(state: dict, current: tuple, loss: float, score: Callable, name: str) -> None:
+def _epoch(
+    update: Callable, state: dict, train: PyTree, count: int, batch: int, seed: int
+) -> tuple[Sequence[PyTree], float]:
+    """Go through the rows once; give the new parameters, statistics, optimiser and mean loss."""
+    order = np.random.default_rng((seed, state["epoch"])).permutation(count)
+    key = jax.random.fold_in(jax.random.key(seed), state["epoch"])
+    current: Sequence[PyTree] = (state["params"], state["stats"], state["optimiser"])
+    total, steps = jnp.zeros(()), count // batch
+    for n in range(steps):
+        rows = take(train, order[n * batch : (n + 1) * batch])
+        *current, value = update(*current, rows, jax.random.fold_in(key, n))
+        total = total + value
+    return current, float(total) / steps
+
+
+def _note(state: dict, current: Sequence[PyTree], loss: float, score: Callable, name: str) -> None:
     """Enter an epoch into the state of a fit."""
     if not math.isfinite(loss):
         raise UserError(f"loss of {name} is {loss} in epoch {state['epoch'] + 1}; lower its rate")

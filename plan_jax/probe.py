@@ -53,21 +53,10 @@ def attach(
     two rows as they will come, with their `image`, to make the head's parameters from `seed`.
     `native` is that of `Tower.apply`; features of more than `limit` bytes are not cached.
     """
-    tuned = mode == "finetune"
-    fixed = {name: jax.tree.map(jnp.asarray, tower.variables[name]) for name in tower.variables}
-    batch_stats = fixed.get("batch_stats", {})
-
-    def see_with(params: PyTree, stats: PyTree, rows: Mapping, train: bool) -> tuple[Any, PyTree]:
-        if "seen" in rows:
-            return rows["seen"], stats["tower"]
-        held = params["tower"] if tuned else fixed["params"]
-        variables = {"params": held, "batch_stats": stats["tower"]}
-        stages, changed = tower.apply(variables, rows["image"], train and mode != "frozen", native)
-        seen = pick(stages)
-        return (seen if tuned else jax.lax.stop_gradient(seen)), changed
+    look = _looker(tower, pick, mode, native)
 
     def loss(params, stats, rows, key, train):
-        seen, changed = see_with(params, stats, rows, train)
+        seen, changed = look(params, stats, rows, train)
         variables = {"params": params["head"], "batch_stats": stats["head"]}
         outputs, new = head.apply(
             variables, seen, rows, train, rngs={"dropout": key}, mutable=["batch_stats"]
@@ -77,15 +66,16 @@ def attach(
 
     @jax.jit
     def see(params, stats, rows):
-        return see_with(params, stats, rows, False)[0]
+        return look(params, stats, rows, False)[0]
 
     @jax.jit
     def say(params, stats, rows):
-        seen = see_with(params, stats, rows, False)[0]
+        seen = look(params, stats, rows, False)[0]
         return head.apply({"params": params["head"], "batch_stats": stats["head"]}, seen, rows)
 
-    stats = {"head": {}, "tower": batch_stats}
-    params = {"tower": fixed["params"] if tuned else {}}
+    held = jax.tree.map(jnp.asarray, dict(tower.variables))
+    params = {"tower": held["params"] if mode == "finetune" else {}}
+    stats = {"head": {}, "tower": held.get("batch_stats", {})}
     seen = see(params, stats, {"image": example["image"]})
     made = jax.jit(head.init)(jax.random.key(seed), seen, example)
     bytes_each = sum(leaf.nbytes for leaf in jax.tree.leaves(seen)) // len(example["image"])
@@ -99,6 +89,22 @@ def attach(
         params | {"head": made["params"]}, stats | {"head": made.get("batch_stats", {})},
         rows_of, loss, see, lambda p, s, rows: chunked(lambda some: say(p, s, some), rows),
     )  # fmt: skip
+
+
+def _looker(tower: Tower, pick: Callable[[Stages], PyTree], mode: Mode, native: bool) -> Callable:
+    """Make what gives the features of some rows, kept or computed, and BatchNorm's statistics."""
+    tuned = mode == "finetune"
+    fixed = jax.tree.map(jnp.asarray, tower.variables["params"])
+
+    def look(params: PyTree, stats: PyTree, rows: Mapping, train: bool) -> tuple[Any, PyTree]:
+        if "seen" in rows:
+            return rows["seen"], stats["tower"]
+        held = {"params": params["tower"] if tuned else fixed, "batch_stats": stats["tower"]}
+        stages, changed = tower.apply(held, rows["image"], train and mode != "frozen", native)
+        seen = pick(stages)
+        return (seen if tuned else jax.lax.stop_gradient(seen)), changed
+
+    return look
 
 
 def chunked(function: Callable[[PyTree], PyTree], rows: PyTree, size: int = CHUNK) -> PyTree:

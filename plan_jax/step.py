@@ -17,7 +17,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from plan_jax import evaluate, optim, parallel
+from plan_jax import assembly, optim, parallel
 from plan_jax.data.text import encode_many
 from plan_jax.encoders import pretrained
 from plan_jax.encoders.dual import Dual
@@ -40,7 +40,7 @@ class State:
 
 
 def init_state(
-    system: evaluate.System, batch: Mapping[str, Any], tx_of: Callable, seed: int, average: bool,
+    system: assembly.System, batch: Mapping[str, Any], tx_of: Callable, seed: int, average: bool,
     findings: Sequence[str] = (), weights: Mapping[str, str] | None = None,
 ) -> tuple[State, optax.GradientTransformation]:  # fmt: skip
     """Make the first state from a seed, and the optimiser that `tx_of(params)` gives for it.
@@ -97,7 +97,7 @@ def load_towers(
 
 
 def read_tags(
-    system: evaluate.System, variables: Any, findings: Sequence[str]
+    system: assembly.System, variables: Any, findings: Sequence[str]
 ) -> Float[Array, "F E"]:
     """Read the names of findings: the mean of each one's words, before the heads."""
     rows = encode_many(system.tokenizer, findings, 16, 12)
@@ -109,7 +109,7 @@ def read_tags(
 
 
 def optimiser_of(
-    config: Mapping[str, Any], system: evaluate.System
+    config: Mapping[str, Any], system: assembly.System
 ) -> Callable[[Params], optax.GradientTransformation]:
     """Make what makes the config's optimiser for some parameters."""
     settings = dict(config["optim"])
@@ -130,7 +130,7 @@ def say(sentence: str) -> None:
 
 
 def make_step(
-    system: evaluate.System, tx: optax.GradientTransformation, decay: float, axis: str | None
+    system: assembly.System, tx: optax.GradientTransformation, decay: float, axis: str | None
 ) -> Callable[[State, Mapping[str, Any]], tuple[State, Metrics]]:
     """Make the pure step, written for one device of `axis`; `decay` is that of the average."""
     dual, method, hyper, _ = system

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from plan_jax import checkpoint, evaluate, parallel
+from plan_jax import assembly, checkpoint, evaluate, parallel
 from plan_jax.data import loader
 from plan_jax.data.records import Dataset
 from plan_jax.journal import Journal
@@ -45,7 +45,7 @@ class Stop:
             signal.signal(signal.SIGTERM, self.before)
 
 
-def batches(config: Mapping[str, Any], system: evaluate.System, dataset: Dataset) -> loader.Batches:
+def batches(config: Mapping[str, Any], system: assembly.System, dataset: Dataset) -> loader.Batches:
     """Iterate over this process's share of every batch of a dataset, shuffled, for ever."""
     data, hosts = config["data"], jax.process_count()
     return loader.train_batches(
@@ -67,7 +67,7 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
     workdir = Path(workdir)
     mesh = parallel.mesh(config["parallel"]["devices"] or None)
     parallel.split_batch(config["batch"], mesh.size)
-    system = evaluate.assemble(config, parallel.AXIS)
+    system = assembly.assemble(config, parallel.AXIS)
     evaluate.open_truth(config, config["eval"]["split"])
     dataset = evaluate.open_split(config, "train")
     stream = batches(config, system, dataset)
@@ -111,7 +111,7 @@ class Run(NamedTuple):
     """What stays the same while a run trains."""
 
     config: Mapping[str, Any]
-    system: evaluate.System
+    system: assembly.System
     mesh: Any
     step: Callable[[State, Mapping[str, Any]], tuple[State, Metrics]]
     stream: Any
@@ -193,7 +193,7 @@ def weights(state: State) -> dict[str, PyTree]:
 
 def validate(run: Run, state: State) -> dict[str, float]:
     """Evaluate on the validation split, without writing anything."""
-    model = evaluate.make_model(run.system, run.config, weights(state))
+    model = assembly.make_model(run.system, run.config, weights(state))
     return evaluate.score(model, run.config, "val").metrics
 
 
@@ -210,8 +210,8 @@ def finish(run: Run, state: State, journal: Journal) -> dict[str, float]:
         parallel.barrier("evaluated")
         return about
     journal.say("evaluating")
-    model = evaluate.make_model(run.system, run.config, held)
-    scored = evaluate.score(model, run.config, run.config["eval"]["split"])
+    model = assembly.make_model(run.system, run.config, held)
+    scored = evaluate.score(model, run.config, run.config["eval"]["split"], journal.folder)
     metrics = scored.metrics | about | journal.facts | {"wall_s": journal.wall()}
     evaluate.write(
         journal.folder, plain(run.config), scored._replace(metrics=metrics), journal.history

@@ -80,8 +80,7 @@ def write(tmp_path, **changes):
         "config": {"method": "plan", "steps": 100, "data": {"name": "phantom"}},
         "metrics": all_metrics(),
         "history": [{"step": i, "loss": 3.0, "val/grounding/cnr_signed": 0.1} for i in range(3)],
-        "cases": [phrase_row(), phrase_row("effusion", "worst")],
-        "retrieved": [retrieved_row("own", "b")],
+        "rows": [phrase_row(), phrase_row("effusion", "worst"), retrieved_row("own", "b")],
     }
     path = report.write(tmp_path / "run", **given | changes)
     return path, path.read_text(encoding="utf-8")
@@ -181,8 +180,7 @@ def test_hostile_text_stays_text(tmp_path):
         config={"method": HOSTILE, "data": {"name": HOSTILE}, HOSTILE: [HOSTILE]},
         metrics=all_metrics() | {HOSTILE: 1.0, f"grounding/{HOSTILE}/cnr_signed": 1.0},
         history=[{"step": i, HOSTILE: 1.0, f"loss{HOSTILE}": 1.0} for i in range(3)],
-        cases=[phrase_row(HOSTILE, HOSTILE)],
-        retrieved=[retrieved_row(HOSTILE, HOSTILE)],
+        rows=[phrase_row(HOSTILE, HOSTILE), retrieved_row(HOSTILE, HOSTILE)],
     )
     page = Page(text)
     assert "script" not in page.tags and not any(n == "onerror" for n, _ in page.attributes)
@@ -190,15 +188,15 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 def test_a_run_with_nothing_to_show_still_has_a_page(tmp_path):
-    _, text = write(tmp_path, metrics={}, history=[], cases=[], retrieved=[])
+    _, text = write(tmp_path, metrics={}, history=[], rows=[])
     assert set(re.findall("<h2>(.*?)</h2>", text)) == {"Everything"}
-    _, text = write(tmp_path, metrics={"grounding/cnr_signed": float("nan")}, cases=[phrase_row()])
+    _, text = write(tmp_path, metrics={"grounding/cnr_signed": float("nan")}, rows=[phrase_row()])
     assert "nan" in text
 
 
 def test_old_pictures_of_a_run_do_not_stay(tmp_path):
     write(tmp_path)
-    path, _ = write(tmp_path, cases=[phrase_row("other", "random")])
+    path, _ = write(tmp_path, rows=[phrase_row("other", "random")])
     names = [p.name for p in (path.parent / "figures").glob("phrase_*")]
     assert names == ["phrase_00_random_other.png"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plan_jax import config, evaluate, ground, main, train
+from plan_jax import assembly, config, evaluate, ground, main, train
 from plan_jax.types import Features, Model, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,7 +190,7 @@ def test_the_heat_lies_over_the_image_as_it_was_given(shape, top, left):
 
 @pytest.mark.parametrize("name", ["heat.png", "heat.JPG"])
 def test_a_phrase_is_grounded(name, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "load", lambda folder: toy_model())
+    monkeypatch.setattr(assembly, "load", lambda folder: toy_model())
     Image.fromarray(np.full((50, 40), 90, np.uint8)).save("chest.png")
     argv = ["--checkpoint", "x", "--image", "chest.png", "--text", "effusion", "--out", name]
     assert ground.run(argv) == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import testing
-from plan_jax import evaluate, optim, parallel, train
+from plan_jax import assembly, optim, parallel, train
 from plan_jax.data import loader, phantom, records, schema
 from plan_jax.methods import METHODS
 from plan_jax.step import init_state, make_step
@@ -43,7 +43,7 @@ def prepared(name, devices):
         config["heads"] |= {"image_local": "shared", "text_local": "shared"}
         config["vision"] |= {"pool": "mean"}
     config["fine"] = name == "plan"
-    mesh, system = parallel.mesh(devices), evaluate.assemble(config, parallel.AXIS)
+    mesh, system = parallel.mesh(devices), assembly.assemble(config, parallel.AXIS)
     stream = loader.train_batches(
         dataset(), system.tokenizer, batch=PAIRS, size=32, length=64, words=48, seed=0, shift=0,
         extra=METHODS[name].NEEDS,

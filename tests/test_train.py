@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import testing
-from plan_jax import evaluate, optim, parallel
+from plan_jax import assembly, optim, parallel
 from plan_jax.step import init_state, make_step
 
 OPTIMISER = {
@@ -33,7 +33,7 @@ def prepared(devices=1, seed=0, ema=0.0, changes=None, **optimiser):
     plain = {"method": "convirt", "hyper": {}, "fine": False}  # which compiles soonest
     config = testing.get_config().to_dict() | (changes or plain)
     mesh = parallel.mesh(devices)
-    system = evaluate.assemble(config, parallel.AXIS)
+    system = assembly.assemble(config, parallel.AXIS)
 
     def tx_of(params):
         return optim.make_optimiser(params, steps=50, **OPTIMISER | optimiser)

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from test_train import batch
 
 from configs import testing
+from plan_jax import assembly, main
 from plan_jax import config as configs
-from plan_jax import evaluate, main
 from plan_jax.step import init_state
 from plan_jax.types import UserError
 
@@ -34,7 +34,7 @@ def settings(**weights):
 
 
 def state_of(config, seed=0):
-    system = evaluate.assemble(config)
+    system = assembly.assemble(config)
     return init_state(
         system, batch(2), lambda _: optax.sgd(0.1), seed, False, weights=config["weights"]
     )[0]

@@ -86,10 +86,10 @@ def line(name: str, seconds: list[float], images: int, note: str = "") -> None:
 
 def measure_input(args: argparse.Namespace, config: Any) -> None:
     """Take batches from the loader alone: what the input could feed at most."""
-    from plan_jax import evaluate, train
+    from plan_jax import assembly, evaluate, train
 
     dataset = evaluate.open_split(config, "train")
-    stream = iter(train.batches(config, evaluate.assemble(config), dataset))
+    stream = iter(train.batches(config, assembly.assemble(config), dataset))
     started = time.perf_counter()
     next(stream)
     print(f"first batch after {time.perf_counter() - started:.1f} s; batch {config['batch']}")
@@ -108,11 +108,11 @@ def first_step(config: Any, implementation: str) -> tuple[Any, Any, Any, float]:
     """Compile the step of a config and run it once; return step, state, batch and seconds."""
     import jax
 
-    from plan_jax import evaluate, parallel, train
+    from plan_jax import assembly, evaluate, parallel, train
     from plan_jax.step import init_state, make_step, optimiser_of
 
     mesh = parallel.mesh(config["parallel"]["devices"] or None)
-    system = evaluate.assemble(config, parallel.AXIS)
+    system = assembly.assemble(config, parallel.AXIS)
     dataset = evaluate.open_split(config, "train")
     batch = next(iter(train.batches(config, system, dataset)))
     tx_of = optimiser_of(config, system)
@@ -168,10 +168,10 @@ def loss_memory(config: Any, batch: int) -> int:
     import jax
     import jax.numpy as jnp
 
-    from plan_jax import evaluate
+    from plan_jax import assembly
     from plan_jax.types import Batch, Setting
 
-    system = evaluate.assemble(config)
+    system = assembly.assemble(config)
     data, method, hyper = config["data"], system.method, system.hyper
     if method.NEEDS:
         needs = ", ".join(method.NEEDS)

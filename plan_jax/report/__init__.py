@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from plan_jax import figures
-from plan_jax.figures import Panel, PhraseRow, RetrievedRow
+from plan_jax.figures import (
+    BoxRow,
+    LineRow,
+    MaskRow,
+    Panel,
+    PhraseRow,
+    RetrievedRow,
+    TextRow,
+)
+from plan_jax.report import downstream
+from plan_jax.report.downstream import markdown
 from plan_jax.report.elements import (
     Html,
     document,
@@ -32,6 +42,8 @@ from plan_jax.report.numbers import (
     verdict,
 )
 
+__all__ = ["markdown", "write"]
+
 TITLES = {"plan": "PLAN", "gloria": "GLoRIA", "convirt": "ConVIRT", "mgca": "MGCA"}
 
 
@@ -41,46 +53,63 @@ def write(
     config: Mapping[str, Any],
     metrics: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]] = (),
-    cases: Sequence[PhraseRow] = (),
-    retrieved: Sequence[RetrievedRow] = (),
+    rows: Sequence[Any] = (),
 ) -> Path:
     """Write `report.html` and `figures/*.png` into a run's folder and return the page's path.
 
     `metrics` are the flat final values (`grounding/cnr_signed`, ...), `history` the rows logged
-    while training, each with its `step`. A part without values is left out of the page.
+    while training, each with its `step`, and `rows` what tasks show, of any kind of `figures`. A
+    part without values is left out of the page.
     """
     folder = Path(folder)
+
+    def of(kind: type) -> list[Any]:
+        return [row for row in rows if isinstance(row, kind)]
+
+    cases = of(PhraseRow)
     pictures = folder / "figures"
+    _draw(pictures, cases)
+    drawn = ""
+    if panels := _panels(history, metrics):
+        drawn, png = figures.curves(history, panels)
+        (pictures / "curves.png").write_bytes(png)
+    body = [
+        _head(config, metrics),
+        _cards(metrics),
+        downstream.summary(metrics),
+        _phrases(cases),
+        rounds_table(metrics),
+        metric_tables(metrics),
+        finding_table(metrics),
+        _retrieved(of(RetrievedRow)),
+        downstream.lines(of(LineRow)),
+        downstream.masks(of(MaskRow)),
+        downstream.boxes(of(BoxRow)),
+        downstream.texts(of(TextRow)),
+        section("While it trained", tag("div", Html(drawn), class_="curves")) if drawn else "",
+        section("Everything", folded("Config", config), folded("All metrics", metrics)),
+    ]
+    page = folder / "report.html"
+    unfinished = page.with_suffix(".part")
+    unfinished.write_text(
+        document(f"plan_jax: {config.get('method', 'run')}", *body), encoding="utf-8"
+    )
+    unfinished.replace(page)
+    return page
+
+
+def _draw(pictures: Path, cases: Sequence[PhraseRow]) -> None:
+    """Write the phrases' pictures into a folder, instead of those that were there."""
     pictures.mkdir(parents=True, exist_ok=True)
     for old in pictures.glob("phrase_*.png"):
         old.unlink()
     for i, row in enumerate(cases):
         name = figures.slug(f"phrase {i:02d} {row.kind} {row.phrase}")[:80]
         (pictures / f"{name}.png").write_bytes(figures.encode(figures.row_picture(row)))
-    drawn = ""
-    if panels := _panels(history, metrics):
-        drawn, png = figures.curves(history, panels)
-        (pictures / "curves.png").write_bytes(png)
+
+
+def _head(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Html:
     method = str(config.get("method", "run"))
-    body = [
-        _head(method, config, metrics),
-        _cards(metrics),
-        _phrases(cases),
-        rounds_table(metrics),
-        metric_tables(metrics),
-        finding_table(metrics),
-        _retrieved(retrieved),
-        section("While it trained", tag("div", Html(drawn), class_="curves")) if drawn else "",
-        section("Everything", folded("Config", config), folded("All metrics", metrics)),
-    ]
-    page = folder / "report.html"
-    unfinished = page.with_suffix(".part")
-    unfinished.write_text(document(f"plan_jax: {method}", *body), encoding="utf-8")
-    unfinished.replace(page)
-    return page
-
-
-def _head(method: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Html:
     data = config.get("data", {})
     facts = {
         "data": data.get("name") if isinstance(data, Mapping) else data,

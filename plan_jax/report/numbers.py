@@ -12,6 +12,14 @@ NULLS = {
     "mean_finding": "mean mask of finding",
     "mean_phrase": "mean mask of phrase",
 }
+BASELINES = {
+    "random": "random encoder",
+    "chance": "chance",
+    "prior": "usual boxes",
+    "mean_mask": "mean mask of training",
+    "retrieval": "nearest image's report",
+    "common": "commonest report",
+}
 GROUNDING = {
     "cnr_signed": (
         "CNR, signed",
@@ -132,8 +140,11 @@ def nulls_of(key: str, metrics: Mapping[str, Any]) -> dict[str, float]:
     task, *middle, name = key.split("/")
     if task == "grounding":
         found = {text: "/".join([task, *middle, null, name]) for null, text in NULLS.items()}
-    else:
+    elif task in ("retrieval", "zero_shot"):
         found = {"chance": f"{task}/chance/{name}"}
+    else:
+        rest = "/".join([*middle, name])
+        found = {text: f"{task}/{null}/{rest}" for null, text in BASELINES.items()}
     return {text: float(metrics[k]) for text, k in found.items() if is_number(metrics.get(k))}
 
 

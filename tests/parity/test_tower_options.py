@@ -10,7 +10,7 @@ import test_train
 from test_encoders import dual, images, words
 
 from configs import testing
-from plan_jax import evaluate, optim, parallel
+from plan_jax import assembly, optim, parallel
 from plan_jax.encoders import resnet, text, vision
 from plan_jax.step import init_state, make_step, optimiser_of
 from plan_jax.types import UserError
@@ -200,7 +200,7 @@ def frozen_step(freeze, vision_=None, **changes):
     config["text"] |= {"depth": 3}
     config["vision"] = vision_ or config["vision"]
     config["optim"] |= {"freeze": freeze, "weight_decay": 0.1}
-    system = evaluate.assemble(config, parallel.AXIS)
+    system = assembly.assemble(config, parallel.AXIS)
     mesh = parallel.mesh(1)
     batch = test_train.batch()
     tx_of = optimiser_of(config, system)

@@ -1,0 +1,35 @@
+"""All seven tasks on the procedural phantoms, from one checkpoint: one table, one page.
+
+python -m plan_jax.main --config configs/eval/all_phantom.py --checkpoint runs/demo
+
+Heads are small and their fits short, so that all of it takes ten minutes on two cores; each is also
+fitted to the same tower with random weights.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Return what differs from the run that is evaluated."""
+    config = ConfigDict()
+    config.eval = ConfigDict(
+        {
+            "tasks": (
+                "grounding", "retrieval", "zero_shot", "classification", "segmentation",
+                "detection", "report_generation",
+            ),
+            "split": "test", "limit": 300, "prior": 1000, "random": True,
+        }
+    )  # fmt: skip
+    config.eval.zero_shot = ConfigDict({"validate": True})
+    config.eval.classification = ConfigDict({"standardise": True, "rate": 1e-2})
+    config.eval.segmentation = ConfigDict(
+        {
+            "targets": ("lungs", "heart", "findings"), "unet_widths": (64, 32, 16, 8),
+            "limit_train": 512, "epochs": 6, "rate": 2e-3,
+        }
+    )  # fmt: skip
+    config.eval.detection = ConfigDict(
+        {"widths": (32, 16, 8), "limit_train": 1024, "epochs": 8, "rate": 2e-3, "judge": "loss"}
+    )
+    return config

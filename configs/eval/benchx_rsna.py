@@ -1,0 +1,20 @@
+"""RSNA pneumonia, the whole tower fine-tuned: BenchX's protocol.
+
+python -m plan_jax.main --config configs/eval/benchx_rsna.py --checkpoint runs/plan
+
+The manifest is that of `rsna_linear.py`, with BenchX's split (arXiv 2410.21969).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.eval import rsna_linear
+
+
+def get_config() -> ConfigDict:
+    """Return what differs from the run that is evaluated."""
+    config = rsna_linear.get_config()
+    config.eval.classification.update(
+        mode="finetune", rate=1e-4, weight_decay=1e-5, schedule="cosine", warmup=50, steps=3000,
+        clip=1.0, batch=64, epochs=200,
+    )  # fmt: skip
+    return config

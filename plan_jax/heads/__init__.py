@@ -1,0 +1,1 @@
+"""Heads: the small flax modules that downstream tasks fit on a vision tower, one file each."""

@@ -1,0 +1,276 @@
+"""A Transformer that writes a report of the patches of an image, with a cache to write it fast.
+
+The encoder-decoder on which R2Gen (Chen et al., arXiv 2010.16056) is built, by its published code,
+without what is R2Gen's own method: no relational memory, and plain instead of conditional layer
+norms. Norms stand before attention and feed-forward (pre-norm); words have sinusoidal positions.
+
+Ours: the channels of each patch are standardised, since towers differ in scale, and patches have
+sinusoidal positions of row and column; the weights of attention are not dropped, only what it gives
+(dropping them costs a CPU as much again as attention itself).
+Deviation: R2Gen's patches have no position, so that left and right can be told apart only by what
+a tower lets through; `positions=False` does as R2Gen.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from plan_jax.heads.decoding import Decoded, beam_search, greedy
+
+Entries = tuple[Float[Array, "B S H C"], Float[Array, "B S H C"]]  # keys and values
+Past = tuple[Float[Array, "N _ H C"], Float[Array, "N _ H C"]]  # those of words
+LARGE = 1000  # weights of an item and head from which on a CPU takes items one by one
+PAD, BEGIN, END = 0, 1, 2  # ids, as `report_texts` numbers them
+
+
+def sinusoids(length: int, width: int) -> Float[np.ndarray, "{length} {width}"]:
+    """Give positions of the Transformer: sines in the even channels, cosines in the odd ones.
+
+    *sin(p / 10000^(2i / width)), cos(...)* (Vaswani et al., arXiv 1706.03762, section 3.5).
+    """
+    rate = 10000.0 ** (-np.arange(0, width, 2) / width)
+    angle = np.arange(length)[:, None] * rate
+    return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(length, -1)[:, :width]
+
+
+def places(grid: tuple[int, int], width: int) -> Float[np.ndarray, "P {width}"]:
+    """Give positions of patches, row-major over (Y, X): half of the channels for each of both."""
+    rows, columns = grid
+    half = width // 2
+    down = np.repeat(sinusoids(rows, half), columns, 0)
+    return np.concatenate([down, np.tile(sinusoids(columns, width - half), (rows, 1))], 1)
+
+
+def _dense(width: int) -> nn.Dense:
+    return nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
+
+
+def attend(
+    q: Float[Array, "B T H C"], k: Float[Array, "B S H C"], v: Float[Array, "B S H C"],
+    mask: Bool[Array, "T S"] | None = None,
+) -> Float[Array, "B T H C"]:  # fmt: skip
+    """Attend: *softmax(q k^T / sqrt(C)) v* for each head, in float32, to what the mask leaves."""
+
+    @jax.checkpoint
+    def one(item: tuple) -> Array:
+        q, k, v = (x.swapaxes(0, 1) for x in item)
+        scores = q @ k.swapaxes(1, 2) * q.shape[-1] ** -0.5
+        scores = scores if mask is None else jnp.where(mask, scores, -1e9)
+        return (jax.nn.softmax(scores, -1) @ v).swapaxes(0, 1)
+
+    # One by one on a CPU: the weights of one item stay in its cache, those of a batch do not.
+    alone = q.shape[1] * k.shape[1] >= LARGE
+    cpu = (lambda *a: lax.map(one, a)) if alone else (lambda *a: jax.vmap(one)(a))
+    return lax.platform_dependent(q, k, v, cpu=cpu, default=lambda *a: jax.vmap(one)(a))
+
+
+class Attention(nn.Module):
+    """Attention with several heads; keys and values are made apart, so that they can be kept."""
+
+    width: int
+    heads: int
+
+    def setup(self):
+        self.query, self.key, self.value, self.out = (_dense(self.width) for _ in range(4))
+
+    def entries(self, x: Float[Array, "B S D"]) -> Entries:
+        """Make the keys and values of some items."""
+        return self._split(self.key(x)), self._split(self.value(x))
+
+    def __call__(
+        self, x: Float[Array, "N T D"], entries: Entries, mask: Bool[Array, "T S"] | None = None
+    ) -> Float[Array, "N T D"]:
+        """Attend to what the mask leaves.
+
+        If N is a multiple of the B rows of the entries (the beams of one image), rows of x that
+        follow each other share entries.
+        """
+        asked = self._split(self.query(x))
+        asked = asked.reshape(len(entries[0]), -1, *asked.shape[2:])
+        return self.out(attend(asked, *entries, mask).reshape(x.shape))
+
+    def _split(self, x: Float[Array, "B S D"]) -> Float[Array, "B S H C"]:
+        return x.reshape(*x.shape[:2], self.heads, -1)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a ReLU and dropout between them."""
+
+    hidden: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N T D"], train: bool = False) -> Float[Array, "N T D"]:
+        """Give x after both layers."""
+        y = nn.Dropout(self.dropout)(jax.nn.relu(_dense(self.hidden)(x)), deterministic=not train)
+        return _dense(x.shape[-1])(y)
+
+
+class Layer(nn.Module):
+    """A layer of the encoder, or with `asks` of the decoder, which asks the image too."""
+
+    width: int
+    heads: int
+    hidden: int
+    dropout: float
+    asks: bool = False
+
+    def setup(self):
+        self.own = Attention(self.width, self.heads)
+        self.own_norm, self.norm = nn.LayerNorm(), nn.LayerNorm()
+        self.feed = FeedForward(self.hidden, self.dropout)
+        self.drop = nn.Dropout(self.dropout)
+        if self.asks:
+            self.image = Attention(self.width, self.heads)
+            self.image_norm = nn.LayerNorm()
+
+    def __call__(
+        self, x: Float[Array, "N T D"], memory: Entries | None = None,
+        mask: Bool[Array, "T _"] | None = None, train: bool = False, past: Past | None = None,
+        position: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "N T D"], Past]:  # fmt: skip
+        """Give x after the layer, and the keys and values of its own attention.
+
+        With `past`, those of a whole sequence, x stands at `position` in it and is entered there.
+        """
+        y = self.own_norm(x)
+        entries = self.own.entries(y)
+        if past is not None:
+            entries = tuple(
+                lax.dynamic_update_slice(held, new, (0, position, 0, 0))
+                for held, new in zip(past, entries, strict=True)
+            )
+        x = x + self.drop(self.own(y, entries, mask), deterministic=not train)
+        if self.asks:
+            seen = self.image(self.image_norm(x), memory)
+            x = x + self.drop(seen, deterministic=not train)
+        return x + self.drop(self.feed(self.norm(x), train), deterministic=not train), entries
+
+
+class ReportDecoder(nn.Module):
+    """Write a report of an image: logits of the next of `vocabulary` tokens after each token.
+
+    `encoder_layers` over the patches, `layers` over the words, all of `width` with `heads` and
+    `feed_forward` hidden channels. `visual_dropout` is that of the embedded patches.
+    """
+
+    vocabulary: int
+    length: int
+    width: int = 512
+    feed_forward: int = 512
+    heads: int = 8
+    encoder_layers: int = 3
+    layers: int = 3
+    dropout: float = 0.1
+    visual_dropout: float = 0.5
+    positions: bool = True
+
+    def setup(self):
+        shape = (self.width, self.heads, self.feed_forward, self.dropout)
+        self.patch = _dense(self.width)
+        self.patch_drop = nn.Dropout(self.visual_dropout)
+        self.encoder = [Layer(*shape) for _ in range(self.encoder_layers)]
+        self.encoder_norm = nn.LayerNorm()
+        start = nn.initializers.xavier_uniform()
+        self.word = nn.Embed(self.vocabulary, self.width, embedding_init=start)
+        self.word_drop = nn.Dropout(self.dropout)
+        self.decoder = [Layer(*shape, asks=True) for _ in range(self.layers)]
+        self.decoder_norm = nn.LayerNorm()
+        self.logit = _dense(self.vocabulary)
+
+    def __call__(
+        self, seen: Mapping[str, Array], rows: Mapping[str, Any], train: bool = False
+    ) -> Float[Array, "B T V"]:
+        """Give the logits of each of `rows["tokens"]` Int[B T], given those before it.
+
+        `seen["map"]` is Float[B Y X E]; T is at most `length`.
+        """
+        tokens = rows["tokens"]
+        before = jnp.concatenate([jnp.full_like(tokens[:, :1], BEGIN), tokens[:, :-1]], 1)
+        count = tokens.shape[1]
+        x = self.word_drop(self._embed(before, 0), deterministic=not train)
+        mask = jnp.tril(jnp.ones((count, count), bool))
+        for layer, memory in zip(self.decoder, self.remember(seen, train), strict=True):
+            x, _ = layer(x, memory, mask, train)
+        return self.logit(self.decoder_norm(x)).astype(jnp.float32)
+
+    def remember(self, seen: Mapping[str, Array], train: bool = False) -> list[Entries]:
+        """Encode the patches `seen["map"]` Float[B Y X E]; make what each layer asks of them."""
+        maps = seen["map"].astype(jnp.float32)
+        x = maps.reshape(len(maps), -1, maps.shape[-1])
+        x = jax.nn.standardize(x, -1, epsilon=1e-6)
+        x = self.patch_drop(jax.nn.relu(self.patch(x)), deterministic=not train)
+        if self.positions:
+            x = x + jnp.asarray(places(maps.shape[1:3], self.width), x.dtype)
+        for layer in self.encoder:
+            x, _ = layer(x, train=train)
+        x = self.encoder_norm(x)
+        return [layer.image.entries(x) for layer in self.decoder]
+
+    def empty(self, count: int) -> list[Past]:
+        """Make the cache of `count` reports of which nothing is written."""
+        shape = (count, self.length, self.heads, self.width // self.heads)
+        return [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(self.layers)]
+
+    def step(
+        self, memory: list[Entries], cache: list[Past], tokens: Int[Array, " N"],
+        position: Int[Array, ""],
+    ) -> tuple[Float[Array, "N V"], list[Past]]:  # fmt: skip
+        """Give the logits after one more token each, at `position`, and the cache with it.
+
+        N is a multiple of the images of `memory` (what `remember` gave): the beams of an image
+        follow each other.
+        """
+        x, kept = self._embed(tokens[:, None], position), []
+        mask = (jnp.arange(self.length) <= position)[None]
+        for layer, seen, past in zip(self.decoder, memory, cache, strict=True):
+            x, entries = layer(x, seen, mask, past=past, position=position)
+            kept.append(entries)
+        return self.logit(self.decoder_norm(x))[:, 0].astype(jnp.float32), kept
+
+    def _embed(
+        self, tokens: Int[Array, "N T"], position: Int[Array, ""] | int
+    ) -> Float[Array, "N T D"]:
+        table = jnp.asarray(sinusoids(self.length, self.width), jnp.float32)
+        here = lax.dynamic_slice_in_dim(table, position, tokens.shape[1])
+        return self.word(tokens) * self.width**0.5 + here
+
+
+def token_loss(
+    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]
+) -> Float[Array, ""]:  # fmt: skip
+    """Average the cross-entropy over the real tokens of a batch, the ends among them."""
+    real = tokens != PAD
+    each = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), tokens)
+    return jnp.where(real, each, 0).sum() / jnp.maximum(real.sum(), 1)
+
+
+def write(
+    head: ReportDecoder, params: PyTree, seen: Mapping[str, Array], *, beam: int = 1,
+    block: int = 0, length_penalty: float = 0.0,
+) -> Decoded:  # fmt: skip
+    """Write a report of each image in `seen`, greedily or with the best of `beam` beginnings.
+
+    `block` and `length_penalty` (with a beam only) are those of `decoding`; padding and beginning
+    are never written.
+    """
+    variables = {"params": params}
+    memory = head.apply(variables, seen, method="remember")
+    start = jnp.full(len(seen["map"]), BEGIN, jnp.int32)
+
+    def step(cache: PyTree, tokens: Array, position: Array) -> tuple[Array, PyTree]:
+        logits, cache = head.apply(variables, memory, cache, tokens, position, method="step")
+        return logits.at[:, jnp.array([PAD, BEGIN])].set(-jnp.inf), cache
+
+    ends = {"length": head.length, "end": END, "pad": PAD, "block": block}
+    if beam == 1:
+        return greedy(step, head.empty(len(start)), start, **ends)
+    ends["length_penalty"] = length_penalty
+    return beam_search(step, head.empty(len(start)), start, beam=beam, **ends)

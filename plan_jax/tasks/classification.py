@@ -1,0 +1,319 @@
+"""Classification: one linear layer on the tower's summary of an image, or the whole tower, fitted.
+
+The protocol is that of MGCA (arXiv 2210.06044) as its code has it (`ssl_finetuner.py`): a
+linear layer on the global feature before any head of pre-training (`Stages.pooled`, a ResNet with
+its upsampling), fitted to 1, 10 and 100 % of the training labels; the epoch with the lowest
+validation loss is tested. `finetune` also fits the tower, BatchNorm in training mode.
+
+Keys, `<share>` 1, 10 or 100 (percent): `<share>/auroc_macro`, `auprc_macro` (average precision),
+`f1_macro`, `accuracy`, `ece` (bins of equal width), `n_train`, `<finding>/auroc`.
+The headline (AUROC; accuracy for `multiclass`) has a 95 % bootstrap interval over test images,
+`..._low`, `..._high`. `multilabel`: F1 and accuracy are means over findings at the thresholds that
+maximise F1 on validation, ECE pools all findings. `multiclass`: areas are one against the rest, F1
+and accuracy of the likeliest class, ECE of its probability. `chance/<share>/...` knows no image:
+AUROC 0.5, AUPRC the share of positives, accuracy of the answer that is more frequent in training,
+F1 of calling everything (`multiclass`: the most frequent class).
+
+A finding with one class only in the test set or in the whole training set is in no macro mean;
+`<share>/labels_skipped` counts them. `<share>/labels_unseen` counts the others that have one class
+only in this share: they are scored all the same, so that shares compare.
+
+Deviation: the validation loss is over all validation labels; MGCA drops its last incomplete batch.
+Deviation: no random crops or jitter while fitting; features are computed once where they can be.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Bool, Float, Int, Int8, PyTree
+from scipy.special import expit, log_softmax
+
+from plan_jax import label_metrics, metrics, probe
+from plan_jax.figures import LineRow, slug
+from plan_jax.heads.linear import LOSSES, Linear, statistics
+from plan_jax.label_metrics import Judged, each_finding, mean, truths, two_sided
+from plan_jax.optim import Fit, fit_head, take
+from plan_jax.types import Model, Record, Tower, UserError
+
+SPLITS = ("train", "val", "test")
+POINTS = 200  # of a ROC curve on the page
+
+
+@dataclass(frozen=True)
+class Options:
+    """The constants of the protocol; the defaults are MGCA's where it has one.
+
+    `labels` are the findings to predict, () all; `multiclass` needs exactly one of them present in
+    each record. `uncertain` says what a label -1 becomes in every split (`label_metrics.truths`):
+    ours is `ignore`, as -1 may also mean unknown, MGCA's `mgca`. `standardise`
+    (ours) brings features to mean 0 and deviation 1 by the statistics of the training share, of the
+    tower as it comes. `warmup` steps rise linearly; `cosine` then falls to 0 at step `steps`, by
+    default the last: BenchX (arXiv 2410.21969) fits everything with 50, `cosine`, 3000 and a
+    gradient norm of at most `clip` 1, and rates from 1e-5 up. `clip` 0 is no bound.
+    """
+
+    mode: Literal["linear", "finetune"] = "linear"
+    kind: Literal["multilabel", "multiclass"] = "multilabel"
+    labels: tuple[str, ...] = ()
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    uncertain: Literal["ignore", "zero", "one", "mgca"] = "ignore"
+    standardise: bool = False
+    rate: float = 5e-4
+    weight_decay: float = 1e-6
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    steps: int = 0
+    clip: float = 0.0
+    batch: int = 48
+    epochs: int = 50
+    patience: int = 10
+    bins: int = 15  # Guo et al. (arXiv 1706.04599), table 1
+    samples: int = 1000  # ours
+
+
+def evaluate(
+    model: Model, splits: Mapping[str, Sequence[Record]], *, options: Options,
+    findings: Sequence[str], folder: Path | None = None, seed: int = 0,
+) -> tuple[dict[str, float], list[LineRow]]:  # fmt: skip
+    """Fit a head to each share of the training records, and score it on the test records.
+
+    `findings` names the columns of `Record.labels`; `seed` draws shares, parameters, batches and
+    intervals. In `folder` the fits are kept, so that a stopped call goes on. The rows are the ROC
+    curves and the calibration of the largest share.
+
+    Raises:
+      UserError: what `needs` says, a model without a tower, or features that are not finite.
+    """
+    needs(splits, options, findings)
+    if model.tower is None:
+        raise UserError(f"model {model.name} has no vision tower to fit a head on; load another")
+    names = _chosen(options, findings)
+    uncertain = "zero" if options.kind == "multiclass" else options.uncertain
+    labels = {split: _labels(splits[split], names, findings) for split in SPLITS}
+    truth = {split: truths(labels[split], names, uncertain) for split in SPLITS}
+    kept = two_sided(*truth["train"]) & two_sided(*truth["test"])
+    ready, rows = _prepare(model.tower, splits, truth, options, seed)
+    values, lines = {}, []
+    about = f"{model.tower.name}, {names}, {[len(labels[split]) for split in SPLITS]}"
+    for fraction in sorted(set(options.fractions)):
+        share, chosen = f"{100 * fraction:g}", draw(len(labels["train"]), fraction, seed)
+        fit = _fit(
+            ready, take(rows["train"], chosen), rows["val"], options, f"classification_{share}",
+            about, seed, folder,
+        )  # fmt: skip
+        val, test = (
+            Judged(_scores(ready, fit, rows[split], options.kind), *truth[split])
+            for split in ("val", "test")
+        )
+        known = tuple(each[chosen] for each in truth["train"])
+        found = _summary(val, test, kept, names, options, seed) | {
+            "n_train": float(len(chosen)),
+            "labels_skipped": float((~kept).sum()),
+            "labels_unseen": float((kept & ~two_sided(*known)).sum()),
+        }
+        values |= {f"{share}/{key}": value for key, value in found.items()}
+        beside = _chance(known, test, kept, options)
+        values |= {f"chance/{share}/{key}": value for key, value in beside.items()}
+        lines = _lines(test, kept, names, options)
+    return values, lines
+
+
+def needs(
+    splits: Mapping[str, Sequence[Record]], options: Options, findings: Sequence[str]
+) -> None:
+    """See that the records can be classified, before anything is fitted.
+
+    Raises:
+      UserError: a split without records or labels, labels that are no findings, a share that is
+        none, a count below 1, or (`multiclass`) records that have none or several of the labels.
+    """
+    names = _chosen(options, findings)
+    if not options.fractions or not all(0 < fraction <= 1 for fraction in options.fractions):
+        raise UserError(
+            f"classification fractions are {options.fractions}; give shares above 0, at most 1"
+        )
+    for name in ("batch", "epochs", "patience", "bins", "samples"):
+        if getattr(options, name) < 1:
+            raise UserError(f"classification {name} is {getattr(options, name)}; use at least 1")
+    for split in SPLITS:
+        if not len(splits.get(split, ())):
+            raise UserError(f"task classification has no records in split {split}; give it some")
+        labels = _labels(splits[split], names, findings)
+        if not (labels >= 0).any():
+            raise UserError(
+                f"task classification needs labels, and split {split} has none; leave the task out"
+            )
+        wrong = int(((labels == 1).sum(1) != 1).sum())
+        if options.kind == "multiclass" and wrong:
+            raise UserError(
+                f"multiclass needs one of {', '.join(names)} in each record, and {wrong} of "
+                f"{len(labels)} in split {split} have none or several; use multilabel"
+            )
+
+
+def draw(count: int, fraction: float, seed: int) -> Int[np.ndarray, " N"]:
+    """Draw a share of `count` rows without replacement, at least one, in their order.
+
+    Shares of one seed are nested: the rows of the 1 % are among those of the 10 %.
+    """
+    number = max(1, round(fraction * count))
+    return np.sort(np.random.default_rng(seed).permutation(count)[:number])
+
+
+def optimiser(options: Options, steps: int) -> optax.GradientTransformation:
+    """Make AdamW of all parameters (biases too, as torch's), for `steps` in all."""
+    rise, last = options.warmup, options.steps or steps
+    rate: Any = options.rate
+    if options.schedule == "cosine":
+        begin = 0.0 if rise else rate
+        rate = optax.warmup_cosine_decay_schedule(begin, rate, rise, max(last, rise + 1))
+    elif rise:
+        rate = optax.linear_schedule(0.0, rate, rise)
+    bound = optax.clip_by_global_norm(options.clip) if options.clip else optax.identity()
+    return optax.chain(bound, optax.adamw(rate, 0.9, 0.999, weight_decay=options.weight_decay))
+
+
+def _chosen(options: Options, findings: Sequence[str]) -> tuple[str, ...]:
+    """Name the findings to predict."""
+    if not findings:
+        raise UserError(
+            "task classification needs labels, and the dataset has no findings; leave the task out"
+        )
+    if strange := [name for name in options.labels if name not in findings]:
+        raise UserError(
+            f"classification labels {', '.join(strange)} are not in the data; use some of "
+            f"{', '.join(findings)}"
+        )
+    names = tuple(options.labels) or tuple(findings)
+    if options.kind == "multiclass" and len(names) < 2:
+        raise UserError(f"multiclass has the one label {names[0]}; give two, or use multilabel")
+    return names
+
+
+def _labels(
+    records: Sequence[Record], names: Sequence[str], findings: Sequence[str]
+) -> Int8[np.ndarray, "N F"]:
+    """Stack the chosen labels; a record that has none is unknown throughout."""
+    unknown = np.full(len(findings), -1, np.int8)
+    rows = np.stack([r.labels if len(r.labels) else unknown for r in records]).astype(np.int8)
+    return rows[:, [list(findings).index(name) for name in names]]
+
+
+def _prepare(
+    tower: Tower, splits: Mapping[str, Sequence[Record]], truth: Mapping[str, tuple],
+    options: Options, seed: int,
+) -> tuple[probe.Probe, dict[str, dict[str, PyTree]]]:  # fmt: skip
+    """Put the head on the tower and turn the records into rows, features computed if they can."""
+    images = {split: np.stack([r.image for r in splits[split]]) for split in SPLITS}
+    labels = {split: {"truth": truth[split][0], "known": truth[split][1]} for split in SPLITS}
+    two = np.arange(2) % len(images["train"])
+    ready = probe.attach(
+        tower, Linear(truth["train"][0].shape[1]), LOSSES[options.kind],
+        take({"image": images["train"], **labels["train"]}, two), pick=lambda s: s.pooled,
+        mode="finetune" if options.mode == "finetune" else "frozen", native=False, seed=seed,
+    )  # fmt: skip
+    return ready, {split: ready.rows(images[split]) | labels[split] for split in SPLITS}
+
+
+def _fit(
+    ready: probe.Probe, train: dict[str, PyTree], val: dict[str, PyTree], options: Options,
+    name: str, about: str, seed: int, folder: Path | None,
+) -> Fit:  # fmt: skip
+    """Fit the head to the rows of a share."""
+    stats, count = ready.stats, len(train["truth"])
+    if options.standardise:
+        seen = probe.chunked(lambda rows: ready.see(ready.params, ready.stats, rows), train)
+        stats = stats | {"head": statistics(seen)}
+    steps, loss = options.epochs * (count // min(options.batch, count)), LOSSES[options.kind]
+    about += repr(replace(options, fractions=(), samples=0, bins=1))
+    return fit_head(
+        ready.loss, ready.params, stats, train, val, optimiser(options, steps),
+        batch=options.batch, epochs=options.epochs, patience=options.patience, seed=seed,
+        judge=lambda p, s: -float(loss(jnp.asarray(ready.predict(p, s, val)), val)),
+        name=name, about=about, folder=folder,
+    )  # fmt: skip
+
+
+def _scores(ready: probe.Probe, fit: Fit, rows: dict, kind: str) -> Float[np.ndarray, "N F"]:
+    """Give logits (multilabel) or log-probabilities (multiclass): neither saturates into ties."""
+    logits = np.asarray(ready.predict(fit.params, fit.stats, rows), np.float64)
+    return log_softmax(logits, axis=1) if kind == "multiclass" else logits
+
+
+def _summary(
+    val: Judged, test: Judged, kept: Bool[np.ndarray, " F"], names: Sequence[str],
+    options: Options, seed: int,
+) -> dict[str, float]:  # fmt: skip
+    """Score a head on the test set, with thresholds from validation."""
+    columns = np.flatnonzero(kept).tolist()
+    areas = each_finding(metrics.auroc, test, columns)
+    values = {f"{slug(names[i])}/auroc": area for i, area in zip(columns, areas, strict=True)}
+    values["auroc_macro"] = mean(areas)
+    values["auprc_macro"] = mean(each_finding(label_metrics.average_precision, test, columns))
+    values["ece"] = label_metrics.expected_calibration_error(*_said(test, options), options.bins)
+    if options.kind == "multiclass":
+        values |= _likeliest(test, kept)
+        hits = (label_metrics.votes(test.scores) * test.truth).sum(1)
+        name, ends = "accuracy", metrics.bootstrap(hits, None, options.samples, seed)
+    else:
+        limits = each_finding(label_metrics.best_threshold, val, columns)
+        values["f1_macro"] = mean(each_finding(label_metrics.f1, test, columns, limits))
+        values["accuracy"] = mean(each_finding(label_metrics.accuracy, test, columns, limits))
+        packed = np.stack([x[:, kept].astype(float) for x in test], 2)
+        name, ends = "auroc_macro", metrics.bootstrap(packed, _resampled, options.samples, seed)
+    return values | {f"{name}_low": ends[0], f"{name}_high": ends[1]}
+
+
+def _resampled(rows: Float[np.ndarray, "N F 3"]) -> float:
+    """Give the macro AUROC of drawn images, over the findings that have both classes among them."""
+    said = Judged(rows[..., 0], rows[..., 1] == 1, rows[..., 2] == 1)
+    both = np.flatnonzero(two_sided(said.truth, said.known)).tolist()
+    return mean(each_finding(metrics.auroc, said, both))
+
+
+def _said(test: Judged, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """Give the probabilities whose calibration is judged, and whether they came true: [N], [N]."""
+    if options.kind == "multilabel":
+        return expit(test.scores[test.known]), test.truth[test.known]
+    top = np.arange(len(test.scores)), test.scores.argmax(1)
+    return np.exp(test.scores[top]), test.truth[top]
+
+
+def _chance(
+    known: tuple[np.ndarray, ...], test: Judged, kept: Bool[np.ndarray, " F"], options: Options
+) -> dict[str, float]:
+    """Score what knows the training share's labels and no image: the level beside each number."""
+    columns = np.flatnonzero(kept).tolist()
+    share = (known[0] & known[1]).sum(0) / np.maximum(known[1].sum(0), 1)
+    same = test._replace(scores=np.tile(share, (len(test.scores), 1)))
+    positive = each_finding(lambda _, labels: float(labels.mean()), same, columns)
+    values = {"auroc_macro": 0.5, "auprc_macro": mean(positive)}
+    if options.kind == "multiclass":
+        return values | _likeliest(same, kept)
+    everything = each_finding(label_metrics.f1, same, columns, [0.0] * len(columns))
+    more = each_finding(label_metrics.accuracy, same, columns)
+    return values | {"f1_macro": mean(everything), "accuracy": mean(more)}
+
+
+def _likeliest(said: Judged, kept: Bool[np.ndarray, " F"]) -> dict[str, float]:
+    """Score each image's likeliest class."""
+    f1 = label_metrics.macro_f1(said.scores, said.truth & kept)
+    return {"f1_macro": f1, "accuracy": label_metrics.accuracy(said.scores, said.truth)}
+
+
+def _lines(
+    test: Judged, kept: Bool[np.ndarray, " F"], names: Sequence[str], options: Options
+) -> list[LineRow]:
+    """Give ROC curves (thinned to `POINTS` points) and the reliability diagram for the page."""
+    columns, rows = np.flatnonzero(kept).tolist(), []
+    curves = each_finding(label_metrics.roc_curve, test, columns)
+    for i, (x, y) in zip(columns, curves, strict=True):
+        some = np.unique(np.linspace(0, len(x) - 1, min(POINTS, len(x))).round().astype(int))
+        rows.append(LineRow("roc", names[i], x[some], y[some]))
+    said, happened, count = label_metrics.calibration(*_said(test, options), options.bins)
+    return [*rows, LineRow("calibration", "all findings", said[count > 0], happened[count > 0])]

@@ -1,0 +1,319 @@
+"""Report generation: a decoder on the tower's patches, judged by words and by what it states.
+
+After R2Gen (Chen et al., arXiv 2010.16056) by its published code, without its relational memory,
+which is a method and not a harness: a Transformer of the last map's patches, cross-entropy, Adam
+with AMSGrad and L2, gradients clipped by value, beam search. One image for each report (R2Gen
+joins two views on IU X-ray).
+
+Each report is scored twice. `r2gen/`: the reference loses its rare words to `<unk>` and its end, as
+there, which rewards saying `<unk>` and not finishing. `strict/`: the reference whole, in real
+words. `ce/`: the findings that both state, which word overlap hardly sees (a missing `no`).
+
+Deviation: R2Gen flips training images, which swaps left and right under an unchanged report; here
+none is. Ours: BatchNorm and tower as `mode` says, patience 10 instead of 50, the epoch chosen by
+validation loss (`select="bleu4"` is R2Gen's). Trigram blocking: see `heads.decoding`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree, UInt8
+
+from plan_jax import report_texts, text_metrics
+from plan_jax.figures import TextRow
+from plan_jax.heads.report_decoder import ReportDecoder, token_loss, write
+from plan_jax.optim import Fit, fit_head
+from plan_jax.probe import Mode, Probe, attach, chunked
+from plan_jax.report_texts import Cleaning, Vocabulary
+from plan_jax.types import Model, Record, UserError
+
+SPLITS = ("train", "val", "test")
+WRITTEN = 32  # reports that are written at once
+LEAST = {
+    "max_length": 2, "width": 1, "feed_forward": 1, "heads": 1, "encoder_layers": 0, "layers": 1,
+    "clip": 0, "batch": 1, "epochs": 1, "beam": 1, "block": 0, "length_penalty": 0,
+}  # fmt: skip
+Labeller = Callable[[str], Mapping[str, int]]
+Writer = Callable[[PyTree, PyTree, Mapping[str, PyTree]], Int[np.ndarray, "N L"]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The constants of the protocol, with R2Gen's values for IU X-ray unless it says `ours`.
+
+    For MIMIC-CXR R2Gen has `max_length` 100, `min_count` 10 and 30 epochs. `rate` falls by
+    `rate_factor` every `rate_step` epochs; `rate_visual` is the tower's where `mode` is `finetune`.
+    `block` words in a row must not come twice, although true reports may repeat them (0: any may,
+    as in R2Gen's beam search; ours, as `cleaning`, `positions`, `patience`, `select` and `mode`).
+    `native` is that of `Tower.apply`: False sees images as in pre-training. The limits choose so
+    many reports at random, 0 all of them; `shown` reports go to the page.
+    """
+
+    max_length: int = 60
+    min_count: int = 3
+    width: int = 512
+    feed_forward: int = 512
+    heads: int = 8
+    encoder_layers: int = 3
+    layers: int = 3
+    dropout: float = 0.1
+    visual_dropout: float = 0.5
+    positions: bool = True
+    rate: float = 1e-4
+    rate_visual: float = 5e-5
+    rate_step: int = 50
+    rate_factor: float = 0.1
+    weight_decay: float = 5e-5
+    clip: float = 0.1
+    batch: int = 16
+    epochs: int = 100
+    patience: int = 10
+    select: Literal["loss", "bleu4"] = "loss"
+    beam: int = 3
+    block: int = 3
+    length_penalty: float = 0.0
+    cleaning: Cleaning = "fixed"
+    mode: Mode = "frozen"
+    native: bool = False
+    limit_train: int = 0
+    limit_test: int = 0
+    shown: int = 6
+
+
+class Split(NamedTuple):
+    """Images and their cleaned reports, none empty; how many were empty and are left out."""
+
+    images: UInt8[np.ndarray, "N Y X 1"]
+    texts: list[str]
+    empty: int
+
+
+def needs(
+    splits: Mapping[str, Sequence[Record]], options: Options, findings: Sequence[str]
+) -> None:
+    """See that there are reports to learn from, to choose by and to compare with.
+
+    Raises:
+      UserError: a split has no report with a word in it; an option is out of its range.
+    """
+    for name, low in LEAST.items():
+        if (value := getattr(options, name)) < low:
+            raise UserError(f"report_generation.{name} is {value}; use {low} or more")
+    if options.width % options.heads:
+        raise UserError(
+            f"report_generation.width is {options.width}, which {options.heads} heads do not "
+            "divide; use a multiple of heads"
+        )
+    for split in SPLITS:
+        texts = [record.text for record in splits.get(split, ())]
+        if not any(report_texts.clean(text, options.cleaning) for text in texts):
+            raise UserError(
+                f"task report_generation needs text in {split}, and none of its {len(texts)} "
+                "records has any; give reports, or leave the task out"
+            )
+
+
+def evaluate(
+    model: Model, splits: Mapping[str, Sequence[Record]], *, options: Options,
+    findings: Sequence[str], labeller: Labeller, folder: Path | None = None, seed: int = 0,
+) -> tuple[dict[str, float], list[TextRow]]:  # fmt: skip
+    """Fit a decoder to `train`, choose its epoch on `val`, and judge what it writes of `test`.
+
+    `labeller(text)` reads from a report which findings it states (1) and denies (0). Keys: those of
+    `text_metrics.scores` under `strict/` and `r2gen/`, those of `text_metrics.stated` under `ce/`;
+    the same under `retrieval/` for the report of the training image nearest by the cosine of the
+    tower's pooled features, and under `common/` for the most frequent training report, for every
+    image. `n_train`, `n_test`, `reports_empty` (left out of all splits), `vocabulary` (words),
+    `epochs`, `words` (mean length of what is written), `distinct` (share of different reports). In
+    `folder` the fit is kept, so that a stopped call goes on. The rows are some test images.
+
+    Raises:
+      UserError: what `needs` says; the model has no tower, or one whose features are not finite;
+        `min_count` leaves no word.
+    """
+    needs(splits, options, findings)
+    if model.tower is None:
+        raise UserError(f"model {model.name} has no vision tower to fit a head on; load another")
+    data = {split: gather(splits[split], split, options, seed) for split in SPLITS}
+    vocabulary = report_texts.build(data["train"].texts, options.min_count)
+    tokens = _encoded(data, vocabulary, options.max_length)
+    head, probe = _attached(model, data["train"].images, tokens["train"], vocabulary, options, seed)
+    written, labeller = _writer(probe, head, options), cache(labeller)
+    rows = {split: probe.rows(data[split].images) for split in SPLITS}
+    about = f"{model.tower.name} {options} {vocabulary.words}"
+    fit = _fitted(probe, written, rows, tokens, data["val"].texts, vocabulary, options, about,
+                  folder, seed)  # fmt: skip
+    said = [vocabulary.decode(row) for row in written(fit.params, fit.stats, rows["test"])]
+    truth, train = data["test"].texts, data["train"].texts
+    near = nearest(*(_pooled(probe, rows[split]) for split in ("test", "train")))
+    usual = Counter(train).most_common(1)[0][0]
+    others = {"retrieval": [train[i] for i in near], "common": [usual] * len(truth)}
+    values = _scored(said, truth, vocabulary, options, labeller)
+    for name, texts in others.items():
+        found = _scored(texts, truth, vocabulary, options, labeller)
+        values |= {f"{name}/{key}": value for key, value in found.items()}
+    values |= {
+        "n_train": len(train), "n_test": len(truth), "vocabulary": len(vocabulary.words),
+        "reports_empty": sum(part.empty for part in data.values()), "epochs": len(fit.history),
+        "words": np.mean([len(text.split()) for text in said]),
+        "distinct": len(set(said)) / len(said),
+    }  # fmt: skip
+    shown = _rows(data["test"].images, said, truth, labeller, options.shown, seed)
+    return {key: float(value) for key, value in values.items()}, shown
+
+
+def gather(records: Sequence[Record], split: str, options: Options, seed: int) -> Split:
+    """Take the records that have a report, at most the split's limit of them, and clean it."""
+    cleaned = [report_texts.clean(record.text, options.cleaning) for record in records]
+    kept = np.flatnonzero([bool(text) for text in cleaned])
+    empty = len(cleaned) - len(kept)
+    limit = {"train": options.limit_train, "test": options.limit_test}.get(split, 0)
+    if 0 < limit < len(kept):
+        kept = np.sort(np.random.default_rng(seed).permutation(kept)[:limit])
+    return Split(np.stack([records[i].image for i in kept]), [cleaned[i] for i in kept], empty)
+
+
+def nearest(
+    asked: Float[np.ndarray, "N E"], held: Float[np.ndarray, "M E"]
+) -> Int[np.ndarray, " N"]:
+    """Find for each row the held row of largest cosine, the first one among equals.
+
+    >>> nearest(np.array([[0.0, 2.0]]), np.array([[9.0, 9.0], [0.0, 1.0]])).tolist()
+    [1]
+    """
+    one, other = (
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (asked, held)
+    )
+    return (one @ other.T).argmax(1)
+
+
+def optimiser(options: Options, steps: int) -> optax.GradientTransformation:
+    """Make Adam with AMSGrad as torch has it: clipped by value, then L2, then scaled.
+
+    `steps` are those of an epoch. The head has `rate`, a tower that is tuned `rate_visual`.
+    """
+    falls = options.epochs // options.rate_step if options.rate_step > 0 else 0
+    marks = {n * options.rate_step * steps: options.rate_factor for n in range(1, falls + 1)}
+
+    def chain(rate: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip(options.clip) if options.clip else optax.identity(),
+            optax.add_decayed_weights(options.weight_decay),
+            optax.scale_by_amsgrad(),
+            optax.scale_by_learning_rate(optax.piecewise_constant_schedule(rate, marks)),
+        )
+
+    parts = {"head": chain(options.rate), "tower": chain(options.rate_visual)}
+    return optax.multi_transform(parts, {"head": "head", "tower": "tower"})
+
+
+def _encoded(
+    data: Mapping[str, Split], vocabulary: Vocabulary, most: int
+) -> dict[str, Int[np.ndarray, "N T"]]:
+    """Turn reports into ids, T as long as the longest with its end, but at most `most`."""
+    longest = 1 + max(len(text.split()) for part in data.values() for text in part.texts)
+    length = min(longest, most)
+    return {
+        split: np.stack([vocabulary.encode(text, length) for text in part.texts])
+        for split, part in data.items()
+    }
+
+
+def _attached(
+    model: Model, images: np.ndarray, tokens: np.ndarray, vocabulary: Vocabulary, options: Options,
+    seed: int,
+) -> tuple[ReportDecoder, Probe]:  # fmt: skip
+    """Put the decoder for images [N Y X 1] and tokens [N T] on the tower."""
+    head = ReportDecoder(
+        len(vocabulary), options.max_length, options.width, options.feed_forward, options.heads,
+        options.encoder_layers, options.layers, options.dropout, options.visual_dropout,
+        options.positions,
+    )  # fmt: skip
+    probe = attach(
+        model.tower, head, lambda logits, rows: token_loss(logits, rows["tokens"]),
+        {"image": images[:2], "tokens": tokens[:2]}, mode=options.mode, native=options.native,
+        pick=lambda stages: {"map": stages.maps[-1], "pooled": stages.pooled}, seed=seed,
+    )  # fmt: skip
+    return head, probe
+
+
+def _writer(probe: Probe, head: ReportDecoder, options: Options) -> Writer:
+    """Make what writes reports, as ids, of any number of rows."""
+    how = {name: getattr(options, name) for name in ("beam", "block", "length_penalty")}
+
+    @jax.jit
+    def some(params: PyTree, stats: PyTree, rows: Mapping[str, PyTree]) -> Int[Array, "B L"]:
+        return write(head, params["head"], probe.see(params, stats, rows), **how).tokens
+
+    return lambda params, stats, rows: chunked(lambda r: some(params, stats, r), rows, WRITTEN)
+
+
+def _fitted(
+    probe: Probe, written: Writer, rows: Mapping[str, PyTree], tokens: Mapping[str, np.ndarray],
+    texts: Sequence[str], vocabulary: Vocabulary, options: Options, about: str,
+    folder: Path | None, seed: int,
+) -> Fit:  # fmt: skip
+    """Fit to rows and tokens [N T] of `train`; `texts` are the cleaned reports of `val`."""
+    cut = [vocabulary.masked(text, options.max_length - 1) for text in texts]
+
+    def judge(params: PyTree, stats: PyTree) -> float:
+        said = [vocabulary.decode(row) for row in written(params, stats, rows["val"])]
+        return text_metrics.bleu(said, cut)["bleu4"]
+
+    train, val = (rows[split] | {"tokens": tokens[split]} for split in ("train", "val"))
+    count = len(train["tokens"])
+    return fit_head(
+        probe.loss, probe.params, probe.stats, train, val,
+        optimiser(options, count // min(options.batch, count)), batch=options.batch,
+        epochs=options.epochs, patience=options.patience, seed=seed, name="report_generation",
+        judge=judge if options.select == "bleu4" else None, about=about, folder=folder,
+    )  # fmt: skip
+
+
+def _pooled(probe: Probe, rows: Mapping[str, Any]) -> Float[np.ndarray, "N E"]:
+    """See rows by the tower as it was before the fit: its pooled features."""
+    if "seen" in rows:
+        return np.asarray(rows["seen"]["pooled"])
+    return chunked(lambda some: probe.see(probe.params, probe.stats, some)["pooled"], rows)
+
+
+def _scored(
+    said: Sequence[str], truth: Sequence[str], vocabulary: Vocabulary, options: Options,
+    labeller: Labeller,
+) -> dict[str, float]:  # fmt: skip
+    """Score cleaned texts in all three ways."""
+    # R2Gen's references hold one word less than may be written: the first place is the beginning.
+    cut = [[vocabulary.masked(text, options.max_length - 1) for text in x] for x in (said, truth)]
+    labels = [[labeller(report_texts.prose(text)) for text in texts] for texts in (said, truth)]
+    groups = {
+        "strict": text_metrics.scores(said, truth),
+        "r2gen": text_metrics.scores(*cut),
+        "ce": text_metrics.stated(*labels),
+    }
+    return {
+        f"{name}/{key}": value for name, group in groups.items() for key, value in group.items()
+    }
+
+
+def _rows(
+    images: np.ndarray, said: Sequence[str], truth: Sequence[str], labeller: Labeller, number: int,
+    seed: int,
+) -> list[TextRow]:  # fmt: skip
+    """Show some images [N Y X 1] at random with what was written and what is stated."""
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(said))[:number])
+    rows = []
+    for i in chosen.tolist():
+        texts = [report_texts.prose(x[i]) for x in (truth, said)]
+        there, claimed = (
+            {name for name, value in labeller(text).items() if value == 1} for text in texts
+        )
+        lists = (there & claimed, there - claimed, claimed - there)
+        rows.append(TextRow(images[i], *texts, *(tuple(sorted(names)) for names in lists)))
+    return rows
