@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
             "limit": 300, "prior": 1000, "batch": 64, "train": 0, "random": False, "prompts": "",
         }
     )  # fmt: skip
+    # eval.prior: training records whose mean masks are baselines of grounding (0: none);
     # eval.train: records that heads are fitted to (0: all); eval.random: fit them to a tower of
     # random weights as well; eval.prompts: a set of data/prompts.py. Options of a task, as
     # eval.classification.epochs, are fields of its `Options`.

@@ -149,7 +149,7 @@ def make_tower(dual: Dual, towers: Mapping[str, Any]) -> Tower:
     }
 
     def apply(
-        variables: Mapping[str, Any], images: jax.Array, train: bool = False, native: bool = False
+        variables: Mapping[str, Any], images: Any, train: bool = False, native: bool = False
     ) -> tuple[Stages, PyTree]:
         module = small if native else plain
         if not train:

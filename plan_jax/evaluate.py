@@ -1,4 +1,4 @@
-"""Judging a `Model` by the config's tasks: what the data lack is said first; numbers, then a page."""
+"""Judging a `Model` by the config's tasks: what the data lack first; then numbers, and a page."""
 
 import dataclasses
 import functools
@@ -192,14 +192,13 @@ def labeller(findings: Sequence[str]) -> Callable[[str], Mapping[str, int]]:
 
 
 def _ground(model: Model, truth: Truth, options: Any) -> tuple[dict[str, float], list[Any]]:
-    config = truth.config
-    known = loader.records(
-        open_split(config, "train"), config["eval"]["prior"], config["data"]["size"]
-    )
+    config, priors = truth.config, None
+    if count := config["eval"]["prior"]:
+        known = loader.records(open_split(config, "train"), count, config["data"]["size"])
+        priors = grounding.fit_priors(known)
     values, cases = grounding.evaluate(
-        model, truth.records, findings=truth.dataset.findings, options=options,
-        priors=grounding.fit_priors(known),
-    )  # fmt: skip
+        model, truth.records, findings=truth.dataset.findings, options=options, priors=priors
+    )
     return values, grounding.illustrate(model, truth.records, cases, options=options)
 
 

@@ -100,7 +100,7 @@ FIELDS = {
     "eval.train": Field(int, 0),
     "eval.random": Field(bool),
     "eval.prompts": Field(str, choices=("", *PROMPT_SETS)),
-    "eval.prior": Field(int, 1),
+    "eval.prior": Field(int, 0),
     "eval.batch": Field(int, 1),
 }
 LATER = {"eval.train": 0, "eval.random": False, "eval.prompts": ""}  # since version 0.1

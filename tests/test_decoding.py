@@ -166,8 +166,9 @@ def test_a_search_stops_when_nothing_can_become_better():
 
 
 HEAD = ReportDecoder(
-    vocabulary=11, length=6, width=16, feed_forward=12, heads=2, encoder_layers=1, layers=2
-)
+    vocabulary=11, length=6, width=16, feed_forward=12, heads=2, encoder_layers=1, layers=2,
+    summary=True,
+)  # fmt: skip
 
 
 full = jax.jit(lambda params, *a: HEAD.apply({"params": params}, *a))
@@ -180,6 +181,7 @@ def written():
     """Images, tokens, parameters that are not small, and the logits by one full pass."""
     random = np.random.default_rng(6)
     seen = {"map": jnp.asarray(random.normal(size=(3, 2, 4, 5)), jnp.float32)}
+    seen["pooled"] = jnp.asarray(random.normal(size=(3, 7)), jnp.float32)
     rows = {"tokens": jnp.asarray(random.integers(3, 11, (3, 6)))}
     shapes = jax.eval_shape(HEAD.init, jax.random.key(0), seen, rows)["params"]
     params = jax.tree.map(lambda x: 0.6 * random.normal(size=x.shape).astype(np.float32), shapes)
@@ -196,6 +198,13 @@ def test_the_cache_gives_what_the_full_pass_gives(written):
         np.testing.assert_allclose(found, logits[:, position], atol=1e-5)
         token = rows["tokens"][:, position]
     assert np.abs(logits[0] - logits[1]).max() > 0.1
+
+
+def test_the_summary_of_the_image_is_read(written):
+    seen, rows, params, logits = written
+    other = full(params, seen | {"pooled": seen["pooled"][::-1]}, rows)
+    assert np.abs(other[0] - logits[0]).max() > 0.01
+    np.testing.assert_allclose(other[1], logits[1], atol=1e-6)
 
 
 def test_beams_of_one_image_share_what_it_remembers(written):
@@ -245,7 +254,7 @@ def test_no_word_sees_what_comes_after_it(written):
 
 def test_patches_have_places_unless_told_otherwise(written):
     seen, rows, params, logits = written
-    flipped = {"map": seen["map"][:, :, ::-1]}
+    flipped = seen | {"map": seen["map"][:, :, ::-1]}
     assert np.abs(full(params, flipped, rows) - logits).max() > 0.01
     plain = jax.jit(HEAD.clone(positions=False).apply)
     one, other = (plain({"params": params}, x, rows) for x in (seen, flipped))

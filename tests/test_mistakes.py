@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plan_jax import checkpoint, config, ground, main
+from plan_jax import checkpoint, config, evaluate, ground, main
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/testing.py"
@@ -44,6 +44,7 @@ TRAIN = {
     "unknown flag": ("--confg x.py", "Unknown command line flag 'confg'.* mean: config"),
     "unknown mode": ("--mode trian", "--mode=trian: value should be one of <train|eval>"),
     "no flag": ("configs/demo.py", "argument 'configs/demo.py' has no flag; write --config"),
+    "no run to judge": ("--config configs/eval/kermany.py", "kermany.py evaluates a checkpoint;"),
     "no config": ("--config nowhere.py", "config file nowhere.py is not there"),
     "syntax": ("--config syntax.py", "syntax.py line 1 fails with SyntaxError: .*; correct it"),
     "name": ("--config name.py", "name.py line 6 fails with NameError: name 'step' is not"),
@@ -184,3 +185,16 @@ def test_the_fields_are_those_of_the_configs(monkeypatch):
         if path.name == "pairs.py":
             loaded["data"]["builder"].setdefault("manifest", "pairs.csv")
         config.check(loaded)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/eval").glob("*.py")), ids=lambda path: path.stem
+)
+def test_what_evaluations_change_are_fields(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    loaded = main.load(str(path))
+    assert config.is_evaluation(loaded)
+    made = config.for_evaluation(main.load(str(ROOT / "configs/demo.py")), loaded)
+    config.check(made)
+    for task in made["eval"]["tasks"]:
+        evaluate.options_of(task, made)

@@ -123,6 +123,11 @@ def test_splits_by_hash_are_stable_and_keep_patients_together(folder):
     assert abs(many.count("test") / 4000 - 0.1) < 0.02
 
 
+def test_a_column_of_splits_can_be_passed_over(folder):
+    found = opened(folder, rows(), columns={"split": ""}, val_fraction=0.0, test_fraction=0.0)
+    assert len(found) == 12
+
+
 def test_without_patients_the_image_decides(folder):
     plain = [{"image": row["image"], "text": row["text"]} for row in rows()]
     found = opened(folder, plain, val_fraction=0, test_fraction=0)

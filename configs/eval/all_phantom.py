@@ -26,10 +26,17 @@ def get_config() -> ConfigDict:
     config.eval.segmentation = ConfigDict(
         {
             "targets": ("lungs", "heart", "findings"), "unet_widths": (64, 32, 16, 8),
-            "limit_train": 512, "epochs": 6, "rate": 2e-3,
+            "limit_train": 384, "epochs": 6, "rate": 2e-3,
         }
     )  # fmt: skip
     config.eval.detection = ConfigDict(
-        {"widths": (32, 16, 8), "limit_train": 1024, "epochs": 8, "rate": 2e-3, "judge": "loss"}
+        {"widths": (32, 16, 8), "limit_train": 256, "epochs": 20, "rate": 3e-3}
     )
+    config.eval.report_generation = ConfigDict(
+        {
+            "width": 128, "feed_forward": 256, "heads": 4, "encoder_layers": 0, "layers": 2,
+            "summary": True, "visual_dropout": 0.1, "rate": 2e-3, "clip": 1.0, "epochs": 5,
+            "block": 0,
+        }
+    )  # fmt: skip
     return config

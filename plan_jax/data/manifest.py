@@ -103,6 +103,8 @@ def pick_columns(
 ) -> dict[str, str | None]:
     """Say which column plays which role: the one chosen, else the one of the role's name, or None.
 
+    Choosing "" means that none does, whatever the columns are called.
+
     Raises:
       UserError: for an unknown role, a chosen column that is missing, or a required role without.
     """
@@ -116,7 +118,9 @@ def pick_columns(
     found: dict[str, str | None] = {}
     for role in roles:
         name = chosen.get(role, role)
-        if name in present:
+        if role in chosen and not name:
+            found[role] = None
+        elif name in present:
             found[role] = name
         elif role in chosen or role in required:
             raise UserError(

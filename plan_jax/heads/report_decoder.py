@@ -158,7 +158,8 @@ class ReportDecoder(nn.Module):
     """Write a report of an image: logits of the next of `vocabulary` tokens after each token.
 
     `encoder_layers` over the patches, `layers` over the words, all of `width` with `heads` and
-    `feed_forward` hidden channels. `visual_dropout` is that of the embedded patches.
+    `feed_forward` hidden channels. `visual_dropout` is that of the embedded patches. `summary` puts
+    the tower's vector for the whole image, `seen["pooled"]` Float[B E], beside the patches (ours).
     """
 
     vocabulary: int
@@ -171,10 +172,12 @@ class ReportDecoder(nn.Module):
     dropout: float = 0.1
     visual_dropout: float = 0.5
     positions: bool = True
+    summary: bool = False
 
     def setup(self):
         shape = (self.width, self.heads, self.feed_forward, self.dropout)
         self.patch = _dense(self.width)
+        self.whole = _dense(self.width) if self.summary else None
         self.patch_drop = nn.Dropout(self.visual_dropout)
         self.encoder = [Layer(*shape) for _ in range(self.encoder_layers)]
         self.encoder_norm = nn.LayerNorm()
@@ -209,6 +212,9 @@ class ReportDecoder(nn.Module):
         x = self.patch_drop(jax.nn.relu(self.patch(x)), deterministic=not train)
         if self.positions:
             x = x + jnp.asarray(places(maps.shape[1:3], self.width), x.dtype)
+        if self.whole is not None:
+            pooled = jax.nn.standardize(seen["pooled"].astype(jnp.float32), -1, epsilon=1e-6)
+            x = jnp.concatenate([self.whole(pooled)[:, None], x], 1)
         for layer in self.encoder:
             x, _ = layer(x, train=train)
         x = self.encoder_norm(x)

@@ -48,12 +48,12 @@ Writer = Callable[[PyTree, PyTree, Mapping[str, PyTree]], Int[np.ndarray, "N L"]
 class Options:
     """The constants of the protocol, with R2Gen's values for IU X-ray unless it says `ours`.
 
-    For MIMIC-CXR R2Gen has `max_length` 100, `min_count` 10 and 30 epochs. `rate` falls by
-    `rate_factor` every `rate_step` epochs; `rate_visual` is the tower's where `mode` is `finetune`.
-    `block` words in a row must not come twice, although true reports may repeat them (0: any may,
-    as in R2Gen's beam search; ours, as `cleaning`, `positions`, `patience`, `select` and `mode`).
-    `native` is that of `Tower.apply`: False sees images as in pre-training. The limits choose so
-    many reports at random, 0 all of them; `shown` reports go to the page.
+    For MIMIC-CXR R2Gen has `max_length` 100, `min_count` 10, 30 epochs, `rate_step` 1 and
+    `rate_factor` 0.8: every so many epochs `rate` is multiplied by it. `rate_visual` is a tuned
+    tower's. `block` words in a row must not come twice, although true reports may repeat them (0:
+    any may, as in R2Gen's beam search). Ours: that, `cleaning`, `positions`, `summary`, `patience`,
+    `select`, `mode`. `native` is that of `Tower.apply`: False sees images as in pre-training. The
+    limits choose so many reports at random, 0 all of them; `shown` reports go to the page.
     """
 
     max_length: int = 60
@@ -66,6 +66,7 @@ class Options:
     dropout: float = 0.1
     visual_dropout: float = 0.5
     positions: bool = True
+    summary: bool = False
     rate: float = 1e-4
     rate_visual: float = 5e-5
     rate_step: int = 50
@@ -129,9 +130,9 @@ def evaluate(
     `labeller(text)` reads from a report which findings it states (1) and denies (0). Keys: those of
     `text_metrics.scores` under `strict/` and `r2gen/`, those of `text_metrics.stated` under `ce/`;
     the same under `retrieval/` for the report of the training image nearest by the cosine of the
-    tower's pooled features, and under `common/` for the most frequent training report, for every
-    image. `n_train`, `n_test`, `reports_empty` (left out of all splits), `vocabulary` (words),
-    `epochs`, `words` (mean length of what is written), `distinct` (share of different reports). In
+    tower's pooled features, and under `common/` for the most frequent training report (the first
+    among equals). `n_train`, `n_test`, `reports_empty` (left out of all splits), `vocabulary` and
+    `words` (known; mean number written), `epochs`, `distinct` (share of different reports). In
     `folder` the fit is kept, so that a stopped call goes on. The rows are some test images.
 
     Raises:
@@ -234,7 +235,7 @@ def _attached(
     head = ReportDecoder(
         len(vocabulary), options.max_length, options.width, options.feed_forward, options.heads,
         options.encoder_layers, options.layers, options.dropout, options.visual_dropout,
-        options.positions,
+        options.positions, options.summary,
     )  # fmt: skip
     probe = attach(
         model.tower, head, lambda logits, rows: token_loss(logits, rows["tokens"]),

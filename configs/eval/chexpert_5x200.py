@@ -1,0 +1,30 @@
+"""CheXpert 5x200: zero-shot classification of five classes, and retrieval by class.
+
+python -m plan_jax.main --config configs/eval/chexpert_5x200.py --checkpoint runs/plan
+
+The manifest is yours to make from train.csv, frontal images: `image`, `patient_id`, `split` (test)
+and the five label columns; an empty cell is 0. The images with exactly one of the five, 200 of
+each, are drawn with the run's seed: GLoRIA's list was never published. Queries are prompts, since
+CheXpert's reports are not public either.
+"""
+
+from ml_collections import ConfigDict
+
+LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+
+
+def get_config() -> ConfigDict:
+    """Return what differs from the run that is evaluated."""
+    config = ConfigDict()
+    config.data = ConfigDict({"name": "pairs"})
+    config.data.builder = ConfigDict(
+        {
+            "manifest": "chexpert_5x200/manifest.csv", "text_optional": True, "size": 256,
+            "label_columns": LABELS, "label_blank": 0,
+        }
+    )  # fmt: skip
+    config.eval = ConfigDict(
+        {"tasks": ("zero_shot",), "split": "test", "limit": 1000, "prompts": "gloria"}
+    )
+    config.eval.zero_shot = ConfigDict({"scoring": "max", "kind": "multiclass"})
+    return config

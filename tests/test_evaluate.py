@@ -1,0 +1,137 @@
+"""From a config to judged tasks: options, splits, what is missing, the random tower beside."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import testing
+from plan_jax import assembly, config, evaluate
+from plan_jax.data import records, schema
+from plan_jax.types import Model, Record, UserError
+
+FITTED = ("classification", "segmentation", "detection", "report_generation")
+
+
+def settings(tmp_path, **changes):
+    made = testing.get_config().to_dict()
+    made["data"]["dir"] = str(tmp_path)
+    made["eval"].update(changes)
+    return made
+
+
+def tower_only(made):
+    """A model of which nothing but the tower, of random weights, can be used."""
+    system = assembly.assemble(made)
+    tower = assembly.random_tower(system, made, seed=7)
+
+    def refuse(*_, **__):
+        raise AssertionError("a task that fits a head needs the tower only")
+
+    return Model("plan", (4, 4), 0, 32, refuse, refuse, refuse, refuse, made, tower)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def test_a_head_is_fitted_beside_that_of_random_weights_and_kept(world, tmp_path):
+    made = settings(world, tasks=("classification",), random=True)
+    made["eval"]["classification"] = {"fractions": [1.0], "epochs": 2, "samples": 20}
+    model = tower_only(made)
+    scored = evaluate.score(model, made, "test", tmp_path)
+    values = scored.metrics
+    assert {"classification/100/n_train", "classification/random/100/n_train"} <= set(values)
+    assert values["classification/100/n_train"] == 48 and values["classification/seconds"] > 0
+    own, other = (values[f"classification/{p}100/auroc_macro"] for p in ("", "random/"))
+    assert own != other
+    assert len(list((tmp_path / "fits").glob("*.msgpack"))) == 2
+    again = evaluate.score(model, made, "test", tmp_path).metrics
+    assert {k: v for k, v in again.items() if "seconds" not in k} == {
+        k: v for k, v in values.items() if "seconds" not in k
+    }
+    path = evaluate.write(tmp_path, made, scored, ())
+    assert "Classification" in path.read_text()
+    assert json.loads((tmp_path / "metrics.json").read_text()) == values
+    assert "random encoder" in (tmp_path / "table.md").read_text()
+
+
+def test_the_random_tower_depends_on_the_seed_alone(world):
+    made = settings(world)
+    system = assembly.assemble(made)
+    one, two, other = (assembly.random_tower(system, made, seed) for seed in (1, 1, 2))
+    images = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 1)).astype(np.uint8)
+    seen = [jax.device_get(t.apply(t.variables, images)[0].pooled) for t in (one, two, other)]
+    np.testing.assert_array_equal(seen[0], seen[1])
+    assert one.name == two.name != other.name and np.abs(seen[0] - seen[2]).max() > 1e-3
+
+
+def test_where_no_split_validates_training_patients_do(world, monkeypatch):
+    made = settings(world)
+    made["eval"].update(split="val", limit=8)
+    truth = evaluate.Truth(made, "val")
+    parts = truth.splits
+    names = {split: {r.patient_id for r in some} for split, some in parts.items()}
+    assert not names["train"] & names["val"] and len(parts["test"]) == 8
+    assert len(parts["train"]) + len(parts["val"]) == 48
+    assert 0.1 < len(parts["val"]) / 48 < 0.35
+    with pytest.raises(UserError, match="eval.split is train"):
+        _ = evaluate.Truth(made, "train").splits
+    with pytest.raises(UserError, match="1 patients are too few"):
+        evaluate._held_out([parts["train"][0]], 0)
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """A dataset of images alone."""
+    image = np.zeros((32, 32, 1), np.uint8)
+    rows = [schema.serialize(Record(image=image, text="", patient_id=str(n))) for n in range(4)]
+    monkeypatch.setattr(
+        evaluate, "open_split", lambda config, split: records.Dataset(rows, ("nodule",))
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "field"),
+    [
+        ("grounding", "phrases"), ("retrieval", "text"), ("zero_shot", "labels"),
+        ("classification", "labels"), ("segmentation", "masks"), ("detection", "boxes"),
+        ("report_generation", "text"),
+    ],
+)  # fmt: skip
+def test_a_task_without_its_truth_says_which_field_is_missing(task, field, bare, world):
+    made = settings(world, tasks=(task,))
+    with pytest.raises(UserError, match=rf"task {task} needs .*{field}"):
+        evaluate.open_truth(made, "test")
+
+
+def test_what_a_report_states_is_read_by_the_parser():
+    read = evaluate.labeller(("pleural effusion", "COVID-19", "nodule"))
+    assert read("Small left effusion. No nodule.") == {"pleural effusion": 1, "nodule": 0}
+
+
+def test_an_evaluation_changes_a_run_s_config_and_only_where_it_speaks(world):
+    held = settings(world)
+    del held["eval"]["train"], held["eval"]["random"], held["eval"]["prompts"]  # an older run's
+    given = {"data": {"name": "pairs", "builder": {"manifest": "m.csv"}}, "eval": {"limit": 5}}
+    made = config.for_evaluation(held, given)
+    assert config.is_evaluation(given) and not config.is_evaluation(held)
+    assert made["data"]["builder"] == {"manifest": "m.csv"} and made["data"]["size"] == 32
+    assert made["eval"]["limit"] == 5 and made["eval"]["random"] is False
+    assert made["method"] == held["method"]
+    config.check(made)
+    with pytest.raises(UserError, match="eval.classification.rte is not .* mean .*rate"):
+        config.override(made, {"eval.classification.rte": "1"})
+    config.override(made, {"eval.classification.fractions": "0.1,1.0", "eval.detection.batch": "4"})
+    assert evaluate.options_of("classification", made).fractions == (0.1, 1.0)
+    assert evaluate.options_of("detection", made).batch == 4
+
+
+def test_options_are_those_of_the_task(world):
+    for task in FITTED:
+        made = settings(world)
+        assert evaluate.options_of(task, made) == evaluate.TASKS[task].Options()
+        assert dataclasses.is_dataclass(evaluate.TASKS[task].Options)
