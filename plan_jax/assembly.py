@@ -151,7 +151,7 @@ def make_tower(dual: Dual, towers: Mapping[str, Any]) -> Tower:
     def apply(
         variables: Mapping[str, Any], images: Any, train: bool = False, native: bool = False
     ) -> tuple[Stages, PyTree]:
-        module = small if native else plain
+        module, images = small if native else plain, jnp.asarray(images)
         if not train:
             return module.apply(variables, images, method="stages"), variables["batch_stats"]
         stages, changed = module.apply(
