@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help demo test parity lint bench clean
+.PHONY: help demo test soak parity lint bench clean
 help:
 	@echo "make demo   train configs/demo.py on drawn radiographs, write runs/demo/report.html"
 	@echo "make test   tests and doctests      make lint   ruff"
+	@echo "make soak   kills, two hosts, eight devices: slow tests"
 	@echo "make parity towers against torch's  make bench  speed and memory"
 	@echo "make clean  remove caches; keeps .venv, data, runs"
 
@@ -31,6 +32,10 @@ demo: .venv/.package
 test: .venv/.test
 	@echo "== running tests and doctests in 2 processes"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+soak: .venv/.test
+	@echo "== killing and resuming runs, two hosts, eight devices, pairs by heart"
+	@$(BIN)/python -m pytest -n 2 --dist worksteal --override-ini addopts= tests/soak
 
 .venv/.parity: .venv/.test
 	@echo "== installing the originals to compare with: torch, torchvision, timm, MiniLM (1 GB)"

@@ -105,15 +105,19 @@ def for_evaluation(held: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     }
 
 
-def difference(held: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+def difference(
+    held: Mapping[str, Any], given: Mapping[str, Any], also: tuple[str, ...] = ()
+) -> str:
     """Say in which field two configs train something else; empty if in none.
+
+    Fields and sections that are in `also` may differ too.
 
     >>> difference({"seed": 0, "eval": {"limit": 3}}, {"seed": 1, "eval": {"limit": 9}})
     'config.seed 0, not 1'
     """
     old, new = dict(flat(held)), dict(flat(given))
     for name in sorted({*old, *new}):
-        free = any(name == field or name.startswith(f"{field}.") for field in FREE)
+        free = any(name == field or name.startswith(f"{field}.") for field in (*FREE, *also))
         values = [_plain(each.get(name, "unset")) for each in (old, new)]
         if not free and values[0] != values[1]:
             return f"config.{name} {values[0]}, not {values[1]}"

@@ -12,7 +12,7 @@ import numpy as np
 
 from plan_jax import assembly, checkpoint, report
 from plan_jax.data import loader, phantom, prompts, reports
-from plan_jax.data.records import Dataset, open_dataset
+from plan_jax.data.records import Dataset, open_dataset, split_names
 from plan_jax.journal import read_rows, replace
 from plan_jax.tasks import TASKS, grounding, retrieval, zero_shot
 from plan_jax.types import Model, Record, Tower, UserError
@@ -56,22 +56,34 @@ class Truth:
         )
 
     @functools.cached_property
+    def train(self) -> list[Record]:
+        """What heads are fitted to: the first `eval.train` training records (0: all)."""
+        if self.split.partition("[")[0] == "train":
+            raise UserError(
+                f"eval.split is {self.split}, and heads are fitted to train; use val or test"
+            )
+        data, count = self.config["data"], self.config["eval"]["train"]
+        return loader.records(open_split(self.config, "train"), count or None, data["size"])
+
+    @functools.cached_property
+    def validation(self) -> list[Record] | None:
+        """The split `val`; None where there is none, or where it is judged."""
+        data, held = self.config["data"], self.split.partition("[")[0] == "val"
+        known = split_names(data["name"], data_dir=data["dir"], **data["builder"])
+        if held or "val" not in known:
+            return None
+        return loader.records(
+            open_split(self.config, "val"), self.config["eval"]["limit"], data["size"]
+        )
+
+    @functools.cached_property
     def splits(self) -> dict[str, list[Record]]:
         """What heads are fitted to, `train` and `val`, and the judged records, as `test`.
 
         Where `val` is missing, or is itself judged, a share of the training patients validates.
         """
-        data, wanted = self.config["data"], self.config["eval"]
-        train = loader.records(
-            open_split(self.config, "train"), wanted["train"] or None, data["size"]
-        )
-        if self.split == "train":
-            raise UserError("eval.split is train, which heads are fitted to; use val or test")
-        try:
-            if self.split == "val":
-                raise UserError("val is judged")
-            val = loader.records(open_split(self.config, "val"), wanted["limit"], data["size"])
-        except UserError:
+        train, val = self.train, self.validation
+        if val is None:
             train, val = _held_out(train, self.config["seed"])
         return {"train": train, "val": val, "test": self.records}
 
@@ -185,9 +197,10 @@ def fitted(
 def labeller(findings: Sequence[str]) -> Callable[[str], Mapping[str, int]]:
     """Make what reads from a report which of the findings it states, by this project's parser.
 
-    Findings that the parser has no name for are left out.
+    Findings that the parser has no name for are left out; of data without findings all of its own
+    are read.
     """
-    known = tuple(name for name in findings if reports.is_known(name))
+    known = tuple(name for name in findings if reports.is_known(name)) or reports.FINDINGS
     return lambda text: dict(zip(known, reports.tags(text, known).tolist(), strict=True))
 
 
@@ -197,22 +210,24 @@ def _ground(model: Model, truth: Truth, options: Any) -> tuple[dict[str, float],
         known = loader.records(open_split(config, "train"), count, config["data"]["size"])
         priors = grounding.fit_priors(known)
     values, cases = grounding.evaluate(
-        model, truth.records, findings=truth.dataset.findings, options=options, priors=priors
-    )
+        model, truth.records, findings=truth.dataset.findings, options=options, priors=priors,
+        seed=config["seed"],
+    )  # fmt: skip
     return values, grounding.illustrate(model, truth.records, cases, options=options)
 
 
 def _retrieve(model: Model, truth: Truth, options: Any) -> tuple[dict[str, float], list[Any]]:
     return retrieval.evaluate(
-        model, truth.records, findings=truth.dataset.findings, options=options
-    )
+        model, truth.records, findings=truth.dataset.findings, options=options,
+        seed=truth.config["seed"],
+    )  # fmt: skip
 
 
 def _classify(model: Model, truth: Truth, options: Any) -> tuple[dict[str, float], list[Any]]:
-    validation = truth.splits["val"] if options.validate else None
+    validation = truth.validation if options.validate else None
     values = zero_shot.evaluate(
         model, truth.records, prompts_of(truth), findings=truth.dataset.findings,
-        validation=validation, options=options,
+        validation=validation, options=options, seed=truth.config["seed"],
     )  # fmt: skip
     return values, []
 

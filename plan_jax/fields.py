@@ -25,6 +25,7 @@ class Field:
     least: int | float = -math.inf
     most: int | float = math.inf
     choices: tuple = ()
+    item: Any = object  # what each item of a tuple has to be
 
     def fault(self, value: Any) -> str:
         """Say what the value has to be instead; empty if it is right."""
@@ -33,6 +34,8 @@ class Field:
                 f"it has to be {_KINDS.get(self.kind, getattr(self.kind, '__name__', self.kind))}"
             )
         items = value if self.kind is tuple else [value]
+        if self.kind is tuple and not all(_is(item, self.item) for item in items):
+            return f"each item has to be {_KINDS.get(self.item, self.item)}"
         if self.choices and not set(items) <= set(self.choices):
             return f"use {'some' if self.kind is tuple else 'one'} of {listed(self.choices)}"
         if self.kind in (int, float) and not self.least <= value <= self.most:
@@ -103,6 +106,25 @@ FIELDS = {
     "eval.prior": Field(int, 0),
     "eval.batch": Field(int, 1),
 }
+LEAST = {
+    "batch": 1,
+    "epochs": 1,
+    "patience": 1,
+    "samples": 2,
+    "rate": _TINY,
+    "rate_visual": 0,
+    "weight_decay": 0,
+    "clip": 0,
+    "limit_train": 0,
+    "limit_test": 0,
+    "shown": 0,
+    "bins": 1,
+    "candidates": 1,
+    "per_class": 1,
+    "beam": 1,
+    "max_length": 2,
+    "min_count": 1,
+}  # of the options of tasks, by name
 LATER = {"eval.train": 0, "eval.random": False, "eval.prompts": ""}  # since version 0.1
 # What may differ between two runs of one experiment without changing what is trained.
 FREE = (
@@ -156,7 +178,9 @@ def _fields(prefix: str, source: type, skip: tuple[str, ...] = ()) -> dict[str, 
                 found[f"{prefix}.{field.name}"] = Field(str, choices=choices)
                 continue
             kind = {Any: object, types.UnionType: field.type, **plain}.get(origin, origin)
-            found[f"{prefix}.{field.name}"] = Field(kind)
+            inner = (typing.get_args(field.type) or (object,))[0] if origin is tuple else object
+            least = LEAST.get(field.name, -math.inf) if prefix.startswith("eval.") else -math.inf
+            found[f"{prefix}.{field.name}"] = Field(kind, least, item=inner)
     return found
 
 

@@ -187,7 +187,7 @@ def evaluate(
     given = config.for_evaluation(held, loaded or {}) if name or loaded is None else loaded
     config.override(given, changes)
     config.check(given)
-    if not name and (differs := config.difference(held, given)):
+    if differs := config.difference(held, given, ("data.name", "data.builder") if name else ()):
         raise UserError(
             f"checkpoint {folder} is of {differs}; leave --config out to use the run's own"
         )

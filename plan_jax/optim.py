@@ -115,7 +115,7 @@ def fit_head(
     the same call goes on where a stopped one was, to the same result.
 
     Raises:
-      UserError: if there are no rows, or the loss is not finite.
+      UserError: if there are no rows, or the loss or score is not a number.
     """
     count, batch = _count(train, name), min(batch, _count(train, name))
     _count(validation, name)
@@ -127,7 +127,9 @@ def fit_head(
         "best_stats": stats, "best": -math.inf, "epoch": 0, "waited": 0, "losses": [], "scores": [],
     }  # fmt: skip
     settings = (name, about, batch, epochs, patience, seed)
-    path = folder and folder / f"{name}-{_digest(settings, params, stats, train)}.msgpack"
+    path = (
+        folder and folder / f"{name}-{_digest(settings, params, stats, train, validation)}.msgpack"
+    )
     state = _resumed(state, path)
     with tqdm(
         total=epochs, initial=state["epoch"], desc=name, unit="epoch", file=sys.stderr,
@@ -194,6 +196,8 @@ def _note(state: dict, current: Sequence[PyTree], loss: float, score: Callable, 
     found = float(score(state["params"], state["stats"]))
     state["losses"].append(loss)
     state["scores"].append(found)
+    if math.isnan(found):
+        raise UserError(f"score of {name} is nan in epoch {state['epoch'] + 1}; lower its rate")
     better = found > state["best"]
     if better or not state["epoch"]:
         state["best_params"], state["best_stats"] = state["params"], state["stats"]
@@ -213,13 +217,12 @@ def _mean_loss(
 
 
 def _digest(settings: tuple, *trees: PyTree) -> str:
-    """Name settings and arrays (their first and last rows) by a hash."""
+    """Name settings and arrays by a hash."""
     found = hashlib.blake2b(repr(settings).encode(), digest_size=8)
     for leaf in jax.tree.leaves(trees):
-        rows = np.asarray(leaf)
+        rows = np.ascontiguousarray(leaf)
         found.update(f"{rows.shape}{rows.dtype}".encode())
-        ends = [rows] if rows.ndim == 0 else [rows[:32], rows[-32:]]
-        found.update(b"".join(np.ascontiguousarray(part).tobytes() for part in ends))
+        found.update(rows.reshape(-1).view(np.uint8).data)
     return found.hexdigest()
 
 

@@ -27,7 +27,10 @@ if not flags.FLAGS.is_parsed():
 settings.register_profile("house", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("house")
 
-SLOW = ("test_resume.py", "test_steps.py", "test_train.py", "test_methods.py")
+SLOW = (
+    "test_resume.py", "test_steps.py", "test_train.py", "test_methods.py", "test_detection.py",
+    "test_report_generation.py", "test_weights.py", "test_evaluate.py", "test_segmentation.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

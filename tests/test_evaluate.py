@@ -80,6 +80,10 @@ def test_where_no_split_validates_training_patients_do(world, monkeypatch):
     assert 0.1 < len(parts["val"]) / 48 < 0.35
     with pytest.raises(UserError, match="eval.split is train"):
         _ = evaluate.Truth(made, "train").splits
+    with pytest.raises(UserError, match=r"eval.split is train\[:50%\]"):
+        _ = evaluate.Truth(made, "train[:50%]").splits
+    assert evaluate.Truth(made, "val[:50%]").validation is None
+    assert len(evaluate.Truth(made, "test").validation) == 8
     with pytest.raises(UserError, match="1 patients are too few"):
         evaluate._held_out([parts["train"][0]], 0)
 

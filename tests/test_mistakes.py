@@ -94,7 +94,15 @@ TRAIN = {
     "broken run": ("--workdir broken", "broken/config.json cannot be read; give another --workdir"),
     "resuming wrongly": ("--checkpoint run", "--checkpoint is for --mode eval; a run is resumed"),
 }  # fmt: skip
+JUDGE = "--config configs/eval/all_phantom.py --checkpoint run "
 EVAL = {
+    "other tower": (JUDGE + "config.dim=9", "checkpoint run is of config.dim 8, not 9"),
+    "item": (JUDGE + "config.eval.classification.fractions=a", "each item has to be a number"),
+    "no batch": (JUDGE + "config.eval.segmentation.batch=0", "batch is 0; use at least 1"),
+    "no option": (
+        JUDGE + "config.eval.detection.wdths=(1,)",
+        "wdths is not a field; did you mean .*detection.widths",
+    ),
     "no checkpoint": ("--checkpoint nowhere", "checkpoint nowhere is not there; give the folder"),
     "empty run": ("--checkpoint other", "checkpoint other holds no checkpoint; give the folder"),
     "no step": ("--checkpoint run/checkpoints/7", "checkpoints/7 is not there; give the folder"),

@@ -181,6 +181,16 @@ def test_other_settings_are_another_fit(tmp_path):
     fitted(made, epochs=2, folder=tmp_path)
     fitted(made, epochs=1, folder=tmp_path, about="other")
     assert len(list(tmp_path.glob("head-*.msgpack"))) == 3
+    images, label = data(64, 1)
+    rows = made.rows(images) | {"label": label}
+    for changed in (0, 40):  # of the rows to fit, and of those to validate, one label in the middle
+        other = rows | {"label": np.where(np.arange(64) == changed, 1 - label, label)}
+        for parts in ((rows, other), (other, rows)):
+            optim.fit_head(
+                made.loss, made.params, made.stats, *parts, optax.sgd(0.1), batch=16, epochs=1,
+                patience=1, seed=0, folder=tmp_path,
+            )  # fmt: skip
+    assert len(list(tmp_path.glob("head-*.msgpack"))) == 7
 
 
 def test_patience_ends_a_fit_and_the_best_epoch_is_kept():

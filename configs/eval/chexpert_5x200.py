@@ -1,11 +1,10 @@
-"""CheXpert 5x200: zero-shot classification of five classes, and retrieval by class.
+"""CheXpert 5x200: zero-shot classification of five classes by GLoRIA's way.
 
 python -m plan_jax.main --config configs/eval/chexpert_5x200.py --checkpoint runs/plan
 
-The manifest is yours to make from train.csv, frontal images: `image`, `patient_id`, `split` (test)
-and the five label columns; an empty cell is 0. The images with exactly one of the five, 200 of
-each, are drawn with the run's seed: GLoRIA's list was never published. Queries are prompts, since
-CheXpert's reports are not public either.
+The manifest is yours to make from train.csv, 1,000 rows: `image`, `patient_id`, `split` (test) and
+the five label columns, an empty cell being 0: 200 frontal images of each class that have exactly
+one of the five labels. GLoRIA's own list was never published.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,8 @@
 python -m plan_jax.main --config configs/eval/mimic_retrieval.py --checkpoint runs/plan
 
 The manifest is yours to make: `image`, `patient_id`, `split`, `text` and CheXpert's eight label
-columns of the 8x200 set; 200 images with exactly one of them are drawn with the run's seed.
+columns of the 8x200 set; of the first `eval.limit` test images at most 200 of each class, with
+exactly one of the labels, are drawn with the run's seed.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,8 @@
 python -m plan_jax.main --config configs/eval/nih_linear.py --checkpoint runs/plan
 
 The manifest is yours to make from Data_Entry_2017_v2020.csv: `image`, `patient_id`, `split` (the
-official test list has 25,596 images) and `labels`, the findings joined by semicolons.
+official test list has 25,596 images) and `labels`, the findings joined by semicolons, `No Finding`
+where there is none: an empty cell means that nothing is known.
 """
 
 from ml_collections import ConfigDict

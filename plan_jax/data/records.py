@@ -90,3 +90,13 @@ def open_dataset(
     metadata = builder.info.metadata
     names = (metadata[kind] for kind in ("findings", "anatomy", "regions"))
     return Dataset(source, *names, name=name, keep=cache)
+
+
+def split_names(name: str, *, data_dir: str | None = None, **builder_config) -> tuple[str, ...]:
+    """Name the splits of a dataset, which is prepared first where it is not yet.
+
+    Raises:
+      UserError: as `open_dataset`.
+    """
+    builder = prepared(name, Path(data_dir or DATA_DIR).expanduser(), builder_config)
+    return tuple(builder.info.splits)

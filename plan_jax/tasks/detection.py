@@ -112,6 +112,8 @@ def evaluate(
     truth = {name: [one for one, _ in some] for name, some in pairs.items()}
     if not any(len(one.boxes) for one in truth["train"]):
         raise UserError(f"limit_train {options.limit_train} leaves no box to learn; give more")
+    if model.tower is None:
+        raise UserError(f"model {model.name} has no vision tower to fit a head on; load another")
     images = {name: np.stack([r.image for r in some]) for name, some in data.items()}
     room = max(len(one.boxes) for name in ("train", "val") for one in truth[name])
     probe = _attached(model, images["train"], _classes(options, findings), options, seed)

@@ -102,7 +102,7 @@ def test_rematerialisation_changes_no_value_of_resnet():
 
 
 def test_scan_makes_a_smaller_program_and_remat_keeps_less():
-    tokens, index, _, sentence = words(4)
+    tokens, index, _, sentence = words(16)
 
     def compiled(**changes):
         tower = text.make_text("bert_tiny", 30, jnp.float32, depth=8, width=64, **changes)

@@ -14,7 +14,7 @@ import pytest
 
 from plan_jax import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 50
 TWO = """
 from configs import testing
