@@ -267,7 +267,7 @@ def evaluate(config: Mapping[str, Any], folder: str | Path, out: Path) -> dict[s
     scored = score(model, config, config["eval"]["split"], out)
     metrics = scored.metrics | {
         "steps": float(held["step"]),
-        "wall_s": time.monotonic() - began,
+        "evaluated_s": time.monotonic() - began,
         "params_sha256": checkpoint.fingerprint(held["params"]),
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -213,7 +213,7 @@ def show(metrics: Mapping[str, Any], page: Path) -> None:
     for key in shown:
         beside = [f"{name} {null:.3g}" for name, null in nulls_of(key, metrics).items()]
         print(f"{key:<{wide}}{metrics[key]:>8.3f}  {', '.join(beside)}".rstrip())
-    for key in ("images_per_s", "wall_s"):
+    for key in ("images_per_s", "wall_s", "evaluated_s"):
         if not math.isnan(metrics.get(key, math.nan)):
             print(f"{key:<{wide}}{metrics[key]:>8.0f}")
     print(f"params_sha256 {metrics['params_sha256']}")

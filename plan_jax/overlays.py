@@ -41,8 +41,10 @@ def mask_picture(row: MaskRow, side: int = 288) -> UInt8[np.ndarray, "V U 3"]:
     return outline(tint(radiograph(row.image, side=side), row.found), row.truth)
 
 
-def box_picture(row: BoxRow, side: int = 288, most: int = 6) -> UInt8[np.ndarray, "V U 3"]:
-    """Draw the true boxes and at most `most` found ones, each with its score."""
+def box_picture(
+    row: BoxRow, side: int = 288, most: int = 6, least: float = 0.2
+) -> UInt8[np.ndarray, "V U 3"]:
+    """Draw the true boxes and at most `most` found ones with a score of `least` or more."""
     pixels = radiograph(row.image, side=side)
     factor = pixels.shape[0] / row.image.shape[0]
     picture = Image.fromarray(pixels)
@@ -55,6 +57,8 @@ def box_picture(row: BoxRow, side: int = 288, most: int = 6) -> UInt8[np.ndarray
     for box in row.truth:
         draw.rectangle(corners(box), outline=OUTLINE, width=2)
     for box, score in list(zip(row.found, row.scores, strict=True))[:most]:
+        if score < least:
+            continue
         at = corners(box)
         draw.rectangle(at, outline=FOUND, width=1)
         draw.text((at[0] + 3, at[1] + 1), f"{score:.2f}", fill=FOUND)

@@ -36,7 +36,8 @@ def rows(name="lungs"):
     return [
         MaskRow(name, blank(), square(4), square(12), 0.5),
         BoxRow(blank(), np.array([[2.0, 2, 10, 10]]), np.array([[20.0, 20, 30, 30]]),
-               np.array([0.75])),
+               np.array([0.75], np.float32)),
+        BoxRow(blank(), np.zeros((0, 4)), np.array([[4.0, 4, 20, 20]]), np.array([0.1])),
         BoxRow(blank(), np.zeros((0, 4)), np.zeros((0, 4)), np.zeros(0)),
         TextRow(blank(), f"reference {name}", f"generated {name}", ("right one",), ("missed one",)),
         LineRow("roc", name, curve, curve**0.5),
@@ -60,7 +61,9 @@ def test_boxes_lie_where_they_are():
     found = (picture == np.uint8(overlays.FOUND)).all(-1)
     assert truth[8:40, 8:40].any() and not truth[44:].any()
     assert found[80:120, 80:120].any() and not found[:76].any()
-    assert overlays.box_picture(rows()[2], side=64).shape == (64, 64, 3)
+    faint = overlays.box_picture(rows()[2], side=128)
+    assert not (faint == np.uint8(overlays.FOUND)).all(-1).any()
+    assert overlays.box_picture(rows()[3], side=64).shape == (64, 64, 3)
 
 
 def test_curves_are_drawn_by_kind():
@@ -88,6 +91,7 @@ def test_the_page_shows_every_task_and_hostile_text_stays_text(tmp_path):
     for title in ("All tasks", "Segmented", "Detected", "Generated reports", "Classifier by"):
         assert title in text
     assert "missed one" in text and "Detection 12 s" in text
+    assert "1 true, best score 0.75" in text and "0 true, best score none" in text
 
 
 @pytest.mark.parametrize("part", ["masks", "boxes", "texts", "lines"])

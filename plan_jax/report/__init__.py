@@ -110,14 +110,15 @@ def _draw(pictures: Path, cases: Sequence[PhraseRow]) -> None:
 
 def _head(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Html:
     method = str(config.get("method", "run"))
-    data = config.get("data", {})
+    data, speed = config.get("data", {}), metrics.get("images_per_s")
     facts = {
         "data": data.get("name") if isinstance(data, Mapping) else data,
         "steps": config.get("steps"),
         "batch": config.get("batch"),
         "seed": config.get("seed"),
         "trained in": _duration(metrics.get("wall_s")),
-        "images/s": number(metrics.get("images_per_s"), 0),
+        "evaluated in": _duration(metrics.get("evaluated_s")),
+        "images/s": number(speed, 0) if is_number(speed) else "",
         "fingerprint of parameters": str(metrics.get("params_sha256", ""))[:16],
     }
     items = [tag("li", f"{k} ", tag("b", str(v))) for k, v in facts.items() if v not in (None, "")]

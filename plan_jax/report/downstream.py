@@ -123,7 +123,7 @@ def boxes(rows: Sequence[BoxRow]) -> Html | None:
         return None
     cells = []
     for row in rows:
-        best = number(row.scores[0], 2) if len(row.scores) else "none"
+        best = number(float(row.scores[0]), 2) if len(row.scores) else "none"
         said = f"{len(row.truth)} true, best score {best}"
         cells.append(
             tag("figure", picture(overlays.box_picture(row), said), tag("figcaption", said))
