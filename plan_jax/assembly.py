@@ -17,6 +17,7 @@ from plan_jax.encoders.resnet import RESNETS
 from plan_jax.encoders.text import BERTS
 from plan_jax.encoders.vit import VITS
 from plan_jax.methods import METHODS
+from plan_jax.probe import chunked
 from plan_jax.types import Features, Model, Stages, Tower, UserError
 
 
@@ -81,16 +82,6 @@ def make_hyper(method: Any, changes: Mapping[str, Any]) -> Any:
     return method.Hyper(**dict(changes))
 
 
-def chunked(function: Any, arrays: tuple[np.ndarray, ...], size: int) -> Any:
-    """Apply a function to rows in chunks of one size, padding the last, and join the results."""
-    count = len(arrays[0])
-    parts = []
-    for start in range(0, count, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)
-        parts.append(jax.device_get(function(*(array[rows] for array in arrays))))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
-
-
 def make_model(system: System, config: Mapping[str, Any], variables: Mapping[str, Any]) -> Model:
     """Bind `params`, `batch_stats` and `memory` of a run, among `variables`, to the verbs."""
     dual, method, hyper, tokenizer = system
@@ -110,16 +101,16 @@ def make_model(system: System, config: Mapping[str, Any], variables: Mapping[str
     draw = jax.jit(method.heatmap, static_argnums=4)
 
     def see(images: np.ndarray) -> Features:
-        return chunked(lambda *a: see_some(towers, *a), (images,), batch)
+        return chunked(lambda a: see_some(towers, *a), (images,), batch)
 
     def read(texts: list[str]) -> Features:
         rows = encode_many(tokenizer, texts, length=data["length"], words=data["words"])
         names = ("tokens", "word_index", "word_id", "sentence")
         arrays = tuple(rows[n] for n in names)
-        return chunked(lambda *a: read_some(towers, *a), arrays, batch)
+        return chunked(lambda a: read_some(towers, *a), arrays, batch)
 
     def similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
-        def columns(*leaves: np.ndarray) -> dict[str, jax.Array]:
+        def columns(leaves: tuple[np.ndarray, ...]) -> dict[str, jax.Array]:
             some = jax.tree.unflatten(jax.tree.structure(texts), leaves)
             return {k: v.T for k, v in compare(own, memory, images, some, hyper).items()}
 

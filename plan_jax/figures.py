@@ -5,7 +5,7 @@ Nothing here knows of models or tasks; tasks fill the two small rows that the pa
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -211,22 +211,34 @@ def curves(
 ) -> tuple[str, bytes]:
     """Draw panels over the steps of a history; the same figure as inline SVG and as PNG bytes.
 
-    Each row of the history holds its `step` and any of the keys. The SVG takes its ink from the
-    text around it, so that it fits a light and a dark page, and names no other document.
+    Each row of the history holds its `step` and any of the keys.
+    """
+    rows = -(-len(panels) // columns)
+
+    def draw(figure: Any) -> None:
+        for i, panel in enumerate(panels):
+            _draw(figure.add_subplot(rows, columns, i + 1), history, panel)
+
+    return render((3.6 * columns, 2.5 * rows), draw)
+
+
+def render(size: tuple[float, float], draw: Callable[[Any], None]) -> tuple[str, bytes]:
+    """Let `draw` fill a figure of `size` inches (wide, high); give it as inline SVG and as PNG.
+
+    The SVG takes its ink from the text around it, so that it fits a light and a dark page, and
+    names no other document.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    rows = -(-len(panels) // columns)
     style = {"svg.fonttype": "none", "svg.hashsalt": "plan", "text.parse_math": False}
     style |= dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     )
     svg, png = io.StringIO(), io.BytesIO()
     with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(3.6 * columns, 2.5 * rows), layout="constrained")
-        for i, panel in enumerate(panels):
-            _draw(figure.add_subplot(rows, columns, i + 1), history, panel)
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
         figure.savefig(png, format="png", dpi=110)
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(svg, format="svg", transparent=True, metadata=nothing)

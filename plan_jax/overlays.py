@@ -1,8 +1,7 @@
 """Pictures of downstream tasks: masks and boxes over radiographs, ROC and calibration curves."""
 
-import io
-import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -17,6 +16,7 @@ from plan_jax.figures import (
     MaskRow,
     outline,
     radiograph,
+    render,
 )
 
 FOUND = (251, 139, 36)  # what a model found; the truth has the colour of `figures.OUTLINE`
@@ -67,26 +67,13 @@ def box_picture(
 
 def line_chart(rows: Sequence[LineRow]) -> tuple[str, bytes]:
     """Draw ROC curves, and calibration, side by side: the figure as inline SVG and as PNG bytes."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     kinds = [kind for kind in AXES if any(row.kind == kind for row in rows)]
-    style = {"svg.fonttype": "none", "svg.hashsalt": "plan", "text.parse_math": False}
-    style |= dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
-    )
-    svg, png = io.StringIO(), io.BytesIO()
-    with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(4.4 * len(kinds), 4.0), layout="constrained")
+
+    def draw(figure: Any) -> None:
         for i, kind in enumerate(kinds):
             _draw(figure.add_subplot(1, len(kinds), i + 1), kind, rows)
-        figure.savefig(png, format="png", dpi=110)
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
-    text = svg.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    plain = re.sub(r' xmlns(:xlink)?="[^"]*"|<metadata>.*?</metadata>', "", text, flags=re.S)
-    return plain, png.getvalue()
+
+    return render((4.4 * len(kinds), 4.0), draw)
 
 
 def _draw(axes, kind: str, rows: Sequence[LineRow]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PyTree, UInt8
 
-from plan_jax.types import Stages, Tower, UserError
+from plan_jax.types import Model, Stages, Tower, UserError
 
 Mode = Literal["frozen", "finetune", "frozen_train_norm"]
 CACHE = 2**31  # bytes of features that are kept; above, they are computed batch by batch
@@ -39,6 +39,17 @@ class Probe:
     loss: Callable[..., tuple[Float[Array, ""], PyTree]]
     see: Callable[[PyTree, PyTree, Mapping[str, PyTree]], PyTree]
     predict: Callable[[PyTree, PyTree, Mapping[str, PyTree]], PyTree]
+
+
+def tower_of(model: Model) -> Tower:
+    """Give a model's vision tower.
+
+    Raises:
+      UserError: it has none.
+    """
+    if model.tower is None:
+        raise UserError(f"model {model.name} has no vision tower to fit a head on; load another")
+    return model.tower
 
 
 def attach(
@@ -108,9 +119,11 @@ def _looker(tower: Tower, pick: Callable[[Stages], PyTree], mode: Mode, native: 
 
 
 def chunked(function: Callable[[PyTree], PyTree], rows: PyTree, size: int = CHUNK) -> PyTree:
-    """Apply a function to rows in chunks of one size, padding the last, and join the results."""
+    """Apply a function to rows in chunks of one size, padding the last, and join the results.
+
+    The size never changes, so that a jitted function is compiled once for any number of rows.
+    """
     count, parts = len(jax.tree.leaves(rows)[0]), []
-    size = min(size, count)
     for start in range(0, count, size):
         some = np.minimum(np.arange(start, start + size), count - 1)
         parts.append(jax.device_get(function(jax.tree.map(lambda x, some=some: x[some], rows))))

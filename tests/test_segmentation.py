@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from plan_jax.heads import setr, unet
+from plan_jax.scaling import stretch
 from plan_jax.tasks import segmentation
 from plan_jax.tasks.segmentation import Options, mask_of, mixed_loss
 from plan_jax.types import Model, Phrase, Record, Stages, Tower, UserError
@@ -193,7 +194,7 @@ def test_maps_are_doubled_with_their_corners_kept():
         return np.apply_along_axis(line, 2, np.apply_along_axis(line, 1, x, rows), columns)
 
     np.testing.assert_allclose(jax.jit(setr.double)(x), wanted(6, 8), atol=1e-5)
-    stretched = jax.jit(setr.stretch, static_argnums=1)(x, (7, 5))
+    stretched = jax.jit(stretch, static_argnums=1)(x, (7, 5))
     np.testing.assert_allclose(stretched, wanted(7, 5), atol=1e-5)
     one = jax.jit(setr.double)(np.ones((1, 1, 1, 3)))
     np.testing.assert_array_equal(one, np.ones((1, 2, 2, 3)))

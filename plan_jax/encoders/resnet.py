@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from plan_jax.encoders.convolution import conv2d, max_pool
 from plan_jax.encoders.normalise import EPSILON, batch_norm
 from plan_jax.encoders.outputs import Seen
+from plan_jax.scaling import stretch
 
 RESNETS = {
     "resnet50": {
@@ -160,7 +161,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B Y X C"], train: bool = False) -> Seen:
         """See B images."""
-        x = resize(x, self.resize) if self.resize else x
+        x = stretch(x, (self.resize, self.resize)) if self.resize else x
         stem, x = self._stem(x, train and not self.hold)
         local = fine = x
         stages = [lax.stop_gradient(stem) if self.hold else stem]
@@ -208,17 +209,3 @@ class ResNet(nn.Module):
         x = Conv(self.stem_width, size, size if patch else 2, pad, dtype=self.dtype, name="stem")(x)
         x = Norm(self.axis, name="stem_norm")(x, train, relu=True)
         return x, x if patch else max_pool(x, 3, 2, 1)
-
-
-def resize(x: Float[Array, "B Y X C"], size: int) -> Float[Array, "B S S C"]:
-    """Scale bilinearly so that corner pixels stay corner pixels (torch's align_corners=True).
-
-    >>> resize(jnp.arange(4.0).reshape(1, 2, 2, 1), 3)[0, :, :, 0].tolist()
-    [[0.0, 0.5, 1.0], [1.0, 1.5, 2.0], [2.0, 2.5, 3.0]]
-    """
-
-    def weights(count: int) -> Float[Array, "S N"]:
-        places = jnp.linspace(0, count - 1, size)[:, None]
-        return jnp.maximum(0, 1 - jnp.abs(places - jnp.arange(count))).astype(x.dtype)
-
-    return jnp.einsum("sy,tx,byxc->bstc", weights(x.shape[1]), weights(x.shape[2]), x)

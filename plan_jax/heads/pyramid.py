@@ -60,6 +60,11 @@ class Pyramid(nn.Module):
         return finer, only, nn.max_pool(only, (2, 2), (2, 2), "SAME")
 
 
+def distinct(maps: Sequence[Float[Array, "B _ _ _"]]) -> tuple[Float[Array, "B _ _ _"], ...]:
+    """Keep the last map [B Y X C] of each size, of maps that come finest first."""
+    return tuple({one.shape[1:3]: one for one in maps}.values())
+
+
 def choose(maps: Sequence[Float[Array, "B _ _ _"]]) -> tuple[Float[Array, "B _ _ _"], ...]:
     """Take the last map [B Y X C] of each size, and of those the last three, finest first.
 
@@ -68,5 +73,4 @@ def choose(maps: Sequence[Float[Array, "B _ _ _"]]) -> tuple[Float[Array, "B _ _
     >>> [m.shape[1:] for m in choose(stages)]
     [(4, 4, 3), (2, 2, 4), (1, 1, 5)]
     """
-    sizes = {found.shape[1:3]: found for found in maps}
-    return tuple(sizes.values())[-3:]
+    return distinct(maps)[-3:]

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
+from plan_jax.scaling import stretch
+
 WIDTHS = (512, 256, 128, 64)  # MGCA's code: `decode_features`
 TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # its default for kernels
 
@@ -63,18 +65,3 @@ def double(x: Float[Array, "B y x C"]) -> Float[Array, "B Y X C"]:
         x = jnp.stack([even, odd], 2).reshape(len(x), 2 * count, *x.shape[2:])
         x = jnp.moveaxis(x, 1, axis)
     return x
-
-
-def stretch(x: Float[Array, "B y x C"], size: tuple[int, int]) -> Float[Array, "B Y X C"]:
-    """Resize a map bilinearly to `size` (Y, X), its corner pixels kept.
-
-    >>> stretch(jnp.arange(2.0).reshape(1, 2, 1, 1), (3, 1))[0, :, 0, 0].tolist()
-    [0.0, 0.5, 1.0]
-    """
-
-    def weights(count: int, goal: int) -> Float[Array, "goal count"]:
-        places = jnp.linspace(0, count - 1, goal)[:, None]
-        return jnp.maximum(0, 1 - abs(places - jnp.arange(count))).astype(x.dtype)
-
-    (_, rows, columns, _), (goal_y, goal_x) = x.shape, size
-    return jnp.einsum("sy,tx,byxc->bstc", weights(rows, goal_y), weights(columns, goal_x), x)

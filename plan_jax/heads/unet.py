@@ -19,6 +19,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from plan_jax.heads.pyramid import distinct
 from plan_jax.types import UserError
 
 WIDTHS = (256, 128, 64, 32, 16)  # of the blocks, deepest first: segmentation_models_pytorch
@@ -87,11 +88,6 @@ class Block(nn.Module):
             x = convolve_enlarged(x, skip, kernel, size) if n == 1 else convolve(x, kernel)
             x = nn.relu(nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, name=f"norm{n}")(x))
         return x
-
-
-def distinct(maps: Sequence[Float[Array, "B _ _ _"]]) -> tuple[Float[Array, "B _ _ _"], ...]:
-    """Keep the last map [B Y X C] of each size, of maps that come finest first."""
-    return tuple({one.shape[1:3]: one for one in maps}.values())
 
 
 def ladder(sizes: Sequence[Size], image: Size) -> list[Size]:

@@ -90,16 +90,15 @@ def evaluate(
       UserError: what `needs` says, a model without a tower, or features that are not finite.
     """
     needs(splits, options, findings)
-    if model.tower is None:
-        raise UserError(f"model {model.name} has no vision tower to fit a head on; load another")
+    tower = probe.tower_of(model)
     names = _chosen(options, findings)
     uncertain = "zero" if options.kind == "multiclass" else options.uncertain
     labels = {split: _labels(splits[split], names, findings) for split in SPLITS}
     truth = {split: truths(labels[split], names, uncertain) for split in SPLITS}
     kept = two_sided(*truth["train"]) & two_sided(*truth["test"])
-    ready, rows = _prepare(model.tower, splits, truth, options, seed)
+    ready, rows = _prepare(tower, splits, truth, options, seed)
     values, lines = {}, []
-    about = f"{model.tower.name}, {names}, {[len(labels[split]) for split in SPLITS]}"
+    about = f"{tower.name}, {names}, {[len(labels[split]) for split in SPLITS]}"
     for fraction in sorted(set(options.fractions)):
         share, chosen = f"{100 * fraction:g}", draw(len(labels["train"]), fraction, seed)
         fit = _fit(

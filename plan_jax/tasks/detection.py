@@ -30,8 +30,8 @@ from plan_jax.heads import yolo
 from plan_jax.heads.boxes import anchors_at, detect, nms
 from plan_jax.heads.pyramid import choose
 from plan_jax.optim import fit_head, take
-from plan_jax.probe import Probe, attach, chunked
-from plan_jax.types import Model, Phrase, Record, UserError
+from plan_jax.probe import Probe, attach, chunked, tower_of
+from plan_jax.types import Model, Phrase, Record, Tower, UserError
 
 PART = 512  # images whose maps are in memory at once
 PRIOR_BOXES, PRIOR_FOUND = 1000, 10  # boxes of training the null looks at, and gives (ours)
@@ -112,11 +112,10 @@ def evaluate(
     truth = {name: [one for one, _ in some] for name, some in pairs.items()}
     if not any(len(one.boxes) for one in truth["train"]):
         raise UserError(f"limit_train {options.limit_train} leaves no box to learn; give more")
-    if model.tower is None:
-        raise UserError(f"model {model.name} has no vision tower to fit a head on; load another")
+    tower = tower_of(model)
     images = {name: np.stack([r.image for r in some]) for name, some in data.items()}
     room = max(len(one.boxes) for name in ("train", "val") for one in truth[name])
-    probe = _attached(model, images["train"], _classes(options, findings), options, seed)
+    probe = _attached(tower, images["train"], _classes(options, findings), options, seed)
     rows = {name: probe.rows(images[name]) | padded(truth[name], room) for name in ("train", "val")}
     find = _finder(probe, images["test"].shape[1:3], options)
     fit = fit_head(
@@ -124,7 +123,7 @@ def evaluate(
         optax.adamw(options.rate, weight_decay=options.weight_decay), batch=options.batch,
         epochs=options.epochs, patience=options.patience, seed=seed, name="detection",
         judge=_judge(probe, find, rows["val"], truth["val"], options),
-        about=f"{model.tower.name} {options} {tuple(findings)}", folder=folder,
+        about=f"{tower.name} {options} {tuple(findings)}", folder=folder,
     )  # fmt: skip
     found = find(fit.params, fit.stats, probe.rows(images["test"]))
     values = _scores(found, truth["test"], options, seed)
@@ -215,7 +214,7 @@ def _drawn(records: list[Record], limit: int, seed: int) -> list[Record]:
 
 
 def _attached(
-    model: Model, images: UInt8[np.ndarray, "N Y X 1"], count: int, options: Options, seed: int
+    tower: Tower, images: UInt8[np.ndarray, "N Y X 1"], count: int, options: Options, seed: int
 ) -> Probe:
     def criterion(outputs: tuple, rows: Mapping[str, Any]) -> jax.Array:
         return yolo.loss(
@@ -224,7 +223,7 @@ def _attached(
         )  # fmt: skip
 
     return attach(
-        model.tower, yolo.Yolo(count, options.widths), criterion, {"image": images[:2]},
+        tower, yolo.Yolo(count, options.widths), criterion, {"image": images[:2]},
         pick=lambda stages: choose(stages.maps), mode=options.mode, seed=seed,
     )  # fmt: skip
 

@@ -30,9 +30,9 @@ from plan_jax import report_texts, text_metrics
 from plan_jax.figures import TextRow
 from plan_jax.heads.report_decoder import ReportDecoder, token_loss, write
 from plan_jax.optim import Fit, fit_head
-from plan_jax.probe import Mode, Probe, attach, chunked
+from plan_jax.probe import Mode, Probe, attach, chunked, tower_of
 from plan_jax.report_texts import Cleaning, Vocabulary
-from plan_jax.types import Model, Record, UserError
+from plan_jax.types import Model, Record, Tower, UserError
 
 SPLITS = ("train", "val", "test")
 WRITTEN = 32  # reports that are written at once
@@ -140,15 +140,14 @@ def evaluate(
         `min_count` leaves no word.
     """
     needs(splits, options, findings)
-    if model.tower is None:
-        raise UserError(f"model {model.name} has no vision tower to fit a head on; load another")
+    tower = tower_of(model)
     data = {split: gather(splits[split], split, options, seed) for split in SPLITS}
     vocabulary = report_texts.build(data["train"].texts, options.min_count)
     tokens = _encoded(data, vocabulary, options.max_length)
-    head, probe = _attached(model, data["train"].images, tokens["train"], vocabulary, options, seed)
+    head, probe = _attached(tower, data["train"].images, tokens["train"], vocabulary, options, seed)
     written, labeller = _writer(probe, head, options), cache(labeller)
     rows = {split: probe.rows(data[split].images) for split in SPLITS}
-    about = f"{model.tower.name} {options} {vocabulary.words}"
+    about = f"{tower.name} {options} {vocabulary.words}"
     fit = _fitted(probe, written, rows, tokens, data["val"].texts, vocabulary, options, about,
                   folder, seed)  # fmt: skip
     said = [vocabulary.decode(row) for row in written(fit.params, fit.stats, rows["test"])]
@@ -228,7 +227,7 @@ def _encoded(
 
 
 def _attached(
-    model: Model, images: np.ndarray, tokens: np.ndarray, vocabulary: Vocabulary, options: Options,
+    tower: Tower, images: np.ndarray, tokens: np.ndarray, vocabulary: Vocabulary, options: Options,
     seed: int,
 ) -> tuple[ReportDecoder, Probe]:  # fmt: skip
     """Put the decoder for images [N Y X 1] and tokens [N T] on the tower."""
@@ -238,7 +237,7 @@ def _attached(
         options.positions, options.summary,
     )  # fmt: skip
     probe = attach(
-        model.tower, head, lambda logits, rows: token_loss(logits, rows["tokens"]),
+        tower, head, lambda logits, rows: token_loss(logits, rows["tokens"]),
         {"image": images[:2], "tokens": tokens[:2]}, mode=options.mode, native=options.native,
         pick=lambda stages: {"map": stages.maps[-1], "pooled": stages.pooled}, seed=seed,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from plan_jax import mask_metrics, metrics
 from plan_jax.figures import MaskRow, slug
 from plan_jax.heads import setr, unet
 from plan_jax.optim import Fit, fit_head, take
-from plan_jax.probe import Probe, attach, finite
+from plan_jax.probe import Probe, attach, finite, tower_of
 from plan_jax.truth import truth_mask
 from plan_jax.types import Model, Record, Tower, UserError
 
@@ -128,8 +128,7 @@ def evaluate(
         the model has no tower, or one whose features are not finite.
     """
     needs(splits, options, findings)
-    if model.tower is None:
-        raise UserError(f"model {model.name} has no vision tower to fit a head on; load another")
+    tower = tower_of(model)
     data = {split: gather(splits[split], options.targets, findings) for split in SPLITS}
     chosen = draw(data["train"].masks.any((1, 2, 3)), options, seed)
     data["train"] = take(data["train"], chosen)
@@ -138,8 +137,8 @@ def evaluate(
             f"train has no mask of {options.targets[int(np.argmin(there))]!r} to learn from, with "
             f"segmentation.limit_train {options.limit_train}; give more records"
         )
-    probe = _attached(model.tower, data["train"], options, seed)
-    about = f"{model.tower.name} {options} {tuple(findings)}"
+    probe = _attached(tower, data["train"], options, seed)
+    about = f"{tower.name} {options} {tuple(findings)}"
     fit = _fitted(probe, data, options, about, folder, seed)
     found = _found(probe, fit, data["test"].images, options.threshold)
     truth = data["test"].masks > 0.5

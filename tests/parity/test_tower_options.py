@@ -12,6 +12,7 @@ from test_encoders import dual, images, words
 from configs import testing
 from plan_jax import assembly, optim, parallel
 from plan_jax.encoders import resnet, text, vision
+from plan_jax.scaling import stretch
 from plan_jax.step import init_state, make_step, optimiser_of
 from plan_jax.types import UserError
 
@@ -161,7 +162,7 @@ def test_a_resized_image_gives_the_maps_of_the_papers():
 
 def test_resizing_is_the_literal_formula():
     x = jax.random.normal(KEY, (1, 5, 4, 2))
-    got = resnet.resize(x, 7)
+    got = stretch(x, (7, 7))
     for y in range(7):
         for c in range(7):
             v, u = y * 4 / 6, c * 3 / 6

@@ -17,9 +17,9 @@ from transformers import BertConfig, BertModel
 
 from plan_jax.encoders.fitting import bicubic
 from plan_jax.encoders.pretrained import load_tower, read_state
-from plan_jax.encoders.resnet import resize
 from plan_jax.encoders.text import make_text
 from plan_jax.encoders.vision import make_vision
+from plan_jax.scaling import stretch
 from plan_jax.types import UserError
 
 NEAR = 1e-4  # of the largest entry, float32
@@ -277,7 +277,7 @@ def test_grids_are_scaled_as_torch_and_nearly_as_timm_do(old, new, near):
 def test_images_are_scaled_as_torch_does(old, new, near):
     image = images(1, old)
     up = torch.nn.Upsample(size=(new, new), mode="bilinear", align_corners=True)(as_torch(image))
-    near("resize", resize(jnp.asarray(image), new), last(up))
+    near("resize", stretch(jnp.asarray(image), (new, new)), last(up))
 
 
 class Evil:
