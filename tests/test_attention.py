@@ -1,4 +1,6 @@
-"""Attention, GELU and LayerNorm with gradients of their own, against the plain ones."""
+"""Attention, GELU, Dense and LayerNorm with gradients of their own, against the plain ones."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from plan_jax.encoders.attention import LARGE, attend, gelu
+from plan_jax.encoders.attention import LARGE, attend
+from plan_jax.encoders.gelu import gelu
 from plan_jax.encoders.normalise import layer_norm
+from plan_jax.encoders.transformer import Dense
 
 
 def drawn(*shape, seed=0):
@@ -24,13 +28,13 @@ def check(one, other, most):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("count", [8, 110])
-def test_attention_is_the_plain_one(count, masked):
+@pytest.mark.parametrize(("count", "batch"), [(8, 2), (110, 4), (110, 3)])
+def test_attention_is_the_plain_one(count, batch, masked):
     assert 4 * 8 * 8 < LARGE < 4 * 110 * 110  # so both ways are taken
-    q, k, v, given = (drawn(2, count, 4, 8, seed=n) for n in range(4))
+    q, k, v, given = (drawn(batch, count, 4, 8, seed=n) for n in range(4))
     mask = None
     if masked:
-        mask = jnp.asarray(np.random.default_rng(9).random((2, 1, count, count)) < 0.6)
+        mask = jnp.asarray(np.random.default_rng(9).random((batch, 1, count, count)) < 0.6)
         mask = mask.at[0, 0, 3].set(False)  # a query that may look at nothing
 
     def plain(q, k, v):
@@ -53,6 +57,31 @@ def test_gelu_is_the_exact_one():
     own = value_and_gradients(gelu, given, x)
     plain = value_and_gradients(lambda x: nn.gelu(x, approximate=False), given, x)
     check(own, plain, 2e-6)
+
+
+def test_gelu_is_right_everywhere():
+    x = np.concatenate([np.linspace(-8, 8, 4001), [-1e4, -90.0, 90.0, 1e4]])
+    true = [0.5 * value * math.erfc(-value / math.sqrt(2)) for value in x]
+    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), true, rtol=3e-7, atol=1e-6)
+
+
+def test_dense_is_flax_s():
+    x, given = drawn(3, 5, 8), drawn(3, 5, 12, seed=1)
+    params = nn.Dense(12).init(jax.random.key(0), x)
+    for one, other in zip(
+        jax.tree.leaves(params),
+        jax.tree.leaves(Dense(12, parts=3).init(jax.random.key(0), x)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+    params["params"]["bias"] = drawn(12, seed=2)
+    plain = value_and_gradients(lambda p, x: nn.Dense(12).apply(p, x), given, params, x)
+    check(value_and_gradients(lambda p, x: Dense(12).apply(p, x), given, params, x), plain, 1e-5)
+
+    def joined(p, x):
+        return jnp.concatenate(Dense(12, parts=3).apply(p, x), -1)
+
+    check(value_and_gradients(joined, given, params, x), plain, 1e-5)
 
 
 def test_layer_norm_is_flax_s():

@@ -1,18 +1,24 @@
-"""Attention and GELU with gradients of their own: fewer passes over memory, the same values.
+"""Attention with a gradient of its own: fewer passes over memory, the same values.
 
 XLA's CPU backend writes the table of all attention weights of a batch out and reads it again, three
-times forward and backward. On a CPU a table of some size is therefore made for one item at a time,
-in the cache, and made again for the gradient instead of kept; everywhere else the call is
-`jax.nn.dot_product_attention`, which has kernels of its own. The platform is chosen where the
-program is lowered, as in `convolution.py`.
+times forward and backward. On a CPU a table of some size is therefore made for a few items at a
+time, in the cache, and made again for the gradient from two numbers kept for each query, the
+maximum of its logits and the sum of their exponentials (Dao et al., arXiv 2205.14135, keep one).
+Each of these items is a chain of its own, since XLA runs a product over heads on one core.
+Everywhere else the call is `jax.nn.dot_product_attention`, which has kernels of its own. The
+platform is chosen where the program is lowered, as in `convolution.py`.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-LARGE = 40_000  # weights of an item from which on a CPU takes them one by one
+LARGE = 40_000  # weights of an item from which on a CPU takes a few items at a time
+FEW = 2  # items at a time
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # as jax.nn.dot_product_attention has it
 
 
@@ -29,81 +35,96 @@ def attend(
     return _attend(q, k, v, mask)
 
 
-def _default(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+def _by_few(one: Callable[..., Any], items: tuple) -> Any:
+    """Apply `one` to every item of some arrays [B ...], a few of them side by side."""
+    batch = len(items[0])
+    few = FEW if batch % FEW == 0 else 1
+
+    def each(items: tuple) -> Any:
+        made = [one(*jax.tree.map(lambda x, n=n: x[n], items)) for n in range(few)]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *made)
+
+    items = jax.tree.map(lambda x: x.reshape(-1, few, *x.shape[1:]), items)
+    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), lax.map(each, items))
 
 
-def _weights(q: Array, k: Array, mask: Array | None) -> Float[Array, "H N M"]:
-    """Give the weights of one item, heads first."""
-    logits = jnp.einsum("hnc,hmc->hnm", q, k, preferred_element_type=jnp.float32)
-    logits = logits * q.shape[-1] ** -0.5
-    return jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, HIDDEN), -1)
+def _heads_first(*arrays: Float[Array, "N H C"]) -> list[Float[Array, "H N C"]]:
+    return [x.swapaxes(0, 1) for x in arrays]
 
 
-def _cpu(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    def one(item: tuple) -> Array:
-        q, k, v, mask = item
-        q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
-        return (_weights(q, k, mask).astype(v.dtype) @ v).swapaxes(0, 1)
-
-    return lax.map(one, (q, k, v, mask))
+def _products(a: Float[Array, "H N C"], b: Float[Array, "H M C"]) -> Float[Array, "H N M"]:
+    return jnp.einsum("hnc,hmc->hnm", a, b, preferred_element_type=jnp.float32)
 
 
-def _cpu_gradients(
-    q: Array, k: Array, v: Array, mask: Array | None, given: Array
-) -> tuple[Array, Array, Array]:
-    def one(item: tuple) -> tuple:
-        q, k, v, mask, given = item
-        q, k, v, given = (x.swapaxes(0, 1) for x in (q, k, v, given))
-        weights = _weights(q, k, mask)
-        to_v = weights.astype(v.dtype).swapaxes(1, 2) @ given
-        moved = jnp.einsum("hnc,hmc->hnm", given, v, preferred_element_type=jnp.float32)
-        moved = weights * (moved - (moved * weights).sum(-1, keepdims=True))
+def _forward_cpu(
+    q: Array, k: Array, v: Array, mask: Array | None
+) -> tuple[Float[Array, "B N H C"], Float[Array, "B H N"], Float[Array, "B H N"]]:
+    """Give the result, and for each query its largest logit and 1 / the sum of exponentials."""
+
+    def one(q: Array, k: Array, v: Array, mask: Array | None) -> tuple:
+        q, k, v = _heads_first(q * q.shape[-1] ** -0.5, k, v)
+        logits = _products(q, k)
+        logits = logits if mask is None else jnp.where(mask, logits, HIDDEN)
+        largest = logits.max(-1)
+        weights = jnp.exp(logits - largest[..., None])
+        inverse = 1 / weights.sum(-1)
+        seen = (weights.astype(v.dtype) @ v) * inverse[..., None]
+        return seen.swapaxes(0, 1).astype(v.dtype), largest, inverse
+
+    return _by_few(one, (q, k, v, mask))
+
+
+def _backward_cpu(
+    q: Array, k: Array, v: Array, mask: Array | None, seen: Array, largest: Array, inverse: Array,
+    given: Array,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Give the gradients; tables are [H M N], and `given` is scaled instead of them."""
+
+    def one(
+        q: Array, k: Array, v: Array, mask: Array | None, seen: Array, largest: Array,
+        inverse: Array, given: Array,
+    ) -> tuple:  # fmt: skip
+        scale = q.shape[-1] ** -0.5
+        given = given * inverse.T[..., None].astype(given.dtype)
+        along = (given.astype(jnp.float32) * seen.astype(jnp.float32)).sum(-1).T
+        q, k, v, given = _heads_first(q * scale, k, v, given)
+        mask = None if mask is None else mask.swapaxes(1, 2)
+        logits = _products(k, q)
+        logits = logits if mask is None else jnp.where(mask, logits, HIDDEN)
+        weights = jnp.exp(logits - largest[:, None])
+        moved = weights * (_products(v, given) - along[:, None])
         moved = moved if mask is None else jnp.where(mask, moved, 0)
-        moved = (moved * q.shape[-1] ** -0.5).astype(q.dtype)
-        return tuple(x.swapaxes(0, 1) for x in (moved @ k, moved.swapaxes(1, 2) @ q, to_v))
+        moved = moved.astype(q.dtype)
+        to_q = (moved.swapaxes(1, 2) @ k) * scale
+        return tuple(_heads_first(to_q, moved @ q, weights.astype(given.dtype) @ given))
 
-    return lax.map(one, (q, k, v, mask, given))
+    return _by_few(one, (q, k, v, mask, seen, largest, inverse, given))
 
 
 @jax.custom_vjp
 def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    return lax.platform_dependent(q, k, v, mask, cpu=_cpu, default=_default)
+    return _forward(q, k, v, mask)[0]
 
 
 def _forward(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple]:
-    return _attend(q, k, v, mask), (q, k, v, mask)
+    def default(q: Array, k: Array, v: Array, mask: Array | None) -> tuple:
+        batch, count, heads, _ = q.shape
+        unused = jnp.zeros((batch, heads, count), jnp.float32)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask), unused, unused
+
+    kept = lax.platform_dependent(q, k, v, mask, cpu=_forward_cpu, default=default)
+    return kept[0], (q, k, v, mask, *kept)
 
 
 def _backward(saved: tuple, given: Array) -> tuple:
-    def default(q: Array, k: Array, v: Array, mask: Array | None, given: Array) -> tuple:
-        return jax.vjp(lambda q, k, v: _default(q, k, v, mask), q, k, v)[1](given)
+    def default(q: Array, k: Array, v: Array, mask: Array | None, *others: Array) -> tuple:
+        def plain(q: Array, k: Array, v: Array) -> Array:
+            return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
-    grads = lax.platform_dependent(*saved, given, cpu=_cpu_gradients, default=default)
+        return jax.vjp(plain, q, k, v)[1](others[-1])
+
+    grads = lax.platform_dependent(*saved, given, cpu=_backward_cpu, default=default)
     return *grads, None
 
 
 _attend.defvjp(_forward, _backward)
-
-
-@jax.custom_vjp
-def gelu(x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-    """Apply the exact GELU, *x Phi(x)* (Hendrycks and Gimpel, arXiv 1606.08415).
-
-    Only x is kept for the gradient, *Phi(x) + x phi(x)*.
-    """
-    return jax.nn.gelu(x, approximate=False)
-
-
-def _gelu_forward(x: Array) -> tuple[Array, Array]:
-    return gelu(x), x
-
-
-def _gelu_backward(x: Array, given: Array) -> tuple[Array]:
-    wide = x.astype(jnp.float32)
-    below = 0.5 * (1 + lax.erf(wide * 2**-0.5))
-    slope = below + wide * jnp.exp(-0.5 * wide * wide) * (2 * jnp.pi) ** -0.5
-    return ((given * slope).astype(x.dtype),)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)

@@ -48,7 +48,7 @@ def conv2d(
         rows, cols = x.shape[1] // stride, x.shape[2] // stride
         x = x[:, : rows * stride, : cols * stride]
         x = rearrange(x, "b (v h) (u w) c -> b v u (h w c)", h=height, w=width)
-        return _product(x, kernel.reshape(-1, out))
+        return product(x, kernel.reshape(-1, out))
     single = height == width == 1 and not pad
     if dilation > 1 or (stride > min(height, width) and not single):
         return _lax_conv(x, kernel, Geometry(stride, pad, dilation))
@@ -80,15 +80,15 @@ def _kernel_product(x: Array, dy: Array) -> Array:
     has to keep XLA from turning it round again.
     """
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    multiply = partial(jnp.matmul, preferred_element_type=jnp.float32)
     if x.shape[1] > dy.shape[1]:
-        return lax.optimization_barrier(product(dy.T, x)).T
-    return product(x.T, dy)
+        return lax.optimization_barrier(multiply(dy.T, x)).T
+    return multiply(x.T, dy)
 
 
 @jax.custom_vjp
-def _product(x: Array, kernel: Array) -> Array:
-    """Multiply [... C] by [C E]."""
+def product(x: Float[Array, "*B C"], kernel: Float[Array, "C E"]) -> Float[Array, "*B E"]:
+    """Multiply; the gradient of the kernel is taken the way round that is faster on a CPU."""
     return x @ kernel
 
 
@@ -97,7 +97,7 @@ def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Arr
     return dy @ kernel.T, _kernel_product(x, dy).astype(kernel.dtype)
 
 
-_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
 
 
 def _fits_winograd(x: Array, kernel: Array, geometry: Geometry) -> bool:

@@ -14,9 +14,11 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from plan_jax.encoders.attention import attend, gelu
+from plan_jax.encoders.attention import attend
+from plan_jax.encoders.gelu import gelu
 from plan_jax.encoders.outputs import ReadOut
 from plan_jax.encoders.transformer import (
+    Dense,
     LayerNorm,
     dropout,
     first_attention,
@@ -78,16 +80,16 @@ class TextLayer(nn.Module):
         keys = (None, None) if key is None else jax.random.split(key)
 
         def heads(name: str) -> Array:
-            y = nn.Dense(width, dtype=self.dtype, name=name)(x)
+            y = Dense(width, dtype=self.dtype, name=name)(x)
             return rearrange(y, "b l (h e) -> b l h e", h=self.heads)
 
         q, k = heads("query"), heads("key")
         y = attend(q, k, heads("value"), mask)
-        y = nn.Dense(width, dtype=self.dtype, name="out")(rearrange(y, "b l h e -> b l (h e)"))
+        y = Dense(width, dtype=self.dtype, name="out")(rearrange(y, "b l h e -> b l (h e)"))
         y = dropout(y, self.dropout, keys[0])
         x = LayerNorm(1e-12, name="norm1")(x + y).astype(self.dtype)
-        y = gelu(nn.Dense(4 * width, dtype=self.dtype, name="fc1")(x))
-        y = nn.Dense(width, dtype=self.dtype, name="fc2")(y)
+        y = gelu(Dense(4 * width, dtype=self.dtype, name="fc1")(x))
+        y = Dense(width, dtype=self.dtype, name="fc2")(y)
         y = dropout(y, self.dropout, keys[1])
         x = LayerNorm(1e-12, name="norm2")(x + y).astype(self.dtype)
         return x, first_attention(q, k, mask[:, 0, 0])

@@ -8,7 +8,34 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from plan_jax.encoders.convolution import product
 from plan_jax.encoders.normalise import layer_norm
+
+
+class Dense(nn.Module):
+    """An affine map with the parameters of flax's; with `parts`, so many equal parts of its result.
+
+    Each part is a product of its own: on a CPU cutting the kernel costs less than cutting, and
+    copying, the result.
+    """
+
+    features: int
+    parts: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*B E"]
+    ) -> Float[Array, "*B F"] | tuple[Float[Array, "*B G"], ...]:
+        """Map it."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        if not self.parts:
+            return product(x, kernel) + bias
+        pieces = zip(*(jnp.split(a, self.parts, -1) for a in (kernel, bias)), strict=True)
+        return tuple(product(x, some) + shift for some, shift in pieces)
 
 
 class LayerNorm(nn.Module):

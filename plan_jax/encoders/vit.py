@@ -12,10 +12,17 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from plan_jax.encoders.attention import attend, gelu
+from plan_jax.encoders.attention import attend
+from plan_jax.encoders.gelu import gelu
 from plan_jax.encoders.outputs import Seen
 from plan_jax.encoders.resnet import Conv
-from plan_jax.encoders.transformer import LayerNorm, first_attention, holds_layer, run_layers
+from plan_jax.encoders.transformer import (
+    Dense,
+    LayerNorm,
+    first_attention,
+    holds_layer,
+    run_layers,
+)
 
 VITS = {
     "vit_b16": {"patch": 16, "width": 768, "depth": 12, "heads": 12},
@@ -39,13 +46,13 @@ class Layer(nn.Module):
         """Apply it; also give the attention of the first token, mean over heads."""
         width = x.shape[-1]
         y = LayerNorm(1e-6, name="norm1")(x).astype(self.dtype)
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(y)
-        q, k, v = rearrange(qkv, "b n (t h e) -> t b n h e", t=3, h=self.heads)
+        qkv = Dense(3 * width, parts=3, dtype=self.dtype, name="qkv")(y)
+        q, k, v = (rearrange(part, "b n (h e) -> b n h e", h=self.heads) for part in qkv)
         y = rearrange(attend(q, k, v), "b n h e -> b n (h e)")
-        x = x + nn.Dense(width, dtype=self.dtype, name="proj")(y)
+        x = x + Dense(width, dtype=self.dtype, name="proj")(y)
         y = LayerNorm(1e-6, name="norm2")(x).astype(self.dtype)
-        y = gelu(nn.Dense(4 * width, dtype=self.dtype, name="fc1")(y))
-        return x + nn.Dense(width, dtype=self.dtype, name="fc2")(y), first_attention(q, k)
+        y = gelu(Dense(4 * width, dtype=self.dtype, name="fc1")(y))
+        return x + Dense(width, dtype=self.dtype, name="fc2")(y), first_attention(q, k)
 
 
 class ViT(nn.Module):
