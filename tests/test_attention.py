@@ -1,6 +1,7 @@
 """Attention, GELU, Dense and LayerNorm with gradients of their own, against the plain ones."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +45,31 @@ def test_attention_is_the_plain_one(count, batch, masked):
     check(own, value_and_gradients(plain, given, q, k, v), 1e-5)
 
 
-def test_attention_in_bfloat16_stays_near():
-    q, k, v = (drawn(2, 110, 4, 8, seed=n).astype(jnp.bfloat16) for n in range(3))
-    own = attend(q, k, v)
-    assert own.dtype == jnp.bfloat16
-    wide = attend(*(x.astype(jnp.float32) for x in (q, k, v)))
-    np.testing.assert_allclose(own.astype(jnp.float32), wide, atol=0.02)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_to_fewer_keys_than_queries_under_checkpoint_and_vmap(batch):
+    q, given = (drawn(2, batch, 140, 4, 8, seed=n) for n in range(2))
+    k, v = (drawn(2, batch, 75, 4, 8, seed=n) for n in range(2, 4))
+    assert LARGE < 4 * 140 * 75
+    own = value_and_gradients(jax.vmap(jax.checkpoint(attend)), given, q, k, v)
+    plain = value_and_gradients(jax.vmap(jax.nn.dot_product_attention), given, q, k, v)
+    check(own, plain, 1e-5)
+
+
+def test_attention_in_bfloat16_rounds_little_more_than_the_plain_one():
+    wide = [drawn(2, 110, 4, 24, seed=n) for n in range(4)]
+    wide = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in wide]
+    mask = jnp.asarray(np.random.default_rng(9).random((2, 1, 110, 110)) < 0.6)
+    plain = partial(jax.nn.dot_product_attention, mask=mask)
+    true = value_and_gradients(plain, wide[3], *wide[:3])
+    errors = []
+    for function in (partial(attend, mask=mask), plain):
+        narrow = [x.astype(jnp.bfloat16) for x in wide]
+        made = value_and_gradients(function, narrow[3], *narrow[:3])
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(made))
+        pairs = zip(*map(jax.tree.leaves, (made, true)), strict=True)
+        errors.append([float(jnp.abs(a - b).mean()) for a, b in pairs])
+    for own, others in zip(*errors, strict=True):
+        assert 0 < own < 1.5 * others
 
 
 def test_gelu_is_the_exact_one():
@@ -59,10 +79,15 @@ def test_gelu_is_the_exact_one():
     check(own, plain, 2e-6)
 
 
-def test_gelu_is_right_everywhere():
-    x = np.concatenate([np.linspace(-8, 8, 4001), [-1e4, -90.0, 90.0, 1e4]])
-    true = [0.5 * value * math.erfc(-value / math.sqrt(2)) for value in x]
-    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), true, rtol=3e-7, atol=1e-6)
+def test_gelu_and_its_slope_are_right_everywhere():
+    x = np.concatenate([np.linspace(-8, 8, 4001), [-1e4, -90.0, 90.0, 1e4]]).astype(np.float32)
+    below = np.array([0.5 * math.erfc(-float(value) / math.sqrt(2)) for value in x])
+    density = np.exp(-0.5 * x.astype(float) ** 2) / math.sqrt(2 * math.pi)
+    value, (slope,) = value_and_gradients(gelu, jnp.ones_like(x), jnp.asarray(x))
+    np.testing.assert_allclose(value, x * below, rtol=3e-7, atol=1e-6)
+    np.testing.assert_allclose(slope, below + x * density, atol=5e-7)
+    narrow = value_and_gradients(gelu, *[jnp.asarray(x, jnp.bfloat16)] * 2)
+    assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(narrow))
 
 
 def test_dense_is_flax_s():

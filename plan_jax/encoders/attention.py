@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 LARGE = 40_000  # weights of an item from which on a CPU takes a few items at a time
-FEW = 2  # items at a time
+FEW = 2  # items at a time; an odd batch is taken one by one
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # as jax.nn.dot_product_attention has it
 
 
@@ -48,7 +48,8 @@ def _by_few(one: Callable[..., Any], items: tuple) -> Any:
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), lax.map(each, items))
 
 
-def _heads_first(*arrays: Float[Array, "N H C"]) -> list[Float[Array, "H N C"]]:
+def _swapped(*arrays: Float[Array, "_ _ C"]) -> list[Float[Array, "_ _ C"]]:
+    """Put heads before places, or after them again."""
     return [x.swapaxes(0, 1) for x in arrays]
 
 
@@ -56,19 +57,23 @@ def _products(a: Float[Array, "H N C"], b: Float[Array, "H M C"]) -> Float[Array
     return jnp.einsum("hnc,hmc->hnm", a, b, preferred_element_type=jnp.float32)
 
 
+def _matmul(a: Float[Array, "H N M"], b: Float[Array, "H M C"]) -> Float[Array, "H N C"]:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
 def _forward_cpu(
     q: Array, k: Array, v: Array, mask: Array | None
 ) -> tuple[Float[Array, "B N H C"], Float[Array, "B H N"], Float[Array, "B H N"]]:
-    """Give the result, and for each query its largest logit and 1 / the sum of exponentials."""
+    """Give the result, and for each query its largest *q k'* and 1 / the sum of exponentials."""
 
     def one(q: Array, k: Array, v: Array, mask: Array | None) -> tuple:
-        q, k, v = _heads_first(q * q.shape[-1] ** -0.5, k, v)
+        q, k, v = _swapped(q, k, v)
         logits = _products(q, k)
         logits = logits if mask is None else jnp.where(mask, logits, HIDDEN)
         largest = logits.max(-1)
-        weights = jnp.exp(logits - largest[..., None])
+        weights = jnp.exp((logits - largest[..., None]) * q.shape[-1] ** -0.5)
         inverse = 1 / weights.sum(-1)
-        seen = (weights.astype(v.dtype) @ v) * inverse[..., None]
+        seen = _matmul(weights.astype(v.dtype), v) * inverse[..., None]
         return seen.swapaxes(0, 1).astype(v.dtype), largest, inverse
 
     return _by_few(one, (q, k, v, mask))
@@ -85,18 +90,20 @@ def _backward_cpu(
         inverse: Array, given: Array,
     ) -> tuple:  # fmt: skip
         scale = q.shape[-1] ** -0.5
-        given = given * inverse.T[..., None].astype(given.dtype)
+        given = (given * inverse.T[..., None]).astype(given.dtype)
         along = (given.astype(jnp.float32) * seen.astype(jnp.float32)).sum(-1).T
-        q, k, v, given = _heads_first(q * scale, k, v, given)
+        q, k, v, given = _swapped(q, k, v, given)
         mask = None if mask is None else mask.swapaxes(1, 2)
         logits = _products(k, q)
         logits = logits if mask is None else jnp.where(mask, logits, HIDDEN)
-        weights = jnp.exp(logits - largest[:, None])
+        weights = jnp.exp((logits - largest[:, None]) * scale)
         moved = weights * (_products(v, given) - along[:, None])
         moved = moved if mask is None else jnp.where(mask, moved, 0)
         moved = moved.astype(q.dtype)
-        to_q = (moved.swapaxes(1, 2) @ k) * scale
-        return tuple(_heads_first(to_q, moved @ q, weights.astype(given.dtype) @ given))
+        to_q, to_k = _matmul(moved.swapaxes(1, 2), k) * scale, _matmul(moved, q) * scale
+        to_v = _matmul(weights.astype(given.dtype), given)
+        each = zip(_swapped(to_q, to_k, to_v), (q, k, v), strict=True)
+        return tuple(slope.astype(x.dtype) for slope, x in each)
 
     return _by_few(one, (q, k, v, mask, seen, largest, inverse, given))
 
@@ -108,8 +115,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 def _forward(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple]:
     def default(q: Array, k: Array, v: Array, mask: Array | None) -> tuple:
-        batch, count, heads, _ = q.shape
-        unused = jnp.zeros((batch, heads, count), jnp.float32)
+        unused = 0 * q[..., 0].swapaxes(1, 2).astype(jnp.float32)
         return jax.nn.dot_product_attention(q, k, v, mask=mask), unused, unused
 
     kept = lax.platform_dependent(q, k, v, mask, cpu=_forward_cpu, default=default)

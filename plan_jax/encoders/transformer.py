@@ -15,8 +15,8 @@ from plan_jax.encoders.normalise import layer_norm
 class Dense(nn.Module):
     """An affine map with the parameters of flax's; with `parts`, so many equal parts of its result.
 
-    Each part is a product of its own: on a CPU cutting the kernel costs less than cutting, and
-    copying, the result.
+    Each part is a product of its own, on every platform: cutting the kernel costs less than
+    cutting, and copying, the result.
     """
 
     features: int
