@@ -34,10 +34,17 @@ def get_config() -> ConfigDict:
     config.weights = ConfigDict({"vision": "", "text": "", "heads": ""})
     config.optim = ConfigDict(
         {
-            "rate": 3e-3, "warmup": 0.1, "end": 0.02, "weight_decay": 1e-3, "b1": 0.9, "b2": 0.98,
-            "clip": 1.0, "accumulate": 1, "freeze": (),
+            "rate": 3e-3,
+            "warmup": 0.1,
+            "end": 0.02,
+            "weight_decay": 1e-3,
+            "b1": 0.9,
+            "b2": 0.98,
+            "clip": 1.0,
+            "accumulate": 1,
+            "freeze": (),
         }
-    )  # fmt: skip
+    )
     config.ema = 0.0  # decay of a moving average of the parameters; 0 keeps none
     config.parallel = ConfigDict(
         {"implementation": "shard_map", "devices": 0, "cpu_devices": 1, "cache": ""}
@@ -46,10 +53,17 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict({"every": 500, "keep": 2, "best": "grounding/cnr_signed"})
     config.eval = ConfigDict(
         {
-            "every": 0, "tasks": ("grounding", "retrieval", "zero_shot"), "split": "test",
-            "limit": 300, "prior": 1000, "batch": 64, "train": 0, "random": False, "prompts": "",
+            "every": 0,
+            "tasks": ("grounding", "retrieval", "zero_shot"),
+            "split": "test",
+            "limit": 300,
+            "prior": 1000,
+            "batch": 64,
+            "train": 0,
+            "random": False,
+            "prompts": "",
         }
-    )  # fmt: skip
+    )
     # eval.prior: training records whose mean masks are baselines of grounding (0: none);
     # eval.train: records that heads are fitted to (0: all); eval.random: fit them to a tower of
     # random weights as well; eval.prompts: a set of data/prompts.py. Options of a task, as
@@ -81,10 +95,16 @@ def paper() -> ConfigDict:
     config.batch = 144  # 72 on each of 2 GPUs
     config.log_every = 50
     config.data.update(
-        name="pairs", size=224, shift=16, length=112, words=110, workers=8, cache=False,
+        name="pairs",
+        size=224,
+        shift=16,
+        length=112,
+        words=110,
+        workers=8,
+        cache=False,
         tokenizer="emilyalsentzer/Bio_ClinicalBERT",
         builder=ConfigDict({"manifest": "mimic_cxr/manifest.csv", "size": 256}),
-    )  # fmt: skip
+    )
     config.vision = ConfigDict({"name": "resnet50", "resize": 299}, allow_dotted_keys=False)
     config.text = ConfigDict({"name": "bert_base_6", "dropout": 0.1})
     config.weights.update(vision="timm/resnet50.tv_in1k", text="emilyalsentzer/Bio_ClinicalBERT")

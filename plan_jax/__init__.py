@@ -8,7 +8,7 @@ __all__ = ["METHODS", "TASKS", "load"]
 def __getattr__(name: str) -> Any:
     """Import `load`, `METHODS` and `TASKS` when they are first asked for: it takes seconds."""
     if name == "load":
-        from plan_jax.assembly import load
+        from plan_jax.model import load
 
         return load
     if name == "METHODS":

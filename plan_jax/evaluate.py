@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from plan_jax import assembly, checkpoint, report
-from plan_jax.data import loader, phantom, prompts, reports
-from plan_jax.data.records import Dataset, open_dataset, split_names
-from plan_jax.journal import read_rows, replace
+from plan_jax import checkpoint, page
+from plan_jax import model as assembly
+from plan_jax.data import loader, phantom, prompts, report_parser
+from plan_jax.data.dataset import Dataset, open_dataset, split_names
+from plan_jax.logger import read_rows, replace
 from plan_jax.tasks import TASKS, grounding, retrieval, zero_shot
 from plan_jax.types import Model, Record, Tower, UserError
 
@@ -37,7 +38,7 @@ def open_split(config: Mapping[str, Any], split: str) -> Dataset:
 
 
 @dataclasses.dataclass
-class Truth:
+class EvalData:
     """The records by which a model is judged, read when they are asked for, once."""
 
     config: Mapping[str, Any]
@@ -110,13 +111,13 @@ def options_of(task: str, config: Mapping[str, Any]) -> Any:
     return TASKS[task].Options(**plain)
 
 
-def open_truth(config: Mapping[str, Any], split: str) -> Truth:
+def open_eval_data(config: Mapping[str, Any], split: str) -> EvalData:
     """Open a split, having checked that it holds what the config's tasks are judged by.
 
     Raises:
       UserError: naming the field that is missing.
     """
-    truth = Truth(config, split)
+    truth = EvalData(config, split)
     for task in config["eval"]["tasks"]:
         if task in FITTED:
             findings = truth.dataset.findings
@@ -157,7 +158,7 @@ def score(
     Raises:
       UserError: if the dataset lacks what a task needs.
     """
-    truth = open_truth(config, split)
+    truth = open_eval_data(config, split)
     metrics: dict[str, float] = {}
     rows: list[Any] = []
     for task in config["eval"]["tasks"]:
@@ -166,7 +167,7 @@ def score(
         keys = {"task": task, "folder": folder} if task in FITTED else {}
         values, found = run(model, truth, options_of(task, config), **keys)
         if task in FITTED and config["eval"]["random"]:
-            system = assembly.assemble(config)
+            system = assembly.build_components(config)
             other = dataclasses.replace(model, tower=_random(system, config))
             beside, _ = fitted(other, truth, options_of(task, config), **keys)
             values |= {f"random/{name}": value for name, value in beside.items()}
@@ -176,7 +177,7 @@ def score(
     return Scored(metrics, rows)
 
 
-def _random(system: assembly.System, config: Mapping[str, Any]) -> Tower:
+def _random(system: assembly.Components, config: Mapping[str, Any]) -> Tower:
     return assembly.random_tower(system, config, config["seed"])
 
 
@@ -184,14 +185,19 @@ Run = Callable[..., tuple[dict[str, float], list[Any]]]
 
 
 def fitted(
-    model: Model, truth: Truth, options: Any, *, task: str, folder: Path | None
+    model: Model, truth: EvalData, options: Any, *, task: str, folder: Path | None
 ) -> tuple[dict[str, float], list[Any]]:
     """Fit a head to the training split and judge it."""
     extra = {"labeller": labeller(truth.dataset.findings)} if task == "report_generation" else {}
     return TASKS[task].evaluate(
-        model, truth.splits, options=options, findings=truth.dataset.findings,
-        folder=folder and folder / "fits", seed=truth.config["seed"], **extra,
-    )  # fmt: skip
+        model,
+        truth.splits,
+        options=options,
+        findings=truth.dataset.findings,
+        folder=folder and folder / "fits",
+        seed=truth.config["seed"],
+        **extra,
+    )
 
 
 def labeller(findings: Sequence[str]) -> Callable[[str], Mapping[str, int]]:
@@ -200,42 +206,56 @@ def labeller(findings: Sequence[str]) -> Callable[[str], Mapping[str, int]]:
     Findings that the parser has no name for are left out; of data without findings all of its own
     are read.
     """
-    known = tuple(name for name in findings if reports.is_known(name)) or reports.FINDINGS
-    return lambda text: dict(zip(known, reports.tags(text, known).tolist(), strict=True))
+    known = (
+        tuple(name for name in findings if report_parser.is_known(name)) or report_parser.FINDINGS
+    )
+    return lambda text: dict(zip(known, report_parser.tags(text, known).tolist(), strict=True))
 
 
-def _ground(model: Model, truth: Truth, options: Any) -> tuple[dict[str, float], list[Any]]:
+def _ground(model: Model, truth: EvalData, options: Any) -> tuple[dict[str, float], list[Any]]:
     config, priors = truth.config, None
     if count := config["eval"]["prior"]:
         known = loader.records(open_split(config, "train"), count, config["data"]["size"])
         priors = grounding.fit_priors(known)
     values, cases = grounding.evaluate(
-        model, truth.records, findings=truth.dataset.findings, options=options, priors=priors,
+        model,
+        truth.records,
+        findings=truth.dataset.findings,
+        options=options,
+        priors=priors,
         seed=config["seed"],
-    )  # fmt: skip
+    )
     return values, grounding.illustrate(model, truth.records, cases, options=options)
 
 
-def _retrieve(model: Model, truth: Truth, options: Any) -> tuple[dict[str, float], list[Any]]:
+def _retrieve(model: Model, truth: EvalData, options: Any) -> tuple[dict[str, float], list[Any]]:
     return retrieval.evaluate(
-        model, truth.records, findings=truth.dataset.findings, options=options,
+        model,
+        truth.records,
+        findings=truth.dataset.findings,
+        options=options,
         seed=truth.config["seed"],
-    )  # fmt: skip
+    )
 
 
-def _classify(model: Model, truth: Truth, options: Any) -> tuple[dict[str, float], list[Any]]:
+def _classify(model: Model, truth: EvalData, options: Any) -> tuple[dict[str, float], list[Any]]:
     validation = truth.validation if options.validate else None
     values = zero_shot.evaluate(
-        model, truth.records, prompts_of(truth), findings=truth.dataset.findings,
-        validation=validation, options=options, seed=truth.config["seed"],
-    )  # fmt: skip
+        model,
+        truth.records,
+        prompts_of(truth),
+        findings=truth.dataset.findings,
+        validation=validation,
+        options=options,
+        seed=truth.config["seed"],
+    )
     return values, []
 
 
 RUNS: dict[str, Run] = {"grounding": _ground, "retrieval": _retrieve, "zero_shot": _classify}
 
 
-def prompts_of(truth: Truth) -> Mapping[str, tuple[Sequence[str], Sequence[str]]]:
+def prompts_of(truth: EvalData) -> Mapping[str, tuple[Sequence[str], Sequence[str]]]:
     """Choose prompts: those of `eval.prompts`, the phantoms' own, or the plainest there are."""
     if name := truth.config["eval"]["prompts"]:
         return prompts.SETS[name]()
@@ -249,8 +269,8 @@ def write(
 ) -> Path:
     """Write `metrics.json`, `table.md` and `report.html` into a folder; return the page."""
     replace(folder / "metrics.json", json.dumps(scored.metrics, indent=2, sort_keys=True))
-    replace(folder / "table.md", report.markdown(scored.metrics))
-    return report.write(
+    replace(folder / "table.md", page.markdown(scored.metrics))
+    return page.write(
         folder, config=config, metrics=scored.metrics, history=history, rows=scored.rows
     )
 
@@ -262,7 +282,7 @@ def evaluate(config: Mapping[str, Any], folder: str | Path, out: Path) -> dict[s
       UserError: if there is no whole checkpoint, or the data lack what a task needs.
     """
     held = assembly.read(folder)
-    model = assembly.make_model(assembly.assemble(config), config, held)
+    model = assembly.make_model(assembly.build_components(config), config, held)
     began = time.monotonic()
     scored = score(model, config, config["eval"]["split"], out)
     metrics = scored.metrics | {

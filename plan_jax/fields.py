@@ -10,8 +10,8 @@ from typing import Any
 from plan_jax import parallel
 from plan_jax.data.prepare import NAMES as DATASETS
 from plan_jax.data.prompts import SETS as PROMPT_SETS
+from plan_jax.encoders.bert import BERTS, Bert
 from plan_jax.encoders.resnet import RESNETS, ResNet
-from plan_jax.encoders.text import BERTS, Bert
 from plan_jax.encoders.vit import VITS, ViT
 from plan_jax.methods import METHODS
 from plan_jax.tasks import TASKS
@@ -128,9 +128,19 @@ LEAST = {
 LATER = {"eval.train": 0, "eval.random": False, "eval.prompts": ""}  # since version 0.1
 # What may differ between two runs of one experiment without changing what is trained.
 FREE = (
-    "log_every", "data.dir", "data.workers", "data.cache", "checkpoint", "eval", "parallel",
-    "dtype", "vision.remat", "vision.scan", "text.remat", "text.scan",
-)  # fmt: skip
+    "log_every",
+    "data.dir",
+    "data.workers",
+    "data.cache",
+    "checkpoint",
+    "eval",
+    "parallel",
+    "dtype",
+    "vision.remat",
+    "vision.scan",
+    "text.remat",
+    "text.scan",
+)
 
 
 def sections(config: Mapping[str, Any]) -> dict[str, Field]:

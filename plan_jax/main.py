@@ -159,7 +159,7 @@ def train(loaded: dict[str, Any] | None, changes: dict[str, str], workdir: str) 
     config.check(loaded)
     settings = loaded["parallel"]
     beside = Path(workdir).absolute().parent / "programs"
-    parallel.settle(settings["cpu_devices"], settings["cache"] or beside)
+    parallel.configure_backend(settings["cpu_devices"], settings["cache"] or beside)
     held = held_by(Path(workdir))
     if held and (differs := config.difference(held, loaded)):
         raise UserError(
@@ -194,7 +194,7 @@ def evaluate(
     from plan_jax.evaluate import evaluate as begin
 
     top = checkpoint.locate(folder)[0].parent
-    parallel.settle(1, given["parallel"]["cache"] or top.absolute().parent / "programs")
+    parallel.configure_backend(1, given["parallel"]["cache"] or top.absolute().parent / "programs")
     out = top / "eval" / (name or given["eval"]["split"])
     show(begin(given, folder, out), out / "report.html")
 
@@ -202,8 +202,8 @@ def evaluate(
 def show(metrics: Mapping[str, Any], page: Path) -> None:
     """Print the table of the metrics that matter most, and where the page of all of them is."""
     from plan_jax import parallel
-    from plan_jax.report.downstream import headlines
-    from plan_jax.report.numbers import nulls_of
+    from plan_jax.page.downstream import headlines
+    from plan_jax.page.tables import nulls_of
 
     if not metrics or not parallel.is_main():
         return  # stopped before the end, or another process says it

@@ -64,10 +64,20 @@ def frozen(
 
 
 def make_optimiser(
-    params: Params, *, steps: int, rate: float, warmup: float, end: float, weight_decay: float,
-    b1: float, b2: float, clip: float, accumulate: int, freeze: tuple[str, ...],
+    params: Params,
+    *,
+    steps: int,
+    rate: float,
+    warmup: float,
+    end: float,
+    weight_decay: float,
+    b1: float,
+    b2: float,
+    clip: float,
+    accumulate: int,
+    freeze: tuple[str, ...],
     held: Callable[[str], bool] = lambda name: False,
-) -> optax.GradientTransformation:  # fmt: skip
+) -> optax.GradientTransformation:
     """Make AdamW (*Loshchilov and Hutter, arXiv 1711.05101*) for `params`.
 
     `clip` bounds the global norm of the gradient (0: no bound); `accumulate` batches are averaged
@@ -77,10 +87,13 @@ def make_optimiser(
     chain = optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
         optax.adamw(
-            schedule(rate, max(1, steps // accumulate), warmup, end), b1, b2,
-            weight_decay=weight_decay, mask=decays,
+            schedule(rate, max(1, steps // accumulate), warmup, end),
+            b1,
+            b2,
+            weight_decay=weight_decay,
+            mask=decays,
         ),
-    )  # fmt: skip
+    )
     labels = frozen(params, tuple(freeze), held)
     if "frozen" in jax.tree.leaves(labels):
         chain = optax.multi_transform({"train": chain, "frozen": optax.set_to_zero()}, labels)
@@ -99,11 +112,22 @@ class Fit(NamedTuple):
 
 
 def fit_head(
-    loss: Callable[..., tuple[Float[Array, ""], PyTree]], params: PyTree, stats: PyTree,
-    train: PyTree, validation: PyTree, tx: optax.GradientTransformation, *, batch: int,
-    epochs: int, patience: int, seed: int, judge: Callable[[PyTree, PyTree], float] | None = None,
-    name: str = "head", about: str = "", folder: Path | None = None,
-) -> Fit:  # fmt: skip
+    loss: Callable[..., tuple[Float[Array, ""], PyTree]],
+    params: PyTree,
+    stats: PyTree,
+    train: PyTree,
+    validation: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    batch: int,
+    epochs: int,
+    patience: int,
+    seed: int,
+    judge: Callable[[PyTree, PyTree], float] | None = None,
+    name: str = "head",
+    about: str = "",
+    folder: Path | None = None,
+) -> Fit:
     """Fit a head (or a whole model) to rows, and keep the epoch that is best on validation.
 
     `train` and `validation` are trees of numpy arrays with one leading axis of rows;
@@ -123,18 +147,31 @@ def fit_head(
     evaluated = jax.jit(lambda p, s, rows: loss(p, s, rows, jax.random.key(0), False)[0])
     update = _updater(loss, tx)
     state = {
-        "params": params, "stats": stats, "optimiser": tx.init(params), "best_params": params,
-        "best_stats": stats, "best": -math.inf, "epoch": 0, "waited": 0, "losses": [], "scores": [],
-    }  # fmt: skip
+        "params": params,
+        "stats": stats,
+        "optimiser": tx.init(params),
+        "best_params": params,
+        "best_stats": stats,
+        "best": -math.inf,
+        "epoch": 0,
+        "waited": 0,
+        "losses": [],
+        "scores": [],
+    }
     settings = (name, about, batch, epochs, patience, seed)
     path = (
         folder and folder / f"{name}-{_digest(settings, params, stats, train, validation)}.msgpack"
     )
     state = _resumed(state, path)
     with tqdm(
-        total=epochs, initial=state["epoch"], desc=name, unit="epoch", file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 20.0, dynamic_ncols=True,
-    ) as bar:  # fmt: skip
+        total=epochs,
+        initial=state["epoch"],
+        desc=name,
+        unit="epoch",
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 20.0,
+        dynamic_ncols=True,
+    ) as bar:
         while state["epoch"] < epochs and state["waited"] < patience:
             began = time.monotonic()
             current, value = _epoch(update, state, train, count, batch, seed)

@@ -53,7 +53,7 @@ def initialize() -> None:
     jax.distributed.initialize(address, int(count), int(index))
 
 
-def settle(cpu_devices: int, cache: str | Path) -> None:
+def configure_backend(cpu_devices: int, cache: str | Path) -> None:
     """Keep compiled programs in the folder `cache`, and cut a lone CPU into `cpu_devices` devices.
 
     XLA spreads the small operations of small towers badly over cores: a device of one thread for
@@ -93,14 +93,14 @@ def barrier(name: str = "barrier") -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def agree(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether `flag` is true in any process; every process has to ask at the same step."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def texts(text: str) -> list[str]:
+def gather_strings(text: str) -> list[str]:
     """Give the text of every process, in their order; every process has to ask."""
     if jax.process_count() == 1:
         return [text]
@@ -195,7 +195,7 @@ def shard(batch: PyTree, over: Mesh | None = None) -> PyTree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def host(tree: PyTree) -> PyTree:
+def to_host(tree: PyTree) -> PyTree:
     """Bring every leaf to this process as a numpy array, gathered from other hosts if it is cut."""
 
     def fetch(leaf: Any) -> np.ndarray:
@@ -207,7 +207,7 @@ def host(tree: PyTree) -> PyTree:
     return jax.tree.map(fetch, tree)
 
 
-def spread(
+def parallelise(
     step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
     over: Mesh | None = None,
     *,

@@ -17,13 +17,14 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from plan_jax import assembly, optim, parallel
-from plan_jax.data.text import encode_many
-from plan_jax.encoders import pretrained
-from plan_jax.encoders.dual import Dual
-from plan_jax.encoders.layouts import HEADS
-from plan_jax.encoders.text import BERTS
-from plan_jax.types import Batch, Memory, Metrics, Params, Setting
+from plan_jax import model as assembly
+from plan_jax import optim, parallel
+from plan_jax import weights as load_weights
+from plan_jax.data.tokenizer import encode_many
+from plan_jax.encoders.bert import BERTS
+from plan_jax.encoders.dual_encoder import DualEncoder
+from plan_jax.types import Batch, Memory, MethodContext, Metrics, Params
+from plan_jax.weights.layouts import HEADS
 
 
 @struct.dataclass
@@ -40,9 +41,14 @@ class State:
 
 
 def init_state(
-    system: assembly.System, batch: Mapping[str, Any], tx_of: Callable, seed: int, average: bool,
-    findings: Sequence[str] = (), weights: Mapping[str, str] | None = None,
-) -> tuple[State, optax.GradientTransformation]:  # fmt: skip
+    system: assembly.Components,
+    batch: Batch,
+    tx_of: Callable,
+    seed: int,
+    average: bool,
+    findings: Sequence[str] = (),
+    weights: Mapping[str, str] | None = None,
+) -> tuple[State, optax.GradientTransformation]:
     """Make the first state from a seed, and the optimiser that `tx_of(params)` gives for it.
 
     `weights` says where a tower, `vision` or `text`, begins instead: see `pretrained.load_tower`.
@@ -50,24 +56,28 @@ def init_state(
     key = jax.random.key(seed)
     towers = jax.random.fold_in(key, 0)
     dual = system.dual.clone(axis=None)
-    batch = Batch(**jax.tree.map(lambda x: x[:2], dict(batch)))
+    batch = jax.tree.map(lambda x: x[:2], batch)
     variables = load_towers(dual, jax.jit(dual.init)(towers, batch), weights or {})
     images, _ = jax.eval_shape(dual.apply, variables, batch)
-    tags = read_tags(system, variables, findings) if "labels" in system.method.NEEDS else None
-    setting = Setting(dual.dim, images.raw.shape[-1], tags)
+    tags = read_tags(system, variables, findings) if "labels" in system.method.REQUIRES else None
+    setting = MethodContext(dual.dim, images.raw.shape[-1], tags)
     own, memory = system.method.init(jax.random.fold_in(key, 1), setting, system.hyper)
     params = {"encoders": variables["params"], "method": own}
     tx = tx_of(params)
     state = State(
-        step=jnp.zeros((), jnp.int32), key=jax.random.key_data(jax.random.fold_in(key, 2)),
-        params=params, batch_stats=variables.get("batch_stats", {}), optimiser=tx.init(params),
-        memory=memory, average=jax.tree.map(jnp.copy, params) if average else {},
-    )  # fmt: skip
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(jax.random.fold_in(key, 2)),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        optimiser=tx.init(params),
+        memory=memory,
+        average=jax.tree.map(jnp.copy, params) if average else {},
+    )
     return state, tx
 
 
 def load_towers(
-    dual: Dual, variables: Mapping[str, Any], weights: Mapping[str, str]
+    dual: DualEncoder, variables: Mapping[str, Any], weights: Mapping[str, str]
 ) -> dict[str, Any]:
     """Put pretrained weights into what has a source in `weights`: `vision`, `text` or `heads`.
 
@@ -84,32 +94,31 @@ def load_towers(
 
     attention_heads = {**BERTS[dual.text["name"]], **dual.text}["heads"]
     for side, part, heads in (
-        ("vision", "see_tower", None),
-        ("text", "read_tower", attention_heads),
+        ("vision", "image_tower", None),
+        ("text", "text_tower", attention_heads),
     ):
         if source := weights.get(side):
-            load = functools.partial(pretrained.load_tower, side, source, say=say, heads=heads)
+            load = functools.partial(load_weights.load_tower, side, source, say=say, heads=heads)
             put(part, load)
     if source := weights.get("heads"):
         for head in HEADS:
-            put(f"{head}_head", functools.partial(pretrained.load_head, head, source))
+            put(f"{head}_head", functools.partial(load_weights.load_head, head, source))
     return variables
 
 
 def read_tags(
-    system: assembly.System, variables: Any, findings: Sequence[str]
+    system: assembly.Components, variables: Any, findings: Sequence[str]
 ) -> Float[Array, "F E"]:
     """Read the names of findings: the mean of each one's words, before the heads."""
-    rows = encode_many(system.tokenizer, findings, 16, 12)
-    texts = [rows[name] for name in ("tokens", "word_index", "word_id", "sentence")]
+    texts = encode_many(system.tokenizer, findings, 16, 12)
     dual = system.dual.clone(axis=None)
-    read = jax.jit(lambda held, *texts: dual.apply(held, *texts, method="read"))
-    found = read(variables, *texts)
+    read = jax.jit(lambda held, texts: dual.apply(held, texts, method="encode_text"))
+    found = read(variables, texts)
     return jnp.sum(found.raw * found.mask[..., None], 1) / found.mask.sum(1, keepdims=True)
 
 
 def optimiser_of(
-    config: Mapping[str, Any], system: assembly.System
+    config: Mapping[str, Any], system: assembly.Components
 ) -> Callable[[Params], optax.GradientTransformation]:
     """Make what makes the config's optimiser for some parameters."""
     settings = dict(config["optim"])
@@ -118,7 +127,7 @@ def optimiser_of(
 
     def held(name: str) -> bool:
         top, _, rest = name.partition("/")
-        return top == "encoders" and system.dual.holds(rest)
+        return top == "encoders" and system.dual.is_frozen(rest)
 
     return lambda params: optim.make_optimiser(params, steps=config["steps"], held=held, **settings)
 
@@ -130,13 +139,12 @@ def say(sentence: str) -> None:
 
 
 def make_step(
-    system: assembly.System, tx: optax.GradientTransformation, decay: float, axis: str | None
-) -> Callable[[State, Mapping[str, Any]], tuple[State, Metrics]]:
+    system: assembly.Components, tx: optax.GradientTransformation, decay: float, axis: str | None
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """Make the pure step, written for one device of `axis`; `decay` is that of the average."""
     dual, method, hyper, _ = system
 
-    def step(state: State, batch: Mapping[str, Any]) -> tuple[State, Metrics]:
-        batch = Batch(**batch)
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = parallel.step_key(jax.random.wrap_key_data(state.key), state.step)
         drop = parallel.device_key(jax.random.fold_in(key, 0), axis)
 
@@ -152,9 +160,16 @@ def make_step(
         def objective(params: Params) -> tuple[Array, tuple[Metrics, Memory, PyTree]]:
             (images, texts), changed = encode(params)
             value, (metrics, memory) = method.loss(
-                params["method"], state.memory, images, texts, extra,
-                key=jax.random.fold_in(key, 1), step=state.step, hyper=hyper, axis=axis,
-            )  # fmt: skip
+                params["method"],
+                state.memory,
+                images,
+                texts,
+                extra,
+                key=jax.random.fold_in(key, 1),
+                step=state.step,
+                hyper=hyper,
+                axis=axis,
+            )
             return value, (metrics, memory, changed.get("batch_stats", {}))
 
         gradient = jax.value_and_grad(objective, has_aux=True)

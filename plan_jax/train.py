@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from plan_jax import assembly, checkpoint, evaluate, parallel
+from plan_jax import checkpoint, evaluate, parallel
+from plan_jax import model as assembly
 from plan_jax.data import loader
-from plan_jax.data.records import Dataset
-from plan_jax.journal import Journal
+from plan_jax.data.dataset import Dataset
+from plan_jax.logger import Logger
 from plan_jax.step import State, init_state, make_step, optimiser_of
-from plan_jax.types import Metrics
+from plan_jax.types import Batch, Metrics
 
 
 class Stop:
@@ -45,15 +46,24 @@ class Stop:
             signal.signal(signal.SIGTERM, self.before)
 
 
-def batches(config: Mapping[str, Any], system: assembly.System, dataset: Dataset) -> loader.Batches:
+def batches(
+    config: Mapping[str, Any], system: assembly.Components, dataset: Dataset
+) -> loader.Batches:
     """Iterate over this process's share of every batch of a dataset, shuffled, for ever."""
     data, hosts = config["data"], jax.process_count()
     return loader.train_batches(
-        dataset, system.tokenizer,
-        batch=parallel.split_batch(config["batch"], hosts), size=data["size"], shift=data["shift"],
-        length=data["length"], words=data["words"], seed=config["seed"], workers=data["workers"],
-        shard=(jax.process_index(), hosts), extra=system.method.NEEDS,
-    )  # fmt: skip
+        dataset,
+        system.tokenizer,
+        batch=parallel.split_batch(config["batch"], hosts),
+        size=data["size"],
+        shift=data["shift"],
+        length=data["length"],
+        words=data["words"],
+        seed=config["seed"],
+        workers=data["workers"],
+        shard=(jax.process_index(), hosts),
+        extra=system.method.REQUIRES,
+    )
 
 
 def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
@@ -67,8 +77,8 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
     workdir = Path(workdir)
     mesh = parallel.mesh(config["parallel"]["devices"] or None)
     parallel.split_batch(config["batch"], mesh.size)
-    system = assembly.assemble(config, parallel.AXIS)
-    evaluate.open_truth(config, config["eval"]["split"])
+    system = assembly.build_components(config, parallel.AXIS)
+    evaluate.open_eval_data(config, config["eval"]["split"])
     dataset = evaluate.open_split(config, "train")
     stream = batches(config, system, dataset)
     at_start = stream.get_state()
@@ -76,9 +86,14 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
     stream.set_state(at_start)
 
     begin = functools.partial(
-        init_state, system, example, optimiser_of(config, system), config["seed"],
-        config["ema"] > 0, dataset.findings,
-    )  # fmt: skip
+        init_state,
+        system,
+        example,
+        optimiser_of(config, system),
+        config["seed"],
+        config["ema"] > 0,
+        dataset.findings,
+    )
     folder, settings = workdir / checkpoint.FOLDER, config["checkpoint"]
     fresh = not folder.exists()
     state, tx = begin(config["weights"] if fresh else None)
@@ -91,34 +106,34 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
         state = found.state
         stream.set_state(found.data)
     step = make_step(system, tx, config["ema"], parallel.AXIS)
-    step = parallel.spread(step, mesh, implementation=config["parallel"]["implementation"])
+    step = parallel.parallelise(step, mesh, implementation=config["parallel"]["implementation"])
     run = Run(config, system, mesh, step, stream, manager)
     start = found.step if found else 0
-    with Journal(workdir, config, start, writes=parallel.is_main()) as journal, Stop() as stop:
+    with Logger(workdir, config, start, writes=parallel.is_main()) as logger, Stop() as stop:
         if found:
-            journal.say(f"resumed at step {start} of {config['steps']}")
+            logger.say(f"resumed at step {start} of {config['steps']}")
         if not (found or config["steps"]):
             save(run, 0, state, None)
-        state = loop(run, state, start, journal, stop)
+        state = loop(run, state, start, logger, stop)
         stopped = int(state.step) < config["steps"]
         if stopped:
-            journal.say(f"stopped at step {int(state.step)} and saved; the same command resumes")
+            logger.say(f"stopped at step {int(state.step)} and saved; the same command resumes")
         checkpoint.close(manager)
-        return {} if stopped else finish(run, state, journal)
+        return {} if stopped else finish(run, state, logger)
 
 
 class Run(NamedTuple):
     """What stays the same while a run trains."""
 
     config: Mapping[str, Any]
-    system: assembly.System
+    system: assembly.Components
     mesh: Any
-    step: Callable[[State, Mapping[str, Any]], tuple[State, Metrics]]
+    step: Callable[[State, Batch], tuple[State, Metrics]]
     stream: Any
     manager: Any
 
 
-def loop(run: Run, state: State, start: int, journal: Journal, stop: Stop) -> State:
+def loop(run: Run, state: State, start: int, logger: Logger, stop: Stop) -> State:
     """Take the steps from `start` on; save, evaluate and log in between."""
     config, pace = run.config, Pace(run.config["batch"])
     waiting: Metrics | None = None  # of the step before, fetched while this one runs
@@ -128,24 +143,24 @@ def loop(run: Run, state: State, start: int, journal: Journal, stop: Stop) -> St
         state, metrics = run.step(state, batch)
         if n == start:
             jax.block_until_ready(metrics)
-            journal.facts["first_step_s"] = time.monotonic() - began
+            logger.facts["first_step_s"] = time.monotonic() - began
             how = f"{programs.compiled} programs compiled, {programs.found} kept from before"
-            journal.say(f"first step after {journal.facts['first_step_s']:.1f} s ({how})")
+            logger.say(f"first step after {journal.facts['first_step_s']:.1f} s ({how})")
         if waiting is not None and n % config["log_every"] == 0:
-            journal.log(n, parallel.host(waiting) | pace.measure(n))
+            logger.log(n, parallel.to_host(waiting) | pace.measure(n))
         waiting = metrics
-        journal.tick()
+        logger.tick()
         done = n + 1
-        leave = done % config["log_every"] == 0 and parallel.agree(stop.asked)
+        leave = done % config["log_every"] == 0 and parallel.any_process(stop.asked)
         every = config["eval"]["every"]
         measured = None
         if every and done % every == 0 and done < config["steps"]:
             measured = validate(run, state)
-            journal.log(done, measured)
+            logger.log(done, measured)
         last = done == config["steps"]
         if leave or last or done % config["checkpoint"]["every"] == 0 or measured:
             if done % config["log_every"] == 0 or last:
-                journal.log(done, parallel.host(metrics) | pace.measure(done))
+                logger.log(done, parallel.to_host(metrics) | pace.measure(done))
                 waiting = None
             save(run, done, state, measured)
         if leave:
@@ -186,7 +201,7 @@ def plain(config: Any) -> Any:
 def weights(state: State) -> dict[str, PyTree]:
     """Take what a model needs: the averaged parameters if an average is kept."""
     params = state.average or state.params
-    return parallel.host(
+    return parallel.to_host(
         {"params": params, "batch_stats": state.batch_stats, "memory": state.memory}
     )
 
@@ -197,24 +212,24 @@ def validate(run: Run, state: State) -> dict[str, float]:
     return evaluate.score(model, run.config, "val").metrics
 
 
-def finish(run: Run, state: State, journal: Journal) -> dict[str, float]:
+def finish(run: Run, state: State, logger: Logger) -> dict[str, float]:
     """Evaluate the final state, and write `metrics.json` and the page of the run."""
     held = weights(state)
-    rates = [row["images_per_s"] for row in journal.history if "images_per_s" in row]
+    rates = [row["images_per_s"] for row in logger.history if "images_per_s" in row]
     about = {
         "steps": float(int(state.step)),
         "images_per_s": float(np.median(rates)) if rates else float("nan"),
-        "params_sha256": checkpoint.fingerprint(parallel.host(state.params)),
+        "params_sha256": checkpoint.fingerprint(parallel.to_host(state.params)),
     }
     if not parallel.is_main():
         parallel.barrier("evaluated")
         return about
-    journal.say("evaluating")
+    logger.say("evaluating")
     model = assembly.make_model(run.system, run.config, held)
-    scored = evaluate.score(model, run.config, run.config["eval"]["split"], journal.folder)
-    metrics = scored.metrics | about | journal.facts | {"wall_s": journal.wall()}
+    scored = evaluate.score(model, run.config, run.config["eval"]["split"], logger.folder)
+    metrics = scored.metrics | about | logger.facts | {"wall_s": logger.wall()}
     evaluate.write(
-        journal.folder, plain(run.config), scored._replace(metrics=metrics), journal.history
+        logger.folder, plain(run.config), scored._replace(metrics=metrics), logger.history
     )
     parallel.barrier("evaluated")
     return metrics

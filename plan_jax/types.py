@@ -1,20 +1,21 @@
-"""Axis letters and the few types that every part of the library passes around.
+"""Axis letters, the data types that every part of the library passes around, and protocols.
 
-Axis letters, the same in types, einops strings and docstrings:
+Axis letters in types, einops strings and docstrings:
 B pairs; I, T images, texts; L token positions; W words; S sentences; P pixels of the feature map
 (row-major over Y, X); Y, X, C rows, columns, channels; D shared embedding; E an encoder's own
-width; K prototypes, queries or chosen words; F findings; R regions or boxes; N rounds or devices.
+width; K prototypes, queries or sampled words; F findings; R regions or boxes; N rounds or devices.
 
 Masks are Bool and True means real.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 Params = PyTree[Array]
 Memory = dict[str, Array]
@@ -22,37 +23,50 @@ Metrics = dict[str, Array]
 
 
 class UserError(Exception):
-    """A user's mistake: one sentence naming the thing, its value and the remedy; shown bare."""
+    """A user's mistake, in one sentence that names the thing, its value and the remedy."""
+
+
+# Batches and features --------------------------------------------------------------------------
 
 
 @struct.dataclass
-class Batch:
-    """One batch of image-text pairs as the step sees it.
+class TextBatch:
+    """Tokenised texts: word pieces, and the words and sentences that they belong to.
 
-    `word_index` says to which word a piece belongs (-1: none), `word_id` names the word (0:
-    padding) and `sentence` the sentence of each word (-1: padding); the data pipeline makes them.
-    `extra` holds what a method names in its NEEDS: `labels` Int8[B F] in {-1, 0, 1} (-1: unknown),
-    `regions` Float[B R 4] (x0, y0, x1, y1 as shares of the image, after it was moved; empty if
-    lost) and `region_words` Bool[B R W], the words of the sentences about each region.
+    `word_index` is the word slot of each piece (-1: none), `word_id` names the word in each slot
+    (0: padding) and `sentence` is the sentence number of each word (-1: padding).
     """
 
-    image: UInt8[Array, "B Y X 1"]
     tokens: Int[Array, "B L"]
     word_index: Int[Array, "B L"]
     word_id: Int[Array, "B W"]
     sentence: Int[Array, "B W"]
+
+
+@struct.dataclass
+class Batch:
+    """One batch of image-text pairs.
+
+    `extra` holds what a method names in its REQUIRES: `labels` Int8[B F] in {-1, 0, 1} (-1:
+    unknown), `regions` Float[B R 4] (x0, y0, x1, y1 as fractions of the image, after augmentation;
+    zeros where a region is absent) and `region_words` Bool[B R W], the words of the sentences about
+    each region.
+    """
+
+    image: UInt8[Array, "B Y X 1"]
+    text: TextBatch
     extra: Mapping[str, Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
 class Features:
-    """What a tower says of B images or texts, in the shared space, not normalised.
+    """Encoder output for a batch of B images or texts: projected, not L2-normalised.
 
     For images `local` holds the P pixels of the feature map, row-major over `grid`; for texts the
     W words, with their `word_id` and `sentence`. `mask` is True where a local item is real. `fine`
-    are the Q pixels of a finer map over `fine_grid`, where the tower gives one. `raw` are the local
-    items before their head, and `attention` how much the tower's summary attends to each of them
-    (mean over heads, words summed over their pieces; None for a ResNet).
+    holds the Q pixels of a finer map over `fine_grid`, or is None. `raw` holds the local items
+    before projection, and `attention` how much the encoder's summary token attends to each of them
+    (mean over heads, summed over the pieces of a word; None for a ResNet).
     """
 
     pooled: Float[Array, "B D"]
@@ -69,10 +83,10 @@ class Features:
 
 @struct.dataclass
 class Stages:
-    """What a vision tower sees before any head of pre-training: what downstream heads begin from.
+    """Feature maps of an image tower before any projection: the input of downstream heads.
 
-    `maps` go from the stem to the last stage, finest first; two may be of one size. A ViT has one,
-    its patches; its `pooled` is the class token, that of a ResNet the mean of the last map.
+    `maps` go from the stem to the last stage, finest first; two may have the same size. A ViT has
+    one map, its patches. `pooled` is the class token of a ViT and the mean of a ResNet's last map.
     """
 
     pooled: Float[Array, "B E"]
@@ -81,11 +95,11 @@ class Stages:
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower as a pure function of its `variables` (`params` and `batch_stats`).
+    """An image tower as a pure function of its `variables` (`params` and `batch_stats`).
 
-    `apply(variables, images, train=False, native=False)` sees UInt8[B Y X 1] images and gives
-    `Stages` and the new `batch_stats` (the old ones unless `train`); `native` leaves out a ResNet's
-    upsampling to 299 pixels, as the published dense tasks do. `name` tells two towers apart.
+    `apply(variables, images, train=False, native=False)` maps UInt8[B Y X 1] images to `Stages` and
+    the new `batch_stats` (unchanged unless `train`). `native` omits a ResNet's upsampling to 299
+    pixels, as the published dense tasks do. `name` identifies the weights.
     """
 
     name: str
@@ -94,24 +108,38 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a method has to know to make its own parameters.
+class Model:
+    """A trained model as pure functions.
 
-    `dim` is the shared space's D, `width` the E of an image's `raw` pixels, and `tags` the features
-    of the names of the dataset's F findings in the text tower as it was at the start.
+    `encode_image` takes UInt8[N Y X 1] images and `encode_text` a list of N texts. `similarity`
+    compares all images with all texts and returns one Float[I T] for each kind (`global`, `local`,
+    `both`). `heatmap` compares image b with text b and returns Float[B W P] maps and Float[B W]
+    word weights, after `rounds` rounds of refinement (None: as the method was configured). `tower`
+    is the image tower without projection heads.
     """
 
-    dim: int
-    width: int = 0
-    tags: Float[Array, "F E"] | None = None
+    name: str
+    grid: tuple[int, int]
+    rounds: int
+    size: int
+    encode_image: Callable[[np.ndarray], Features]
+    encode_text: Callable[[list[str]], Features]
+    similarity: Callable[[Features, Features], dict[str, np.ndarray]]
+    heatmap: Callable[..., tuple[np.ndarray, np.ndarray]]
+    config: Any = None
+    tower: Tower | None = None
+
+
+# Records ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """A phrase and where it is true in its image.
+    """A phrase and the part of its image where it is true.
 
-    `key` is its normalised meaning (`consolidation|left|lower`), `bare` the phrase without its
-    place; the truth is `mask` if there is one, else the union of `boxes` (x0, y0, x1, y1; pixels).
+    `key` is its normalised meaning (`consolidation|left|lower`) and `bare` the phrase without its
+    location. The phrase is true inside `mask` if there is one, else inside the union of `boxes`
+    (x0, y0, x1, y1; pixels).
     """
 
     text: str
@@ -124,7 +152,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Record:
-    """One study with everything that is known of it; empty where nothing is known.
+    """One study with all its annotations; a field is empty where nothing is known.
 
     `labels` Int8[F] and the boxes `regions` Float32[R 4] (x0, y0, x1, y1; pixels; zeros if unknown)
     are in the order of the dataset's `findings` and `region_names`.
@@ -140,23 +168,235 @@ class Record:
     regions: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
 
 
-@dataclass(frozen=True)
-class Model:
-    """The verbs of a trained model: all that a task may know of it.
+# Methods ----------------------------------------------------------------------------------------
 
-    `see` takes UInt8[N Y X 1] images and `read` a list of texts, any number; `similarity` compares
-    all images with all texts, one Float[I T] for each kind (`global`, `local`, `both`); `heatmap`
-    pairs item b with item b and gives Float[B W P] and word weights Float[B W], after `rounds`
-    rounds of refinement (None: as the method was configured). `tower` is what `see` begins with.
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method needs to know to initialise its own parameters.
+
+    `dim` is D, the width of the shared space; `width` is E, the width of an image's `raw` pixels;
+    `tags` are the features of the names of the dataset's F findings, encoded by the text tower at
+    initialisation; `ema_decay` is the decay of the averaged model, 0 if there is none.
+    """
+
+    dim: int
+    width: int = 0
+    tags: Float[Array, "F E"] | None = None
+    ema_decay: float = 0.0
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A pre-training method: a module with these names.
+
+    `Hyper` is a frozen dataclass and the only home of the method's constants. `REQUIRES` names the
+    entries of `Batch.extra` that the loss reads. `axis` is the name of the mapped device axis, None
+    on one device.
+    """
+
+    PAPER: str
+    REQUIRES: tuple[str, ...]
+    Hyper: type
+
+    def init(self, key: PRNGKeyArray, context: MethodContext, hyper: Any) -> tuple[Params, Memory]:
+        """Returns the method's own parameters and its memory."""
+        ...
+
+    def similarity(
+        self,
+        params: Params,
+        memory: Memory,
+        images: Features,
+        texts: Features,
+        hyper: Any,
+        axis: str | None = None,
+    ) -> dict[str, Float[Array, "I T"]]:
+        """Returns the similarity of all images with all texts, one table for each kind."""
+        ...
+
+    def heatmap(
+        self, params: Params, memory: Memory, images: Features, texts: Features, hyper: Any
+    ) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
+        """Returns a map of each word over its own image, and the weight of each word."""
+        ...
+
+    def loss(
+        self,
+        params: Params,
+        memory: Memory,
+        images: Features,
+        texts: Features,
+        extra: dict[str, Any],
+        *,
+        key: PRNGKeyArray,
+        step: Array,
+        hyper: Any,
+        axis: str | None = None,
+    ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
+        """Returns the loss of a batch, and its parts with the new memory."""
+        ...
+
+
+# Tasks ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One entry of the metrics catalogue.
+
+    A task's `METRICS` maps keys below the task to metrics. A key may contain a placeholder for one
+    path segment, as `{share}/auroc_macro`, which `label` and `baselines` may repeat. `baselines`
+    maps the label of a null baseline to its key. A headline is shown in the summary tables.
+    """
+
+    label: str
+    meaning: str
+    digits: int = 3
+    baselines: Mapping[str, str] = field(default_factory=dict)
+    headline: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task measured: flat metrics, and examples for the page."""
+
+    metrics: dict[str, float]
+    rows: Sequence[Any] = ()
+
+
+class EvalData:
+    """The records that a task reads; a base class, see `plan_jax.data.eval_data`.
+
+    Each split is read when it is first accessed.
+
+    `test` are the evaluated records. `train` and `val` are those that heads are fitted to and
+    selected on; where the dataset has no `val`, or it is evaluated itself, `val` is a share of the
+    training patients. `validation` is the dataset's own `val`, or None. `prior_records` are the
+    training records whose mean masks serve as baselines; empty if none are wanted. `prompts` maps a
+    finding to its positive and negative prompts.
     """
 
     name: str
-    grid: tuple[int, int]
-    rounds: int
-    size: int
-    see: Callable[[np.ndarray], Features]
-    read: Callable[[list[str]], Features]
-    similarity: Callable[[Features, Features], dict[str, np.ndarray]]
-    heatmap: Callable[..., tuple[np.ndarray, np.ndarray]]
-    config: Any = None
-    tower: Tower | None = None
+    findings: tuple[str, ...]
+    test: list[Record]
+    train: list[Record]
+    val: list[Record]
+    validation: list[Record] | None
+    prior_records: list[Record]
+    prompts: Mapping[str, tuple[Sequence[str], Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """What a task may know of the run: the seed, the folder for fitted heads, a report labeller.
+
+    `label_report` maps a report to the findings it states (1) or denies (0).
+    """
+
+    seed: int = 0
+    folder: Path | None = None
+    label_report: Callable[[str], Mapping[str, int]] | None = None
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A downstream task: a module with these names.
+
+    `Options` is a frozen dataclass that checks its ranges in `__post_init__`. `METRICS` is the
+    task's part of the metrics catalogue and `TITLE` its name on the page. `FITS_HEAD` says whether
+    the task trains a head, which is then also fitted to a tower of random weights on request.
+    """
+
+    TITLE: str
+    FITS_HEAD: bool
+    METRICS: Mapping[str, Metric]
+    Options: type
+
+    def requirements(self, options: Any) -> tuple[str, ...]:
+        """Returns the names of the `Record` fields that at least one record must have."""
+        ...
+
+    def check(self, data: EvalData, options: Any) -> None:
+        """Raises UserError if the data cannot support the task with these options."""
+        ...
+
+    def evaluate(self, model: Model, data: EvalData, options: Any, context: TaskContext) -> Result:
+        """Returns the metrics of a model, with keys below the task, and examples for the page."""
+        ...
+
+
+# Examples for the page ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PhraseExample:
+    """A phrase in an image: its truth, and its heat maps after rounds 0..T on the model's grid.
+
+    `kind` is how the example was selected: `best`, `random` or `worst`.
+    """
+
+    kind: str
+    phrase: str
+    image: UInt8[np.ndarray, "Y X 1"]
+    truth: Bool[np.ndarray, "Y X"]
+    heat_maps: Float[np.ndarray, "N y x"]
+    cnr: float
+    pointing: float
+
+
+@dataclass(frozen=True)
+class RetrievalExample:
+    """An image, its own report, and the best-ranked reports as (text, score, is a hit).
+
+    `rank` is the rank of its own report, or of one with the same words, among `num_candidates`.
+    """
+
+    image: UInt8[np.ndarray, "Y X 1"]
+    text: str
+    retrieved: tuple[tuple[str, float, bool], ...]
+    rank: float
+    num_candidates: int
+
+
+@dataclass(frozen=True)
+class MaskExample:
+    """A segmented image: the true and the predicted mask of the target called `name`."""
+
+    name: str
+    image: UInt8[np.ndarray, "Y X 1"]
+    truth: Bool[np.ndarray, "Y X"]
+    predicted: Bool[np.ndarray, "Y X"]
+    dice: float
+
+
+@dataclass(frozen=True)
+class BoxExample:
+    """An image with its true and predicted boxes (x0, y0, x1, y1; pixels), best score first."""
+
+    image: UInt8[np.ndarray, "Y X 1"]
+    truth: Float[np.ndarray, "R 4"]
+    predicted: Float[np.ndarray, "N 4"]
+    scores: Float[np.ndarray, " N"]
+
+
+@dataclass(frozen=True)
+class ReportExample:
+    """An image, its reference report and the generated one, and how their findings compare."""
+
+    image: UInt8[np.ndarray, "Y X 1"]
+    reference: str
+    generated: str
+    correct: tuple[str, ...] = ()
+    missed: tuple[str, ...] = ()
+    invented: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve of a classifier: `kind` is `roc` or `calibration`; x and y are in [0, 1]."""
+
+    kind: str
+    name: str
+    x: Float[np.ndarray, " N"]
+    y: Float[np.ndarray, " N"]

@@ -28,9 +28,16 @@ settings.register_profile("house", deadline=None, max_examples=25, derandomize=T
 settings.load_profile("house")
 
 SLOW = (
-    "test_resume.py", "test_steps.py", "test_train.py", "test_methods.py", "test_detection.py",
-    "test_report_generation.py", "test_weights.py", "test_evaluate.py", "test_segmentation.py",
-)  # fmt: skip
+    "test_resume.py",
+    "test_steps.py",
+    "test_train.py",
+    "test_methods.py",
+    "test_detection.py",
+    "test_report_generation.py",
+    "test_weights.py",
+    "test_evaluate.py",
+    "test_segmentation.py",
+)
 
 
 def pytest_collection_modifyitems(items):

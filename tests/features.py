@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plan_jax.types import Features, Setting
+from plan_jax.types import Features, MethodContext
 
 WIDTH = 10  # of what an encoder gives before its heads
 
@@ -24,10 +24,15 @@ def make(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
     pixels = grid[0] * grid[1]
     large = (2 * grid[0], 2 * grid[1])
     images = Features(
-        draw(pairs, dim), draw(pairs, pixels, dim), jnp.ones((pairs, pixels), bool), grid=grid,
-        fine=draw(pairs, 4 * pixels, dim) if fine else None, fine_grid=large if fine else None,
-        raw=draw(pairs, pixels, WIDTH), attention=jax.nn.softmax(draw(pairs, pixels)),
-    )  # fmt: skip
+        draw(pairs, dim),
+        draw(pairs, pixels, dim),
+        jnp.ones((pairs, pixels), bool),
+        grid=grid,
+        fine=draw(pairs, 4 * pixels, dim) if fine else None,
+        fine_grid=large if fine else None,
+        raw=draw(pairs, pixels, WIDTH),
+        attention=jax.nn.softmax(draw(pairs, pixels)),
+    )
     local = draw(pairs, words, dim) * mask[..., None]
     attention = jax.nn.softmax(draw(pairs, words)) * mask
     raw = draw(pairs, words, WIDTH)
@@ -38,7 +43,7 @@ def make(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
 
 def setting(dim=8):
     """Make what a method is told at its start: F = 4 tags."""
-    return Setting(dim, WIDTH, jax.random.normal(jax.random.key(9), (4, 12)))
+    return MethodContext(dim, WIDTH, jax.random.normal(jax.random.key(9), (4, 12)))
 
 
 def make_extra(texts, regions=3, seed=0):

@@ -5,18 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from plan_jax.encoders.text import make_text
-from plan_jax.encoders.vision import make_vision
+from plan_jax.encoders.bert import make_text_tower
+from plan_jax.encoders.vision import make_image_tower
 
 LEAVES = {
-    "kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean",
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
     "var": "running_var",
-}  # fmt: skip
+}
 BERT = {
-    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
-    "out": "attention.output.dense", "norm1": "attention.output.LayerNorm",
-    "fc1": "intermediate.dense", "fc2": "output.dense", "norm2": "output.LayerNorm",
-}  # fmt: skip
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "out": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+    "norm2": "output.LayerNorm",
+}
 
 
 def shapes(kind, size=32, channels=3, **changes):
@@ -25,12 +33,12 @@ def shapes(kind, size=32, channels=3, **changes):
     if kind == "bert":
         tokens = jnp.zeros((1, 4), jnp.int32)
         changes = {"depth": 2, "positions": 16, "vocab": 30} | changes
-        tower, inputs = make_text("bert_tiny", dtype=jnp.float32, **changes), (tokens,) * 3
+        tower, inputs = make_text_tower("bert_tiny", dtype=jnp.float32, **changes), (tokens,) * 3
     else:
         changes |= {"bottleneck": True} if kind == "bottleneck" else {}
         name = "vit_tiny" if kind == "vit" else "resnet_tiny"
         changes |= {"depth": changes.get("depth", 2)} if kind == "vit" else {}
-        tower, inputs = make_vision(name, None, jnp.float32, **changes), (image,)
+        tower, inputs = make_image_tower(name, None, jnp.float32, **changes), (image,)
     held = jax.eval_shape(tower.init, jax.random.key(0), *inputs)
     return {"params": held["params"], "batch_stats": held.get("batch_stats", {})}
 

@@ -91,8 +91,12 @@ def slow_soft(images, texts, labels, hyper):
     tags = [row / max(np.sqrt(row.sum()), 1e-6) for row in (np.asarray(labels) > 0).astype(float)]
     for table in (scores, scores.T):
         for i in range(size):
-            soft = np.array([(1 - hyper.soft) * (i == j) + hyper.soft * tags[i] @ tags[j]
-                             + hyper.smooth for j in range(size)])  # fmt: skip
+            soft = np.array(
+                [
+                    (1 - hyper.soft) * (i == j) + hyper.soft * tags[i] @ tags[j] + hyper.smooth
+                    for j in range(size)
+                ]
+            )
             soft, p = soft / soft.sum(), softmax(table[i])
             total += (sum(soft * np.log(soft / p)) + sum(p * np.log(p / soft))) / 2 / size / 2
             whole -= np.log(p[i]) / size

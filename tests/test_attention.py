@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from plan_jax.encoders.attention import LARGE, attend
-from plan_jax.encoders.gelu import gelu
-from plan_jax.encoders.normalise import layer_norm
-from plan_jax.encoders.transformer import Dense
+from plan_jax.layers.cpu.attention import LARGE, attend
+from plan_jax.layers.cpu.gelu import gelu
+from plan_jax.layers.cpu.normalisation import layer_norm
+from plan_jax.layers.transformer import Dense
 
 
 def drawn(*shape, seed=0):

@@ -12,7 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import struct
 
-from plan_jax import checkpoint, checksums, parallel
+from plan_jax import checkpoint, parallel
+from plan_jax.checkpoint import checksums
 from plan_jax.types import UserError
 
 CONFIG = {"method": "plan", "steps": 7, "optim": {"rate": 1e-3, "betas": (0.9, 0.99)}}
@@ -116,7 +117,7 @@ def test_nothing_saved_is_none(tmp_path):
 def test_state_may_be_donated_while_it_is_written(tmp_path):
     mesh = parallel.mesh(1)
     state = parallel.replicate({"params": {"a": jnp.zeros((1000, 1000))}}, mesh)
-    step = parallel.spread(
+    step = parallel.parallelise(
         lambda s, b: (jax.tree.map(lambda x: x + b.mean(), s), {}), mesh, donate=True
     )
     batch = parallel.shard(np.ones(1, np.float32), mesh)

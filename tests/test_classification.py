@@ -187,8 +187,10 @@ def test_multiclass_learns_and_counts_the_likeliest_class(fits):
     values, rows = evaluate(splits, options)
     logits = {split: logits_of(fits[0][0], splits[split]) for split in ("val", "test")}
     truth = {s: np.array([r.labels.argmax() for r in splits[s]]) for s in splits}
-    losses = [math.log(sum(math.exp(x) for x in z)) - z[y]
-              for z, y in zip(logits["val"], truth["val"], strict=True)]  # fmt: skip
+    losses = [
+        math.log(sum(math.exp(x) for x in z)) - z[y]
+        for z, y in zip(logits["val"], truth["val"], strict=True)
+    ]
     assert -fits[0][0].best == pytest.approx(np.mean(losses), rel=1e-4)
     called, y = logits["test"].argmax(1), truth["test"]
     assert values["100/accuracy"] == pytest.approx(np.mean(called == y))
@@ -248,9 +250,10 @@ def test_findings_with_one_class_are_left_out_and_counted():
     options = dataclasses.replace(QUICK, epochs=3, fractions=(0.025, 1.0))
     last = classification.draw(40, 1 / 40, 0)[0]
     odd = relabelled(
-        splits, f1=lambda split, n, label: 1 if split == "test" else label,
+        splits,
+        f1=lambda split, n, label: 1 if split == "test" else label,
         f2=lambda split, n, label: np.int8(n % 2) if split != "train" else label * (n != last),
-    )  # fmt: skip
+    )
     values, rows = evaluate(odd, options)
     for share in ("2.5", "100"):
         assert values[f"{share}/labels_skipped"] == 1 and f"{share}/mass/auroc" not in values

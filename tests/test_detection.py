@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from plan_jax import optim
-from plan_jax.box_metrics import Truth
-from plan_jax.heads import boxes
-from plan_jax.probe import Probe
+from plan_jax.heads import anchors as anchor_boxes
+from plan_jax.heads.head_on_tower import HeadOnTower
+from plan_jax.metrics.boxes import Truth
 from plan_jax.tasks import detection
 from plan_jax.types import Model, Phrase, Record, Stages, Tower, UserError
 
@@ -75,7 +75,7 @@ def test_a_head_learns_to_find_boxes_of_two_classes(monkeypatch):
     assert len(rows) == 6 and all(len(row.truth) for row in rows)
     best = [row.scores[0] for row in rows]
     assert best == sorted(best, reverse=True)
-    assert all((np.diff(row.scores) <= 0).all() and len(row.found) <= 5 for row in rows)
+    assert all((np.diff(row.scores) <= 0).all() and len(row.predicted) <= 5 for row in rows)
 
 
 def record_of(*phrases, image=(20, 30)):
@@ -104,8 +104,10 @@ def test_true_boxes_are_cut_counted_and_not_said_twice():
 
 
 def test_padding_is_said_to_be_padding():
-    truth = [Truth(np.float32([[1, 2, 3, 4]]), np.int32([2])), Truth(np.zeros((0, 4), np.float32),
-             np.zeros(0, np.int32))]  # fmt: skip
+    truth = [
+        Truth(np.float32([[1, 2, 3, 4]]), np.int32([2])),
+        Truth(np.zeros((0, 4), np.float32), np.zeros(0, np.int32)),
+    ]
     rows = detection.padded(truth, 2)
     assert rows["boxes"].tolist() == [[[1, 2, 3, 4], [0] * 4], [[0] * 4] * 2]
     assert rows["real"].tolist() == [[True, False], [False, False]]
@@ -129,9 +131,11 @@ def test_too_few_training_images_are_named():
     train = [record_of()] * 50 + SPLITS["train"][:2]
     with pytest.raises(UserError, match="limit_train 1 leaves no box to learn"):
         detection.evaluate(
-            BLIND, SPLITS | {"train": train}, options=detection.Options(limit_train=1),
+            BLIND,
+            SPLITS | {"train": train},
+            options=detection.Options(limit_train=1),
             findings=FINDINGS,
-        )  # fmt: skip
+        )
 
 
 def test_training_records_are_drawn_by_the_seed_and_kept_in_order():
@@ -155,7 +159,7 @@ def test_the_prior_gives_the_usual_boxes_first():
 
 def fake_probe(**changes):
     given = {"params": {}, "stats": {}, "rows": None, "loss": None, "see": None, "predict": None}
-    return Probe(**given | changes)
+    return HeadOnTower(**given | changes)
 
 
 def test_boxes_are_those_of_each_image_alone_however_many_there_are(monkeypatch):
@@ -166,8 +170,8 @@ def test_boxes_are_those_of_each_image_alone_however_many_there_are(monkeypatch)
     probe = fake_probe(predict=lambda params, stats, rows: rows["maps"])
     found = detection._finder(probe, (24, 24), options)({}, {}, {"maps": maps})
     assert len(found) == 6
-    anchors = boxes.anchors_at((24, 24))
-    alone = jax.jit(partial(boxes.detect, size=(24, 24), floor=0.6, candidates=20))
+    anchors = anchor_boxes.anchors_at((24, 24))
+    alone = jax.jit(partial(anchor_boxes.detect, size=(24, 24), floor=0.6, candidates=20))
     for n, one in enumerate(found):
         seen = alone(tuple(m[n] for m in maps), anchors)
         keep = np.asarray(seen.keep)

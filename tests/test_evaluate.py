@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from configs import testing
-from plan_jax import assembly, config, evaluate
-from plan_jax.data import records, schema
+from plan_jax import config, evaluate
+from plan_jax import model as assembly
+from plan_jax.data import dataset as datasets
+from plan_jax.data import schema
 from plan_jax.types import Model, Record, UserError
 
 FITTED = ("classification", "segmentation", "detection", "report_generation")
@@ -24,7 +26,7 @@ def settings(tmp_path, **changes):
 
 def tower_only(made):
     """A model of which nothing but the tower, of random weights, can be used."""
-    system = assembly.assemble(made)
+    system = assembly.build_components(made)
     tower = assembly.random_tower(system, made, seed=7)
 
     def refuse(*_, **__):
@@ -61,7 +63,7 @@ def test_a_head_is_fitted_beside_that_of_random_weights_and_kept(world, tmp_path
 
 def test_the_random_tower_depends_on_the_seed_alone(world):
     made = settings(world)
-    system = assembly.assemble(made)
+    system = assembly.build_components(made)
     one, two, other = (assembly.random_tower(system, made, seed) for seed in (1, 1, 2))
     images = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 1)).astype(np.uint8)
     seen = [jax.device_get(t.apply(t.variables, images)[0].pooled) for t in (one, two, other)]
@@ -72,18 +74,18 @@ def test_the_random_tower_depends_on_the_seed_alone(world):
 def test_where_no_split_validates_training_patients_do(world, monkeypatch):
     made = settings(world)
     made["eval"].update(split="val", limit=8)
-    truth = evaluate.Truth(made, "val")
+    truth = evaluate.EvalData(made, "val")
     parts = truth.splits
     names = {split: {r.patient_id for r in some} for split, some in parts.items()}
     assert not names["train"] & names["val"] and len(parts["test"]) == 8
     assert len(parts["train"]) + len(parts["val"]) == 48
     assert 0.1 < len(parts["val"]) / 48 < 0.35
     with pytest.raises(UserError, match="eval.split is train"):
-        _ = evaluate.Truth(made, "train").splits
+        _ = evaluate.EvalData(made, "train").splits
     with pytest.raises(UserError, match=r"eval.split is train\[:50%\]"):
-        _ = evaluate.Truth(made, "train[:50%]").splits
-    assert evaluate.Truth(made, "val[:50%]").validation is None
-    assert len(evaluate.Truth(made, "test").validation) == 8
+        _ = evaluate.EvalData(made, "train[:50%]").splits
+    assert evaluate.EvalData(made, "val[:50%]").validation is None
+    assert len(evaluate.EvalData(made, "test").validation) == 8
     with pytest.raises(UserError, match="1 patients are too few"):
         evaluate._held_out([parts["train"][0]], 0)
 
@@ -94,22 +96,26 @@ def bare(monkeypatch):
     image = np.zeros((32, 32, 1), np.uint8)
     rows = [schema.serialize(Record(image=image, text="", patient_id=str(n))) for n in range(4)]
     monkeypatch.setattr(
-        evaluate, "open_split", lambda config, split: records.Dataset(rows, ("nodule",))
+        evaluate, "open_split", lambda config, split: datasets.Dataset(rows, ("nodule",))
     )
 
 
 @pytest.mark.parametrize(
     ("task", "field"),
     [
-        ("grounding", "phrases"), ("retrieval", "text"), ("zero_shot", "labels"),
-        ("classification", "labels"), ("segmentation", "masks"), ("detection", "boxes"),
+        ("grounding", "phrases"),
+        ("retrieval", "text"),
+        ("zero_shot", "labels"),
+        ("classification", "labels"),
+        ("segmentation", "masks"),
+        ("detection", "boxes"),
         ("report_generation", "text"),
     ],
-)  # fmt: skip
+)
 def test_a_task_without_its_truth_says_which_field_is_missing(task, field, bare, world):
     made = settings(world, tasks=(task,))
     with pytest.raises(UserError, match=rf"task {task} needs .*{field}"):
-        evaluate.open_truth(made, "test")
+        evaluate.open_eval_data(made, "test")
 
 
 def test_what_a_report_states_is_read_by_the_parser():

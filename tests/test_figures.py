@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plan_jax import figures, metrics, report
-from plan_jax.figures import Panel, PhraseRow, RetrievedRow
-from plan_jax.report.elements import Html, number, strip, tag
-from plan_jax.report.numbers import nulls_of, verdict
+from plan_jax import page
+from plan_jax.metrics import grounding as grounding_metrics
+from plan_jax.page import figures
+from plan_jax.page.elements import Html, number, strip, tag
+from plan_jax.page.figures import Panel
+from plan_jax.page.tables import nulls_of, verdict
+from plan_jax.types import PhraseExample, RetrievalExample
 
 HOSTILE = "$\\bad$ </pre><script>alert(1)</script><img src=x onerror=\"f('&')\">"
 
@@ -27,11 +30,11 @@ def phrase_row(phrase="nodule left", kind="best", rounds=3):
     truth = np.zeros((24, 24), bool)
     truth[4:9, 14:20] = True
     heats = np.random.default_rng(0).normal(size=(rounds, 6, 6)).astype(np.float32)
-    return PhraseRow(kind, phrase, radiograph(), truth, heats, 1.234, 0.5)
+    return PhraseExample(kind, phrase, radiograph(), truth, heats, 1.234, 0.5)
 
 
 def retrieved_row(own, other):
-    return RetrievedRow(radiograph(), own, ((own, 0.9, True), (other, 0.1, False)), 1.0, 9)
+    return RetrievalExample(radiograph(), own, ((own, 0.9, True), (other, 0.1, False)), 1.0, 9)
 
 
 def all_metrics():
@@ -82,7 +85,7 @@ def write(tmp_path, **changes):
         "history": [{"step": i, "loss": 3.0, "val/grounding/cnr_signed": 0.1} for i in range(3)],
         "rows": [phrase_row(), phrase_row("effusion", "worst"), retrieved_row("own", "b")],
     }
-    path = report.write(tmp_path / "run", **given | changes)
+    path = page.write(tmp_path / "run", **given | changes)
     return path, path.read_text(encoding="utf-8")
 
 
@@ -107,20 +110,20 @@ def test_a_map_that_says_nothing_paints_nothing(heat):
 def test_heat_is_resized_as_the_metrics_do():
     heat = np.random.default_rng(0).random((6, 6)).astype(np.float32)
     here = np.asarray(Image.fromarray(heat).resize((24, 24), Image.Resampling.BILINEAR))
-    np.testing.assert_allclose(here, metrics.upsample(heat[None], (24, 24))[0], atol=1e-6)
+    np.testing.assert_allclose(here, grounding_metrics.upsample(heat[None], (24, 24))[0], atol=1e-6)
 
 
 def test_one_scale_for_all_rounds_of_a_row():
     weak = np.zeros((6, 6), np.float32)
     weak[2, 2] = 0.2
-    row = dataclasses.replace(phrase_row(), heats=np.stack([weak, 5 * weak]))
+    row = dataclasses.replace(phrase_row(), heat_maps=np.stack([weak, 5 * weak]))
     plain, _, first, last = figures.row_parts(row)
-    bare = figures.heat_over(radiograph(), weak, row.truth, scale=figures.heat_scale(row.heats))
+    bare = figures.heat_over(radiograph(), weak, row.truth, scale=figures.heat_scale(row.heat_maps))
     np.testing.assert_array_equal(first, bare)
     inked = lambda picture: np.abs(picture.astype(int) - plain).sum()  # noqa: E731
     assert inked(first) < inked(last)
-    low, high = figures.heat_scale(row.heats)
-    assert row.heats.mean() < low < high == 1
+    low, high = figures.heat_scale(row.heat_maps)
+    assert row.heat_maps.mean() < low < high == 1
     width = 4 * first.shape[1] + 3 * 6
     assert figures.row_picture(row).shape == (first.shape[0], width, 3)
 
@@ -167,10 +170,26 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 def test_the_page_shows_values_beside_their_baselines(tmp_path):
     said = " ".join(Page(write(tmp_path)[1]).text)
-    for text in ("PLAN", "1.50", "lung prior", "1.10", "mean mask of finding", "2.40", "0.017",
-                 "0.30 to 0.50", "round 2", "50 phrases, 2 skipped", "5.0 min", "chance",
-                 "Not above the mean mask".lower(), "colour from", "found at rank 1 of 9",
-                 "✓ right", "✗ wrong", "abababababababab"):  # fmt: skip
+    for text in (
+        "PLAN",
+        "1.50",
+        "lung prior",
+        "1.10",
+        "mean mask of finding",
+        "2.40",
+        "0.017",
+        "0.30 to 0.50",
+        "round 2",
+        "50 phrases, 2 skipped",
+        "5.0 min",
+        "chance",
+        "Not above the mean mask".lower(),
+        "colour from",
+        "found at rank 1 of 9",
+        "✓ right",
+        "✗ wrong",
+        "abababababababab",
+    ):
         assert text in said, text
 
 
@@ -210,7 +229,14 @@ def test_config_and_metrics_are_whole_in_the_page(tmp_path):
 def test_small_parts():
     assert tag("a", "<", Html("<b>"), None, class_='"x"') == '<a class="&quot;x&quot;">&lt;<b></a>'
     assert [number(x) for x in (0.5, -0.01, 0.0, float("nan"), "x", True, 1234.5)] == [
-        "0.50", "-0.010", "0.00", "nan", "–", "–", "1234"]  # fmt: skip
+        "0.50",
+        "-0.010",
+        "0.00",
+        "nan",
+        "–",
+        "–",
+        "1234",
+    ]
     assert strip(float("nan"), {"a": 1.0}) == strip(1.0, {}) == ""
     assert strip(2.0, {"a": 1.0, "b": float("nan")}).count("<circle") == 2
     values = {"grounding/bare/prior/pointing": 0.1, "grounding/prior/pointing": 0.2}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plan_jax import metrics
+from plan_jax.metrics import grounding as grounding_metrics
 from plan_jax.tasks import grounding
 from plan_jax.types import Features, Model, Phrase, Record, UserError
 
@@ -53,7 +53,7 @@ def cnr(heat, truth):
 
 def brightness(image, side=SIZE):
     small = image.reshape(8, 4, 8, 4).astype(np.float64).mean((1, 3))
-    return metrics.upsample(small[None], (side, side))[0].astype(np.float64)
+    return grounding_metrics.upsample(small[None], (side, side))[0].astype(np.float64)
 
 
 def test_each_box_is_scored_without_the_pixels_of_those_before():
@@ -61,9 +61,11 @@ def test_each_box_is_scored_without_the_pixels_of_those_before():
     mask = np.zeros((SIZE, SIZE), bool)
     mask[24:30, 2:14] = True
     one = record(
-        Phrase("Two  spots", 0, boxes=boxes[:3]), Phrase("two spots", 0, boxes=boxes[3:]),
-        Phrase("two spots", 0, mask=mask), Phrase("two spots", 1, boxes=((0, 0, 5, 5),)),
-    )  # fmt: skip
+        Phrase("Two  spots", 0, boxes=boxes[:3]),
+        Phrase("two spots", 0, boxes=boxes[3:]),
+        Phrase("two spots", 0, mask=mask),
+        Phrase("two spots", 1, boxes=((0, 0, 5, 5),)),
+    )
     values, _ = grounding.evaluate(make_model(), [one], findings=FINDINGS)
     heat, found, union = brightness(one.image), [], np.zeros((SIZE, SIZE), bool)
     for part in [*map(inside_box, boxes), mask]:
@@ -142,7 +144,7 @@ def test_a_crop_is_what_one_does_by_hand():
     assert len(rows) == 4
     for row in rows:
         assert row.image.shape == (24, 24, 1) and row.truth.shape == (24, 24)
-        large = metrics.upsample(row.heats[:1], (24, 24))[0]
+        large = grounding_metrics.upsample(row.heat_maps[:1], (24, 24))[0]
         assert row.cnr == pytest.approx(cnr(large.astype(np.float64), row.truth), abs=1e-4)
 
 
@@ -162,8 +164,9 @@ def test_a_model_that_looks_at_the_centre_of_what_it_sees():
     )
     assert not cases and values == {
         f"{prefix}{key}": float(key == "outside" and not prefix)
-        for prefix in ("", "bare/") for key in ("n", "skipped", "outside")
-    }  # fmt: skip
+        for prefix in ("", "bare/")
+        for key in ("n", "skipped", "outside")
+    }
 
 
 def test_priors_are_cut_as_the_images_are():
@@ -203,19 +206,20 @@ def test_maps_and_noise_are_smoothed_on_the_grid():
     noise = np.random.default_rng(3).random((1, *GRID), np.float32)[0]
     heats = {"": small, "round1/": 2 * small, "random/": noise.astype(np.float64)}
     for prefix, heat in heats.items():
-        large = metrics.upsample(smoothed(heat, 1.5)[None], (SIZE, SIZE))[0]
+        large = grounding_metrics.upsample(smoothed(heat, 1.5)[None], (SIZE, SIZE))[0]
         assert values[f"{prefix}cnr_signed"] == pytest.approx(cnr(large, truth), abs=1e-3)
     row = grounding.illustrate(make_model(), [one], cases, options=options)[0]
-    np.testing.assert_allclose(row.heats[0], smoothed(small, 1.5), rtol=1e-4)
+    np.testing.assert_allclose(row.heat_maps[0], smoothed(small, 1.5), rtol=1e-4)
 
 
 def test_what_is_not_finite_shows_through_boxes_and_smoothing():
     one = record(Phrase("a", 0, boxes=((2, 2, 9, 9), (12, 12, 20, 20))))
     model = make_model()
     nothing = lambda shown, words, rounds=None: (  # noqa: E731
-        np.full((len(shown.pooled), 1, 64), np.nan), np.ones((len(shown.pooled), 1)),
-    )  # fmt: skip
-    broken = Model("fake", GRID, 0, SIZE, model.see, model.read, None, nothing)
+        np.full((len(shown.pooled), 1, 64), np.nan),
+        np.ones((len(shown.pooled), 1)),
+    )
+    broken = Model("fake", GRID, 0, SIZE, model.encode_image, model.encode_text, None, nothing)
     values, _ = grounding.evaluate(broken, [one], findings=FINDINGS, options=grounding.BIOVIL)
     assert np.isnan([values[k] for k in ("cnr_boxes_signed", "cnr_boxes_abs", "miou_z")]).all()
 

@@ -3,11 +3,15 @@
 import json
 import time
 
+import chex
 import grain
+import jax
 import numpy as np
 import pytest
 
-from plan_jax.data import loader, records, schema, text
+from plan_jax.data import dataset as datasets
+from plan_jax.data import loader, schema
+from plan_jax.data import tokenizer as tokenization
 from plan_jax.types import Phrase, Record, UserError
 
 VOCABULARY = "[PAD] [UNK] [CLS] [SEP] . no effusion heart is normal lungs are clear a b c d e f"
@@ -38,14 +42,14 @@ def record(i, y=20, x=24):
 @pytest.fixture(scope="module")
 def dataset():
     source = [schema.serialize(record(i)) for i in range(COUNT)]
-    return records.Dataset(source, ("effusion", "oedema"), ("lung", "heart"), REGIONS)
+    return datasets.Dataset(source, ("effusion", "oedema"), ("lung", "heart"), REGIONS)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
     path.write_text("\n".join(VOCABULARY.split()) + "\n")
-    return text.load_tokenizer(str(path))
+    return tokenization.load_tokenizer(str(path))
 
 
 @pytest.fixture
@@ -63,16 +67,12 @@ def batches(dataset, tokenizer):
 
 
 def same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in set(ours) - {"extra"}:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    if "extra" in ours:
-        same(ours["extra"], theirs["extra"])
+    chex.assert_trees_all_equal(ours, theirs)
 
 
 def studies(batch):
     """The images of `record` are all of one grey, their number."""
-    return [int(image[12, 12, 0]) for image in batch["image"]]
+    return [int(image[12, 12, 0]) for image in batch.image]
 
 
 def test_a_record_comes_back_as_it_was(dataset):
@@ -98,14 +98,14 @@ def test_a_record_comes_back_as_it_was(dataset):
 
 def test_a_record_of_which_nothing_is_known_comes_back():
     bare = Record(np.zeros((3, 5), np.uint8), "x")
-    found = records.Dataset([schema.serialize(bare)], (), ("lung",))[0]
+    found = datasets.Dataset([schema.serialize(bare)], (), ("lung",))[0]
     assert found.image.shape == (3, 5, 1)
     assert (found.phrases, found.anatomy, found.triplets) == ((), {}, ())
     assert (found.labels.shape, found.regions.shape) == ((0,), (0, 4))
 
 
 def test_training_reads_image_text_and_labels_only(dataset):
-    kept = records.Dataset(dataset.source, keep=True)
+    kept = datasets.Dataset(dataset.source, keep=True)
     for each in (dataset, kept):
         row, whole = each.image_text(5), dataset[5]
         np.testing.assert_array_equal(row.image, whole.image)
@@ -124,8 +124,9 @@ def test_a_record_beyond_the_end_is_named(dataset):
 
 def test_a_batch_has_the_fields_of_the_step(batches):
     batch = next(batches())
-    extra = batch.pop("extra")
-    kinds = {name: (value.shape, value.dtype.name) for name, value in (batch | extra).items()}
+    extra = batch.extra
+    arrays = {"image": batch.image, **vars(batch.text), **extra}
+    kinds = {name: (value.shape, value.dtype.name) for name, value in arrays.items()}
     assert kinds == {
         "image": ((4, 24, 24, 1), "uint8"),
         "tokens": ((4, 16), "int32"),
@@ -134,13 +135,13 @@ def test_a_batch_has_the_fields_of_the_step(batches):
         "sentence": ((4, 10), "int32"),
         "labels": ((4, 2), "int8"),
     }
-    assert next(batches(extra=()))["extra"] == {}
+    assert next(batches(extra=())).extra == {}
     np.testing.assert_array_equal(extra["labels"][:, 0], np.asarray(studies(batch)) % 2)
 
 
 def test_regions_follow_the_image_and_their_words_the_sentences(batches, dataset):
     batch = next(batches(extra=("regions", "region_words"), shift=2))
-    boxes, said = batch["extra"]["regions"] * 24, batch["extra"]["region_words"]
+    boxes, said = batch.extra["regions"] * 24, batch.extra["region_words"]
     given = dataset[0].regions[:2] + np.asarray([0, 2, 0, 2])  # a row of 20 x 24, padded to 24 x 24
     shifts = boxes[:, :2] - given
     np.testing.assert_allclose(shifts, shifts.round(), atol=1e-4)
@@ -149,7 +150,7 @@ def test_regions_follow_the_image_and_their_words_the_sentences(batches, dataset
     assert (boxes[:, 2, 2] <= boxes[:, 2, 0]).all(), "an unknown region has become a box"
     vocabulary = VOCABULARY.split()
     for b in range(BATCH):
-        for word, *marked in zip(batch["word_id"][b], *said[b], strict=True):
+        for word, *marked in zip(batch.text.word_id[b], *said[b], strict=True):
             about = {"heart": {1}, "is": {1}, "normal": {1}}.get(vocabulary[word], {0, 2})
             assert set(np.flatnonzero(marked)) == (about if word else set())
 
@@ -171,8 +172,7 @@ def test_shards_are_disjoint_and_cover_the_epoch_of_one_process(batches):
         whole = next(one)
         parts = [next(half) for half in halves]
         assert studies(whole) == [study for part in parts for study in studies(part)]
-        whole, parts = whole | whole.pop("extra"), [part | part.pop("extra") for part in parts]
-        same(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
+        same(whole, jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts))
     everyone = studies(next(one)) + studies(next(one))
     assert sorted(everyone) == list(range(COUNT))
 
@@ -184,12 +184,12 @@ def test_the_seed_decides(batches):
 
 
 def test_a_study_is_moved_and_its_sentences_shuffled_anew_each_epoch(dataset, tokenizer):
-    one = records.Dataset(dataset.source[:1])
+    one = datasets.Dataset(dataset.source[:1])
     iterator = loader.train_batches(
         one, tokenizer, batch=1, size=24, length=16, words=10, seed=0, shift=2
     )
     seen = [next(iterator) for _ in range(20)]
-    assert len({batch["tokens"].tobytes() for batch in seen}) > 3
+    assert len({batch.text.tokens.tobytes() for batch in seen}) > 3
     iterator.close()
 
 
@@ -259,7 +259,7 @@ def test_mistakes_are_named(batches, changed, message):
 
 
 def test_a_text_without_words_names_its_study(dataset, tokenizer):
-    odd = records.Dataset([schema.serialize(Record(np.zeros((8, 8), np.uint8), "..."))])
+    odd = datasets.Dataset([schema.serialize(Record(np.zeros((8, 8), np.uint8), "..."))])
     iterator = loader.train_batches(odd, tokenizer, batch=1, size=8, length=8, words=4, seed=0)
     with pytest.raises(UserError, match="text 0 has no word"):
         next(iterator)
@@ -277,7 +277,7 @@ def test_records_are_read_for_evaluation(dataset):
 def test_the_step_hardly_waits(dataset, tokenizer):
     """A kept batch of 32 at 96 px costs the consumer's thread far less than 5 ms of CPU."""
     source = [schema.serialize(record(i, 96, 96)) for i in range(64)]
-    kept = records.Dataset(source, keep=True)
+    kept = datasets.Dataset(source, keep=True)
     iterator = loader.train_batches(kept, tokenizer, batch=32, size=96, length=64, words=48, seed=0)
     for _ in range(4):
         next(iterator)

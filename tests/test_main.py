@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plan_jax import assembly, config, evaluate, ground, main, train
+from plan_jax import config, evaluate, main, predict, train
+from plan_jax import model as assembly
 from plan_jax.types import Features, Model, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +127,7 @@ def test_a_config_with_an_argument():
     ]
 
 
-@pytest.mark.parametrize("module", ["main", "ground"])
+@pytest.mark.parametrize("module", ["main", "predict"])
 def test_as_a_program(module):
     argv = [sys.executable, "-m", f"plan_jax.{module}", "--nothing=1"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -172,8 +173,8 @@ def toy_model():
         grid=(4, 4),
         rounds=0,
         size=32,
-        see=lambda images: features(len(images)),
-        read=lambda texts: features(len(texts)),
+        encode_image=lambda images: features(len(images)),
+        encode_text=lambda texts: features(len(texts)),
         similarity=lambda images, texts: {},
         heatmap=lambda images, texts, rounds=None: (maps, np.asarray([[1.0, 0.0]])),
     )
@@ -181,7 +182,7 @@ def toy_model():
 
 @pytest.mark.parametrize(("shape", "top", "left"), [((64, 64), 16, 48), ((40, 80), 0, 60)])
 def test_the_heat_lies_over_the_image_as_it_was_given(shape, top, left):
-    heat = ground.heat_map(toy_model(), np.zeros((*shape, 1), np.uint8), "effusion")
+    heat = predict.heat_map(toy_model(), np.zeros((*shape, 1), np.uint8), "effusion")
     assert heat.shape == shape
     y, x = np.unravel_index(heat.argmax(), shape)
     cell = max(shape) // 4
@@ -193,7 +194,7 @@ def test_a_phrase_is_grounded(name, monkeypatch, capsys):
     monkeypatch.setattr(assembly, "load", lambda folder: toy_model())
     Image.fromarray(np.full((50, 40), 90, np.uint8)).save("chest.png")
     argv = ["--checkpoint", "x", "--image", "chest.png", "--text", "effusion", "--out", name]
-    assert ground.run(argv) == 0
+    assert predict.run(argv) == 0
     assert capsys.readouterr().out == f"{name}: highest at x 39, y 18 of 40 x 50, patient's left\n"
     with Image.open(name) as picture:
         assert picture.mode == "RGB" and picture.height / picture.width == 50 / 40

@@ -46,7 +46,7 @@ each = pytest.mark.parametrize("name", sorted(METHODS))
 @each
 def test_all_have_the_same_names(name):
     method, hyper, params, memory = setup(name)
-    assert isinstance(method.PAPER, str) and isinstance(method.NEEDS, tuple)
+    assert isinstance(method.PAPER, str) and isinstance(method.REQUIRES, tuple)
     assert dataclasses.is_dataclass(hyper) and hyper == dataclasses.replace(hyper)
     assert isinstance(memory, dict)
 
@@ -98,8 +98,9 @@ def test_padded_words_change_nothing(name):
     maps, weight = HEATMAP[name](params, memory, images, texts, hyper)
     maps_, weight_ = HEATMAP[name](params, memory, images, padded, hyper)
     words = texts.mask.shape[1]
-    np.testing.assert_allclose(maps_[:, :words] * texts.mask[..., None],
-                               maps * texts.mask[..., None], rtol=1e-4, atol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(
+        maps_[:, :words] * texts.mask[..., None], maps * texts.mask[..., None], rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_allclose(weight_[:, :words], weight, rtol=1e-4, atol=1e-5)
     assert (np.asarray(weight_)[:, words:] == 0).all()
 

@@ -310,9 +310,12 @@ def spread(hyper, images, texts):
         return value[None], jax.lax.pmean(grads[0], parallel.AXIS), own
 
     mapped = jax.shard_map(
-        part, mesh=parallel.mesh(8), in_specs=(whole, cut, cut), out_specs=(cut, whole, cut),
+        part,
+        mesh=parallel.mesh(8),
+        in_specs=(whole, cut, cut),
+        out_specs=(cut, whole, cut),
         check_vma=False,
-    )  # fmt: skip
+    )
     return jax.jit(mapped)(params_of(hyper), images, texts)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plan_jax import checkpoint, config, evaluate, ground, main
+from plan_jax import checkpoint, config, evaluate, main, predict
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/testing.py"
@@ -93,7 +93,7 @@ TRAIN = {
     "another run": ("--workdir other", "workdir other holds a run of config.* 1, not|unset, not"),
     "broken run": ("--workdir broken", "broken/config.json cannot be read; give another --workdir"),
     "resuming wrongly": ("--checkpoint run", "--checkpoint is for --mode eval; a run is resumed"),
-}  # fmt: skip
+}
 JUDGE = "--config configs/eval/all_phantom.py --checkpoint run "
 EVAL = {
     "other tower": (JUDGE + "config.dim=9", "checkpoint run is of config.dim 8, not 9"),
@@ -183,7 +183,7 @@ def test_grounding(mistake, desk, monkeypatch, capfd):
     argv = typed.split()
     if argv and "--checkpoint" not in argv:
         argv += ["--checkpoint", "run"]
-    assert re.search(sentence, said(ground.run, argv, desk, monkeypatch, capfd))
+    assert re.search(sentence, said(predict.run, argv, desk, monkeypatch, capfd))
 
 
 def test_the_fields_are_those_of_the_configs(monkeypatch):

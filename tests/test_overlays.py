@@ -3,22 +3,30 @@
 import numpy as np
 import pytest
 
-from plan_jax import figures, overlays, report
-from plan_jax.figures import BoxRow, LineRow, MaskRow, TextRow
-from plan_jax.report import downstream
+from plan_jax import page
+from plan_jax.page import downstream, figures, overlays
+from plan_jax.types import BoxExample, Curve, MaskExample, ReportExample
 
 HOSTILE = "<script>alert('x')</script>"
 METRICS = {
-    "classification/1/auroc_macro": 0.7, "classification/100/auroc_macro": 0.9,
-    "classification/100/auroc_macro_low": 0.85, "classification/100/auroc_macro_high": 0.95,
-    "classification/random/100/auroc_macro": 0.6, "classification/100/nodule/auroc_macro": 0.2,
-    "segmentation/lungs/dice": 0.96, "segmentation/random/lungs/dice": 0.95,
-    "detection/map_strict": 0.3, "detection/prior/map_strict": 0.1,
-    "report_generation/ce/f1_micro": 0.5, "report_generation/retrieval/ce/f1_micro": 0.4,
-    "grounding/cnr_signed": 2.0, "grounding/nodule/cnr_signed": 3.0,
+    "classification/1/auroc_macro": 0.7,
+    "classification/100/auroc_macro": 0.9,
+    "classification/100/auroc_macro_low": 0.85,
+    "classification/100/auroc_macro_high": 0.95,
+    "classification/random/100/auroc_macro": 0.6,
+    "classification/100/nodule/auroc_macro": 0.2,
+    "segmentation/lungs/dice": 0.96,
+    "segmentation/random/lungs/dice": 0.95,
+    "detection/map_strict": 0.3,
+    "detection/prior/map_strict": 0.1,
+    "report_generation/ce/f1_micro": 0.5,
+    "report_generation/retrieval/ce/f1_micro": 0.4,
+    "grounding/cnr_signed": 2.0,
+    "grounding/nodule/cnr_signed": 3.0,
     "grounding/prior/cnr_signed": 1.0,
-    "grounding/round1/cnr_signed": 9.0, "detection/seconds": 12.0,
-}  # fmt: skip
+    "grounding/round1/cnr_signed": 9.0,
+    "detection/seconds": 12.0,
+}
 
 
 def blank(side=32):
@@ -34,15 +42,21 @@ def square(at, side=32, size=8):
 def rows(name="lungs"):
     curve = np.linspace(0, 1, 5)
     return [
-        MaskRow(name, blank(), square(4), square(12), 0.5),
-        BoxRow(blank(), np.array([[2.0, 2, 10, 10]]), np.array([[20.0, 20, 30, 30]]),
-               np.array([0.75], np.float32)),
-        BoxRow(blank(), np.zeros((0, 4)), np.array([[4.0, 4, 20, 20]]), np.array([0.1])),
-        BoxRow(blank(), np.zeros((0, 4)), np.zeros((0, 4)), np.zeros(0)),
-        TextRow(blank(), f"reference {name}", f"generated {name}", ("right one",), ("missed one",)),
-        LineRow("roc", name, curve, curve**0.5),
-        LineRow("calibration", name, curve, curve),
-    ]  # fmt: skip
+        MaskExample(name, blank(), square(4), square(12), 0.5),
+        BoxExample(
+            blank(),
+            np.array([[2.0, 2, 10, 10]]),
+            np.array([[20.0, 20, 30, 30]]),
+            np.array([0.75], np.float32),
+        ),
+        BoxExample(blank(), np.zeros((0, 4)), np.array([[4.0, 4, 20, 20]]), np.array([0.1])),
+        BoxExample(blank(), np.zeros((0, 4)), np.zeros((0, 4)), np.zeros(0)),
+        ReportExample(
+            blank(), f"reference {name}", f"generated {name}", ("right one",), ("missed one",)
+        ),
+        Curve("roc", name, curve, curve**0.5),
+        Curve("calibration", name, curve, curve),
+    ]
 
 
 def test_what_was_found_is_tinted_and_the_truth_outlined():
@@ -67,13 +81,13 @@ def test_boxes_lie_where_they_are():
 
 
 def test_curves_are_drawn_by_kind():
-    text, png = overlays.line_chart([row for row in rows() if isinstance(row, LineRow)])
+    text, png = overlays.line_chart([row for row in rows() if isinstance(row, Curve)])
     assert text.startswith("<svg") and png.startswith(b"\x89PNG")
     assert "ROC" in text and "Calibration" in text and "http" not in text
 
 
 def test_the_table_has_one_row_for_each_headline():
-    table = report.markdown(METRICS).splitlines()[2:]
+    table = page.markdown(METRICS).splitlines()[2:]
     assert table == [
         "| Phrase grounding | CNR, signed | 2.000 |  | lung prior 1.000 |",
         "| Classification | 1 % of labels, AUROC | 0.700 |  |  |",
@@ -85,7 +99,7 @@ def test_the_table_has_one_row_for_each_headline():
 
 
 def test_the_page_shows_every_task_and_hostile_text_stays_text(tmp_path):
-    path = report.write(tmp_path, config={"method": "plan"}, metrics=METRICS, rows=rows(HOSTILE))
+    path = page.write(tmp_path, config={"method": "plan"}, metrics=METRICS, rows=rows(HOSTILE))
     text = path.read_text()
     assert "<script" not in text
     for title in ("All tasks", "Segmented", "Detected", "Generated reports", "Classifier by"):

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plan_jax.data import loader, manifest, records
+from plan_jax.data import dataset as datasets
+from plan_jax.data import loader
+from plan_jax.data.pairs import manifest
 from plan_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +72,7 @@ def write(folder, rows, name="manifest.csv"):
 def opened(folder, rows, split="train", name="manifest.csv", **config):
     path = write(folder, rows, name)
     config = {"manifest": path, "size": 32} | config
-    return records.open_dataset("pairs", split, data_dir=str(folder.parent / "data"), **config)
+    return datasets.open_dataset("pairs", split, data_dir=str(folder.parent / "data"), **config)
 
 
 @pytest.mark.parametrize("name", ["manifest.csv", "manifest.jsonl", "manifest.parquet"])
@@ -296,7 +298,7 @@ def test_unknown_names_are_told(folder):
     with pytest.raises(
         UserError, match="dataset 'phantoms' is unknown; choose from phantom, pairs"
     ):
-        records.open_dataset("phantoms", "train")
+        datasets.open_dataset("phantoms", "train")
     with pytest.raises(UserError, match="split 'trian' is not in dataset pairs; choose from train"):
         opened(folder, rows(), "trian")
     with pytest.raises(UserError, match="split 'train.:x.' cannot be read"):
@@ -304,7 +306,7 @@ def test_unknown_names_are_told(folder):
     assert len(opened(folder, rows(), "train[:50%]")) == 4
     (folder.parent / "data2").write_text("a file")
     with pytest.raises(UserError, match="cannot be written"):
-        records.open_dataset(
+        datasets.open_dataset(
             "pairs",
             "train",
             data_dir=str(folder.parent / "data2"),
@@ -314,14 +316,14 @@ def test_unknown_names_are_told(folder):
 
 PREPARE = """
 import sys, time
-from plan_jax.data import images, records
+from plan_jax.data import images, dataset
 read = images.read_image
 def slowly(path, size):
     time.sleep(float(sys.argv[3]))
     return read(path, size)
 images.read_image = slowly
 folder, manifest = sys.argv[1:3]
-found = records.open_dataset("pairs", "train", data_dir=folder, manifest=manifest, size=32)
+found = dataset.open_dataset("pairs", "train", data_dir=folder, manifest=manifest, size=32)
 print(len(found))
 assert "tensorflow" not in sys.modules
 """
@@ -366,8 +368,8 @@ def test_real_radiographs_build(tmp_path):
         "filters": {"view": {"not": ["L"]}, "overlay_marks": {"in": ["0"]}},
         "box_where": {"group": ["pathology"], "level": ["component", "whole"]},
     }
-    train = records.open_dataset("pairs", "train", data_dir=str(tmp_path), **config)
-    val = records.open_dataset("pairs", "val", data_dir=str(tmp_path), **config)
+    train = datasets.open_dataset("pairs", "train", data_dir=str(tmp_path), **config)
+    val = datasets.open_dataset("pairs", "val", data_dir=str(tmp_path), **config)
     assert (len(train), len(val)) == (104, 10)
     assert not {r.patient_id for r in train} & {r.patient_id for r in val}
     every = [*train, *val]

@@ -69,10 +69,10 @@ def train(devices, implementation="shard_map", steps=3):
     variables = Tower().init(jax.random.key(0), jnp.ones((2, 5)))
     state = {**variables, "opt_state": OPTIMISER.init(variables["params"])}
     state = parallel.replicate(state, mesh)
-    spread = parallel.spread(step, mesh, implementation=implementation)
+    spread = parallel.parallelise(step, mesh, implementation=implementation)
     for _ in range(steps):
         state, metrics = spread(state, parallel.shard(data(), mesh))
-    return parallel.host(state), parallel.host(metrics)
+    return parallel.to_host(state), parallel.to_host(metrics)
 
 
 def close(a, b, tolerance):
@@ -108,8 +108,9 @@ def test_one_device_without_any_axis_gives_the_same():
         rows, columns = (-jnp.diag(jax.nn.log_softmax(scores, axis)).mean() for axis in (0, 1))
         return (rows + columns) / 2
 
-    value, gradients = jax.vmap(jax.value_and_grad(loss), axis_size=1, axis_name=parallel.AXIS,
-                                in_axes=None)(variables["params"])  # fmt: skip
+    value, gradients = jax.vmap(
+        jax.value_and_grad(loss), axis_size=1, axis_name=parallel.AXIS, in_axes=None
+    )(variables["params"])
     close(metrics["loss"], value[0], 1e-6)
     close(metrics["gradients"], jax.tree.map(lambda x: x[0], gradients), 1e-6)
 
@@ -117,7 +118,7 @@ def test_one_device_without_any_axis_gives_the_same():
 @pytest.mark.parametrize("implementation", parallel.IMPLEMENTATIONS)
 def test_donated_state_is_gone_and_what_it_was_copied_from_is_not(implementation):
     source = jnp.arange(3.0)
-    spread = parallel.spread(lambda s, b: (s + b.sum(), {}), implementation=implementation)
+    spread = parallel.parallelise(lambda s, b: (s + b.sum(), {}), implementation=implementation)
     state = parallel.replicate(source)
     after, _ = spread(state, parallel.shard(np.ones(8, np.float32)))
     assert state.is_deleted() and not source.is_deleted()
@@ -125,7 +126,7 @@ def test_donated_state_is_gone_and_what_it_was_copied_from_is_not(implementation
 
 
 def test_steps_are_compiled_once():
-    spread = parallel.spread(lambda s, b: (jax.tree.map(lambda x: x + b.mean(), s), {}))
+    spread = parallel.parallelise(lambda s, b: (jax.tree.map(lambda x: x + b.mean(), s), {}))
     state = parallel.replicate((jnp.zeros(3), 2.0, jnp.log(2.0)))  # the last two are weakly typed
     for _ in range(3):
         state, _ = spread(state, parallel.shard(np.ones(16, np.float32)))
@@ -140,7 +141,7 @@ def test_keys():
         own = jax.random.uniform(parallel.device_key(parallel.step_key(state, 3)))
         return state, {"same": same, "own": jax.lax.all_gather(own, parallel.AXIS)}
 
-    metrics = parallel.spread(draw)(parallel.replicate(key), parallel.shard(np.ones(8)))[1]
+    metrics = parallel.parallelise(draw)(parallel.replicate(key), parallel.shard(np.ones(8)))[1]
     assert metrics["same"] == jax.random.uniform(parallel.step_key(key, 3))
     assert len(set(metrics["own"].tolist())) == 8
     alone = jax.random.uniform(parallel.device_key(parallel.step_key(key, 3), None))
@@ -151,9 +152,9 @@ def test_keys():
 def test_host_and_one_process():
     batch = parallel.shard({"a": np.arange(16)})
     assert batch["a"].sharding.shard_shape((16,)) == (2,)
-    assert parallel.host(batch)["a"].tolist() == list(range(16))
-    assert parallel.is_main() and parallel.agree(True) and not parallel.agree(False)
-    assert parallel.texts("ä") == ["ä"]
+    assert parallel.to_host(batch)["a"].tolist() == list(range(16))
+    assert parallel.is_main() and parallel.any_process(True) and not parallel.any_process(False)
+    assert parallel.gather_strings("ä") == ["ä"]
     parallel.barrier()
     parallel.initialize()
 
@@ -168,7 +169,10 @@ def test_host_and_one_process():
         (lambda: parallel.shard(np.ones(12)), "batch 12 does not divide over 8 devices; use 8 or"),
         (lambda: parallel.mesh(9), "parallel.devices is 9 but there are 8; use 1 to 8, or 0"),
         (lambda: parallel.mesh(-1), "parallel.devices is -1 but"),
-        (lambda: parallel.spread(step, implementation="xmap"), "'xmap'; use shard_map or pmap"),
+        (
+            lambda: parallel.parallelise(step, implementation="xmap"),
+            "'xmap'; use shard_map or pmap",
+        ),
     ],
 )
 def test_mistakes_are_sentences(call, sentence):
@@ -195,15 +199,15 @@ PROGRAM = """
         return state + parallel.mean(batch.mean()), {"all": everyone}
     for implementation in parallel.IMPLEMENTATIONS:
         state = parallel.replicate(np.zeros(2, np.float32))
-        spread = parallel.spread(step, implementation=implementation)
+        spread = parallel.parallelise(step, implementation=implementation)
         batch = np.arange(4, dtype=np.float32) + 4 * mine
         for _ in range(2):
             state, metrics = spread(state, parallel.shard(batch))
-        assert parallel.host(state).tolist() == [7, 7]
-        assert parallel.host(metrics)["all"].tolist() == list(range(8))
-        assert parallel.host(parallel.shard(batch)).tolist() == list(range(8))
-    assert parallel.agree(mine == 1) and not parallel.agree(False)
-    assert parallel.texts("x" * (mine + 1)) == ["x", "xx"]
+        assert parallel.to_host(state).tolist() == [7, 7]
+        assert parallel.to_host(metrics)["all"].tolist() == list(range(8))
+        assert parallel.to_host(parallel.shard(batch)).tolist() == list(range(8))
+    assert parallel.any_process(mine == 1) and not parallel.any_process(False)
+    assert parallel.gather_strings("x" * (mine + 1)) == ["x", "xx"]
     parallel.barrier()
     print("fine", parallel.is_main())
 """

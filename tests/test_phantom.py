@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plan_jax.data import phantom, phantom_findings, phantom_text, records
+from plan_jax.data import dataset as datasets
+from plan_jax.data import phantom
 from plan_jax.data.builders import phantom as builder
-from plan_jax.data.phantom import Difficulty, draw
-from plan_jax.data.phantom_anatomy import ANATOMY, new_patient
+from plan_jax.data.phantom import Difficulty, draw, report_text
+from plan_jax.data.phantom import findings as phantom_findings
+from plan_jax.data.phantom.anatomy import ANATOMY, new_patient
 from plan_jax.types import Record, UserError
 
 SIDES, ZONES = ("right", "left"), ("upper", "mid", "lower")
@@ -162,7 +164,7 @@ DOUBT = ("possible", "may be", "cannot be excluded", "suspected")
 def kinds_in(part: str) -> list[str]:
     """Kinds that a part of a sentence names, by the longest synonym."""
     found = []
-    names = [(name, kind) for kind, all_of in phantom_text.NAMES.items() for name, _ in all_of]
+    names = [(name, kind) for kind, all_of in report_text.NAMES.items() for name, _ in all_of]
     for name, kind in sorted(names, key=lambda pair: -len(pair[0])):
         if re.search(rf"\b{name}\b", part):
             found.append(kind)
@@ -236,7 +238,7 @@ def test_difficulty_does_what_it_says():
         record = draw(2, index, 32, plain)
         assert record.labels.shape == (2,)
         assert all(p.bare == plain.findings[p.finding] for p in record.phrases)
-        assert not any(f"{line.capitalize()}." in record.text for line in phantom_text.FILLER[1:])
+        assert not any(f"{line.capitalize()}." in record.text for line in report_text.FILLER[1:])
         assert all(existence >= 0 for _, _, existence in record.triplets)
     empty = [draw(2, i, 32, Difficulty(max_findings=0)) for i in range(20)]
     assert not any(record.phrases or record.labels.any() for record in empty)
@@ -259,11 +261,16 @@ def test_difficulty_does_what_it_says():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"findings": ("nodules",)}, {"findings": ()}, {"findings": ("nodule", "nodule")},
-        {"max_findings": 5}, {"noise": -1.0}, {"filler": -0.1}, {"hedged": 1.5},
+        {"findings": ("nodules",)},
+        {"findings": ()},
+        {"findings": ("nodule", "nodule")},
+        {"max_findings": 5},
+        {"noise": -1.0},
+        {"filler": -0.1},
+        {"hedged": 1.5},
         {"vague": -0.5},
     ],
-)  # fmt: skip
+)
 def test_wrong_difficulty_is_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong)).rstrip("s")):
         Difficulty(**wrong)
@@ -296,7 +303,7 @@ CONFIG = {"seed": 9, "size": 48, "train": 7, "val": 4, "test": 5}
 
 def test_builder_stores_what_is_drawn(tmp_path):
     for split in phantom.SPLITS:
-        dataset = records.open_dataset("phantom", split, data_dir=str(tmp_path), **CONFIG)
+        dataset = datasets.open_dataset("phantom", split, data_dir=str(tmp_path), **CONFIG)
         assert len(dataset) == CONFIG[split]
         assert dataset.findings == phantom.FINDINGS and dataset.anatomy_names == ANATOMY
         for i, index in enumerate(phantom.split_range(split, CONFIG[split])):
@@ -315,7 +322,7 @@ def test_other_processes_draw_the_same():
 
 def test_a_killed_preparation_is_not_taken_for_whole(tmp_path):
     config = {"seed": 1, "size": 32, "train": 150, "val": 1, "test": 1}
-    code = f"from plan_jax.data import records as r; r.open_dataset('phantom', 'train', **{config},"
+    code = f"from plan_jax.data import dataset as r; r.open_dataset('phantom', 'train', **{config},"
     child = subprocess.Popen(
         [sys.executable, "-c", f"{code} data_dir={str(tmp_path)!r})"],
         cwd=Path(__file__).parent.parent,
@@ -326,5 +333,5 @@ def test_a_killed_preparation_is_not_taken_for_whole(tmp_path):
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert not list(tmp_path.glob("phantom/*/1.0.0/dataset_info.json"))
-    dataset = records.open_dataset("phantom", "train", data_dir=str(tmp_path), **config)
+    dataset = datasets.open_dataset("phantom", "train", data_dir=str(tmp_path), **config)
     assert len(dataset) == 150 and same(dataset[149], draw(1, 149, 32))

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from plan_jax import parallel
 from plan_jax.methods import place
-from plan_jax.types import Setting, UserError
+from plan_jax.types import MethodContext, UserError
 
 # These tests are about values: compiling quickly matters more to them than running quickly.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -21,7 +21,7 @@ MATCHES = ("max", "soft", "attn")
 ATTN = replace(HYPER, match="attn", decoder_blocks=0)
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(1)
-PARAMS, _ = jit(place.init, static_argnums=(1, 2))(KEY, Setting(8), HYPER)
+PARAMS, _ = jit(place.init, static_argnums=(1, 2))(KEY, MethodContext(8), HYPER)
 SIMILARITY = jit(place.similarity, static_argnums=4)
 HEATMAP = jit(place.heatmap, static_argnums=4)
 OBSERVE = jit(place.observe, static_argnums=2)
@@ -126,8 +126,10 @@ def slow_loss(images, texts, hyper):
         guessed = unit(np.asarray(guesses[i]) - np.asarray(guesses[i]).mean(0))
         errors = [
             (guessed[p] @ guessed[q] - true[p, q]) ** 2
-            for p in range(pixels) for q in range(pixels) if p != q and hidden[i, [p, q]].any()
-        ]  # fmt: skip
+            for p in range(pixels)
+            for q in range(pixels)
+            if p != q and hidden[i, [p, q]].any()
+        ]
         total += np.mean(errors) / size
     return total
 
@@ -354,4 +356,4 @@ def test_eight_devices_equal_one(hyper):
 
 def test_heads_that_do_not_divide_are_told():
     with pytest.raises(UserError, match="heads 3"):
-        place.init(KEY, Setting(8), place.Hyper(heads=3))
+        place.init(KEY, MethodContext(8), place.Hyper(heads=3))

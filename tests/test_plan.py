@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plan_jax import align
-from plan_jax.methods import plan
-from plan_jax.types import Setting
+from plan_jax.methods import contrastive, plan
+from plan_jax.types import MethodContext
 
 HYPER = plan.Hyper(words=5, tile=2, candidates=3, rounds=2, eta=0.5)
 LOSS = jax.jit(plan.loss, static_argnames="hyper")
@@ -74,7 +73,7 @@ def test_reading_is_the_literal_loop(real, rounds):
     grids = ((3, 3), (3, 3))
     reading = jax.jit(plan.read, static_argnums=(2, 3, 4))
     got, got_maps, alpha_ = reading(
-        plan.Sight(pixels, fine), plan.Words(words, ids), grids, HYPER, rounds
+        plan.ImageSide(pixels, fine), plan.Words(words, ids), grids, HYPER, rounds
     )
     np.testing.assert_allclose(got[:, :real], matches, rtol=2e-4, atol=2e-5)
     np.testing.assert_allclose(got_maps[:real], maps, rtol=2e-4, atol=2e-5)
@@ -86,7 +85,7 @@ def test_one_real_word_has_finite_gradients():
     ids = jnp.array([4, 0, 0])
 
     def objective(pixels, words):
-        out = plan.read(plan.Sight(pixels), plan.Words(words, ids), (), HYPER, 2)
+        out = plan.read(plan.ImageSide(pixels), plan.Words(words, ids), (), HYPER, 2)
         return jnp.sum(out[0]) + jnp.sum(out[1])
 
     for grad in jax.grad(objective, (0, 1))(pixels, words):
@@ -96,7 +95,7 @@ def test_one_real_word_has_finite_gradients():
 def test_full_history_keeps_the_first_map():
     hyper = plan.Hyper(rounds=4, rho=1.0)
     pixels, words, ids = draw(9, 6), draw(3, 6), jnp.array([1, 2, 3])
-    maps = plan.read(plan.Sight(pixels), plan.Words(words, ids), (), hyper, 4)[1]
+    maps = plan.read(plan.ImageSide(pixels), plan.Words(words, ids), (), hyper, 4)[1]
     np.testing.assert_allclose(maps, words @ pixels.T, rtol=1e-5, atol=1e-6)
 
 
@@ -110,9 +109,9 @@ def test_neutral_gates_leave_the_map_alone():
 def test_reading_is_equivariant_to_the_order_of_words_and_pixels():
     pixels, words, ids = draw(9, 6), draw(4, 6), jnp.array([1, 2, 3, 0])
     rows, cells = np.array([2, 0, 3, 1]), RNG.permutation(9)
-    match, maps, _ = plan.read(plan.Sight(pixels), plan.Words(words, ids), (), HYPER, 2)
+    match, maps, _ = plan.read(plan.ImageSide(pixels), plan.Words(words, ids), (), HYPER, 2)
     match_, maps_, _ = plan.read(
-        plan.Sight(pixels[cells]), plan.Words(words[rows], ids[rows]), (), HYPER, 2
+        plan.ImageSide(pixels[cells]), plan.Words(words[rows], ids[rows]), (), HYPER, 2
     )
     np.testing.assert_allclose(match_, match[:, rows], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(maps_, maps[rows][:, cells], rtol=1e-4, atol=1e-5)
@@ -121,10 +120,13 @@ def test_reading_is_equivariant_to_the_order_of_words_and_pixels():
 def slow_loss(images, texts, memory, key, hyper):
     """Equations 7-10 with loops over pairs, words and candidates."""
     weight = plan.word_weight(memory, texts.word_id, hyper)
-    weight, chosen = np.asarray(weight), np.asarray(align.draw(weight, key, hyper.words))
+    weight, chosen = (
+        np.asarray(weight),
+        np.asarray(contrastive.sample_without_replacement(weight, key, hyper.words)),
+    )
     z, f, u = (unit(np.asarray(x)) for x in (images.local, images.fine, texts.local))
     ids, size = np.asarray(texts.word_id), len(z)
-    up = np.asarray(align.enlarge(jnp.eye(z.shape[1]), images.grid, images.fine_grid))
+    up = np.asarray(contrastive.upsample_maps(jnp.eye(z.shape[1]), images.grid, images.fine_grid))
     match = np.zeros((hyper.rounds + 1, size, size, chosen.shape[1]))
     for i in range(size):
         for j in range(size):
@@ -180,7 +182,7 @@ def test_loss_is_the_literal_loop(pairs):
     images, texts = features.make(pairs=pairs)
     hyper = plan.Hyper(words=4, tile=2, candidates=min(3, pairs), rounds=2, eta=0.5)
     key = jax.random.key(3)
-    params, memory = plan.init(key, Setting(8), hyper)
+    params, memory = plan.init(key, MethodContext(8), hyper)
     memory = {"gap": jnp.linspace(-1, 1, hyper.table), "seen": jnp.ones(hyper.table)}
     got, _ = LOSS(params, memory, images, texts, {}, key=key, step=jnp.array(0), hyper=hyper)
     np.testing.assert_allclose(got, slow_loss(images, texts, memory, key, hyper), rtol=1e-3)
@@ -202,7 +204,9 @@ def test_words_of_longer_history_are_drawn_more_often():
     memory = {"gap": jnp.array([0, -2.0, 2.0, 0, 0, 0, 0, 0]), "seen": jnp.ones(8)}
     ids = jnp.tile(jnp.array([[1, 2, 0]]), (400, 1))
     weight = plan.word_weight(memory, ids, hyper)
-    drawn = np.asarray(align.draw(weight, jax.random.key(0), hyper.words))[:, 0]
+    drawn = np.asarray(
+        contrastive.sample_without_replacement(weight, jax.random.key(0), hyper.words)
+    )[:, 0]
     share = float(weight[0, 1] / weight[0].sum())
     assert (drawn != 2).all(), "padding was drawn"
     assert abs((drawn == 1).mean() - share) < 0.08
@@ -212,7 +216,7 @@ def test_choice_of_words_does_not_look_at_images():
     images, texts = features.make()
     other = images.replace(local=images.local[::-1], pooled=images.pooled[::-1])
     hyper, key = plan.Hyper(words=2, rounds=0), jax.random.key(0)
-    params, memory = plan.init(key, Setting(8), hyper)
+    params, memory = plan.init(key, MethodContext(8), hyper)
     seen = [
         LOSS(params, memory, some, texts, {}, key=key, step=jnp.array(0), hyper=hyper)[1][1]
         for some in (images, other)
@@ -225,7 +229,7 @@ def test_ema_reading_mixes_in_the_averaged_model():
     teacher = features.make(seed=5)
     hyper = plan.Hyper(words=4, rounds=0, progress="ema", ramp=10)
     key = jax.random.key(0)
-    params, memory = plan.init(key, Setting(8), hyper)
+    params, memory = plan.init(key, MethodContext(8), hyper)
 
     def value(step, hyper):
         extra = {"teacher": teacher}
@@ -241,6 +245,6 @@ def test_ema_reading_mixes_in_the_averaged_model():
 
 def test_enlarging_keeps_the_mean_of_a_smooth_map():
     ramp = jnp.broadcast_to(jnp.arange(4.0), (4, 4)).reshape(1, -1)
-    large = align.enlarge(ramp, (4, 4), (8, 8)).reshape(8, 8)
+    large = contrastive.upsample_maps(ramp, (4, 4), (8, 8)).reshape(8, 8)
     np.testing.assert_allclose(large.mean(), ramp.mean(), rtol=1e-5)
     assert np.all(np.diff(np.asarray(large)[0]) >= 0)

@@ -60,9 +60,14 @@ def classify(score, records, kinds=("global",), prompts=PROMPTS, **more):
     names = ("scoring", "kind", "ensemble")
     options = zero_shot.Options(**{key: more.pop(key) for key in names if key in more})
     return zero_shot.evaluate(
-        make_model(score, kinds), records, prompts, findings=NAMES, options=options, samples=50,
+        make_model(score, kinds),
+        records,
+        prompts,
+        findings=NAMES,
+        options=options,
+        samples=50,
         **more,
-    )  # fmt: skip
+    )
 
 
 def softmax_pair(a, b):
@@ -154,11 +159,15 @@ def test_embeddings_are_averaged_before_they_are_normalised():
         return a @ b.T / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
 
     model = Model(
-        "fake", (1, 1), 0, 4, lambda images: features(shown[images[:, 0, 0, 0]]),
+        "fake",
+        (1, 1),
+        0,
+        4,
+        lambda images: features(shown[images[:, 0, 0, 0]]),
         lambda some: features(np.stack([said[t] for t in some])),
         lambda a, b: {"global": cosines(a.pooled, b.pooled), "local": cosines(a.pooled, b.pooled)},
         lambda *_: None,
-    )  # fmt: skip
+    )
     classes = np.arange(40) % 3
     for rule in ("contrast", "pair", "max"):
         options = zero_shot.Options(scoring=rule, ensemble="embeddings")
@@ -174,8 +183,12 @@ def test_embeddings_are_averaged_before_they_are_normalised():
                     text = sum(said[t].astype(np.float64) for t in side) / len(side)
                     near.append(image @ text / np.linalg.norm(image) / np.linalg.norm(text))
                 score.append({"max": near[0]}.get(rule, near[0] - near[1]))
-            pairs = [(a, b) for i, a in enumerate(score) for j, b in enumerate(score)
-                     if classes[i] == k != classes[j]]  # fmt: skip
+            pairs = [
+                (a, b)
+                for i, a in enumerate(score)
+                for j, b in enumerate(score)
+                if classes[i] == k != classes[j]
+            ]
             area = np.mean([a > b for a, b in pairs])
             key = NAMES[k].lower().replace(" ", "_").replace("-", "_")
             assert values[f"{key}/auroc"] == pytest.approx(area, abs=1e-6)

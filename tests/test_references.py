@@ -20,9 +20,7 @@ def nce(table):
 
 
 def value(method, hyper, images, texts):
-    return method.loss(
-        {}, {}, images, texts, {}, key=KEY, step=jnp.array(0), hyper=hyper
-    )[0]  # fmt: skip
+    return method.loss({}, {}, images, texts, {}, key=KEY, step=jnp.array(0), hyper=hyper)[0]
 
 
 @pytest.mark.parametrize("pairs", [2, 6])

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plan_jax import report_texts
-from plan_jax.report_texts import END, PAD, UNKNOWN, Vocabulary, clean, prose
+from plan_jax.heads import vocabulary as report_vocabulary
+from plan_jax.heads.vocabulary import END, PAD, UNKNOWN, Vocabulary, clean, prose
 from plan_jax.tasks import report_generation
 from plan_jax.tasks.report_generation import Options
 from plan_jax.types import Model, Record, Stages, Tower, UserError
@@ -23,9 +23,20 @@ REPORTS = (
     "Nodule, 1.5 cm; and effusion.",
 )
 QUICK = Options(
-    max_length=16, min_count=2, width=32, feed_forward=32, heads=2, encoder_layers=1, layers=1,
-    visual_dropout=0.1, rate=1e-2, clip=1.0, epochs=30, beam=2, shown=3,
-)  # fmt: skip
+    max_length=16,
+    min_count=2,
+    width=32,
+    feed_forward=32,
+    heads=2,
+    encoder_layers=1,
+    layers=1,
+    visual_dropout=0.1,
+    rate=1e-2,
+    clip=1.0,
+    epochs=30,
+    beam=2,
+    shown=3,
+)
 
 
 def make_tower():
@@ -83,7 +94,7 @@ def test_the_decoder_learns_which_report_belongs_to_an_image(learned):
     assert values["strict/meteor_no_synonyms"] > 0.95 and values["strict/cider"] > 9
     assert values["ce/f1_micro"] == values["ce/f1_macro"] == 1
     assert values["distinct"] == 4 / 24 and 5 < values["words"] < 14
-    same = [row.found == row.reference for row in rows]
+    same = [row.generated == row.reference for row in rows]
     assert len(rows) == 3 and all(same)
     assert rows[0].image.shape == (SIDE, SIDE, 1)
 
@@ -106,7 +117,7 @@ def test_a_fit_that_is_kept_is_not_fitted_again(learned):
     kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(kept) == 1
     again, shown = run(make_splits(), folder=folder)
-    assert again == values and [r.found for r in shown] == [r.found for r in rows]
+    assert again == values and [r.generated for r in shown] == [r.generated for r in rows]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == kept
 
 
@@ -119,9 +130,15 @@ def test_a_tower_is_tuned_and_the_epoch_chosen_by_bleu(monkeypatch):
 
     monkeypatch.setattr(report_generation, "fit_head", fit_head)
     options = dataclasses.replace(
-        QUICK, mode="finetune", select="bleu4", beam=1, epochs=2, limit_train=20, limit_test=5,
+        QUICK,
+        mode="finetune",
+        select="bleu4",
+        beam=1,
+        epochs=2,
+        limit_train=20,
+        limit_test=5,
         rate_visual=1e-3,
-    )  # fmt: skip
+    )
     splits = make_splits((30, 6, 9))
     splits["train"][3:7] = [dataclasses.replace(r, text=" \n.") for r in splits["train"][3:7]]
     values, rows = run(splits, options)
@@ -191,7 +208,7 @@ def test_reports_are_cleaned_as_published():
 
 
 def test_ids_come_back_as_words():
-    vocabulary = report_texts.build(["no nodule .", "no <unk> nodule ."], 2)
+    vocabulary = report_vocabulary.build(["no nodule .", "no <unk> nodule ."], 2)
     assert vocabulary.words == (".", "no", "nodule") and len(vocabulary) == 7
     row = vocabulary.encode("no big nodule .", 7)
     assert row.tolist() == [5, UNKNOWN, 6, 4, END, PAD, PAD]

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from plan_jax.heads import setr, unet
-from plan_jax.scaling import stretch
+from plan_jax.layers.resize import resize_align_corners
 from plan_jax.tasks import segmentation
 from plan_jax.tasks.segmentation import Options, mask_of, mixed_loss
 from plan_jax.types import Model, Phrase, Record, Stages, Tower, UserError
@@ -46,8 +46,11 @@ def make_records(number, seed=0):
 
 
 def splits_of(train=48, val=12, test=18):
-    return {"train": make_records(train, 1), "val": make_records(val, 2),
-            "test": make_records(test, 3)}  # fmt: skip
+    return {
+        "train": make_records(train, 1),
+        "val": make_records(val, 2),
+        "test": make_records(test, 3),
+    }
 
 
 def pooled_tower(factors=(2, 4)):
@@ -153,7 +156,7 @@ def test_every_map_is_seen():
         ((14, 7), 32, [14, 28]),  # 28 is resized to 32
         ((16,), 16, []),
     ],
-)  # fmt: skip
+)
 def test_unet_reaches_the_image_from_any_sizes(sizes, image, steps):
     found = unet.ladder([(n, n) for n in sizes[::-1]], (image, image))
     assert [step[0] for step in found] == steps
@@ -194,7 +197,7 @@ def test_maps_are_doubled_with_their_corners_kept():
         return np.apply_along_axis(line, 2, np.apply_along_axis(line, 1, x, rows), columns)
 
     np.testing.assert_allclose(jax.jit(setr.double)(x), wanted(6, 8), atol=1e-5)
-    stretched = jax.jit(stretch, static_argnums=1)(x, (7, 5))
+    stretched = jax.jit(resize_align_corners, static_argnums=1)(x, (7, 5))
     np.testing.assert_allclose(stretched, wanted(7, 5), atol=1e-5)
     one = jax.jit(setr.double)(np.ones((1, 1, 1, 3)))
     np.testing.assert_array_equal(one, np.ones((1, 2, 2, 3)))
@@ -209,8 +212,9 @@ def test_the_loss_is_that_of_a_literal_loop(soft):
     focal, dices = [], []
     for k in range(2):
         both = total = 0.0
-        for x, t in zip(logits[..., k].ravel().tolist(), masks[..., k].ravel().tolist(),
-                        strict=True):  # fmt: skip
+        for x, t in zip(
+            logits[..., k].ravel().tolist(), masks[..., k].ravel().tolist(), strict=True
+        ):
             p = 1 / (1 + math.exp(-x))
             entropy = -t * math.log(p) - (1 - t) * math.log(1 - p)
             focal.append((1 / (1 + math.exp(x * (2 * t - 1)))) ** 2 * entropy)
@@ -245,10 +249,13 @@ def test_the_truth_of_a_target():
     box[0, 20:26, 20:24] = box[0, :2, :2] = box[1, 25:29, 5:9] = True
     nodule = disc(8, 8, 3) | box[0]
     for target, wanted in {
-        "lungs": lungs["left lung"] | lungs["right lung"], "heart": lungs["heart"],
-        "left lung": lungs["left lung"], "nodule": nodule, "effusion": box[1],
+        "lungs": lungs["left lung"] | lungs["right lung"],
+        "heart": lungs["heart"],
+        "left lung": lungs["left lung"],
+        "nodule": nodule,
+        "effusion": box[1],
         "findings": nodule | box[1] | disc(28, 28, 3),
-    }.items():  # fmt: skip
+    }.items():
         found = mask_of(record, target, FINDINGS)
         assert found.dtype == bool and (found == wanted).all(), target
     lungs["left lung"] = lungs["left lung"] * np.float32(0.25)
@@ -266,7 +273,7 @@ def test_the_truth_of_a_target():
         ({"train": {"anatomy": {}}}, ("lungs",), "needs masks of 'lungs', and no train record"),
         ({"test": {"anatomy": {}}}, ("heart",), r"record 0 of test \(patient '0'\) has no mask"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_segmented_is_said_early(change, targets, said):
     splits = splits_of(3, 2, 2)
     for split, what in change.items():
@@ -316,7 +323,9 @@ def test_discs_are_learned_and_a_fit_is_kept(tmp_path, capfd, monkeypatch):
     assert values["n_train"] == 48 and values["n_test"] == 18
     assert [row.name for row in rows] == ["lungs"] * 6 + ["nodule"] * 6
     assert all(row.truth.any() for row in rows)
-    overlap = [2 * (r.truth & r.found).sum() / (r.truth.sum() + r.found.sum()) for r in rows]
+    overlap = [
+        2 * (r.truth & r.predicted).sum() / (r.truth.sum() + r.predicted.sum()) for r in rows
+    ]
     np.testing.assert_allclose([row.dice for row in rows], overlap)
     capfd.readouterr()
     # In another order and in other company every image is segmented as before.
@@ -327,9 +336,11 @@ def test_discs_are_learned_and_a_fit_is_kept(tmp_path, capfd, monkeypatch):
     ends = ("_low", "_high")  # drawn in another order
     kept = {key: value for key, value in values.items() if not key.endswith(ends)}
     assert {key: again[key] for key in kept} == pytest.approx(kept)
-    table = {(row.name, row.image.tobytes()): row.found for row in others}
+    table = {(row.name, row.image.tobytes()): row.predicted for row in others}
     keys = [(row.name, row.image.tobytes()) for row in rows]
-    both = [(row.found, table[key]) for row, key in zip(rows, keys, strict=True) if key in table]
+    both = [
+        (row.predicted, table[key]) for row, key in zip(rows, keys, strict=True) if key in table
+    ]
     assert len(both) >= 6 and all((a == b).all() for a, b in both)
 
 

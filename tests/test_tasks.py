@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from plan_jax import metrics
+from plan_jax.metrics import grounding as grounding_metrics
 from plan_jax.tasks import grounding, retrieval, zero_shot
-from plan_jax.truth import targets
+from plan_jax.tasks.grounding_targets import targets
 from plan_jax.types import Features, Model, Phrase, Record, UserError
 
 SIZE, GRID = 32, (8, 8)
@@ -139,7 +139,7 @@ def test_values_are_those_of_a_literal_loop():
     for record in records:
         for phrase in record.phrases:
             small = maps[record.image.tobytes(), phrase.text].astype(np.float32)
-            large = metrics.upsample(small[None], (SIZE, SIZE))[0]
+            large = grounding_metrics.upsample(small[None], (SIZE, SIZE))[0]
             inside, outside = large[phrase.mask], large[~phrase.mask]
             cnr = (inside.mean() - outside.mean()) / np.sqrt(inside.var() + outside.var())
             scores[FINDINGS[phrase.finding]].append(cnr)
@@ -219,7 +219,7 @@ def test_illustrations_are_best_random_worst_and_differ():
     assert len({(row.phrase, row.image.tobytes()) for row in rows}) == 9
     assert rows[0].cnr == max(case.cnr for case in cases)
     assert min(case.cnr for case in cases) in [row.cnr for row in rows[6:]]
-    assert all(row.heats.shape == (3, *GRID) for row in rows)
+    assert all(row.heat_maps.shape == (3, *GRID) for row in rows)
     best = [row.phrase.split(" ", 1)[1] for row in rows[:2]]
     assert sorted(best) == sorted(FINDINGS)
     assert len(grounding.illustrate(model, records, cases[:2], count=3)) == 2
@@ -237,8 +237,10 @@ def test_retrieval_of_an_oracle_and_of_its_opposite():
     assert values["n"] == 40 and values["duplicates"] == 0
     assert len(rows) == 2
     for row in rows:
-        assert row.rank == 1 and row.found[0] == (row.text, 1.0, True) and len(row.found) == 5
-        assert not any(right for _, _, right in row.found[1:])
+        assert (
+            row.rank == 1 and row.retrieved[0] == (row.text, 1.0, True) and len(row.retrieved) == 5
+        )
+        assert not any(right for _, _, right in row.retrieved[1:])
 
 
 def test_the_same_words_are_a_hit_wherever_they_are():
@@ -253,7 +255,7 @@ def test_the_same_words_are_a_hit_wherever_they_are():
     assert values["t2i_r5"] == pytest.approx(5 / 12)  # every text finds images in their order
     assert values["chance/i2t_r1"] == pytest.approx((4 * 4 + 8) / 12 / 12)
     alike = [row for row in rows if row.text.lower().split() == ["clear", "lungs."]]
-    assert len(alike) == 4 and all(row.found[0][2] and row.rank == 1 for row in alike)
+    assert len(alike) == 4 and all(row.retrieved[0][2] and row.rank == 1 for row in alike)
 
 
 def test_random_retrieval_is_within_its_interval_of_chance():
@@ -298,8 +300,9 @@ def test_zero_shot_score_is_the_difference_of_means():
 
 
 def test_zero_shot_leaves_out_and_counts_what_has_one_class():
-    records = [dataclasses.replace(r, labels=np.int8([1, i % 2])) for i, r in
-               enumerate(make_records(6))]  # fmt: skip
+    records = [
+        dataclasses.replace(r, labels=np.int8([1, i % 2])) for i, r in enumerate(make_records(6))
+    ]
     model = make_model(None, score=lambda *_: 0.0)
     values = zero_shot.evaluate(model, records, PROMPTS, findings=FINDINGS)
     assert "nodule/auroc" not in values

@@ -5,13 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import testing
-from plan_jax import assembly, optim, parallel
+from plan_jax import model as assembly
+from plan_jax import optim, parallel
 from plan_jax.step import init_state, make_step
+from plan_jax.types import Batch, TextBatch
 
 OPTIMISER = {
-    "rate": 1e-3, "warmup": 0.1, "end": 0.1, "weight_decay": 1e-3, "b1": 0.9, "b2": 0.98,
-    "clip": 1.0, "accumulate": 1, "freeze": (),
-}  # fmt: skip
+    "rate": 1e-3,
+    "warmup": 0.1,
+    "end": 0.1,
+    "weight_decay": 1e-3,
+    "b1": 0.9,
+    "b2": 0.98,
+    "clip": 1.0,
+    "accumulate": 1,
+    "freeze": (),
+}
 
 
 def batch(pairs=16, seed=0, size=32, length=12, words=10):
@@ -20,26 +29,27 @@ def batch(pairs=16, seed=0, size=32, length=12, words=10):
     count = rng.integers(3, words + 1, (pairs, 1))
     index = np.where((index >= 0) & (index < count), index, -1)
     place = np.arange(words)
-    return {
-        "image": rng.integers(0, 255, (pairs, size, size, 1), dtype=np.uint8),
-        "tokens": np.where(np.arange(length) < count + 2, rng.integers(5, 99, (pairs, length)), 0),
-        "word_index": index,
-        "word_id": np.where(place < count, rng.integers(5, 40, (pairs, words)), 0),
-        "sentence": np.where(place < count, place // 4, -1),
-    }
+    image = rng.integers(0, 255, (pairs, size, size, 1), dtype=np.uint8)
+    text = TextBatch(
+        tokens=np.where(np.arange(length) < count + 2, rng.integers(5, 99, (pairs, length)), 0),
+        word_index=index,
+        word_id=np.where(place < count, rng.integers(5, 40, (pairs, words)), 0),
+        sentence=np.where(place < count, place // 4, -1),
+    )
+    return Batch(image, text)
 
 
 def prepared(devices=1, seed=0, ema=0.0, changes=None, **optimiser):
     plain = {"method": "convirt", "hyper": {}, "fine": False}  # which compiles soonest
     config = testing.get_config().to_dict() | (changes or plain)
     mesh = parallel.mesh(devices)
-    system = assembly.assemble(config, parallel.AXIS)
+    system = assembly.build_components(config, parallel.AXIS)
 
     def tx_of(params):
         return optim.make_optimiser(params, steps=50, **OPTIMISER | optimiser)
 
     state, tx = init_state(system, batch(), tx_of, seed, ema > 0)
-    step = parallel.spread(make_step(system, tx, ema, parallel.AXIS), mesh)
+    step = parallel.parallelise(make_step(system, tx, ema, parallel.AXIS), mesh)
     return parallel.replicate(state, mesh), step, mesh
 
 
@@ -51,10 +61,10 @@ def largest(a, b):
 
 def test_accumulation_updates_every_second_step():
     state, step, mesh = prepared(accumulate=2)
-    seen = [parallel.host(state.params)]
+    seen = [parallel.to_host(state.params)]
     for n in range(4):
         state, _ = step(state, parallel.shard(batch(seed=n), mesh))
-        seen.append(parallel.host(state.params))
+        seen.append(parallel.to_host(state.params))
     moved = [largest(a, b) > 0 for a, b in zip(seen, seen[1:], strict=False)]
     assert moved == [False, True, False, True] or moved == [False, False, False, True]
 
@@ -62,9 +72,9 @@ def test_accumulation_updates_every_second_step():
 def test_the_average_follows_the_parameters_and_teaches():
     changes = {"hyper": {"words": 4, "tile": 2, "progress": "ema", "ramp": 1, "rounds": 0}}
     state, step, mesh = prepared(ema=0.9, changes=changes)
-    start = parallel.host(state.average)
+    start = parallel.to_host(state.average)
     state, _ = step(state, parallel.shard(batch(), mesh))
-    average, params = parallel.host((state.average, state.params))
+    average, params = parallel.to_host((state.average, state.params))
     want = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, start, params)
     assert largest(want, average) < 1e-5
 

@@ -12,13 +12,16 @@ from safetensors.numpy import save_file
 from test_train import batch
 
 from configs import testing
-from plan_jax import assembly, main
 from plan_jax import config as configs
+from plan_jax import main
+from plan_jax import model as assembly
 from plan_jax.step import init_state
 from plan_jax.types import UserError
 
-SIDES = {"see_tower": ("resnet", "img_encoder_q.model."),
-         "read_tower": ("bert", "text_encoder_q.model.")}  # fmt: skip
+SIDES = {
+    "image_tower": ("resnet", "img_encoder_q.model."),
+    "text_tower": ("bert", "text_encoder_q.model."),
+}
 HEADS = {"image": "img_encoder_q", "text": "text_encoder_q"}
 
 
@@ -34,7 +37,7 @@ def settings(**weights):
 
 
 def state_of(config, seed=0):
-    system = assembly.assemble(config)
+    system = assembly.build_components(config)
     return init_state(
         system, batch(2), lambda _: optax.sgd(0.1), seed, False, weights=config["weights"]
     )[0]
@@ -91,7 +94,10 @@ def test_a_run_begins_with_what_was_published(checkpoint):
 def test_one_tower_alone_leaves_the_other_as_it_was(checkpoint):
     trained, path = checkpoint
     plain, given = state_of(settings()), state_of(settings(text=path))
-    for name, want in (("read_tower", trained["params"]), ("see_tower", plain.params["encoders"])):
+    for name, want in (
+        ("text_tower", trained["params"]),
+        ("image_tower", plain.params["encoders"]),
+    ):
         jax.tree.map(np.testing.assert_array_equal, given.params["encoders"][name], want[name])
 
 

@@ -86,10 +86,11 @@ def line(name: str, seconds: list[float], images: int, note: str = "") -> None:
 
 def measure_input(args: argparse.Namespace, config: Any) -> None:
     """Take batches from the loader alone: what the input could feed at most."""
-    from plan_jax import assembly, evaluate, train
+    from plan_jax import evaluate, train
+    from plan_jax import model as assembly
 
     dataset = evaluate.open_split(config, "train")
-    stream = iter(train.batches(config, assembly.assemble(config), dataset))
+    stream = iter(train.batches(config, assembly.build_components(config), dataset))
     started = time.perf_counter()
     next(stream)
     print(f"first batch after {time.perf_counter() - started:.1f} s; batch {config['batch']}")
@@ -108,17 +109,18 @@ def first_step(config: Any, implementation: str) -> tuple[Any, Any, Any, float]:
     """Compile the step of a config and run it once; return step, state, batch and seconds."""
     import jax
 
-    from plan_jax import assembly, evaluate, parallel, train
+    from plan_jax import evaluate, parallel, train
+    from plan_jax import model as assembly
     from plan_jax.step import init_state, make_step, optimiser_of
 
     mesh = parallel.mesh(config["parallel"]["devices"] or None)
-    system = assembly.assemble(config, parallel.AXIS)
+    system = assembly.build_components(config, parallel.AXIS)
     dataset = evaluate.open_split(config, "train")
     batch = next(iter(train.batches(config, system, dataset)))
     tx_of = optimiser_of(config, system)
     state, tx = init_state(system, batch, tx_of, 0, config["ema"] > 0, dataset.findings)
     pure = make_step(system, tx, config["ema"], parallel.AXIS)
-    step = parallel.spread(pure, mesh, implementation=implementation)
+    step = parallel.parallelise(pure, mesh, implementation=implementation)
     state, batch = parallel.replicate(state, mesh), parallel.shard(batch, mesh)
     started = time.perf_counter()
     state, metrics = step(state, batch)
@@ -168,25 +170,31 @@ def loss_memory(config: Any, batch: int) -> int:
     import jax
     import jax.numpy as jnp
 
-    from plan_jax import assembly
-    from plan_jax.types import Batch, Setting
+    from plan_jax import model as assembly
+    from plan_jax.types import Batch, MethodContext, TextBatch
 
-    system = assembly.assemble(config)
+    system = assembly.build_components(config)
     data, method, hyper = config["data"], system.method, system.hyper
-    if method.NEEDS:
-        needs = ", ".join(method.NEEDS)
+    if method.REQUIRES:
+        needs = ", ".join(method.REQUIRES)
         sys.exit(f"config.method {config['method']} needs {needs}; memory takes one without")
     size = data["size"]
     image = jax.ShapeDtypeStruct((batch, size, size, 1), jnp.uint8)
     whole = {
         name: jax.ShapeDtypeStruct((batch, data[length]), jnp.int32)
-        for name, length in (("tokens", "length"), ("word_index", "length"),
-                             ("word_id", "words"), ("sentence", "words"))
-    }  # fmt: skip
-    features, _ = jax.eval_shape(system.dual.init_with_output, jax.random.key(0),
-                                 Batch(image=image, **whole))  # fmt: skip
-    own, memory = jax.eval_shape(lambda key: method.init(key, Setting(system.dual.dim), hyper),
-                                 jax.random.key(0))  # fmt: skip
+        for name, length in (
+            ("tokens", "length"),
+            ("word_index", "length"),
+            ("word_id", "words"),
+            ("sentence", "words"),
+        )
+    }
+    features, _ = jax.eval_shape(
+        system.dual.init_with_output, jax.random.key(0), Batch(image, TextBatch(**whole))
+    )
+    own, memory = jax.eval_shape(
+        lambda key: method.init(key, MethodContext(system.dual.dim), hyper), jax.random.key(0)
+    )
 
     def value(learned: Any, fixed: Any, memory: Any, key: Any, step: Any) -> Any:
         own, (images, texts) = learned

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from plan_jax.encoders.text import make_text
-from plan_jax.encoders.vision import make_vision
+from plan_jax.encoders.bert import make_text_tower
+from plan_jax.encoders.vision import make_image_tower
 
 VOCAB = 30522
 LENGTH = 112  # pieces of a text
@@ -95,7 +95,7 @@ def load_torchvision() -> Any:
 def jax_vision(name: str, batch: int) -> tuple[Callable[[], Any], float]:
     """Compile a tower of images in training mode."""
     last = {"local_stage": 3} if name.startswith("resnet") else {}  # what torch's side gives
-    tower = make_vision(name, None, jnp.float32, **last)
+    tower = make_image_tower(name, None, jnp.float32, **last)
     x = jnp.asarray(pixels(batch))
     variables = jax.jit(tower.init)(jax.random.key(0), x[:1])
 
@@ -165,7 +165,7 @@ def bert_case(batch: int) -> Case:
     tokens = np.random.default_rng(0).integers(5, VOCAB, (batch, LENGTH)).astype(np.int32)
     index = np.tile(np.arange(-1, LENGTH - 1, dtype=np.int32), (batch, 1))
     sentence = np.zeros((batch, LENGTH - 1), np.int32)
-    tower = make_text("bert_base", VOCAB, jnp.float32)
+    tower = make_text_tower("bert_base", VOCAB, jnp.float32)
     inputs = tuple(map(jnp.asarray, (tokens, index, sentence)))
     variables = jax.jit(tower.init)(jax.random.key(0), *inputs)
 
@@ -174,9 +174,11 @@ def bert_case(batch: int) -> Case:
         return squares(said.pooled, said.words)
 
     settings = BertConfig(
-        vocab_size=VOCAB, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        vocab_size=VOCAB,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     module = BertModel(settings, add_pooling_layer=False)
     ids = torch.tensor(tokens, dtype=torch.long)
 

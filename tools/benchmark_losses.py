@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from plan_jax import align
-from plan_jax.methods import gloria, mgca
+from plan_jax.methods import contrastive, gloria, mgca
 from plan_jax.types import Features
 
 PIXELS = 361  # 19 x 19, of a ResNet-50 at 299
@@ -66,9 +65,12 @@ def contrast(table: torch.Tensor) -> torch.Tensor:
 
 
 def torch_gloria(
-    image: torch.Tensor, text: torch.Tensor, regions: torch.Tensor, words: torch.Tensor,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    regions: torch.Tensor,
+    words: torch.Tensor,
     lengths: list[int],
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Loop over captions: image, text [B D], regions [B D P], words [B D W], true lengths."""
     pairs, _, pixels = regions.shape
     columns = []
@@ -113,9 +115,14 @@ def torch_own(items: torch.Tensor, contexts: torch.Tensor, weight: torch.Tensor)
 
 
 def torch_mgca(
-    image: torch.Tensor, text: torch.Tensor, patches: torch.Tensor, words: torch.Tensor,
-    prototypes: torch.Tensor, padding: torch.Tensor, weight: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+    image: torch.Tensor,
+    text: torch.Tensor,
+    patches: torch.Tensor,
+    words: torch.Tensor,
+    prototypes: torch.Tensor,
+    padding: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
     """Take all pairs at once: [B D], [B D], [B P D], [B W D], [K D], [B W], [B W]."""
     image, text, patches, words, prototypes = (
         functional.normalize(x, dim=-1) for x in (image, text, patches, words, prototypes)
@@ -137,10 +144,12 @@ def torch_mgca(
 def dense_scores(pixels: Any, words: Any, mask: Any) -> Any:
     """GLoRIA's scores [I T] with everything of [I T W P] made at once, for its memory."""
     products = jnp.einsum("ipd,twd->itwp", pixels, words)
-    shares = jax.nn.softmax(jnp.where(mask[:, :, None], products, align.NEG), 2)
+    shares = jax.nn.softmax(jnp.where(mask[:, :, None], products, contrastive.NEG), 2)
     regions = jnp.einsum("itwp,ipd->itwd", jax.nn.softmax(4.0 * shares, -1), pixels)
-    cosines = jnp.einsum("twd,itwd->itw", align.unit(words), align.unit(regions))
-    return align.masked_lse(5.0 * cosines, mask)
+    cosines = jnp.einsum(
+        "twd,itwd->itw", contrastive.l2_normalise(words), contrastive.l2_normalise(regions)
+    )
+    return contrastive.masked_logsumexp(5.0 * cosines, mask)
 
 
 def compiled(loss: Callable, learned: tuple, masks: tuple) -> tuple[Any, float]:
@@ -166,9 +175,14 @@ def torch_runner(loss: Callable, learned: list[torch.Tensor], *fixed: Any) -> Ca
 
 
 def make_case(
-    name: str, sides: tuple[Features, Features], run_torch: Callable, loss: Callable,
-    dense: Callable, own: tuple = (), turned: bool = False,
-) -> Case:  # fmt: skip
+    name: str,
+    sides: tuple[Features, Features],
+    run_torch: Callable,
+    loss: Callable,
+    dense: Callable,
+    own: tuple = (),
+    turned: bool = False,
+) -> Case:
     """Compile a case and see that both libraries give the same value and gradients.
 
     `own` are parameters of the method; `turned` says that torch's local items are [B D N].
@@ -202,8 +216,8 @@ def gloria_case(pairs: int) -> Case:
 
     def dense(learned: tuple, masks: tuple) -> Any:
         local = dense_scores(*learned[2:], masks[1])
-        whole = align.cosines(*learned[:2])
-        return sum(align.info_nce(10.0 * local) + align.info_nce(10.0 * whole))
+        whole = contrastive.cosine_similarity(*learned[:2])
+        return sum(contrastive.info_nce(10.0 * local) + contrastive.info_nce(10.0 * whole))
 
     arrays = images.pooled, texts.pooled, *(x.local.transpose(0, 2, 1) for x in (images, texts))
     learned = [torch.tensor(np.ascontiguousarray(x)) for x in arrays]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.compare import METHODS, STEPS, VARIANTS  # noqa: E402
-from plan_jax.report.elements import document, table, tag  # noqa: E402
+from plan_jax.page.elements import document, table, tag  # noqa: E402
 
 COLUMNS = {
     "CNR": "grounding/cnr_signed",
@@ -48,9 +48,16 @@ def train(folder: Path, variant: str, seed: int, data: str, core: int | None) ->
         return "was there"
     folder.mkdir(parents=True, exist_ok=True)
     command = [
-        sys.executable, "-m", "plan_jax.main", "--config", f"configs/compare.py:{variant}",
-        f"--config.seed={seed}", f"--config.data.dir={data}", "--workdir", str(folder),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "plan_jax.main",
+        "--config",
+        f"configs/compare.py:{variant}",
+        f"--config.seed={seed}",
+        f"--config.data.dir={data}",
+        "--workdir",
+        str(folder),
+    ]
     env = dict(os.environ)
     if core is not None:
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()

@@ -4,7 +4,7 @@
     python tools/convert_weights.py mgca.ckpt vision.safetensors --tower vision --name vit_b16
     python tools/convert_weights.py bert_folder text.safetensors --tower text --name bert_base_6
 
-SOURCE is whatever `plan_jax.encoders.pretrained.read_state` reads. The file has flat names such as
+SOURCE is whatever `plan_jax.weights.read_state` reads. The file has flat names such as
 `params/layer1_0/conv1/kernel` and is loaded like any other weights.
 """
 
@@ -25,12 +25,12 @@ from flax import traverse_util  # noqa: E402
 from jaxtyping import PyTree  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
-from plan_jax.encoders.fitting import renamed  # noqa: E402
-from plan_jax.encoders.layouts import recognise  # noqa: E402
-from plan_jax.encoders.pretrained import load_tower, read_state  # noqa: E402
-from plan_jax.encoders.text import BERTS, make_text  # noqa: E402
-from plan_jax.encoders.vision import make_vision  # noqa: E402
+from plan_jax.encoders.bert import BERTS, make_text_tower  # noqa: E402
+from plan_jax.encoders.vision import make_image_tower  # noqa: E402
 from plan_jax.types import UserError  # noqa: E402
+from plan_jax.weights import load_tower, read_state  # noqa: E402
+from plan_jax.weights.convert import renamed  # noqa: E402
+from plan_jax.weights.layouts import recognise  # noqa: E402
 
 
 def listed(source: str) -> list[str]:
@@ -54,11 +54,11 @@ def shapes_of(args: argparse.Namespace, changes: dict[str, Any]) -> PyTree:
     """
     try:
         if args.tower == "text":
-            module = make_text(args.name, vocabulary(args), jnp.float32, **changes)
+            module = make_text_tower(args.name, vocabulary(args), jnp.float32, **changes)
             token = jax.ShapeDtypeStruct((1, 8), jnp.int32)
             inputs = (token, token, token)
         else:
-            module = make_vision(args.name, None, jnp.float32, **changes)
+            module = make_image_tower(args.name, None, jnp.float32, **changes)
             inputs = (jax.ShapeDtypeStruct((1, args.size, args.size, args.channels), jnp.float32),)
         return jax.eval_shape(module.init, jax.random.key(0), *inputs)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

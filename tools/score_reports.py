@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plan_jax.data.phantom import report  # noqa: E402
-from plan_jax.data.phantom_text import NAMES  # noqa: E402
-from plan_jax.data.report_places import expanded  # noqa: E402
-from plan_jax.data.report_terms import COVERS  # noqa: E402
-from plan_jax.data.reports import tags, triplets  # noqa: E402
+from plan_jax.data.phantom.report_text import NAMES  # noqa: E402
+from plan_jax.data.report_parser import tags, triplets  # noqa: E402
+from plan_jax.data.report_parser.places import expanded  # noqa: E402
+from plan_jax.data.report_parser.terms import COVERS  # noqa: E402
 from plan_jax.types import UserError  # noqa: E402
 
 SEED, FIRST = 0, 500  # the parser was developed on phantoms 0 to 499 of seed 0

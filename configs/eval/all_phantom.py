@@ -15,28 +15,47 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict(
         {
             "tasks": (
-                "grounding", "retrieval", "zero_shot", "classification", "segmentation",
-                "detection", "report_generation",
+                "grounding",
+                "retrieval",
+                "zero_shot",
+                "classification",
+                "segmentation",
+                "detection",
+                "report_generation",
             ),
-            "split": "test", "limit": 300, "prior": 1000, "random": True,
+            "split": "test",
+            "limit": 300,
+            "prior": 1000,
+            "random": True,
         }
-    )  # fmt: skip
+    )
     config.eval.zero_shot = ConfigDict({"validate": True})
     config.eval.classification = ConfigDict({"standardise": True, "rate": 1e-2})
     config.eval.segmentation = ConfigDict(
         {
-            "targets": ("lungs", "heart", "findings"), "unet_widths": (64, 32, 16, 8),
-            "limit_train": 384, "epochs": 6, "rate": 2e-3,
+            "targets": ("lungs", "heart", "findings"),
+            "unet_widths": (64, 32, 16, 8),
+            "limit_train": 384,
+            "epochs": 6,
+            "rate": 2e-3,
         }
-    )  # fmt: skip
+    )
     config.eval.detection = ConfigDict(
         {"widths": (32, 16, 8), "limit_train": 256, "epochs": 20, "rate": 3e-3}
     )
     config.eval.report_generation = ConfigDict(
         {
-            "width": 128, "feed_forward": 256, "heads": 4, "encoder_layers": 0, "layers": 2,
-            "summary": True, "visual_dropout": 0.1, "rate": 2e-3, "clip": 1.0, "epochs": 5,
+            "width": 128,
+            "feed_forward": 256,
+            "heads": 4,
+            "encoder_layers": 0,
+            "layers": 2,
+            "summary": True,
+            "visual_dropout": 0.1,
+            "rate": 2e-3,
+            "clip": 1.0,
+            "epochs": 5,
             "block": 0,
         }
-    )  # fmt: skip
+    )
     return config

@@ -14,7 +14,14 @@ def get_config() -> ConfigDict:
     """Return what differs from the run that is evaluated."""
     config = rsna_linear.get_config()
     config.eval.classification.update(
-        mode="finetune", rate=1e-4, weight_decay=1e-5, schedule="cosine", warmup=50, steps=3000,
-        clip=1.0, batch=64, epochs=200,
-    )  # fmt: skip
+        mode="finetune",
+        rate=1e-4,
+        weight_decay=1e-5,
+        schedule="cosine",
+        warmup=50,
+        steps=3000,
+        clip=1.0,
+        batch=64,
+        epochs=200,
+    )
     return config

@@ -18,10 +18,13 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"name": "pairs"})
     config.data.builder = ConfigDict(
         {
-            "manifest": "chexpert_5x200/manifest.csv", "text_optional": True, "size": 256,
-            "label_columns": LABELS, "label_blank": 0,
+            "manifest": "chexpert_5x200/manifest.csv",
+            "text_optional": True,
+            "size": 256,
+            "label_columns": LABELS,
+            "label_blank": 0,
         }
-    )  # fmt: skip
+    )
     config.eval = ConfigDict(
         {"tasks": ("zero_shot",), "split": "test", "limit": 1000, "prompts": "gloria"}
     )

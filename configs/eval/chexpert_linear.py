@@ -18,10 +18,13 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"name": "pairs"})
     config.data.builder = ConfigDict(
         {
-            "manifest": "chexpert/manifest.csv", "text_optional": True, "size": 256,
-            "label_columns": LABELS, "label_blank": 0,
+            "manifest": "chexpert/manifest.csv",
+            "text_optional": True,
+            "size": 256,
+            "label_columns": LABELS,
+            "label_blank": 0,
         }
-    )  # fmt: skip
+    )
     config.eval = ConfigDict({"tasks": ("classification",), "split": "test", "limit": 5000})
     config.eval.classification = ConfigDict({"labels": LABELS, "uncertain": "mgca"})
     return config

@@ -16,11 +16,13 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"name": "pairs"})
     config.data.builder = ConfigDict(
         {
-            "manifest": "covid_cxr/manifest.csv", "text_optional": True, "size": 256,
+            "manifest": "covid_cxr/manifest.csv",
+            "text_optional": True,
+            "size": 256,
             "columns": ConfigDict({"anatomy": "lung_mask"}),
             "filters": ConfigDict({"lung_mask": {"not": ("",)}}),
         }
-    )  # fmt: skip
+    )
     config.eval = ConfigDict(
         {"tasks": ("segmentation",), "split": "val", "limit": 1000, "random": True}
     )

@@ -17,10 +17,12 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"name": "pairs"})
     config.data.builder = ConfigDict(
         {
-            "manifest": "covidx/manifest.csv", "text_optional": True, "size": 256,
+            "manifest": "covidx/manifest.csv",
+            "text_optional": True,
+            "size": 256,
             "findings": CLASSES,
         }
-    )  # fmt: skip
+    )
     config.eval = ConfigDict({"tasks": ("classification",), "split": "test", "limit": 10_000})
     config.eval.classification = ConfigDict({"labels": CLASSES, "kind": "multiclass"})
     return config

@@ -16,11 +16,14 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"name": "pairs"})
     config.data.builder = ConfigDict(
         {
-            "manifest": "kermany/manifest.csv", "text_optional": True, "size": 224,
-            "label_columns": ("pneumonia",), "columns": ConfigDict({"split": ""}),
+            "manifest": "kermany/manifest.csv",
+            "text_optional": True,
+            "size": 224,
+            "label_columns": ("pneumonia",),
+            "columns": ConfigDict({"split": ""}),
             "test_fraction": 0.2,
         }
-    )  # fmt: skip
+    )
     config.eval = ConfigDict(
         {"tasks": ("classification",), "split": "test", "limit": 1000, "random": True}
     )

@@ -10,9 +10,15 @@ exactly one of the labels, are drawn with the run's seed.
 from ml_collections import ConfigDict
 
 LABELS = (
-    "Atelectasis", "Cardiomegaly", "Edema", "Fracture", "No Finding", "Pleural Effusion",
-    "Pneumonia", "Pneumothorax",
-)  # fmt: skip
+    "Atelectasis",
+    "Cardiomegaly",
+    "Edema",
+    "Fracture",
+    "No Finding",
+    "Pleural Effusion",
+    "Pneumonia",
+    "Pneumothorax",
+)
 
 
 def get_config() -> ConfigDict:
@@ -21,10 +27,12 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"name": "pairs"})
     config.data.builder = ConfigDict(
         {
-            "manifest": "mimic_cxr/manifest.csv", "size": 256, "label_columns": LABELS,
+            "manifest": "mimic_cxr/manifest.csv",
+            "size": 256,
+            "label_columns": LABELS,
             "label_blank": 0,
         }
-    )  # fmt: skip
+    )
     config.eval = ConfigDict({"tasks": ("retrieval",), "split": "test", "limit": 5000})
     config.eval.retrieval = ConfigDict({"classes": LABELS, "cuts": (1, 5, 10, 50, 100)})
     return config

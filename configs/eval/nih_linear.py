@@ -10,9 +10,21 @@ where there is none: an empty cell means that nothing is known.
 from ml_collections import ConfigDict
 
 LABELS = (
-    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis",
-    "Hernia", "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
-)  # fmt: skip
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Effusion",
+    "Emphysema",
+    "Fibrosis",
+    "Hernia",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pleural_Thickening",
+    "Pneumonia",
+    "Pneumothorax",
+)
 
 
 def get_config() -> ConfigDict:
@@ -21,10 +33,12 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"name": "pairs"})
     config.data.builder = ConfigDict(
         {
-            "manifest": "nih/manifest.csv", "text_optional": True, "size": 256,
+            "manifest": "nih/manifest.csv",
+            "text_optional": True,
+            "size": 256,
             "findings": LABELS,
         }
-    )  # fmt: skip
+    )
     config.eval = ConfigDict({"tasks": ("classification",), "split": "test", "limit": 25_596})
     config.eval.classification = ConfigDict({"labels": LABELS})
     return config

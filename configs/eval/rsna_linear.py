@@ -15,10 +15,12 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"name": "pairs"})
     config.data.builder = ConfigDict(
         {
-            "manifest": "rsna/manifest.csv", "text_optional": True, "size": 256,
+            "manifest": "rsna/manifest.csv",
+            "text_optional": True,
+            "size": 256,
             "label_columns": ("pneumonia",),
         }
-    )  # fmt: skip
+    )
     config.eval = ConfigDict({"tasks": ("classification",), "split": "test", "limit": 4003})
     config.eval.classification = ConfigDict({"labels": ("pneumonia",)})
     return config

@@ -9,18 +9,20 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
-from plan_jax.data import reports, text, transforms
-from plan_jax.data.records import Dataset
-from plan_jax.types import Record, UserError
+from plan_jax.data import report_parser, transforms
+from plan_jax.data import tokenizer as tokenization
+from plan_jax.data.dataset import Dataset
+from plan_jax.types import Batch, Record, TextBatch, UserError
 
 AHEAD = 4  # batches made ahead of the step
-_ALWAYS = ("image", "tokens", "word_index", "word_id", "sentence")
+_TEXT = ("tokens", "word_index", "word_id", "sentence")
+_ALWAYS = ("image", *_TEXT)
 _COLUMN = {"labels": "labels", "regions": "regions", "region_words": "regions"}  # of a manifest
 
 
 def train_batches(
     dataset: Dataset,
-    tokenizer: text.Tokenizer,
+    tokenizer: tokenization.Tokenizer,
     *,
     batch: int,
     size: int,
@@ -34,8 +36,8 @@ def train_batches(
 ) -> "Batches":
     """Iterate for ever over this process's share of shuffled batches.
 
-    Each item is a dict of arrays: image UInt8[B size size 1], tokens and word_index Int32[B L],
-    word_id and sentence Int32[B W], and, in `extra`, those of labels Int8[B F], regions
+    Each item is a `Batch` of numpy arrays: image UInt8[B size size 1], tokens and word_index
+    Int32[B L], word_id and sentence Int32[B W], and, in `extra`, those of labels Int8[B F], regions
     Float32[B R 4] and region_words Bool[B R W] that are asked for (see `Batch`). Images are moved
     by up to `shift` pixels (by default a sixteenth of `size`) and sentences are shuffled.
 
@@ -97,7 +99,7 @@ class _Steps:
     """Batch k of this process as item k of an endless source: a pure function of (seed, k)."""
 
     dataset: Dataset
-    tokenizer: text.Tokenizer
+    tokenizer: tokenization.Tokenizer
     positions: Int[np.ndarray, " B"]
     total: int
     size: int
@@ -123,7 +125,9 @@ class _Steps:
         row = self.dataset.image_text(study)
         limits = {"length": self.length, "words": self.words}
         flags = self._speaks_of if "region_words" in self.extra else None
-        item = text.encode(self.tokenizer, row.text, **limits, rng=rng, row=str(study), flags=flags)
+        item = tokenization.encode(
+            self.tokenizer, row.text, **limits, rng=rng, row=str(study), flags=flags
+        )
         item["region_words"] = item.pop("flagged", None)
         fitted = transforms.fit(row.image, self.size)
         down, right = transforms.draw(rng, self.shift)
@@ -135,7 +139,7 @@ class _Steps:
         return {name: item[name] for name in (*_ALWAYS, *self.extra)}
 
     def _speaks_of(self, sentence: str) -> Bool[np.ndarray, " R"]:
-        named = reports.regions(sentence)
+        named = report_parser.regions(sentence)
         return np.asarray([name in named for name in self.dataset.region_names], bool)
 
 
@@ -157,13 +161,14 @@ class Batches(grain.DatasetIterator):
         self._step = 0
         self._reader: grain.DatasetIterator | None = None
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Batch:
         self._assert_not_closed()
         if self._reader is None:
             self._reader = self._read_from(self._step)
         item = next(self._reader)
         self._step += 1
-        return item
+        text = TextBatch(*(item[name] for name in _TEXT))
+        return Batch(item["image"], text, item["extra"])
 
     def get_state(self) -> dict[str, int]:
         """Return the number of batches taken and what their order depends on."""

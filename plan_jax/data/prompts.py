@@ -24,24 +24,46 @@ from plan_jax.types import UserError
 Prompts = dict[str, tuple[list[str], list[str]]]
 
 CHEXPERT = (
-    "no finding", "enlarged cardiomediastinum", "cardiomegaly", "lung lesion", "lung opacity",
-    "edema", "consolidation", "pneumonia", "atelectasis", "pneumothorax", "pleural effusion",
-    "pleural other", "fracture", "support devices",
-)  # fmt: skip
+    "no finding",
+    "enlarged cardiomediastinum",
+    "cardiomegaly",
+    "lung lesion",
+    "lung opacity",
+    "edema",
+    "consolidation",
+    "pneumonia",
+    "atelectasis",
+    "pneumothorax",
+    "pleural effusion",
+    "pleural other",
+    "fracture",
+    "support devices",
+)
 _DEGREE = ("", "mild", "moderate", "severe")
 _SIDE = ("", "on the right", "on the left", "on both sides")
 _ZONE = (
-    "", "in the right lung", "in the left lung", "in both lungs", "in the right lower lobe",
-    "in the left lower lobe", "in the right upper lobe", "in the left upper lobe",
-    "in the right middle lobe", "in the lingula",
-)  # fmt: skip
+    "",
+    "in the right lung",
+    "in the left lung",
+    "in both lungs",
+    "in the right lower lobe",
+    "in the left lower lobe",
+    "in the right upper lobe",
+    "in the left upper lobe",
+    "in the right middle lobe",
+    "in the lingula",
+)
 # Class -> severities, subtypes, locations.
 TAXONOMY: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
     "atelectasis": (
         ("", "slight", "moderate", "marked"),
         (
-            "atelectasis", "plate-like atelectasis", "segmental atelectasis", "basal atelectasis",
-            "compressive atelectasis", "partial collapse",
+            "atelectasis",
+            "plate-like atelectasis",
+            "segmental atelectasis",
+            "basal atelectasis",
+            "compressive atelectasis",
+            "partial collapse",
         ),
         _ZONE,
     ),
@@ -53,7 +75,9 @@ TAXONOMY: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
     "consolidation": (
         ("", "faint", "patchy", "dense"),
         (
-            "consolidation", "airspace consolidation", "lobar consolidation",
+            "consolidation",
+            "airspace consolidation",
+            "lobar consolidation",
             "consolidation with air bronchograms",
         ),
         _ZONE,
@@ -61,24 +85,35 @@ TAXONOMY: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
     "edema": (
         _DEGREE,
         (
-            "pulmonary edema", "interstitial edema", "alveolar edema",
+            "pulmonary edema",
+            "interstitial edema",
+            "alveolar edema",
             "edema with vascular congestion",
         ),
         ("", "in both lungs", "around the hila", "at both bases"),
     ),
     "pleural effusion": (
         ("", "trace", "small", "moderate", "large"),
-        ("pleural effusion", "layering pleural effusion", "loculated pleural effusion",
-         "pleural fluid with a blunted angle"),
+        (
+            "pleural effusion",
+            "layering pleural effusion",
+            "loculated pleural effusion",
+            "pleural fluid with a blunted angle",
+        ),
         _SIDE,
     ),
     "pneumonia": (
         ("", "early", "mild", "extensive"),
-        ("pneumonia", "bacterial pneumonia", "viral pneumonia", "bronchopneumonia",
-         "infectious infiltrate"),
+        (
+            "pneumonia",
+            "bacterial pneumonia",
+            "viral pneumonia",
+            "bronchopneumonia",
+            "infectious infiltrate",
+        ),
         _ZONE,
     ),
-}  # fmt: skip
+}
 _NEGATIVE = ("no {}", "no sign of {}", "free of {}")
 BIOVIL: Prompts = {
     "pneumonia": (
@@ -154,8 +189,11 @@ def covid() -> Prompts:
 
 
 SETS: dict[str, Callable[[], Prompts]] = {
-    "gloria": gloria, "chexzero": chexzero, "biovil": biovil, "covid": covid,
-}  # fmt: skip
+    "gloria": gloria,
+    "chexzero": chexzero,
+    "biovil": biovil,
+    "covid": covid,
+}
 
 
 def ensemble(name: str, n: int | None = None, seed: int = 0) -> Prompts:

@@ -1,11 +1,11 @@
-"""What towers give: `Seen` of images, `ReadOut` of texts."""
+"""What towers give: `Seen` of images, `TextOutput` of texts."""
 
 from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
 
-class Seen(NamedTuple):
+class ImageOutput(NamedTuple):
     """What a tower sees in B images: pooled vectors and the pixels of its feature map.
 
     `fine` is the map one stage earlier: more pixels, a smaller field of view; or None. `attention`
@@ -21,7 +21,7 @@ class Seen(NamedTuple):
     stages: tuple[Float[Array, "B _ _ _"], ...] = ()
 
 
-class ReadOut(NamedTuple):
+class TextOutput(NamedTuple):
     """What the tower reads in B texts: a vector for the whole and one for each word.
 
     `attention` is how much the whole attends to each word: of [CLS] in the last layer, mean over

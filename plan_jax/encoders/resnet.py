@@ -11,33 +11,50 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from plan_jax.encoders.convolution import conv2d, max_pool
-from plan_jax.encoders.normalise import EPSILON, batch_norm
-from plan_jax.encoders.outputs import Seen
-from plan_jax.scaling import stretch
+from plan_jax.encoders.outputs import ImageOutput
+from plan_jax.layers.cpu.convolution import conv2d, max_pool
+from plan_jax.layers.cpu.normalisation import EPSILON, batch_norm
+from plan_jax.layers.resize import resize_align_corners
 
 RESNETS = {
     "resnet50": {
-        "stem": "conv7", "widths": (64, 128, 256, 512), "depths": (3, 4, 6, 3),
-        "bottleneck": True, "local_stage": 2,
+        "stem": "conv7",
+        "widths": (64, 128, 256, 512),
+        "depths": (3, 4, 6, 3),
+        "bottleneck": True,
+        "local_stage": 2,
     },
     "resnet34": {
-        "stem": "conv7", "widths": (64, 128, 256, 512), "depths": (3, 4, 6, 3),
-        "bottleneck": False, "local_stage": 2,
+        "stem": "conv7",
+        "widths": (64, 128, 256, 512),
+        "depths": (3, 4, 6, 3),
+        "bottleneck": False,
+        "local_stage": 2,
     },
     "resnet18": {
-        "stem": "conv7", "widths": (64, 128, 256, 512), "depths": (2, 2, 2, 2),
-        "bottleneck": False, "local_stage": 2,
+        "stem": "conv7",
+        "widths": (64, 128, 256, 512),
+        "depths": (2, 2, 2, 2),
+        "bottleneck": False,
+        "local_stage": 2,
     },
     "resnet_small": {
-        "stem": "patch4", "stem_width": 32, "widths": (32, 64), "depths": (1, 2),
-        "bottleneck": False, "local_stage": 1,
+        "stem": "patch4",
+        "stem_width": 32,
+        "widths": (32, 64),
+        "depths": (1, 2),
+        "bottleneck": False,
+        "local_stage": 1,
     },
     "resnet_tiny": {
-        "stem": "patch4", "stem_width": 8, "widths": (8, 16), "depths": (1, 1),
-        "bottleneck": False, "local_stage": 1,
+        "stem": "patch4",
+        "stem_width": 8,
+        "widths": (8, 16),
+        "depths": (1, 1),
+        "bottleneck": False,
+        "local_stage": 1,
     },
-}  # fmt: skip
+}
 
 
 class Conv(nn.Module):
@@ -72,9 +89,13 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*B C"], train: bool, mask: Bool[Array, "*B"] | None = None,
-        relu: bool = False, added: Float[Array, "*B C"] | None = None,
-    ) -> Float[Array, "*B C"]:  # fmt: skip
+        self,
+        x: Float[Array, "*B C"],
+        train: bool,
+        mask: Bool[Array, "*B"] | None = None,
+        relu: bool = False,
+        added: Float[Array, "*B C"] | None = None,
+    ) -> Float[Array, "*B C"]:
         """Normalise over all but the last axis; positions where mask is False do not count.
 
         `added` is added to the result, and `relu` takes the positive part of that.
@@ -159,9 +180,9 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B Y X C"], train: bool = False) -> Seen:
+    def __call__(self, x: Float[Array, "B Y X C"], train: bool = False) -> ImageOutput:
         """See B images."""
-        x = stretch(x, (self.resize, self.resize)) if self.resize else x
+        x = resize_align_corners(x, (self.resize, self.resize)) if self.resize else x
         stem, x = self._stem(x, train and not self.hold)
         local = fine = x
         stages = [lax.stop_gradient(stem) if self.hold else stem]
@@ -174,9 +195,9 @@ class ResNet(nn.Module):
         pooled = x.mean((1, 2))
         if self.pool == "mean_max":
             pooled = jnp.concatenate([pooled, x.max((1, 2))], -1)
-        return Seen(pooled, local, fine, stages=tuple(stages))
+        return ImageOutput(pooled, local, fine, stages=tuple(stages))
 
-    def holds(self, name: str) -> bool:
+    def is_frozen(self, name: str) -> bool:
         """Say whether the parameters called `name` in this tower are frozen by `hold`."""
         if name == "position":
             return self.local_stage < self.hold
@@ -194,9 +215,14 @@ class ResNet(nn.Module):
                 dilation = 2 ** (stage - undilated + (n > 0))
                 stride = 1
             x = block(
-                self.widths[stage], stride, self.bottleneck, self.axis, self.dtype, dilation,
+                self.widths[stage],
+                stride,
+                self.bottleneck,
+                self.axis,
+                self.dtype,
+                dilation,
                 name=f"layer{stage + 1}_{n}",
-            )(x, train)  # fmt: skip
+            )(x, train)
             if self.position and stage == self.local_stage and n == 0:
                 init = nn.initializers.normal(0.1)
                 x = x + self.param("position", init, x.shape[1:]).astype(x.dtype)

@@ -8,7 +8,7 @@ from plan_jax.encoders.resnet import RESNETS, ResNet
 from plan_jax.encoders.vit import VITS, ViT
 
 
-def make_vision(name: str, axis: str | None, dtype: Any, **changes: Any) -> nn.Module:
+def make_image_tower(name: str, axis: str | None, dtype: Any, **changes: Any) -> nn.Module:
     """Make the tower called `name` (a row of RESNETS or VITS), with some of its sizes changed.
 
     Raises: KeyError for an unknown name, TypeError for an unknown size.

@@ -12,15 +12,15 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from plan_jax.encoders.attention import attend
-from plan_jax.encoders.gelu import gelu
-from plan_jax.encoders.outputs import Seen
+from plan_jax.encoders.outputs import ImageOutput
 from plan_jax.encoders.resnet import Conv
-from plan_jax.encoders.transformer import (
+from plan_jax.layers.cpu.attention import attend
+from plan_jax.layers.cpu.gelu import gelu
+from plan_jax.layers.transformer import (
     Dense,
     LayerNorm,
     first_attention,
-    holds_layer,
+    is_frozen_layer,
     run_layers,
 )
 
@@ -70,12 +70,12 @@ class ViT(nn.Module):
     hold: int = 0
     dtype: Any = jnp.float32
 
-    def holds(self, name: str) -> bool:
+    def is_frozen(self, name: str) -> bool:
         """Say whether the parameters called `name` in this tower are frozen by `hold`."""
-        return self.hold >= self.depth if name == "norm" else holds_layer(name, self.hold)
+        return self.hold >= self.depth if name == "norm" else is_frozen_layer(name, self.hold)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B Y X C"], train: bool = False) -> Seen:
+    def __call__(self, x: Float[Array, "B Y X C"], train: bool = False) -> ImageOutput:
         """See B images."""
         x = Conv(self.width, self.patch, self.patch, dtype=self.dtype, name="embed")(x)
         bias = self.param("embed_bias", nn.initializers.zeros, (self.width,))
@@ -92,4 +92,4 @@ class ViT(nn.Module):
         local = rearrange(x[:, 1:], "b (y x) c -> b y x c", y=rows)
         if self.hold >= self.depth:
             x, local = jax.lax.stop_gradient((x, local))
-        return Seen(x[:, 0], local, attention=attention[:, 1:], stages=(local,))
+        return ImageOutput(x[:, 0], local, attention=attention[:, 1:], stages=(local,))

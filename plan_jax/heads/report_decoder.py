@@ -22,7 +22,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from plan_jax.heads.decoding import Decoded, beam_search, greedy
+from plan_jax.heads.beam_search import Decoded, beam_search, greedy
 
 Entries = tuple[Float[Array, "B S H C"], Float[Array, "B S H C"]]  # keys and values
 Past = tuple[Float[Array, "N _ H C"], Float[Array, "N _ H C"]]  # those of words
@@ -53,9 +53,11 @@ def _dense(width: int) -> nn.Dense:
 
 
 def attend(
-    q: Float[Array, "B T H C"], k: Float[Array, "B S H C"], v: Float[Array, "B S H C"],
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B S H C"],
+    v: Float[Array, "B S H C"],
     mask: Bool[Array, "T S"] | None = None,
-) -> Float[Array, "B T H C"]:  # fmt: skip
+) -> Float[Array, "B T H C"]:
     """Attend: *softmax(q k^T / sqrt(C)) v* for each head, in float32, to what the mask leaves."""
 
     @jax.checkpoint
@@ -132,10 +134,14 @@ class Layer(nn.Module):
             self.image_norm = nn.LayerNorm()
 
     def __call__(
-        self, x: Float[Array, "N T D"], memory: Entries | None = None,
-        mask: Bool[Array, "T _"] | None = None, train: bool = False, past: Past | None = None,
+        self,
+        x: Float[Array, "N T D"],
+        memory: Entries | None = None,
+        mask: Bool[Array, "T _"] | None = None,
+        train: bool = False,
+        past: Past | None = None,
         position: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "N T D"], Past]:  # fmt: skip
+    ) -> tuple[Float[Array, "N T D"], Past]:
         """Give x after the layer, and the keys and values of its own attention.
 
         With `past`, those of a whole sequence, x stands at `position` in it and is entered there.
@@ -226,9 +232,12 @@ class ReportDecoder(nn.Module):
         return [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(self.layers)]
 
     def step(
-        self, memory: list[Entries], cache: list[Past], tokens: Int[Array, " N"],
+        self,
+        memory: list[Entries],
+        cache: list[Past],
+        tokens: Int[Array, " N"],
         position: Int[Array, ""],
-    ) -> tuple[Float[Array, "N V"], list[Past]]:  # fmt: skip
+    ) -> tuple[Float[Array, "N V"], list[Past]]:
         """Give the logits after one more token each, at `position`, and the cache with it.
 
         N is a multiple of the images of `memory` (what `remember` gave): the beams of an image
@@ -249,9 +258,7 @@ class ReportDecoder(nn.Module):
         return self.word(tokens) * self.width**0.5 + here
 
 
-def token_loss(
-    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]
-) -> Float[Array, ""]:  # fmt: skip
+def token_loss(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, ""]:
     """Average the cross-entropy over the real tokens of a batch, the ends among them."""
     real = tokens != PAD
     each = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), tokens)
@@ -259,9 +266,14 @@ def token_loss(
 
 
 def write(
-    head: ReportDecoder, params: PyTree, seen: Mapping[str, Array], *, beam: int = 1,
-    block: int = 0, length_penalty: float = 0.0,
-) -> Decoded:  # fmt: skip
+    head: ReportDecoder,
+    params: PyTree,
+    seen: Mapping[str, Array],
+    *,
+    beam: int = 1,
+    block: int = 0,
+    length_penalty: float = 0.0,
+) -> Decoded:
     """Write a report of each image in `seen`, greedily or with the best of `beam` beginnings.
 
     `block` and `length_penalty` (with a beam only) are those of `decoding`; padding and beginning

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
-from plan_jax.scaling import stretch
+from plan_jax.layers.resize import resize_align_corners
 
 WIDTHS = (512, 256, 128, 64)  # MGCA's code: `decode_features`
 TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # its default for kernels
@@ -42,7 +42,7 @@ class SETR(nn.Module):
             norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, name=f"norm{n + 1}")
             x = double(nn.relu(norm(x)))
         x = nn.Conv(self.classes, (3, 3), kernel_init=TORCH, name="classes")(x)
-        return x if x.shape[1:3] == self.size else stretch(x, self.size)
+        return x if x.shape[1:3] == self.size else resize_align_corners(x, self.size)
 
 
 def double(x: Float[Array, "B y x C"]) -> Float[Array, "B Y X C"]:

@@ -77,9 +77,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B y x C"], skip: Float[Array, "B Y X S"] | None, size: Size,
+        self,
+        x: Float[Array, "B y x C"],
+        skip: Float[Array, "B Y X S"] | None,
+        size: Size,
         train: bool,
-    ) -> Float[Array, "B Y X E"]:  # fmt: skip
+    ) -> Float[Array, "B Y X E"]:
         """Apply it; `size` is (Y, X) of the result."""
         for n in (1, 2):
             channels = x.shape[-1] + (0 if n == 2 or skip is None else skip.shape[-1])
@@ -120,9 +123,11 @@ def convolve(
 
 
 def convolve_enlarged(
-    x: Float[Array, "B y x C"], skip: Float[Array, "B Y X S"] | None,
-    kernel: Float[Array, "3 3 N E"], size: Size,
-) -> Float[Array, "B Y X E"]:  # fmt: skip
+    x: Float[Array, "B y x C"],
+    skip: Float[Array, "B Y X S"] | None,
+    kernel: Float[Array, "3 3 N E"],
+    size: Size,
+) -> Float[Array, "B Y X E"]:
     """Convolve the small map, enlarged to `size` by nearest neighbour, joined with the fine one.
 
     *conv([enlarged x, skip], K) = conv(enlarged x, K[:C]) + conv(skip, K[C:])*, N = C + S.

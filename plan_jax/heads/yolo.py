@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from plan_jax.heads.boxes import anchors_at, assign
+from plan_jax.heads.anchors import anchors_at, assign
 from plan_jax.heads.pyramid import KERNEL, ConvNorm, Pyramid
 
 SLOPE = 0.1  # of LeakyReLU, YOLOv3
@@ -67,10 +67,15 @@ def enlarge(x: Float[Array, "B Y X C"], size: tuple[int, int]) -> Float[Array, "
 
 
 def loss(
-    outputs: Sequence[Float[Array, "B _ _ A E"]], boxes: Float[Array, "B R 4"],
-    real: Bool[Array, "B R"], classes: Int[Array, "B R"], *, size: tuple[int, int],
-    average: Literal["cells", "objects"] = "cells", published: bool = False,
-) -> Float[Array, ""]:  # fmt: skip
+    outputs: Sequence[Float[Array, "B _ _ A E"]],
+    boxes: Float[Array, "B R 4"],
+    real: Bool[Array, "B R"],
+    classes: Int[Array, "B R"],
+    *,
+    size: tuple[int, int],
+    average: Literal["cells", "objects"] = "cells",
+    published: bool = False,
+) -> Float[Array, ""]:
     """Give the loss of three maps, coarsest first, against the true boxes of images of `size`.
 
     *2.5 (BCE(x) + BCE(y) + MSE(w) + MSE(h)) + BCE(objectness | assigned) + 0.5 BCE(objectness |
@@ -85,9 +90,13 @@ def loss(
     for raw, anchors in zip(outputs, anchors_at(size), strict=True):
         raw = raw.astype(jnp.float32)
         one = partial(
-            assign, anchors=anchors, grid=raw.shape[1:3], size=size, count=count,
+            assign,
+            anchors=anchors,
+            grid=raw.shape[1:3],
+            size=size,
+            count=count,
             published=published,
-        )  # fmt: skip
+        )
         goal = jax.vmap(one)(boxes, real, classes)
         have, empty = goal.assigned.astype(jnp.float32), goal.background.astype(jnp.float32)
         objects = empties = float(have.size)

@@ -2,5 +2,11 @@
 
 from plan_jax.methods import asg, convirt, gloria, mgca, place, plan
 
-METHODS = {"convirt": convirt, "gloria": gloria, "mgca": mgca, "asg": asg,
-           "place": place, "plan": plan}  # fmt: skip
+METHODS = {
+    "convirt": convirt,
+    "gloria": gloria,
+    "mgca": mgca,
+    "asg": asg,
+    "place": place,
+    "plan": plan,
+}

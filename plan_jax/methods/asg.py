@@ -34,11 +34,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int8, PRNGKeyArray
 
-from plan_jax import align
-from plan_jax.types import Features, Memory, Metrics, Params, Setting
+from plan_jax.methods import contrastive
+from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
 
 PAPER = "arXiv 2403.09294, github.com/ASGMVLP/ASGMVLP_CODE"
-NEEDS: tuple[str, ...] = ("labels", "regions", "region_words")
+REQUIRES: tuple[str, ...] = ("labels", "regions", "region_words")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def decoder(hyper: Hyper) -> TagDecoder:
     return TagDecoder(hyper.layers, hyper.heads, hyper.hidden, hyper.dropout)
 
 
-def init(key: PRNGKeyArray, setting: Setting, hyper: Hyper) -> tuple[Params, Memory]:
+def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
     """Make the tag decoder; the memory holds the frozen features of the tags, [F E]."""
     pixels = jnp.zeros((1, setting.width))
     params = decoder(hyper).init(key, setting.tags, pixels, False)["params"]
@@ -105,18 +105,22 @@ def init(key: PRNGKeyArray, setting: Setting, hyper: Hyper) -> tuple[Params, Mem
 
 
 def similarity(
-    params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper,
+    params: Params,
+    memory: Memory,
+    images: Features,
+    texts: Features,
+    hyper: Hyper,
     axis: str | None = None,
-) -> dict[str, Float[Array, "I T"]]:  # fmt: skip
+) -> dict[str, Float[Array, "I T"]]:
     """Compare all images with all texts: cosine of the global embeddings, in [-1, 1]."""
-    return {"global": align.cosines(images.pooled, texts.pooled)}
+    return {"global": contrastive.cosine_similarity(images.pooled, texts.pooled)}
 
 
 def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
     """Map the cosine of each word with each pixel; all words weigh the same."""
-    return align.word_maps(texts, images), texts.mask.astype(jnp.float32)
+    return contrastive.word_pixel_maps(texts, images), texts.mask.astype(jnp.float32)
 
 
 def roi_weights(
@@ -148,9 +152,13 @@ def roi_align(
 
 
 def region_loss(
-    pixels: Float[Array, "P D"], words: Float[Array, "W D"], boxes: Float[Array, "R 4"],
-    said: Bool[Array, "R W"], grid: tuple[int, int], hyper: Hyper,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:  # fmt: skip
+    pixels: Float[Array, "P D"],
+    words: Float[Array, "W D"],
+    boxes: Float[Array, "R 4"],
+    said: Bool[Array, "R W"],
+    grid: tuple[int, int],
+    hyper: Hyper,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Contrast the regions of one image with their sentences: *equation 2*, (sum, regions).
 
     A region without a box (lost by a crop, or never given) or without a sentence does not take
@@ -162,13 +170,15 @@ def region_loss(
     logits = region @ sentence.T / hyper.tau
     mask = jnp.broadcast_to(real, logits.shape)
     target = jnp.arange(len(real))
-    both = align.cross_entropy(logits, target, mask) + align.cross_entropy(logits.T, target, mask)
+    both = contrastive.cross_entropy(logits, target, mask) + contrastive.cross_entropy(
+        logits.T, target, mask
+    )
     return jnp.sum(jnp.where(real, both, 0.0)), real.sum().astype(jnp.float32)
 
 
 def soft_targets(labels: Int8[Array, "B F"], hyper: Hyper) -> Float[Array, "B B"]:
     """Make the targets of equation 4 from the tags: rows sum to 1."""
-    tags = align.unit((labels > 0).astype(jnp.float32))
+    tags = contrastive.l2_normalise((labels > 0).astype(jnp.float32))
     soft = hyper.soft * tags @ tags.T + hyper.smooth
     target = (1 - hyper.soft) * jnp.eye(len(tags)) + soft
     return target / target.sum(-1, keepdims=True)
@@ -181,9 +191,14 @@ def soft_loss(logits: Float[Array, "B B"], target: Float[Array, "B B"]) -> Float
 
 
 def tag_loss(
-    params: Params, tags: Float[Array, "F E"], pixels: Float[Array, "b P C"],
-    labels: Int8[Array, "b F"], key: PRNGKeyArray, hyper: Hyper, axis: str | None,
-) -> Float[Array, " b"]:  # fmt: skip
+    params: Params,
+    tags: Float[Array, "F E"],
+    pixels: Float[Array, "b P C"],
+    labels: Int8[Array, "b F"],
+    key: PRNGKeyArray,
+    hyper: Hyper,
+    axis: str | None,
+) -> Float[Array, " b"]:
     """Ask each image for its tags: *equation 3*, mean over tags; -1 counts as absent."""
     model = decoder(hyper)
 
@@ -192,28 +207,39 @@ def tag_loss(
         logits = model.apply({"params": params}, tags, pixels, True, rngs=rngs)
         return jnp.mean(jax.nn.softplus(logits) - (label > 0) * logits)
 
-    return jax.vmap(one)(pixels, labels, align.numbers(len(pixels), axis))
+    return jax.vmap(one)(pixels, labels, contrastive.global_indices(len(pixels), axis))
 
 
 def loss(
-    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Any], *,
-    key: PRNGKeyArray, step: Array, hyper: Hyper, axis: str | None = None,
-) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:  # fmt: skip
+    params: Params,
+    memory: Memory,
+    images: Features,
+    texts: Features,
+    extra: dict[str, Any],
+    *,
+    key: PRNGKeyArray,
+    step: Array,
+    hyper: Hyper,
+    axis: str | None = None,
+) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
     """Sum the four losses: *equations 1-4*, weights 1, 1, 5, 1."""
-    everywhere = align.gather((images.pooled, texts.pooled, extra["labels"]), axis)
-    logits = align.cosines(*everywhere[:2]) / hyper.tau
-    whole = sum(align.info_nce(logits))
+    everywhere = contrastive.all_gather((images.pooled, texts.pooled, extra["labels"]), axis)
+    logits = contrastive.cosine_similarity(*everywhere[:2]) / hyper.tau
+    whole = sum(contrastive.info_nce(logits))
     target = soft_targets(everywhere[2], hyper)
     soft = (soft_loss(logits, target) + soft_loss(logits.T, target)) / 2
     regions = jax.vmap(lambda *pair: region_loss(*pair, images.grid, hyper))(
-        align.unit(images.local), align.unit(texts.local), extra["regions"], extra["region_words"]
+        contrastive.l2_normalise(images.local),
+        contrastive.l2_normalise(texts.local),
+        extra["regions"],
+        extra["region_words"],
     )
-    total, count = (x.sum() for x in align.gather(regions, axis))
+    total, count = (x.sum() for x in contrastive.all_gather(regions, axis))
     region = total / jnp.maximum(count, 1.0)
     tags = tag_loss(
         params["decoder"], memory["tags"], images.raw, extra["labels"], key, hyper, axis
     )
-    tags = align.gather(tags, axis).mean()
+    tags = contrastive.all_gather(tags, axis).mean()
     value = whole + hyper.weight_region * region
     value += hyper.weight_tags * tags + hyper.weight_soft * soft
     metrics = {"loss_global": whole, "loss_region": region, "loss_tags": tags, "loss_soft": soft}

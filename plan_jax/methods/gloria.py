@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from plan_jax import align, packing
-from plan_jax.types import Features, Memory, Metrics, Params, Setting
+from plan_jax.methods import contrastive, gloria_packed
+from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
 
 PAPER = "ICCV 2021, github.com/marshuang80/gloria"
-NEEDS: tuple[str, ...] = ()
+REQUIRES: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,33 +41,40 @@ class Hyper:
     tile: int = 0  # words at a time, at least a text's; 0: what suits the device
 
 
-def init(key: PRNGKeyArray, setting: Setting, hyper: Hyper) -> tuple[Params, Memory]:
+def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
     """Make the method's own parameters and memory: GLoRIA has none beside its heads."""
     return {}, {}
 
 
 def local_scores(
-    pixels: Float[Array, "I P D"], words: Float[Array, "T W D"], mask: Bool[Array, "T W"],
-    hyper: Hyper, kind: Literal["sum", "max"] = "sum",
-) -> Float[Array, "I T"]:  # fmt: skip
+    pixels: Float[Array, "I P D"],
+    words: Float[Array, "T W D"],
+    mask: Bool[Array, "T W"],
+    hyper: Hyper,
+    kind: Literal["sum", "max"] = "sum",
+) -> Float[Array, "I T"]:
     """Score every text on every image: *eq. 4-7:* `log sum_w exp(5 cos(w, region_w))`, or its max.
 
     *As in the code,* a word's region is the mean of the pixels with weights: the softmax over words
     of `<w, p>`, times 4, softmax over pixels.
     """
     if hyper.normalise:
-        pixels, words = align.unit(pixels), align.unit(words)
+        pixels, words = contrastive.l2_normalise(pixels), contrastive.l2_normalise(words)
     slots = hyper.tile or (128 if jax.default_backend() == "cpu" else 2048)
-    form = packing.Form(hyper.attention, hyper.words, kind, slots)
-    return packing.scores(pixels, words, mask, form)
+    form = gloria_packed.Form(hyper.attention, hyper.words, kind, slots)
+    return gloria_packed.scores(pixels, words, mask, form)
 
 
 def similarity(
-    params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper,
+    params: Params,
+    memory: Memory,
+    images: Features,
+    texts: Features,
+    hyper: Hyper,
     axis: str | None = None,
-) -> dict[str, Float[Array, "I T"]]:  # fmt: skip
+) -> dict[str, Float[Array, "I T"]]:
     """Compare all images with all texts: `global` cosine, `local` score, `both` their mean."""
-    cosines = align.cosines(images.pooled, texts.pooled)
+    cosines = contrastive.cosine_similarity(images.pooled, texts.pooled)
     local = local_scores(images.local, texts.local, texts.mask, hyper, hyper.retrieve)
     return {"global": cosines, "local": local, "both": (cosines + local) / 2}
 
@@ -76,21 +83,31 @@ def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
     """Map the cosine of each word with each pixel; all words weigh the same."""
-    return align.word_maps(texts, images), texts.mask.astype(jnp.float32)
+    return contrastive.word_pixel_maps(texts, images), texts.mask.astype(jnp.float32)
 
 
 def loss(
-    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Any], *,
-    key: PRNGKeyArray, step: Array, hyper: Hyper, axis: str | None = None,
-) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:  # fmt: skip
+    params: Params,
+    memory: Memory,
+    images: Features,
+    texts: Features,
+    extra: dict[str, Any],
+    *,
+    key: PRNGKeyArray,
+    step: Array,
+    hyper: Hyper,
+    axis: str | None = None,
+) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
     """Contrast the pairs of the whole batch, locally and globally.
 
     *Paper eq. 3, 8, 9:* both directions of InfoNCE on 10 x local score and on 10 x cosine, summed.
     """
-    texts = align.gather(texts, axis)
-    cosines = align.cosines(align.gather(images.pooled, axis), texts.pooled)
-    local = align.gather(local_scores(images.local, texts.local, texts.mask, hyper), axis)
-    total_local = sum(align.info_nce(hyper.scale * local))
-    total_global = sum(align.info_nce(hyper.scale * cosines))
+    texts = contrastive.all_gather(texts, axis)
+    cosines = contrastive.cosine_similarity(
+        contrastive.all_gather(images.pooled, axis), texts.pooled
+    )
+    local = contrastive.all_gather(local_scores(images.local, texts.local, texts.mask, hyper), axis)
+    total_local = sum(contrastive.info_nce(hyper.scale * local))
+    total_global = sum(contrastive.info_nce(hyper.scale * cosines))
     value = hyper.weight_local * total_local + hyper.weight_global * total_global
     return value, ({"loss_local": total_local, "loss_global": total_global}, memory)

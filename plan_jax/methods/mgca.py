@@ -42,11 +42,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from plan_jax import align
-from plan_jax.types import Features, Memory, Metrics, Params, Setting
+from plan_jax.methods import contrastive
+from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
 
 PAPER = "arXiv 2210.06044, github.com/HKU-MedAI/MGCA"
-NEEDS: tuple[str, ...] = ()
+REQUIRES: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Hyper:
     tile: int = 4  # pairs at a time
 
 
-def init(key: PRNGKeyArray, setting: Setting, hyper: Hyper) -> tuple[Params, Memory]:
+def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
     """Make the prototypes, Float[K D], of unit length and in random directions."""
     drawn = jax.random.normal(key, (hyper.prototypes, setting.dim))
-    return {"prototypes": align.unit(drawn)}, {}
+    return {"prototypes": contrastive.l2_normalise(drawn)}, {}
 
 
 def clipped(attention: Float[Array, "*B N"], mask: Bool[Array, "*B N"]) -> Float[Array, "*B N"]:
@@ -126,32 +126,43 @@ def own_contrast(
 
     Cross-entropy among the items kept, along the rows and down the columns.
     """
-    there = align.masked_lse(logits, kept[None, :])
-    back = align.masked_lse(logits, kept[:, None], 0)
+    there = contrastive.masked_logsumexp(logits, kept[None, :])
+    back = contrastive.masked_logsumexp(logits, kept[:, None], 0)
     return jnp.sum(weight * (there + back - 2 * jnp.diagonal(logits))) / 2
 
 
 def word_side(
-    pixels: Float[Array, "P D"], words: Float[Array, "W D"], products: Float[Array, "W P"],
-    mask: Bool[Array, " W"], weight: Float[Array, " W"], hyper: Hyper,
-) -> Float[Array, ""]:  # fmt: skip
+    pixels: Float[Array, "P D"],
+    words: Float[Array, "W D"],
+    products: Float[Array, "W P"],
+    mask: Bool[Array, " W"],
+    weight: Float[Array, " W"],
+    hyper: Hyper,
+) -> Float[Array, ""]:
     """Contrast the words of one pair, of unit length, with the regions they see: *equation 2*."""
     attention = jax.nn.softmax(products / hyper.tau_token, -1)
-    regions = align.unit(attention @ pixels)
+    regions = contrastive.l2_normalise(attention @ pixels)
     return own_contrast(words @ regions.T / hyper.tau_token, mask | hyper.padded_columns, weight)
 
 
 def patch_side(
-    pixels: Float[Array, "P D"], words: Float[Array, "W D"], products: Float[Array, "W P"],
-    mask: Bool[Array, " W"], weight: Float[Array, " P"], scale: bool, hyper: Hyper,
-) -> Float[Array, ""]:  # fmt: skip
+    pixels: Float[Array, "P D"],
+    words: Float[Array, "W D"],
+    products: Float[Array, "W P"],
+    mask: Bool[Array, " W"],
+    weight: Float[Array, " P"],
+    scale: bool,
+    hyper: Hyper,
+) -> Float[Array, ""]:
     """Contrast the patches of one pair, of unit length, with the words they see: *equation 3*.
 
     `scale` says whether contexts are scaled to unit length.
     """
-    attention = jax.nn.softmax(jnp.where(mask[:, None], products / hyper.tau_token, align.NEG), 0)
+    attention = jax.nn.softmax(
+        jnp.where(mask[:, None], products / hyper.tau_token, contrastive.NEG), 0
+    )
     contexts = attention.T @ words
-    contexts = align.unit(contexts) if scale else contexts
+    contexts = contrastive.l2_normalise(contexts) if scale else contexts
     kept = jnp.ones(len(pixels), bool)
     return own_contrast(pixels @ contexts.T / hyper.tau_token, kept, weight)
 
@@ -185,7 +196,9 @@ def token_losses(images: Features, texts: Features, hyper: Hyper) -> Float[Array
 
     values.defvjp(lambda *parts: each(jax.value_and_grad(pair, (0, 1)), parts), backward)
     rest = texts.mask, word_weight(texts, hyper), patch_weight(images)
-    return values(align.unit(images.local), align.unit(texts.local), rest)
+    return values(
+        contrastive.l2_normalise(images.local), contrastive.l2_normalise(texts.local), rest
+    )
 
 
 def codes(scores: Float[Array, "B K"], hyper: Hyper) -> Float[Array, "B K"]:
@@ -201,12 +214,18 @@ def codes(scores: Float[Array, "B K"], hyper: Hyper) -> Float[Array, "B K"]:
 
 
 def prototype_loss(
-    prototypes: Float[Array, "K D"], images: Float[Array, "B D"], texts: Float[Array, "B D"],
-    step: Array, hyper: Hyper,
-) -> Float[Array, ""]:  # fmt: skip
+    prototypes: Float[Array, "K D"],
+    images: Float[Array, "B D"],
+    texts: Float[Array, "B D"],
+    step: Array,
+    hyper: Hyper,
+) -> Float[Array, ""]:
     """Predict each side's codes from the other side: *equation 4*, the mean of both directions."""
     held = jnp.where(step < hyper.freeze, lax.stop_gradient(prototypes), prototypes)
-    seen, said = align.cosines(images, held), align.cosines(texts, held)
+    seen, said = (
+        contrastive.cosine_similarity(images, held),
+        contrastive.cosine_similarity(texts, held),
+    )
 
     def predict(scores: Array, target: Array) -> Array:
         log = jax.nn.log_softmax(scores / hyper.tau_prototype, -1)
@@ -216,33 +235,49 @@ def prototype_loss(
 
 
 def similarity(
-    params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper,
+    params: Params,
+    memory: Memory,
+    images: Features,
+    texts: Features,
+    hyper: Hyper,
     axis: str | None = None,
-) -> dict[str, Float[Array, "I T"]]:  # fmt: skip
+) -> dict[str, Float[Array, "I T"]]:
     """Compare all images with all texts: cosine of the global embeddings, in [-1, 1]."""
-    return {"global": align.cosines(images.pooled, texts.pooled)}
+    return {"global": contrastive.cosine_similarity(images.pooled, texts.pooled)}
 
 
 def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
     """Map the cosine of each word with each patch; words weigh what they weigh in the loss."""
-    return align.word_maps(texts, images), word_weight(texts, hyper)
+    return contrastive.word_pixel_maps(texts, images), word_weight(texts, hyper)
 
 
 def loss(
-    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Any], *,
-    key: PRNGKeyArray, step: Array, hyper: Hyper, axis: str | None = None,
-) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:  # fmt: skip
+    params: Params,
+    memory: Memory,
+    images: Features,
+    texts: Features,
+    extra: dict[str, Any],
+    *,
+    key: PRNGKeyArray,
+    step: Array,
+    hyper: Hyper,
+    axis: str | None = None,
+) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
     """Contrast reports, tokens and prototypes: the weighted sum of *equations 1, 2 + 3 and 4*."""
-    token = align.gather(token_losses(images, texts, hyper), axis).mean()
+    token = contrastive.all_gather(token_losses(images, texts, hyper), axis).mean()
     group = None if hyper.per_device else axis
-    images, texts = (x.replace(pooled=align.gather(x.pooled, group)) for x in (images, texts))
+    images, texts = (
+        x.replace(pooled=contrastive.all_gather(x.pooled, group)) for x in (images, texts)
+    )
     cosines = similarity(params, memory, images, texts, hyper)["global"]
-    report = sum(align.info_nce(cosines / hyper.tau))
+    report = sum(contrastive.info_nce(cosines / hyper.tau))
     prototype = prototype_loss(params["prototypes"], images.pooled, texts.pooled, step, hyper)
     if hyper.per_device:
-        report, prototype = align.gather(jnp.stack([report, prototype])[None], axis).mean(0)
+        report, prototype = contrastive.all_gather(jnp.stack([report, prototype])[None], axis).mean(
+            0
+        )
     value = hyper.weight_global * report + hyper.weight_token * token
     value += hyper.weight_prototype * prototype
     metrics = {"loss_global": report, "loss_token": token, "loss_prototype": prototype}

@@ -42,11 +42,11 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from plan_jax import align
-from plan_jax.types import Features, Memory, Metrics, Params, Setting, UserError
+from plan_jax.methods import contrastive
+from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
 
 PAPER = "arXiv 2506.10573"
-NEEDS: tuple[str, ...] = ()
+REQUIRES: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*B N D"], memory: Float[Array, "*B P D"],
+        self,
+        x: Float[Array, "*B N D"],
+        memory: Float[Array, "*B P D"],
         mask: Bool[Array, "*B P"] | None = None,
-    ) -> Float[Array, "*B N D"]:  # fmt: skip
+    ) -> Float[Array, "*B N D"]:
         """Apply it."""
         attention = partial(nn.MultiHeadDotProductAttention, self.heads, use_bias=False)
         mask = None if mask is None else mask[..., None, None, :]
@@ -106,7 +108,9 @@ class Extractor(nn.Module):
         x = jnp.broadcast_to(x, (*pixels.shape[:-2], *x.shape))
         for n in range(self.hyper.blocks):
             x = Block(self.hyper.heads, name=f"block{n}")(x, memory)
-        return align.unit(nn.Dense(dim, name="head")(nn.LayerNorm(name="norm_out")(x)))
+        return contrastive.l2_normalise(
+            nn.Dense(dim, name="head")(nn.LayerNorm(name="norm_out")(x))
+        )
 
 
 class Decoder(nn.Module):
@@ -119,9 +123,13 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, pixels: Float[Array, "*B P D"], hidden: Bool[Array, "*B P"],
-        words: Float[Array, "*B W D"], mask: Bool[Array, "*B W"], place: Float[Array, "P D"],
-    ) -> Float[Array, "*B P D"]:  # fmt: skip
+        self,
+        pixels: Float[Array, "*B P D"],
+        hidden: Bool[Array, "*B P"],
+        words: Float[Array, "*B W D"],
+        mask: Bool[Array, "*B W"],
+        place: Float[Array, "P D"],
+    ) -> Float[Array, "*B P D"]:
         """Apply it; `place` encodes where each patch is."""
         dim = pixels.shape[-1]
         token = self.param("token", nn.initializers.normal(0.02), (dim,))
@@ -132,7 +140,7 @@ class Decoder(nn.Module):
         return nn.Dense(dim, False, name="out")(nn.LayerNorm(use_bias=False, name="norm_out")(x))
 
 
-def init(key: PRNGKeyArray, setting: Setting, hyper: Hyper) -> tuple[Params, Memory]:
+def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
     """Make extractor, head of sentences and decoder, all of width D; there is no memory.
 
     Raises:
@@ -175,7 +183,7 @@ def say(
     size = member.sum(1)
     mean = jnp.einsum("bwd,bwm->bmd", texts.local, member) / jnp.maximum(size, 1)[..., None]
     said = nn.Dense(mean.shape[-1]).apply({"params": params["sentence"]}, mean)
-    return align.unit(said) * (size > 0)[..., None], size > 0
+    return contrastive.l2_normalise(said) * (size > 0)[..., None], size > 0
 
 
 def choose(
@@ -193,25 +201,27 @@ def scores(
     def one(seen: Array, text: tuple[Array, Array]) -> Array:
         said, real = text
         if hyper.match == "attn":
-            match = jnp.sum(said * align.unit(choose(seen, said, hyper) @ seen), -1)
+            match = jnp.sum(said * contrastive.l2_normalise(choose(seen, said, hyper) @ seen), -1)
         elif hyper.match == "soft":
-            match = align.soft_max(said @ seen.T, hyper.tau_match)
+            match = contrastive.soft_maximum(said @ seen.T, hyper.tau_match)
         else:
             match = jnp.max(said @ seen.T, -1)
-        return align.masked_mean(match, real)
+        return contrastive.masked_mean(match, real)
 
-    return align.all_pairs(one, seen, (said, real), hyper.tile)
+    return contrastive.score_all_pairs(one, seen, (said, real), hyper.tile)
 
 
 def contrast_sentences(
     seen: Float[Array, "B K D"], said: Float[Array, "B M D"], real: Bool[Array, "B M"], hyper: Hyper
 ) -> Float[Array, ""]:
     """Contrast the sentences of the batch with what each chose in its own image: *equation 4*."""
-    found = align.unit(choose(seen, said, hyper) @ seen)
+    found = contrastive.l2_normalise(choose(seen, said, hyper) @ seen)
     logits = jnp.einsum("bmd,cnd->bmcn", said, found).reshape(real.size, -1) / hyper.tau_local
     own, among = jnp.arange(real.size), jnp.broadcast_to(real.ravel(), logits.shape)
-    both = align.cross_entropy(logits, own, among) + align.cross_entropy(logits.T, own, among)
-    return align.masked_mean(both, real.ravel())
+    both = contrastive.cross_entropy(logits, own, among) + contrastive.cross_entropy(
+        logits.T, own, among
+    )
+    return contrastive.masked_mean(both, real.ravel())
 
 
 def overlap(seen: Float[Array, "B K D"]) -> Float[Array, " B"]:
@@ -225,7 +235,7 @@ def correlations(tokens: Float[Array, "P E"]) -> Float[Array, "P P"]:
     """Correlate the patches of an image: *equation 6*; no gradient."""
     tokens = lax.stop_gradient(tokens.astype(jnp.float32))
     away = tokens - tokens.mean(0)
-    return align.cosines(*[away * lax.rsqrt(jnp.mean(away**2, 0) + 1e-8)] * 2)
+    return contrastive.cosine_similarity(*[away * lax.rsqrt(jnp.mean(away**2, 0) + 1e-8)] * 2)
 
 
 def place_code(grid: tuple[int, int], dim: int) -> Float[Array, "P D"]:
@@ -240,14 +250,14 @@ def mismatch(
 ) -> Float[Array, ""]:
     """Compare correlations over the pairs of patches that touch a hidden one: *equation 8*."""
     counts = (hidden[:, None] | hidden[None, :]) & ~jnp.eye(len(hidden), dtype=bool)
-    return align.masked_mean((guessed - true) ** 2, counts)
+    return contrastive.masked_mean((guessed - true) ** 2, counts)
 
 
 def hide(
     key: PRNGKeyArray, count: int, pixels: int, hyper: Hyper, axis: str | None = None
 ) -> Bool[Array, "B P"]:
     """Draw each image's patches to hide, the same on any number of devices."""
-    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(align.numbers(count, axis))
+    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(contrastive.global_indices(count, axis))
     noise = jax.vmap(lambda k: jax.random.uniform(k, (pixels,)))(keys)
     chosen = lax.top_k(noise, min(max(round(hyper.hidden * pixels), 1), pixels))[1]
     return jax.nn.one_hot(chosen, pixels, dtype=bool).any(1)
@@ -262,22 +272,26 @@ def explore(
     def one(item: tuple[Array, ...]) -> Array:
         *given, tokens = item
         y = Decoder(hyper).apply({"params": params["decoder"]}, *given, place)
-        guessed = align.cosines(*[y - y.mean(0)] * 2)
+        guessed = contrastive.cosine_similarity(*[y - y.mean(0)] * 2)
         return mismatch(guessed, correlations(tokens), given[1])
 
     tokens = images.local if images.raw is None else images.raw
     items = (images.local, hidden, texts.local, texts.mask, tokens)
-    return align.tiled(jax.vmap(one), items, hyper.tile)
+    return contrastive.map_tiles(jax.vmap(one), items, hyper.tile)
 
 
 def similarity(
-    params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper,
+    params: Params,
+    memory: Memory,
+    images: Features,
+    texts: Features,
+    hyper: Hyper,
     axis: str | None = None,
-) -> dict[str, Float[Array, "I T"]]:  # fmt: skip
+) -> dict[str, Float[Array, "I T"]]:
     """Compare all: `global` cosine, `local` *equation 3*, `both` their sum at the loss's taus."""
     seen, _ = observe(params, images.local, hyper)
     local = scores(seen, *say(params, texts, hyper), hyper)
-    table = {"global": align.cosines(images.pooled, texts.pooled), "local": local}
+    table = {"global": contrastive.cosine_similarity(images.pooled, texts.pooled), "local": local}
     return table | {"both": table["global"] / hyper.tau + local / hyper.tau_local}
 
 
@@ -296,21 +310,34 @@ def heatmap(
 
 
 def loss(
-    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Any], *,
-    key: PRNGKeyArray, step: Array, hyper: Hyper, axis: str | None = None,
-) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:  # fmt: skip
+    params: Params,
+    memory: Memory,
+    images: Features,
+    texts: Features,
+    extra: dict[str, Any],
+    *,
+    key: PRNGKeyArray,
+    step: Array,
+    hyper: Hyper,
+    axis: str | None = None,
+) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
     """Align pairs and their observations over the whole batch, and explore each: *equation 10*."""
     seen, _ = observe(params, images.local, hyper)
-    pooled, said, real = align.gather((texts.pooled, *say(params, texts, hyper)), axis)
-    ita = sum(align.info_nce(align.cosines(align.gather(images.pooled, axis), pooled) / hyper.tau))
+    pooled, said, real = contrastive.all_gather((texts.pooled, *say(params, texts, hyper)), axis)
+    ita = sum(
+        contrastive.info_nce(
+            contrastive.cosine_similarity(contrastive.all_gather(images.pooled, axis), pooled)
+            / hyper.tau
+        )
+    )
     if hyper.match == "attn":
-        pcma = contrast_sentences(align.gather(seen, axis), said, real, hyper)
+        pcma = contrast_sentences(contrastive.all_gather(seen, axis), said, real, hyper)
     else:
-        local = align.gather(scores(seen, said, real, hyper), axis)
-        pcma = sum(align.info_nce(local / hyper.tau_local))
+        local = contrastive.all_gather(scores(seen, said, real, hyper), axis)
+        pcma = sum(contrastive.info_nce(local / hyper.tau_local))
     hidden = hide(key, *images.local.shape[:2], hyper, axis)
     each = overlap(seen), explore(params, images, texts, hidden, hyper)
-    variety, cce = (x.mean() for x in align.gather(each, axis))
+    variety, cce = (x.mean() for x in contrastive.all_gather(each, axis))
     value = ita + hyper.weight_pcma * pcma + hyper.weight_cce * cce + hyper.weight_variety * variety
     metrics = {"loss_global": ita, "loss_pcma": pcma, "loss_cce": cce, "loss_variety": variety}
     return value, (metrics, memory)

@@ -42,11 +42,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from plan_jax import align
-from plan_jax.types import Features, Memory, Metrics, Params, Setting
+from plan_jax.methods import contrastive
+from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
 
 PAPER = "arXiv 2502.18047"
-NEEDS: tuple[str, ...] = ()
+REQUIRES: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Hyper:
     tile: int = 4  # texts (round 0) or images (later rounds) at a time
 
 
-class Sight(NamedTuple):
+class ImageSide(NamedTuple):
     """The pixels of one image, unit length, coarse and fine, and those of the averaged model."""
 
     pixels: Float[Array, "P D"]
@@ -96,13 +96,13 @@ class Words(NamedTuple):
     past: Float[Array, "K D"] | None = None
 
 
-def sight_of(images: Features) -> Sight:
+def image_side(images: Features) -> ImageSide:
     """Take the pixels of images, [B P D] and [B Q D], to unit length."""
-    fine = None if images.fine is None else align.unit(images.fine)
-    return Sight(align.unit(images.local), fine)
+    fine = None if images.fine is None else contrastive.l2_normalise(images.fine)
+    return ImageSide(contrastive.l2_normalise(images.local), fine)
 
 
-def init(key: PRNGKeyArray, setting: Setting, hyper: Hyper) -> tuple[Params, Memory]:
+def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
     """Make the learned temperature, and an empty history of words: Float[table] each."""
     memory = {"gap": jnp.zeros(hyper.table), "seen": jnp.zeros(hyper.table)}
     return {"log_scale": jnp.log(1 / hyper.tau)}, memory
@@ -115,26 +115,36 @@ def importance(
     if not hyper.gates:
         return 0.5 * mask, jnp.full(maps.shape[-1], 0.5)
     maps = lax.stop_gradient(maps)
-    word = align.soft_max(maps, hyper.tau_importance)
-    pixel = align.soft_max(maps, hyper.tau_importance, mask[:, None], 0)
+    word = contrastive.soft_maximum(maps, hyper.tau_importance)
+    pixel = contrastive.soft_maximum(maps, hyper.tau_importance, mask[:, None], 0)
     everywhere = jnp.ones(pixel.shape, bool)
-    return align.gate(word, mask, hyper.kappa), align.gate(pixel, everywhere, hyper.kappa)
+    return contrastive.gate(word, mask, hyper.kappa), contrastive.gate(
+        pixel, everywhere, hyper.kappa
+    )
 
 
 def look(
-    maps: Float[Array, "K P"], pixels: Float[Array, "P D"], words: Float[Array, "K D"],
-    mask: Bool[Array, " K"], hyper: Hyper,
-) -> tuple[Float[Array, " K"], Float[Array, "K D"], Float[Array, " K"]]:  # fmt: skip
+    maps: Float[Array, "K P"],
+    pixels: Float[Array, "P D"],
+    words: Float[Array, "K D"],
+    mask: Bool[Array, " K"],
+    hyper: Hyper,
+) -> tuple[Float[Array, " K"], Float[Array, "K D"], Float[Array, " K"]]:
     """Give each word's importance, its region's feature and their match: *equations 2-5*."""
     word, pixel = importance(maps, mask, hyper)
     damped = maps * (4 * word[:, None] * pixel)
     region = jax.nn.softmax(damped / hyper.tau_region, -1)
-    found = align.unit(region @ pixels)
+    found = contrastive.l2_normalise(region @ pixels)
     return word, found, jnp.sum(words * found, -1) * mask
 
 
 def read(
-    image: Sight, text: Words, grids: tuple, hyper: Hyper, rounds: int, share: Array | float = 0.0
+    image: ImageSide,
+    text: Words,
+    grids: tuple,
+    hyper: Hyper,
+    rounds: int,
+    share: Array | float = 0.0,
 ) -> tuple[Float[Array, "N K"], Float[Array, "K Q"], Float[Array, " K"]]:
     """Read one text on one image: matches of rounds 0..T, the last map, and word importance.
 
@@ -148,11 +158,11 @@ def read(
     maps = maps * mask[:, None]
     word, found, first = look(maps, pixels, words, mask, hyper)
     if image.fine is not None:
-        maps, pixels = align.enlarge(maps, *grids), image.fine
+        maps, pixels = contrastive.upsample_maps(maps, *grids), image.fine
 
     def step(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple, Array]:
         maps, word, found = carry
-        query = align.unit(words + hyper.eta * word[:, None] * found)
+        query = contrastive.l2_normalise(words + hyper.eta * word[:, None] * found)
         seen = query @ pixels.T * mask[:, None]
         maps = (1 - hyper.rho) * seen + hyper.rho * maps
         word, found, match = look(maps, pixels, words, mask, hyper)
@@ -168,8 +178,8 @@ def word_weight(memory: Memory, word_id: Int[Array, "B W"], hyper: Hyper) -> Flo
     if not hyper.history:
         return real
     gap, seen = memory["gap"], memory["seen"] > 0
-    mean = align.masked_mean(gap, seen)
-    spread = jnp.sqrt(align.masked_mean((gap - mean) ** 2, seen) + 1e-6)
+    mean = contrastive.masked_mean(gap, seen)
+    spread = jnp.sqrt(contrastive.masked_mean((gap - mean) ** 2, seen) + 1e-6)
     weight = jnp.where(seen, jax.nn.sigmoid((gap - mean) / spread), 0.5)
     return jnp.maximum(weight, hyper.floor)[word_id % hyper.table] * real
 
@@ -188,9 +198,13 @@ def remember(
 
 
 def similarity(
-    params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper,
+    params: Params,
+    memory: Memory,
+    images: Features,
+    texts: Features,
+    hyper: Hyper,
     axis: str | None = None,
-) -> dict[str, Float[Array, "I T"]]:  # fmt: skip
+) -> dict[str, Float[Array, "I T"]]:
     """Compare all images with all texts.
 
     `global` is the cosine; `local` the weighted match of all words (*equation 8*, round 0); `both`
@@ -198,13 +212,17 @@ def similarity(
     """
 
     def score(pixels: Array, text: tuple[Words, Array]) -> Array:
-        return align.masked_mean(read(Sight(pixels), text[0], (), hyper, 0)[0][0], text[1])
+        return contrastive.masked_mean(
+            read(ImageSide(pixels), text[0], (), hyper, 0)[0][0], text[1]
+        )
 
-    words = Words(align.unit(texts.local), texts.word_id)
+    words = Words(contrastive.l2_normalise(texts.local), texts.word_id)
     said = words, word_weight(memory, texts.word_id, hyper)
-    local = align.all_pairs(score, align.unit(images.local), said, hyper.tile)
-    cosines = align.cosines(images.pooled, texts.pooled)
-    both = align.scale(params["log_scale"]) * cosines + local / hyper.tau_local
+    local = contrastive.score_all_pairs(
+        score, contrastive.l2_normalise(images.local), said, hyper.tile
+    )
+    cosines = contrastive.cosine_similarity(images.pooled, texts.pooled)
+    both = contrastive.logit_scale(params["log_scale"]) * cosines + local / hyper.tau_local
     return {"global": cosines, "local": local, "both": both}
 
 
@@ -212,20 +230,28 @@ def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W Q"], Float[Array, "B W"]]:
     """Map each word on its image after all rounds, on the fine grid if there is one; with `a_n`."""
-    words = Words(align.unit(texts.local), texts.word_id)
+    words = Words(contrastive.l2_normalise(texts.local), texts.word_id)
     grids = (images.grid, images.fine_grid)
     every = jax.vmap(lambda image, text: read(image, text, grids, hyper, hyper.rounds)[1:])
-    return every(sight_of(images), words)
+    return every(image_side(images), words)
 
 
 def loss(
-    params: Params, memory: Memory, images: Features, texts: Features, extra: dict[str, Any], *,
-    key: PRNGKeyArray, step: Array, hyper: Hyper, axis: str | None = None,
-) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:  # fmt: skip
+    params: Params,
+    memory: Memory,
+    images: Features,
+    texts: Features,
+    extra: dict[str, Any],
+    *,
+    key: PRNGKeyArray,
+    step: Array,
+    hyper: Hyper,
+    axis: str | None = None,
+) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
     """Contrast the pairs of the whole batch globally and locally, round by round: *equation 10*."""
-    every = align.gather(texts, axis)
+    every = contrastive.all_gather(texts, axis)
     weight = word_weight(memory, every.word_id, hyper)
-    chosen = align.draw(weight, key, min(hyper.words, weight.shape[1]))
+    chosen = contrastive.sample_without_replacement(weight, key, min(hyper.words, weight.shape[1]))
     weight = jnp.take_along_axis(weight, chosen, 1)
     part = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
     sights, words, share = prepare(images, every, texts, chosen, extra, step, hyper, axis)
@@ -240,27 +266,40 @@ def loss(
         metrics |= {"loss_report_last": reports[-1], "loss_word_last": words_[-1]}
         local += omega[1:] @ (hyper.weight_report * reports + hyper.weight_word * words_)
     memory = remember(memory, gap, words.word_id, hyper)
-    cosines = align.cosines(align.gather(images.pooled, axis), every.pooled)
-    total = sum(align.info_nce(align.scale(params["log_scale"]) * cosines)) / 2
+    cosines = contrastive.cosine_similarity(
+        contrastive.all_gather(images.pooled, axis), every.pooled
+    )
+    total = sum(contrastive.info_nce(contrastive.logit_scale(params["log_scale"]) * cosines)) / 2
     return hyper.weight_global * total + local, (metrics | {"loss_global": total}, memory)
 
 
 def prepare(
-    images: Features, every: Features, texts: Features, chosen: Int[Array, "T K"],
-    extra: dict[str, Any], step: Array, hyper: Hyper, axis: str | None,
-) -> tuple[tuple[Sight, Int[Array, "b W"]], Words, Float[Array, ""]]:  # fmt: skip
+    images: Features,
+    every: Features,
+    texts: Features,
+    chosen: Int[Array, "T K"],
+    extra: dict[str, Any],
+    step: Array,
+    hyper: Hyper,
+    axis: str | None,
+) -> tuple[tuple[ImageSide, Int[Array, "b W"]], Words, Float[Array, ""]]:
     """Take this device's images with the words of their reports, of all texts the chosen words
     [T K D], and the share of the averaged model.
     """
     pick = chosen[..., None]
-    sight = sight_of(images)
-    local = jnp.take_along_axis(align.unit(every.local), pick, 1)
+    sight = image_side(images)
+    local = jnp.take_along_axis(contrastive.l2_normalise(every.local), pick, 1)
     words = Words(local, jnp.take_along_axis(every.word_id, chosen, 1))
     share = jnp.zeros(())
     if hyper.progress == "ema":
         seen, said = extra["teacher"]
-        past = jnp.take_along_axis(align.unit(align.gather(said.local, axis)), pick, 1)
-        sight, words = sight._replace(past=align.unit(seen.local)), words._replace(past=past)
+        past = jnp.take_along_axis(
+            contrastive.l2_normalise(contrastive.all_gather(said.local, axis)), pick, 1
+        )
+        sight, words = (
+            sight._replace(past=contrastive.l2_normalise(seen.local)),
+            words._replace(past=past),
+        )
         share = hyper.share * jnp.minimum(step / hyper.ramp, 1.0)
     return (sight, texts.word_id), words, share
 
@@ -271,15 +310,19 @@ def has_word(ids: Int[Array, " W"], text: Words) -> Bool[Array, " K"]:
 
 
 def first_round(
-    sights: tuple[Sight, Int[Array, "b W"]], words: Words, share: Float[Array, ""],
-    part: Float[Array, "T K"], hyper: Hyper, axis: str | None,
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "T K"]]:  # fmt: skip
+    sights: tuple[ImageSide, Int[Array, "b W"]],
+    words: Words,
+    share: Float[Array, ""],
+    part: Float[Array, "T K"],
+    hyper: Hyper,
+    axis: str | None,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "T K"]]:
     """Contrast every word over all images: report loss, word loss, and by how much each word fits
     its own image better than the others. There is no [T I K] anywhere.
     """
-    number = align.numbers(len(sights[1]), axis)
+    number = contrastive.global_indices(len(sights[1]), axis)
 
-    def score(image: tuple[Sight, Array], text: Words) -> tuple[Array, Array]:
+    def score(image: tuple[ImageSide, Array], text: Words) -> tuple[Array, Array]:
         match = read(image[0]._replace(fine=None), text, (), hyper, 0, share)[0][0]
         return has_word(image[1], text), match
 
@@ -288,33 +331,46 @@ def first_round(
         same, match = jax.vmap(jax.vmap(score, (0, None)), (None, 0))(sights, text)  # [t b K]
         own = (which[:, None] == number)[..., None]
         allowed = own | ~same | (hyper.negatives == "all")
-        total = align.masked_lse(match / hyper.tau_local, allowed, 1)
+        total = contrastive.masked_logsumexp(match / hyper.tau_local, allowed, 1)
         sums = [jnp.sum(match * which, 1) for which in (own, allowed & ~own)]
         return jnp.einsum("tbk,tk->tb", match, part), total, *sums, jnp.sum(allowed & ~own, 1)
 
-    scores, *parts = align.tiled(block, (words, jnp.arange(len(part)), part), hyper.tile)
-    scores = align.gather(scores.T, axis)
-    total, mine, rest, count = align.gather([x[None] for x in parts], axis)  # [N T K], by device
+    scores, *parts = contrastive.map_tiles(block, (words, jnp.arange(len(part)), part), hyper.tile)
+    scores = contrastive.all_gather(scores.T, axis)
+    total, mine, rest, count = contrastive.all_gather(
+        [x[None] for x in parts], axis
+    )  # [N T K], by device
     mine, total = mine.sum(0), jax.nn.logsumexp(total, 0)
     word = jnp.sum((total - mine / hyper.tau_local) * part, -1).mean()
     gap = mine - rest.sum(0) / jnp.maximum(count.sum(0), 1)
-    return sum(align.info_nce(scores / hyper.tau_local)), word, gap
+    return sum(contrastive.info_nce(scores / hyper.tau_local)), word, gap
 
 
 def later_rounds(
-    sights: tuple[Sight, Int[Array, "b W"]], words: Words, images: Features,
-    part: Float[Array, "T K"], hyper: Hyper, axis: str | None,
-) -> tuple[Float[Array, " N"], Float[Array, " N"]]:  # fmt: skip
+    sights: tuple[ImageSide, Int[Array, "b W"]],
+    words: Words,
+    images: Features,
+    part: Float[Array, "T K"],
+    hyper: Hyper,
+    axis: str | None,
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Contrast rounds 1..T over a few candidates each: report and word loss of each round."""
-    count, first = min(hyper.candidates, len(part)), align.numbers(len(sights[1]), axis)[0]
+    count, first = (
+        min(hyper.candidates, len(part)),
+        contrastive.global_indices(len(sights[1]), axis)[0],
+    )
     grids = (images.grid, images.fine_grid)
 
-    def score(image: tuple[Sight, Array], text: Words) -> tuple[Array, Array]:
+    def score(image: tuple[ImageSide, Array], text: Words) -> tuple[Array, Array]:
         sight, text = image[0]._replace(past=None), text._replace(past=None)
         match = read(sight, text, grids, hyper, hyper.rounds)[0][1:]
         return has_word(image[1], text), match.T
 
-    near = align.near_pairs(score, sights, words, candidates=count, first=first, tile=hyper.tile)
-    same, match = align.by_text(align.gather(near, axis))  # candidate 0 of a text is its own image
+    near = contrastive.score_nearby_pairs(
+        score, sights, words, candidates=count, first=first, tile=hyper.tile
+    )
+    same, match = contrastive.by_text(
+        contrastive.all_gather(near, axis)
+    )  # candidate 0 of a text is its own image
     allowed = (jnp.arange(count) == 0)[:, None] | ~same | (hyper.negatives == "all")
-    return align.contrast_near(match / hyper.tau_local, allowed, part)
+    return contrastive.contrast_near(match / hyper.tau_local, allowed, part)

@@ -33,12 +33,13 @@ import optax
 from jaxtyping import Bool, Float, Int, Int8, PyTree
 from scipy.special import expit, log_softmax
 
-from plan_jax import label_metrics, metrics, probe
-from plan_jax.figures import LineRow, slug
+from plan_jax.heads import head_on_tower
 from plan_jax.heads.linear import LOSSES, Linear, statistics
-from plan_jax.label_metrics import Judged, each_finding, mean, truths, two_sided
+from plan_jax.metrics import classification as classification_metrics
+from plan_jax.metrics import intervals, slug
+from plan_jax.metrics.classification import Judged, each_finding, mean, truths, two_sided
 from plan_jax.optim import Fit, fit_head, take
-from plan_jax.types import Model, Record, Tower, UserError
+from plan_jax.types import Curve, Model, Record, Tower, UserError
 
 SPLITS = ("train", "val", "test")
 POINTS = 200  # of a ROC curve on the page
@@ -77,9 +78,14 @@ class Options:
 
 
 def evaluate(
-    model: Model, splits: Mapping[str, Sequence[Record]], *, options: Options,
-    findings: Sequence[str], folder: Path | None = None, seed: int = 0,
-) -> tuple[dict[str, float], list[LineRow]]:  # fmt: skip
+    model: Model,
+    splits: Mapping[str, Sequence[Record]],
+    *,
+    options: Options,
+    findings: Sequence[str],
+    folder: Path | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, float], list[Curve]]:
     """Fit a head to each share of the training records, and score it on the test records.
 
     `findings` names the columns of `Record.labels`; `seed` draws shares, parameters, batches and
@@ -90,7 +96,7 @@ def evaluate(
       UserError: what `needs` says, a model without a tower, or features that are not finite.
     """
     needs(splits, options, findings)
-    tower = probe.tower_of(model)
+    tower = head_on_tower.tower_of(model)
     names = _chosen(options, findings)
     uncertain = "zero" if options.kind == "multiclass" else options.uncertain
     labels = {split: _labels(splits[split], names, findings) for split in SPLITS}
@@ -102,9 +108,15 @@ def evaluate(
     for fraction in sorted(set(options.fractions)):
         share, chosen = f"{100 * fraction:g}", draw(len(labels["train"]), fraction, seed)
         fit = _fit(
-            ready, take(rows["train"], chosen), rows["val"], options, f"classification_{share}",
-            about, seed, folder,
-        )  # fmt: skip
+            ready,
+            take(rows["train"], chosen),
+            rows["val"],
+            options,
+            f"classification_{share}",
+            about,
+            seed,
+            folder,
+        )
         val, test = (
             Judged(_scores(ready, fit, rows[split], options.kind), *truth[split])
             for split in ("val", "test")
@@ -204,67 +216,103 @@ def _labels(
 
 
 def _prepare(
-    tower: Tower, splits: Mapping[str, Sequence[Record]], truth: Mapping[str, tuple],
-    options: Options, seed: int,
-) -> tuple[probe.Probe, dict[str, dict[str, PyTree]]]:  # fmt: skip
+    tower: Tower,
+    splits: Mapping[str, Sequence[Record]],
+    truth: Mapping[str, tuple],
+    options: Options,
+    seed: int,
+) -> tuple[head_on_tower.HeadOnTower, dict[str, dict[str, PyTree]]]:
     """Put the head on the tower and turn the records into rows, features computed if they can."""
     images = {split: np.stack([r.image for r in splits[split]]) for split in SPLITS}
     labels = {split: {"truth": truth[split][0], "known": truth[split][1]} for split in SPLITS}
     two = np.arange(2) % len(images["train"])
-    ready = probe.attach(
-        tower, Linear(truth["train"][0].shape[1]), LOSSES[options.kind],
-        take({"image": images["train"], **labels["train"]}, two), pick=lambda s: s.pooled,
-        mode="finetune" if options.mode == "finetune" else "frozen", native=False, seed=seed,
-    )  # fmt: skip
+    ready = head_on_tower.attach(
+        tower,
+        Linear(truth["train"][0].shape[1]),
+        LOSSES[options.kind],
+        take({"image": images["train"], **labels["train"]}, two),
+        pick=lambda s: s.pooled,
+        mode="finetune" if options.mode == "finetune" else "frozen",
+        native=False,
+        seed=seed,
+    )
     return ready, {split: ready.rows(images[split]) | labels[split] for split in SPLITS}
 
 
 def _fit(
-    ready: probe.Probe, train: dict[str, PyTree], val: dict[str, PyTree], options: Options,
-    name: str, about: str, seed: int, folder: Path | None,
-) -> Fit:  # fmt: skip
+    ready: head_on_tower.HeadOnTower,
+    train: dict[str, PyTree],
+    val: dict[str, PyTree],
+    options: Options,
+    name: str,
+    about: str,
+    seed: int,
+    folder: Path | None,
+) -> Fit:
     """Fit the head to the rows of a share."""
     stats, count = ready.stats, len(train["truth"])
     if options.standardise:
-        seen = probe.chunked(lambda rows: ready.see(ready.params, ready.stats, rows), train)
+        seen = head_on_tower.chunked(lambda rows: ready.see(ready.params, ready.stats, rows), train)
         stats = stats | {"head": statistics(seen)}
     steps, loss = options.epochs * (count // min(options.batch, count)), LOSSES[options.kind]
     about += repr(replace(options, fractions=(), samples=0, bins=1))
     return fit_head(
-        ready.loss, ready.params, stats, train, val, optimiser(options, steps),
-        batch=options.batch, epochs=options.epochs, patience=options.patience, seed=seed,
+        ready.loss,
+        ready.params,
+        stats,
+        train,
+        val,
+        optimiser(options, steps),
+        batch=options.batch,
+        epochs=options.epochs,
+        patience=options.patience,
+        seed=seed,
         judge=lambda p, s: -float(loss(jnp.asarray(ready.predict(p, s, val)), val)),
-        name=name, about=about, folder=folder,
-    )  # fmt: skip
+        name=name,
+        about=about,
+        folder=folder,
+    )
 
 
-def _scores(ready: probe.Probe, fit: Fit, rows: dict, kind: str) -> Float[np.ndarray, "N F"]:
+def _scores(
+    ready: head_on_tower.HeadOnTower, fit: Fit, rows: dict, kind: str
+) -> Float[np.ndarray, "N F"]:
     """Give logits (multilabel) or log-probabilities (multiclass): neither saturates into ties."""
     logits = np.asarray(ready.predict(fit.params, fit.stats, rows), np.float64)
     return log_softmax(logits, axis=1) if kind == "multiclass" else logits
 
 
 def _summary(
-    val: Judged, test: Judged, kept: Bool[np.ndarray, " F"], names: Sequence[str],
-    options: Options, seed: int,
-) -> dict[str, float]:  # fmt: skip
+    val: Judged,
+    test: Judged,
+    kept: Bool[np.ndarray, " F"],
+    names: Sequence[str],
+    options: Options,
+    seed: int,
+) -> dict[str, float]:
     """Score a head on the test set, with thresholds from validation."""
     columns = np.flatnonzero(kept).tolist()
-    areas = each_finding(metrics.auroc, test, columns)
+    areas = each_finding(classification_metrics.auroc, test, columns)
     values = {f"{slug(names[i])}/auroc": area for i, area in zip(columns, areas, strict=True)}
     values["auroc_macro"] = mean(areas)
-    values["auprc_macro"] = mean(each_finding(label_metrics.average_precision, test, columns))
-    values["ece"] = label_metrics.expected_calibration_error(*_said(test, options), options.bins)
+    values["auprc_macro"] = mean(
+        each_finding(classification_metrics.average_precision, test, columns)
+    )
+    values["ece"] = classification_metrics.expected_calibration_error(
+        *_said(test, options), options.bins
+    )
     if options.kind == "multiclass":
         values |= _likeliest(test, kept)
-        hits = (label_metrics.votes(test.scores) * test.truth).sum(1)
-        name, ends = "accuracy", metrics.bootstrap(hits, None, options.samples, seed)
+        hits = (classification_metrics.votes(test.scores) * test.truth).sum(1)
+        name, ends = "accuracy", intervals.bootstrap(hits, None, options.samples, seed)
     else:
-        limits = each_finding(label_metrics.best_threshold, val, columns)
-        values["f1_macro"] = mean(each_finding(label_metrics.f1, test, columns, limits))
-        values["accuracy"] = mean(each_finding(label_metrics.accuracy, test, columns, limits))
+        limits = each_finding(classification_metrics.best_threshold, val, columns)
+        values["f1_macro"] = mean(each_finding(classification_metrics.f1, test, columns, limits))
+        values["accuracy"] = mean(
+            each_finding(classification_metrics.accuracy, test, columns, limits)
+        )
         packed = np.stack([x[:, kept].astype(float) for x in test], 2)
-        name, ends = "auroc_macro", metrics.bootstrap(packed, _resampled, options.samples, seed)
+        name, ends = "auroc_macro", intervals.bootstrap(packed, _resampled, options.samples, seed)
     return values | {f"{name}_low": ends[0], f"{name}_high": ends[1]}
 
 
@@ -272,7 +320,7 @@ def _resampled(rows: Float[np.ndarray, "N F 3"]) -> float:
     """Give the macro AUROC of drawn images, over the findings that have both classes among them."""
     said = Judged(rows[..., 0], rows[..., 1] == 1, rows[..., 2] == 1)
     both = np.flatnonzero(two_sided(said.truth, said.known)).tolist()
-    return mean(each_finding(metrics.auroc, said, both))
+    return mean(each_finding(classification_metrics.auroc, said, both))
 
 
 def _said(test: Judged, options: Options) -> tuple[np.ndarray, np.ndarray]:
@@ -294,25 +342,25 @@ def _chance(
     values = {"auroc_macro": 0.5, "auprc_macro": mean(positive)}
     if options.kind == "multiclass":
         return values | _likeliest(same, kept)
-    everything = each_finding(label_metrics.f1, same, columns, [0.0] * len(columns))
-    more = each_finding(label_metrics.accuracy, same, columns)
+    everything = each_finding(classification_metrics.f1, same, columns, [0.0] * len(columns))
+    more = each_finding(classification_metrics.accuracy, same, columns)
     return values | {"f1_macro": mean(everything), "accuracy": mean(more)}
 
 
 def _likeliest(said: Judged, kept: Bool[np.ndarray, " F"]) -> dict[str, float]:
     """Score each image's likeliest class."""
-    f1 = label_metrics.macro_f1(said.scores, said.truth & kept)
-    return {"f1_macro": f1, "accuracy": label_metrics.accuracy(said.scores, said.truth)}
+    f1 = classification_metrics.macro_f1(said.scores, said.truth & kept)
+    return {"f1_macro": f1, "accuracy": classification_metrics.accuracy(said.scores, said.truth)}
 
 
 def _lines(
     test: Judged, kept: Bool[np.ndarray, " F"], names: Sequence[str], options: Options
-) -> list[LineRow]:
+) -> list[Curve]:
     """Give ROC curves (thinned to `POINTS` points) and the reliability diagram for the page."""
     columns, rows = np.flatnonzero(kept).tolist(), []
-    curves = each_finding(label_metrics.roc_curve, test, columns)
+    curves = each_finding(classification_metrics.roc_curve, test, columns)
     for i, (x, y) in zip(columns, curves, strict=True):
         some = np.unique(np.linspace(0, len(x) - 1, min(POINTS, len(x))).round().astype(int))
-        rows.append(LineRow("roc", names[i], x[some], y[some]))
-    said, happened, count = label_metrics.calibration(*_said(test, options), options.bins)
-    return [*rows, LineRow("calibration", "all findings", said[count > 0], happened[count > 0])]
+        rows.append(Curve("roc", names[i], x[some], y[some]))
+    said, happened, count = classification_metrics.calibration(*_said(test, options), options.bins)
+    return [*rows, Curve("calibration", "all findings", said[count > 0], happened[count > 0])]

@@ -23,15 +23,15 @@ import numpy as np
 import optax
 from jaxtyping import PyTree, UInt8
 
-from plan_jax import box_metrics, metrics
-from plan_jax.box_metrics import Found, Truth, map_mgca, map_strict
-from plan_jax.figures import BoxRow, slug
 from plan_jax.heads import yolo
-from plan_jax.heads.boxes import anchors_at, detect, nms
+from plan_jax.heads.anchors import anchors_at, detect, nms
+from plan_jax.heads.head_on_tower import HeadOnTower, attach, chunked, tower_of
 from plan_jax.heads.pyramid import choose
+from plan_jax.metrics import boxes as box_metrics
+from plan_jax.metrics import intervals, slug
+from plan_jax.metrics.boxes import Found, Truth, map_mgca, map_strict
 from plan_jax.optim import fit_head, take
-from plan_jax.probe import Probe, attach, chunked, tower_of
-from plan_jax.types import Model, Phrase, Record, Tower, UserError
+from plan_jax.types import BoxExample, Model, Phrase, Record, Tower, UserError
 
 PART = 512  # images whose maps are in memory at once
 PRIOR_BOXES, PRIOR_FOUND = 1000, 10  # boxes of training the null looks at, and gives (ours)
@@ -90,9 +90,14 @@ def needs(
 
 
 def evaluate(
-    model: Model, splits: Mapping[str, Sequence[Record]], *, options: Options,
-    findings: Sequence[str], folder: Path | None = None, seed: int = 0,
-) -> tuple[dict[str, float], list[BoxRow]]:  # fmt: skip
+    model: Model,
+    splits: Mapping[str, Sequence[Record]],
+    *,
+    options: Options,
+    findings: Sequence[str],
+    folder: Path | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, float], list[BoxExample]]:
     """Fit a head to `train`, choose its epoch on `val`, and judge the boxes it finds in `test`.
 
     Keys: `map_strict`, with its 95 % bootstrap interval over images in `map_strict_low`, `.._high`
@@ -119,21 +124,31 @@ def evaluate(
     rows = {name: probe.rows(images[name]) | padded(truth[name], room) for name in ("train", "val")}
     find = _finder(probe, images["test"].shape[1:3], options)
     fit = fit_head(
-        probe.loss, probe.params, probe.stats, rows["train"], rows["val"],
-        optax.adamw(options.rate, weight_decay=options.weight_decay), batch=options.batch,
-        epochs=options.epochs, patience=options.patience, seed=seed, name="detection",
+        probe.loss,
+        probe.params,
+        probe.stats,
+        rows["train"],
+        rows["val"],
+        optax.adamw(options.rate, weight_decay=options.weight_decay),
+        batch=options.batch,
+        epochs=options.epochs,
+        patience=options.patience,
+        seed=seed,
+        name="detection",
         judge=_judge(probe, find, rows["val"], truth["val"], options),
-        about=f"{tower.name} {options} {tuple(findings)}", folder=folder,
-    )  # fmt: skip
+        about=f"{tower.name} {options} {tuple(findings)}",
+        folder=folder,
+    )
     found = find(fit.params, fit.stats, probe.rows(images["test"]))
     values = _scores(found, truth["test"], options, seed)
     null = [prior(truth["train"], options.suppress)] * len(found)
     values |= {
         "prior/map_strict": map_strict(null, truth["test"]),
-        "n_train": float(len(data["train"])), "n_test": float(len(data["test"])),
+        "n_train": float(len(data["train"])),
+        "n_test": float(len(data["test"])),
         "epochs": float(len(fit.history)),
         "boxes_dropped": float(sum(lost for some in pairs.values() for _, lost in some)),
-    }  # fmt: skip
+    }
     if options.classes == "each":
         values |= _each(found, truth["test"], findings)
     return values, _shown(images["test"], found, truth["test"], options.shown, seed)
@@ -215,25 +230,41 @@ def _drawn(records: list[Record], limit: int, seed: int) -> list[Record]:
 
 def _attached(
     tower: Tower, images: UInt8[np.ndarray, "N Y X 1"], count: int, options: Options, seed: int
-) -> Probe:
+) -> HeadOnTower:
     def criterion(outputs: tuple, rows: Mapping[str, Any]) -> jax.Array:
         return yolo.loss(
-            outputs, rows["boxes"], rows["real"], rows["kinds"], size=images.shape[1:3],
-            average=options.average, published=options.published_background,
-        )  # fmt: skip
+            outputs,
+            rows["boxes"],
+            rows["real"],
+            rows["kinds"],
+            size=images.shape[1:3],
+            average=options.average,
+            published=options.published_background,
+        )
 
     return attach(
-        tower, yolo.Yolo(count, options.widths), criterion, {"image": images[:2]},
-        pick=lambda stages: choose(stages.maps), mode=options.mode, seed=seed,
-    )  # fmt: skip
+        tower,
+        yolo.Yolo(count, options.widths),
+        criterion,
+        {"image": images[:2]},
+        pick=lambda stages: choose(stages.maps),
+        mode=options.mode,
+        seed=seed,
+    )
 
 
-def _finder(probe: Probe, size: tuple[int, int], options: Options) -> Callable[..., list[Found]]:
+def _finder(
+    probe: HeadOnTower, size: tuple[int, int], options: Options
+) -> Callable[..., list[Found]]:
     """Make the function from parameters and rows to the boxes found in each of them."""
     one = partial(
-        detect, anchors=anchors_at(size), size=size, candidates=options.candidates,
-        floor=options.score_floor, limit=options.suppress,
-    )  # fmt: skip
+        detect,
+        anchors=anchors_at(size),
+        size=size,
+        candidates=options.candidates,
+        floor=options.score_floor,
+        limit=options.suppress,
+    )
     many = jax.jit(jax.vmap(one))
 
     def find(params: PyTree, stats: PyTree, rows: Mapping[str, PyTree]) -> list[Found]:
@@ -250,9 +281,12 @@ def _finder(probe: Probe, size: tuple[int, int], options: Options) -> Callable[.
 
 
 def _judge(
-    probe: Probe, find: Callable, rows: Mapping[str, PyTree], truth: Sequence[Truth],
+    probe: HeadOnTower,
+    find: Callable,
+    rows: Mapping[str, PyTree],
+    truth: Sequence[Truth],
     options: Options,
-) -> Callable[[PyTree, PyTree], float] | None:  # fmt: skip
+) -> Callable[[PyTree, PyTree], float] | None:
     """Make what chooses the epoch: the mean average precision; while it is 0, minus the loss."""
     if options.judge == "loss":
         return None
@@ -283,14 +317,17 @@ def _scores(
         times = np.bincount(drawn, minlength=number).astype(float)
         return box_metrics.mean_precision(matches, times)
 
-    low, high = metrics.bootstrap(np.arange(number), redrawn, options.samples, seed)
+    low, high = intervals.bootstrap(np.arange(number), redrawn, options.samples, seed)
     whole, half, strict = box_metrics.coco_map(found, truth)
     return {
         "map_strict": box_metrics.mean_precision(matches),
-        "map_strict_low": low, "map_strict_high": high,
+        "map_strict_low": low,
+        "map_strict_high": high,
         "map_mgca": map_mgca(found, truth, floor=options.score_mgca),
-        "coco/ap": whole, "coco/ap50": half, "coco/ap75": strict,
-    }  # fmt: skip
+        "coco/ap": whole,
+        "coco/ap50": half,
+        "coco/ap75": strict,
+    }
 
 
 def _each(
@@ -299,21 +336,28 @@ def _each(
     table = box_metrics.precision_table(box_metrics.match(found, truth, (0.5,)))
     known = {
         f"{slug(findings[k])}/ap50": float(value)
-        for k, (value,) in enumerate(table) if not np.isnan(value)
-    }  # fmt: skip
+        for k, (value,) in enumerate(table)
+        if not np.isnan(value)
+    }
     scored, skipped = float(len(known)), float(len(findings) - len(known))
     return known | {"findings_scored": scored, "findings_skipped": skipped}
 
 
 def _shown(
-    images: UInt8[np.ndarray, "N Y X 1"], found: Sequence[Found], truth: Sequence[Truth],
-    number: int, seed: int, most: int = 5,
-) -> list[BoxRow]:  # fmt: skip
+    images: UInt8[np.ndarray, "N Y X 1"],
+    found: Sequence[Found],
+    truth: Sequence[Truth],
+    number: int,
+    seed: int,
+    most: int = 5,
+) -> list[BoxExample]:
     """Draw images with true boxes, and order them by the best score in each."""
     able = [n for n, one in enumerate(truth) if len(one.boxes)]
     chosen = np.random.default_rng(seed).permutation(able)[:number]
     rows = []
     for n in chosen:
         best = np.argsort(-found[n].scores, kind="stable")[:most]
-        rows.append(BoxRow(images[n], truth[n].boxes, found[n].boxes[best], found[n].scores[best]))
+        rows.append(
+            BoxExample(images[n], truth[n].boxes, found[n].boxes[best], found[n].scores[best])
+        )
     return sorted(rows, key=lambda row: -max(row.scores, default=0.0))

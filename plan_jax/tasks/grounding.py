@@ -26,10 +26,18 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from plan_jax import metrics
-from plan_jax.figures import PhraseRow, slug
-from plan_jax.truth import Maps, Priors, Target, fit_priors, null_maps, targets, truth_mask
-from plan_jax.types import Features, Model, Phrase, Record, UserError
+from plan_jax.metrics import grounding as grounding_metrics
+from plan_jax.metrics import intervals, slug
+from plan_jax.tasks.grounding_targets import (
+    Maps,
+    Priors,
+    Target,
+    fit_priors,
+    null_maps,
+    targets,
+    truth_mask,
+)
+from plan_jax.types import Features, Model, Phrase, PhraseExample, Record, UserError
 
 __all__ = ["BIOVIL", "Case", "Options", "Priors", "evaluate", "fit_priors", "illustrate"]
 
@@ -75,10 +83,16 @@ class Case:
 
 
 def evaluate(
-    model: Model, records: Sequence[Record], *, findings: Sequence[str],
-    priors: Priors | None = None, per_round: bool = True, options: Options = PLAIN,
-    samples: int = 1000, seed: int = 0,
-) -> tuple[dict[str, float], list[Case]]:  # fmt: skip
+    model: Model,
+    records: Sequence[Record],
+    *,
+    findings: Sequence[str],
+    priors: Priors | None = None,
+    per_round: bool = True,
+    options: Options = PLAIN,
+    samples: int = 1000,
+    seed: int = 0,
+) -> tuple[dict[str, float], list[Case]]:
     """Score the phrases of `records`, in full and bare, beside the maps that know less.
 
     `findings` names the indices in the phrases; `per_round` also scores every round of refinement;
@@ -111,7 +125,9 @@ def evaluate(
                 if null == "random":  # smoothing raises the absolute CNR of noise as well
                     maps = _smoothed(maps, options)
                 else:
-                    maps = replace(maps, bank=metrics.upsample(maps.bank, size)[:, *window])
+                    maps = replace(
+                        maps, bank=grounding_metrics.upsample(maps.bank, size)[:, *window]
+                    )
                 part |= _prefix(null, _summary(_score(maps, wanted, boxes), names, HEADLINE))
             for t in range(model.rounds + 1 if per_round and model.rounds else 0):
                 scored = _score(_heat(model, seen, wanted, options, t), wanted, boxes)
@@ -123,9 +139,14 @@ def evaluate(
 
 
 def illustrate(
-    model: Model, records: Sequence[Record], cases: Sequence[Case], *, count: int = 4,
-    options: Options = PLAIN, seed: int = 0,
-) -> list[PhraseRow]:  # fmt: skip
+    model: Model,
+    records: Sequence[Record],
+    cases: Sequence[Case],
+    *,
+    count: int = 4,
+    options: Options = PLAIN,
+    seed: int = 0,
+) -> list[PhraseExample]:
     """Draw `count` best, random and worst cases by signed CNR, with the map after every round.
 
     Best and worst take one case of each finding before a second of any; a case is shown once.
@@ -145,7 +166,7 @@ def illustrate(
     steps = range(model.rounds + 1) if model.rounds else (None,)
     heats = np.stack([_heat(model, seen, wanted, options, t).bank for t in steps], axis=1)
     return [
-        PhraseRow(kind, case.phrase, record.image, case.truth, heat, case.cnr, case.pointing)
+        PhraseExample(kind, case.phrase, record.image, case.truth, heat, case.cnr, case.pointing)
         for (kind, case), record, heat in zip(chosen, shown, heats, strict=True)
     ]
 
@@ -160,11 +181,11 @@ def _see(
             f"grounding needs images of one size and got {sizes or 'none'}; fit them to one first"
         )
     if options.crop == 1:
-        return list(records), model.see(np.stack([record.image for record in records]))
+        return list(records), model.encode_image(np.stack([record.image for record in records]))
     shown = [_crop(record, options) for record in records]
     plain = [Image.fromarray(record.image[..., 0]) for record in shown]
     large = [one.resize((model.size,) * 2, Image.Resampling.BILINEAR) for one in plain]
-    return shown, model.see(np.stack(large)[..., None])
+    return shown, model.encode_image(np.stack(large)[..., None])
 
 
 def _window(record: Record, options: Options) -> tuple[slice, slice]:
@@ -193,12 +214,15 @@ def _boxes(record: Record, target: Target, bare: bool) -> list[Phrase]:
 
 
 def _heat(
-    model: Model, seen: Features, wanted: Sequence[Target], options: Options,
+    model: Model,
+    seen: Features,
+    wanted: Sequence[Target],
+    options: Options,
     rounds: int | None = None,
-) -> Maps:  # fmt: skip
+) -> Maps:
     """Ask the model for the map of each target; each text is read once."""
     place = {text: i for i, text in enumerate(sorted({target.text for target in wanted}))}
-    read = model.read(list(place))
+    read = model.encode_text(list(place))
     image = np.array([target.record for target in wanted])
     text = np.array([place[target.text] for target in wanted])
     maps = []
@@ -228,12 +252,16 @@ def _score(
     size = wanted[0].truth.shape
     for start in range(0, len(wanted), CHUNK):
         rows = maps.row[start : start + CHUNK]
-        heat = metrics.upsample(maps.bank[rows], size).reshape(len(rows), -1)
+        heat = grounding_metrics.upsample(maps.bank[rows], size).reshape(len(rows), -1)
         truth = np.stack([t.truth for t in wanted[start : start + CHUNK]]).reshape(heat.shape)
-        cnr = metrics.contrast_to_noise(heat, truth)
-        part = {"cnr_signed": cnr, "cnr_abs": abs(cnr), "pointing": metrics.pointing(heat, truth)}
-        for how in metrics.NORMALISATIONS:
-            part[f"miou_{how}"] = metrics.mean_iou(heat, truth, how)
+        cnr = grounding_metrics.contrast_to_noise(heat, truth)
+        part = {
+            "cnr_signed": cnr,
+            "cnr_abs": abs(cnr),
+            "pointing": grounding_metrics.pointing(heat, truth),
+        }
+        for how in grounding_metrics.NORMALISATIONS:
+            part[f"miou_{how}"] = grounding_metrics.mean_iou(heat, truth, how)
         part["cnr_boxes_signed"], part["cnr_boxes_abs"] = cnr.copy(), abs(cnr)
         for i, some in enumerate(boxes[start : start + CHUNK]):
             if len(some) > 1:
@@ -256,7 +284,9 @@ def _each_box(
     for box in boxes:
         inside = truth_mask(box, size).ravel() & left
         if inside.any():
-            found.append(metrics.contrast_to_noise(heat[None, left], inside[None, left])[0])
+            found.append(
+                grounding_metrics.contrast_to_noise(heat[None, left], inside[None, left])[0]
+            )
         left &= ~inside
     return np.array(found)
 
@@ -276,9 +306,12 @@ def _summary(
 
 
 def _intervals(
-    scores: Mapping[str, np.ndarray], names: Sequence[str], wanted: Sequence[Target],
-    samples: int, seed: int,
-) -> dict[str, float]:  # fmt: skip
+    scores: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    wanted: Sequence[Target],
+    samples: int,
+    seed: int,
+) -> dict[str, float]:
     """Resample images, keeping the phrases of an image together, and recompute the macro mean."""
     labels, group = np.unique(names, return_inverse=True)
     _, image = np.unique([t.record for t in wanted], return_inverse=True)
@@ -287,7 +320,7 @@ def _intervals(
         table = np.zeros((image.max() + 1, 2, len(labels)))
         np.add.at(table, (image, 0, group), scores[key])
         np.add.at(table, (image, 1, group), 1)
-        low, high = metrics.bootstrap(table, _macro, samples, seed)
+        low, high = intervals.bootstrap(table, _macro, samples, seed)
         values |= {f"{key}_low": low, f"{key}_high": high}
     return values
 

@@ -26,20 +26,30 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
-from plan_jax import report_texts, text_metrics
-from plan_jax.figures import TextRow
+from plan_jax.heads import vocabulary as report_vocabulary
+from plan_jax.heads.head_on_tower import HeadOnTower, Mode, attach, chunked, tower_of
 from plan_jax.heads.report_decoder import ReportDecoder, token_loss, write
+from plan_jax.heads.vocabulary import Cleaning, Vocabulary
+from plan_jax.metrics import text as text_metrics
 from plan_jax.optim import Fit, fit_head
-from plan_jax.probe import Mode, Probe, attach, chunked, tower_of
-from plan_jax.report_texts import Cleaning, Vocabulary
-from plan_jax.types import Model, Record, Tower, UserError
+from plan_jax.types import Model, Record, ReportExample, Tower, UserError
 
 SPLITS = ("train", "val", "test")
 WRITTEN = 32  # reports that are written at once
 LEAST = {
-    "max_length": 2, "width": 1, "feed_forward": 1, "heads": 1, "encoder_layers": 0, "layers": 1,
-    "clip": 0, "batch": 1, "epochs": 1, "beam": 1, "block": 0, "length_penalty": 0,
-}  # fmt: skip
+    "max_length": 2,
+    "width": 1,
+    "feed_forward": 1,
+    "heads": 1,
+    "encoder_layers": 0,
+    "layers": 1,
+    "clip": 0,
+    "batch": 1,
+    "epochs": 1,
+    "beam": 1,
+    "block": 0,
+    "length_penalty": 0,
+}
 Labeller = Callable[[str], Mapping[str, int]]
 Writer = Callable[[PyTree, PyTree, Mapping[str, PyTree]], Int[np.ndarray, "N L"]]
 
@@ -114,7 +124,7 @@ def needs(
         )
     for split in SPLITS:
         texts = [record.text for record in splits.get(split, ())]
-        if not any(report_texts.clean(text, options.cleaning) for text in texts):
+        if not any(report_vocabulary.clean(text, options.cleaning) for text in texts):
             raise UserError(
                 f"task report_generation needs text in {split}, and none of its {len(texts)} "
                 "records has any; give reports, or leave the task out"
@@ -122,9 +132,15 @@ def needs(
 
 
 def evaluate(
-    model: Model, splits: Mapping[str, Sequence[Record]], *, options: Options,
-    findings: Sequence[str], labeller: Labeller, folder: Path | None = None, seed: int = 0,
-) -> tuple[dict[str, float], list[TextRow]]:  # fmt: skip
+    model: Model,
+    splits: Mapping[str, Sequence[Record]],
+    *,
+    options: Options,
+    findings: Sequence[str],
+    labeller: Labeller,
+    folder: Path | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, float], list[ReportExample]]:
     """Fit a decoder to `train`, choose its epoch on `val`, and judge what it writes of `test`.
 
     `labeller(text)` reads from a report which findings it states (1) and denies (0). Keys: those of
@@ -142,14 +158,15 @@ def evaluate(
     needs(splits, options, findings)
     tower = tower_of(model)
     data = {split: gather(splits[split], split, options, seed) for split in SPLITS}
-    vocabulary = report_texts.build(data["train"].texts, options.min_count)
+    vocabulary = report_vocabulary.build(data["train"].texts, options.min_count)
     tokens = _encoded(data, vocabulary, options.max_length)
     head, probe = _attached(tower, data["train"].images, tokens["train"], vocabulary, options, seed)
     written, labeller = _writer(probe, head, options), cache(labeller)
     rows = {split: probe.rows(data[split].images) for split in SPLITS}
     about = f"{tower.name} {options} {vocabulary.words}"
-    fit = _fitted(probe, written, rows, tokens, data["val"].texts, vocabulary, options, about,
-                  folder, seed)  # fmt: skip
+    fit = _fitted(
+        probe, written, rows, tokens, data["val"].texts, vocabulary, options, about, folder, seed
+    )
     said = [vocabulary.decode(row) for row in written(fit.params, fit.stats, rows["test"])]
     truth, train = data["test"].texts, data["train"].texts
     near = nearest(*(_pooled(probe, rows[split]) for split in ("test", "train")))
@@ -160,18 +177,21 @@ def evaluate(
         found = _scored(texts, truth, vocabulary, options, labeller)
         values |= {f"{name}/{key}": value for key, value in found.items()}
     values |= {
-        "n_train": len(train), "n_test": len(truth), "vocabulary": len(vocabulary.words),
-        "reports_empty": sum(part.empty for part in data.values()), "epochs": len(fit.history),
+        "n_train": len(train),
+        "n_test": len(truth),
+        "vocabulary": len(vocabulary.words),
+        "reports_empty": sum(part.empty for part in data.values()),
+        "epochs": len(fit.history),
         "words": np.mean([len(text.split()) for text in said]),
         "distinct": len(set(said)) / len(said),
-    }  # fmt: skip
+    }
     shown = _rows(data["test"].images, said, truth, labeller, options.shown, seed)
     return {key: float(value) for key, value in values.items()}, shown
 
 
 def gather(records: Sequence[Record], split: str, options: Options, seed: int) -> Split:
     """Take the records that have a report, at most the split's limit of them, and clean it."""
-    cleaned = [report_texts.clean(record.text, options.cleaning) for record in records]
+    cleaned = [report_vocabulary.clean(record.text, options.cleaning) for record in records]
     kept = np.flatnonzero([bool(text) for text in cleaned])
     empty = len(cleaned) - len(kept)
     limit = {"train": options.limit_train, "test": options.limit_test}.get(split, 0)
@@ -227,24 +247,41 @@ def _encoded(
 
 
 def _attached(
-    tower: Tower, images: np.ndarray, tokens: np.ndarray, vocabulary: Vocabulary, options: Options,
+    tower: Tower,
+    images: np.ndarray,
+    tokens: np.ndarray,
+    vocabulary: Vocabulary,
+    options: Options,
     seed: int,
-) -> tuple[ReportDecoder, Probe]:  # fmt: skip
+) -> tuple[ReportDecoder, HeadOnTower]:
     """Put the decoder for images [N Y X 1] and tokens [N T] on the tower."""
     head = ReportDecoder(
-        len(vocabulary), options.max_length, options.width, options.feed_forward, options.heads,
-        options.encoder_layers, options.layers, options.dropout, options.visual_dropout,
-        options.positions, options.summary,
-    )  # fmt: skip
+        len(vocabulary),
+        options.max_length,
+        options.width,
+        options.feed_forward,
+        options.heads,
+        options.encoder_layers,
+        options.layers,
+        options.dropout,
+        options.visual_dropout,
+        options.positions,
+        options.summary,
+    )
     probe = attach(
-        tower, head, lambda logits, rows: token_loss(logits, rows["tokens"]),
-        {"image": images[:2], "tokens": tokens[:2]}, mode=options.mode, native=options.native,
-        pick=lambda stages: {"map": stages.maps[-1], "pooled": stages.pooled}, seed=seed,
-    )  # fmt: skip
+        tower,
+        head,
+        lambda logits, rows: token_loss(logits, rows["tokens"]),
+        {"image": images[:2], "tokens": tokens[:2]},
+        mode=options.mode,
+        native=options.native,
+        pick=lambda stages: {"map": stages.maps[-1], "pooled": stages.pooled},
+        seed=seed,
+    )
     return head, probe
 
 
-def _writer(probe: Probe, head: ReportDecoder, options: Options) -> Writer:
+def _writer(probe: HeadOnTower, head: ReportDecoder, options: Options) -> Writer:
     """Make what writes reports, as ids, of any number of rows."""
     how = {name: getattr(options, name) for name in ("beam", "block", "length_penalty")}
 
@@ -256,10 +293,17 @@ def _writer(probe: Probe, head: ReportDecoder, options: Options) -> Writer:
 
 
 def _fitted(
-    probe: Probe, written: Writer, rows: Mapping[str, PyTree], tokens: Mapping[str, np.ndarray],
-    texts: Sequence[str], vocabulary: Vocabulary, options: Options, about: str,
-    folder: Path | None, seed: int,
-) -> Fit:  # fmt: skip
+    probe: HeadOnTower,
+    written: Writer,
+    rows: Mapping[str, PyTree],
+    tokens: Mapping[str, np.ndarray],
+    texts: Sequence[str],
+    vocabulary: Vocabulary,
+    options: Options,
+    about: str,
+    folder: Path | None,
+    seed: int,
+) -> Fit:
     """Fit to rows and tokens [N T] of `train`; `texts` are the cleaned reports of `val`."""
     cut = [vocabulary.masked(text, options.max_length - 1) for text in texts]
 
@@ -270,14 +314,24 @@ def _fitted(
     train, val = (rows[split] | {"tokens": tokens[split]} for split in ("train", "val"))
     count = len(train["tokens"])
     return fit_head(
-        probe.loss, probe.params, probe.stats, train, val,
-        optimiser(options, count // min(options.batch, count)), batch=options.batch,
-        epochs=options.epochs, patience=options.patience, seed=seed, name="report_generation",
-        judge=judge if options.select == "bleu4" else None, about=about, folder=folder,
-    )  # fmt: skip
+        probe.loss,
+        probe.params,
+        probe.stats,
+        train,
+        val,
+        optimiser(options, count // min(options.batch, count)),
+        batch=options.batch,
+        epochs=options.epochs,
+        patience=options.patience,
+        seed=seed,
+        name="report_generation",
+        judge=judge if options.select == "bleu4" else None,
+        about=about,
+        folder=folder,
+    )
 
 
-def _pooled(probe: Probe, rows: Mapping[str, Any]) -> Float[np.ndarray, "N E"]:
+def _pooled(probe: HeadOnTower, rows: Mapping[str, Any]) -> Float[np.ndarray, "N E"]:
     """See rows by the tower as it was before the fit: its pooled features."""
     if "seen" in rows:
         return np.asarray(rows["seen"]["pooled"])
@@ -285,13 +339,18 @@ def _pooled(probe: Probe, rows: Mapping[str, Any]) -> Float[np.ndarray, "N E"]:
 
 
 def _scored(
-    said: Sequence[str], truth: Sequence[str], vocabulary: Vocabulary, options: Options,
+    said: Sequence[str],
+    truth: Sequence[str],
+    vocabulary: Vocabulary,
+    options: Options,
     labeller: Labeller,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Score cleaned texts in all three ways."""
     # R2Gen's references hold one word less than may be written: the first place is the beginning.
     cut = [[vocabulary.masked(text, options.max_length - 1) for text in x] for x in (said, truth)]
-    labels = [[labeller(report_texts.prose(text)) for text in texts] for texts in (said, truth)]
+    labels = [
+        [labeller(report_vocabulary.prose(text)) for text in texts] for texts in (said, truth)
+    ]
     groups = {
         "strict": text_metrics.scores(said, truth),
         "r2gen": text_metrics.scores(*cut),
@@ -303,17 +362,21 @@ def _scored(
 
 
 def _rows(
-    images: np.ndarray, said: Sequence[str], truth: Sequence[str], labeller: Labeller, number: int,
+    images: np.ndarray,
+    said: Sequence[str],
+    truth: Sequence[str],
+    labeller: Labeller,
+    number: int,
     seed: int,
-) -> list[TextRow]:  # fmt: skip
+) -> list[ReportExample]:
     """Show some images [N Y X 1] at random with what was written and what is stated."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(said))[:number])
     rows = []
     for i in chosen.tolist():
-        texts = [report_texts.prose(x[i]) for x in (truth, said)]
+        texts = [report_vocabulary.prose(x[i]) for x in (truth, said)]
         there, claimed = (
             {name for name, value in labeller(text).items() if value == 1} for text in texts
         )
         lists = (there & claimed, there - claimed, claimed - there)
-        rows.append(TextRow(images[i], *texts, *(tuple(sorted(names)) for names in lists)))
+        rows.append(ReportExample(images[i], *texts, *(tuple(sorted(names)) for names in lists)))
     return rows

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from plan_jax import metrics
-from plan_jax.figures import RetrievedRow, slug
-from plan_jax.types import Model, Record, UserError
+from plan_jax.metrics import intervals, slug
+from plan_jax.metrics import retrieval as retrieval_metrics
+from plan_jax.types import Model, Record, RetrievalExample, UserError
 
 CUTS = (1, 5, 10)
 CLASS_CUTS = (1, 5, 10, 100)  # GLoRIA reports 5, 10, 100, ConVIRT 5, 10, 50
@@ -46,7 +46,7 @@ def evaluate(
     show: int = 4,
     samples: int = 1000,
     seed: int = 0,
-) -> tuple[dict[str, float], list[RetrievedRow]]:
+) -> tuple[dict[str, float], list[RetrievalExample]]:
     """Rank all texts for each image (`i2t`) and all images for each text (`t2i`).
 
     Keys: `i2t_r1`, `i2t_r5`, `i2t_r10` shares of queries with a hit among the first k, with a 95 %
@@ -60,8 +60,8 @@ def evaluate(
     names = [" ".join(record.text.lower().split()) for record in records]
     _, label, count = np.unique(names, return_inverse=True, return_counts=True)
     hits = label[:, None] == label[None]
-    seen = model.see(np.stack([record.image for record in records]))
-    kinds = model.similarity(seen, model.read([record.text for record in records]))
+    seen = model.encode_image(np.stack([record.image for record in records]))
+    kinds = model.similarity(seen, model.encode_text([record.text for record in records]))
     values = {"n": float(len(records)), "duplicates": float((count[label] > 1).sum())}
     headline = HEADLINE if HEADLINE in kinds else next(iter(kinds))
     for kind, table in kinds.items():
@@ -70,13 +70,19 @@ def evaluate(
         for way, scores in (("i2t", table), ("t2i", table.T)):
             values |= _ranking(scores, hits, f"{prefix}{way}", samples, seed)
     for way in ("i2t", "t2i"):
-        values |= {f"chance/{way}_r{k}": metrics.chance_recall(hits, k) for k in CUTS}
-        values[f"chance/{way}_median_rank"] = metrics.chance_median_rank(hits)
+        values |= {f"chance/{way}_r{k}": retrieval_metrics.chance_recall(hits, k) for k in CUTS}
+        values[f"chance/{way}_median_rank"] = retrieval_metrics.chance_median_rank(hits)
     if options.classes:
         values |= class_evaluate(
-            model, records, findings=findings, classes=options.classes, cuts=options.cuts,
-            per_class=options.per_class, queries=queries, seed=seed,
-        )  # fmt: skip
+            model,
+            records,
+            findings=findings,
+            classes=options.classes,
+            cuts=options.cuts,
+            per_class=options.per_class,
+            queries=queries,
+            seed=seed,
+        )
     return values, _rows(records, np.asarray(kinds[headline], np.float32), hits, show, seed)
 
 
@@ -116,15 +122,15 @@ def class_evaluate(
     values = {f"class/{slug(name)}/n": float(n) for name, n in zip(classes, count, strict=True)}
     told = np.array([bool(record.text.strip()) for record in held])
     values |= {"class/absent": float((count == 0).sum()), "class/reports": float(told.sum())}
-    seen = model.see(np.stack([record.image for record in held]))
+    seen = model.encode_image(np.stack([record.image for record in held]))
     texts = [record.text for record in held if record.text.strip()]
     own = label[told]
     if texts:
-        kinds = model.similarity(seen, model.read(texts))
+        kinds = model.similarity(seen, model.encode_text(texts))
         values |= _precision(kinds, "i2t", label[:, None] == own[None], told, cuts)
     if queries is not None:
         texts, own = _asked(queries, classes, count)
-        kinds = model.similarity(seen, model.read(texts))
+        kinds = model.similarity(seen, model.encode_text(texts))
     if texts:
         kinds = {kind: np.asarray(table).T for kind, table in kinds.items()}
         every = np.ones(len(texts), bool)
@@ -201,14 +207,14 @@ def _ranking(
     samples: int,
     seed: int,
 ) -> dict[str, float]:
-    ranks = metrics.hit_ranks(scores, hits)
+    ranks = retrieval_metrics.hit_ranks(scores, hits)
     values = {f"{name}_median_rank": float(np.median(ranks))}
     for k in CUTS:
-        low, high = metrics.bootstrap(
-            ranks, lambda some, k=k: metrics.recall_at(some, k), samples, seed
+        low, high = intervals.bootstrap(
+            ranks, lambda some, k=k: retrieval_metrics.recall_at(some, k), samples, seed
         )
         values |= {
-            f"{name}_r{k}": metrics.recall_at(ranks, k),
+            f"{name}_r{k}": retrieval_metrics.recall_at(ranks, k),
             f"{name}_r{k}_low": low,
             f"{name}_r{k}_high": high,
         }
@@ -217,9 +223,9 @@ def _ranking(
 
 def _rows(
     records: Sequence[Record], scores: np.ndarray, hits: np.ndarray, show: int, seed: int
-) -> list[RetrievedRow]:
+) -> list[RetrievalExample]:
     """Show what some images find: a text that several records carry is listed once."""
-    ranks = metrics.hit_ranks(scores, hits)
+    ranks = retrieval_metrics.hit_ranks(scores, hits)
     rows = []
     for i in np.random.default_rng(seed).permutation(len(records))[:show].tolist():
         found: dict[str, tuple[str, float, bool]] = {}
@@ -229,12 +235,12 @@ def _rows(
             if len(found) == 5:
                 break
         rows.append(
-            RetrievedRow(
+            RetrievalExample(
                 image=records[i].image,
                 text=records[i].text,
-                found=tuple(found.values()),
+                retrieved=tuple(found.values()),
                 rank=float(ranks[i]),
-                number=len(records),
+                num_candidates=len(records),
             )
         )
     return rows

@@ -25,13 +25,13 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from scipy.special import logit
 
-from plan_jax import mask_metrics, metrics
-from plan_jax.figures import MaskRow, slug
 from plan_jax.heads import setr, unet
+from plan_jax.heads.head_on_tower import HeadOnTower, attach, finite, tower_of
+from plan_jax.metrics import intervals, slug
+from plan_jax.metrics import masks as mask_metrics
 from plan_jax.optim import Fit, fit_head, take
-from plan_jax.probe import Probe, attach, finite, tower_of
-from plan_jax.truth import truth_mask
-from plan_jax.types import Model, Record, Tower, UserError
+from plan_jax.tasks.grounding_targets import truth_mask
+from plan_jax.types import MaskExample, Model, Record, Tower, UserError
 
 SPLITS = ("train", "val", "test")
 LUNGS, FINDINGS = "lungs", "findings"
@@ -111,9 +111,14 @@ def needs(
 
 
 def evaluate(
-    model: Model, splits: Mapping[str, Sequence[Record]], *, options: Options,
-    findings: Sequence[str], folder: Path | None = None, seed: int = 0,
-) -> tuple[dict[str, float], list[MaskRow]]:  # fmt: skip
+    model: Model,
+    splits: Mapping[str, Sequence[Record]],
+    *,
+    options: Options,
+    findings: Sequence[str],
+    folder: Path | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, float], list[MaskExample]]:
     """Fit a decoder to `train`, choose its epoch on `val`, and judge the masks it finds in `test`.
 
     Keys, for each target: `<target>/dice` (an image without truth counts 1 if nothing is found in
@@ -147,21 +152,25 @@ def evaluate(
     for n, target in enumerate(options.targets):
         scores, dice = _scores(found[..., n], truth[..., n])
         null, _ = _scores(usual[..., n], truth[..., n])
-        low, high = metrics.bootstrap(dice, n=options.samples, seed=seed)
+        low, high = intervals.bootstrap(dice, n=options.samples, seed=seed)
         values |= {f"{slug(target)}/{key}": value for key, value in scores.items()}
         values |= {f"{slug(target)}/dice_low": low, f"{slug(target)}/dice_high": high}
         values |= {f"mean_mask/{slug(target)}/{key}": value for key, value in null.items()}
         for i in pick_rows(dice, truth[..., n].any((1, 2)), options.shown, seed):
             image, masks = data["test"].images[i], (truth[i, ..., n], found[i, ..., n])
-            rows.append(MaskRow(target, image, *masks, float(dice[i])))
+            rows.append(MaskExample(target, image, *masks, float(dice[i])))
     counts = {"n_train": len(chosen), "n_test": len(truth), "epochs": len(fit.history)}
     return values | {key: float(count) for key, count in counts.items()}, rows
 
 
 def mixed_loss(
-    logits: Float[Array, "B Y X K"], masks: Shaped[Array, "B Y X K"], *, focal: float = 10.0,
-    gamma: float = 2.0, smooth: float = 1.0,
-) -> Float[Array, ""]:  # fmt: skip
+    logits: Float[Array, "B Y X K"],
+    masks: Shaped[Array, "B Y X K"],
+    *,
+    focal: float = 10.0,
+    gamma: float = 2.0,
+    smooth: float = 1.0,
+) -> Float[Array, ""]:
     """Add the focal loss of pixels and minus the log of the soft Dice of the whole batch.
 
     *With x logits, p = sigmoid(x), t masks from 0 to 1: focal mean[sigmoid(-x (2t - 1))^gamma
@@ -272,7 +281,7 @@ def _decoder(tower: Tower, images: np.ndarray, classes: int, options: Options) -
     return unet.UNet(classes, size, tuple(options.unet_widths))
 
 
-def _attached(tower: Tower, train: Split, options: Options, seed: int) -> Probe:
+def _attached(tower: Tower, train: Split, options: Options, seed: int) -> HeadOnTower:
     head = _decoder(tower, train.images[:2], train.masks.shape[-1], options)
 
     def criterion(logits: Float[Array, "B Y X K"], rows: Mapping[str, Any]) -> Float[Array, ""]:
@@ -281,27 +290,45 @@ def _attached(tower: Tower, train: Split, options: Options, seed: int) -> Probe:
 
     used = slice(-1, None) if isinstance(head, setr.SETR) else slice(None)
     return attach(
-        tower, head, criterion, {"image": train.images[:2]}, mode=options.mode, seed=seed,
+        tower,
+        head,
+        criterion,
+        {"image": train.images[:2]},
+        mode=options.mode,
+        seed=seed,
         pick=lambda stages: unet.distinct(stages.maps)[used],
-    )  # fmt: skip
+    )
 
 
 def _fitted(
-    probe: Probe, data: Mapping[str, Split], options: Options, about: str, folder: Path | None,
+    probe: HeadOnTower,
+    data: Mapping[str, Split],
+    options: Options,
+    about: str,
+    folder: Path | None,
     seed: int,
-) -> Fit:  # fmt: skip
+) -> Fit:
     train, val = (
         probe.rows(data[split].images) | {"mask": data[split].masks} for split in ("train", "val")
     )
     return fit_head(
-        probe.loss, probe.params, probe.stats, train, val,
-        optax.adamw(options.rate, weight_decay=options.weight_decay), batch=options.batch,
-        epochs=options.epochs, patience=options.patience, seed=seed, name="segmentation",
-        about=about, folder=folder,
-    )  # fmt: skip
+        probe.loss,
+        probe.params,
+        probe.stats,
+        train,
+        val,
+        optax.adamw(options.rate, weight_decay=options.weight_decay),
+        batch=options.batch,
+        epochs=options.epochs,
+        patience=options.patience,
+        seed=seed,
+        name="segmentation",
+        about=about,
+        folder=folder,
+    )
 
 
-def _found(probe: Probe, fit: Fit, images: np.ndarray, threshold: float) -> np.ndarray:
+def _found(probe: HeadOnTower, fit: Fit, images: np.ndarray, threshold: float) -> np.ndarray:
     """See in images [N Y X 1] the masks [N Y X K]."""
     parts = []
     for start in range(0, len(images), PART):

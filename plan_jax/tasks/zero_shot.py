@@ -37,8 +37,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.special import expit
 
-from plan_jax import label_metrics, metrics
-from plan_jax.figures import slug
+from plan_jax.metrics import classification as classification_metrics
+from plan_jax.metrics import intervals, slug
 from plan_jax.types import Features, Model, Record, UserError
 
 HEADLINE = "global"
@@ -163,10 +163,12 @@ def _scores(
             f"scoring max compares images and got {len(records)}; give more or use contrast"
         )
     counts = [len(side) for pair in sides for side in pair]
-    read = model.read([text for pair in sides for side in pair for text in side])
+    read = model.encode_text([text for pair in sides for side in pair for text in side])
     if options.ensemble == "embeddings":
         read, counts = _averaged(read, counts), [min(count, 1) for count in counts]
-    kinds = model.similarity(model.see(np.stack([record.image for record in records])), read)
+    kinds = model.similarity(
+        model.encode_image(np.stack([record.image for record in records])), read
+    )
     if options.scoring == "pair" or options.ensemble == "embeddings":
         if HEADLINE not in kinds:
             raise UserError(
@@ -217,7 +219,10 @@ def _ranking(
 ) -> dict[str, float]:
     """Measure how each finding is ranked, and the means; a finding with one class has no key."""
     values = {}
-    measures = {"auroc": metrics.auroc, "auprc": label_metrics.average_precision}
+    measures = {
+        "auroc": classification_metrics.auroc,
+        "auprc": classification_metrics.average_precision,
+    }
     for key, measure in measures.items():
         found = _each(measure, scores, labels)
         pairs = zip(names, found, strict=True)
@@ -229,7 +234,7 @@ def _ranking(
 def _beside(scores: np.ndarray, labels: np.ndarray, samples: int, seed: int) -> dict[str, float]:
     """Give the interval of the mean AUROC, the level of chance, and what was counted."""
     rows = np.concatenate([scores, labels], 1)
-    low, high = metrics.bootstrap(rows, _resampled, samples, seed)
+    low, high = intervals.bootstrap(rows, _resampled, samples, seed)
     shares = _each(lambda _, label: float(label.mean()), scores, labels)
     scored = len([share for share in shares if share is not None])
     return {
@@ -250,14 +255,14 @@ def _thresholded(
     nulls: bool,
 ) -> dict[str, float]:
     """Decide at the threshold with the best F1 on the validation scores."""
-    limits = _each(label_metrics.best_threshold, tuned, tuned_labels)
+    limits = _each(classification_metrics.best_threshold, tuned, tuned_labels)
     values, rows = {}, []
     for name, score, label, limit in zip(names, scores.T, labels.T, limits, strict=True):
         known = label >= 0
         truth = label[known] == 1
         if limit is None or truth.all() or not truth.any():
             continue
-        measures = label_metrics.f1, label_metrics.accuracy
+        measures = classification_metrics.f1, classification_metrics.accuracy
         pair = [measure(score[known], truth, limit) for measure in measures]
         values |= {f"{slug(name)}/f1": pair[0], f"{slug(name)}/accuracy": pair[1]}
         share = float(truth.mean())
@@ -280,14 +285,17 @@ def _classes(
 ) -> dict[str, float]:
     """Take the class with the highest score; classes that tie share the answer."""
     truth = labels == 1
-    right = (label_metrics.votes(scores) * truth).sum(1)
+    right = (classification_metrics.votes(scores) * truth).sum(1)
     occur, share = np.flatnonzero(truth.any(0)), float(truth.mean(0).max())
-    values = {"accuracy": float(right.mean()), "f1_macro": label_metrics.macro_f1(scores, truth)}
+    values = {
+        "accuracy": float(right.mean()),
+        "f1_macro": classification_metrics.macro_f1(scores, truth),
+    }
     for i in occur.tolist():
         alone = truth & (np.arange(len(names)) == i)  # the mean is over classes that occur
-        values[f"{slug(names[i])}/f1"] = label_metrics.macro_f1(scores, alone)
+        values[f"{slug(names[i])}/f1"] = classification_metrics.macro_f1(scores, alone)
     if nulls:
-        low, high = metrics.bootstrap(right, None, samples, seed)
+        low, high = intervals.bootstrap(right, None, samples, seed)
         values |= {"accuracy_low": low, "accuracy_high": high, "majority/accuracy": share}
         values["chance/accuracy"] = 1 / len(names)
         values["majority/f1_macro"] = 2 * share / (1 + share) / len(occur)
@@ -311,7 +319,7 @@ def _each(
 
 def _resampled(rows: Float[np.ndarray, "I G"]) -> float:
     scores, labels = np.split(rows, 2, axis=1)
-    return _mean(_each(metrics.auroc, scores, labels))
+    return _mean(_each(classification_metrics.auroc, scores, labels))
 
 
 def _mean(values: Sequence[float | None]) -> float:

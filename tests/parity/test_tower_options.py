@@ -10,9 +10,11 @@ import test_train
 from test_encoders import dual, images, words
 
 from configs import testing
-from plan_jax import assembly, optim, parallel
-from plan_jax.encoders import resnet, text, vision
-from plan_jax.scaling import stretch
+from plan_jax import model as assembly
+from plan_jax import optim, parallel
+from plan_jax.encoders import bert as bert
+from plan_jax.encoders import resnet, vision
+from plan_jax.layers.resize import resize_align_corners
 from plan_jax.step import init_state, make_step, optimiser_of
 from plan_jax.types import UserError
 
@@ -59,7 +61,7 @@ def read(tower, variables, *keys):
 
 @cache
 def plain_bert():
-    tower = text.make_text("bert_tiny", 30, jnp.float32, **BERT)
+    tower = bert.make_text_tower("bert_tiny", 30, jnp.float32, **BERT)
     tokens, index, _, sentence = words()
     variables = tower.init(KEY, tokens, index, sentence)
     return variables, read(tower, variables, KEY, jax.random.key(1))
@@ -67,7 +69,7 @@ def plain_bert():
 
 @cache
 def plain_vit():
-    tower = vision.make_vision("vit_tiny", None, jnp.float32, depth=3)
+    tower = vision.make_image_tower("vit_tiny", None, jnp.float32, depth=3)
     x = jax.random.normal(KEY, (2, 16, 16, 3))
     variables = tower.init(KEY, x)
     return x, variables, see(tower, variables, x)
@@ -76,7 +78,7 @@ def plain_vit():
 @pytest.mark.parametrize("changes", CHANGES)
 def test_scan_and_rematerialisation_change_no_value_of_bert(changes):
     variables, (want, other) = plain_bert()
-    tower = text.make_text("bert_tiny", 30, jnp.float32, **BERT, **changes)
+    tower = bert.make_text_tower("bert_tiny", 30, jnp.float32, **BERT, **changes)
     tokens, index, _, sentence = words()
     same_tree(variables, jax.eval_shape(tower.init, KEY, tokens, index, sentence))
     (got,) = read(tower, variables, KEY)
@@ -88,14 +90,14 @@ def test_scan_and_rematerialisation_change_no_value_of_bert(changes):
 @pytest.mark.parametrize("changes", CHANGES)
 def test_scan_and_rematerialisation_change_no_value_of_vit(changes):
     x, variables, want = plain_vit()
-    tower = vision.make_vision("vit_tiny", None, jnp.float32, depth=3, **changes)
+    tower = vision.make_image_tower("vit_tiny", None, jnp.float32, depth=3, **changes)
     same_tree(variables, jax.eval_shape(tower.init, KEY, x))
     assert largest(want, see(tower, variables, x)) < 2e-5
 
 
 def test_rematerialisation_changes_no_value_of_resnet():
-    plain = vision.make_vision("resnet_tiny", None, jnp.float32, position=True)
-    other = vision.make_vision("resnet_tiny", None, jnp.float32, position=True, remat=True)
+    plain = vision.make_image_tower("resnet_tiny", None, jnp.float32, position=True)
+    other = vision.make_image_tower("resnet_tiny", None, jnp.float32, position=True, remat=True)
     x = jax.random.normal(KEY, (2, 16, 16, 3))
     variables = plain.init(KEY, x)
     same_tree(variables, other.init(KEY, x))
@@ -106,7 +108,7 @@ def test_scan_makes_a_smaller_program_and_remat_keeps_less():
     tokens, index, _, sentence = words(16)
 
     def compiled(**changes):
-        tower = text.make_text("bert_tiny", 30, jnp.float32, depth=8, width=64, **changes)
+        tower = bert.make_text_tower("bert_tiny", 30, jnp.float32, depth=8, width=64, **changes)
         held = jax.eval_shape(tower.init, KEY, tokens, index, sentence)
         whole = lambda p: sum(x.sum() for x in tower.apply(p, tokens, index, sentence))  # noqa: E731
         lowered = jax.jit(jax.grad(whole)).lower(held)
@@ -121,25 +123,27 @@ def test_scan_makes_a_smaller_program_and_remat_keeps_less():
 def test_parameters_are_the_same_in_half_precision(changes):
     tokens, index, _, sentence = words()
     trees = [
-        text.make_text("bert_tiny", 30, dtype, depth=3, **some).init(KEY, tokens, index, sentence)
+        bert.make_text_tower("bert_tiny", 30, dtype, depth=3, **some).init(
+            KEY, tokens, index, sentence
+        )
         for dtype, some in ((jnp.float32, {}), (jnp.bfloat16, changes))
     ]
     same_tree(*trees)
-    half = text.make_text("bert_tiny", 30, jnp.bfloat16, depth=3, **changes)
-    full = text.make_text("bert_tiny", 30, jnp.float32, depth=3)
+    half = bert.make_text_tower("bert_tiny", 30, jnp.bfloat16, depth=3, **changes)
+    full = bert.make_text_tower("bert_tiny", 30, jnp.float32, depth=3)
     want, got = (t.apply(trees[0], tokens, index, sentence).words for t in (full, half))
     np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.15)
 
 
 def test_the_last_layers_are_added_up():
     tokens, index, _, sentence = words()
-    tower = text.make_text("bert_tiny", 30, jnp.float32, depth=3)
+    tower = bert.make_text_tower("bert_tiny", 30, jnp.float32, depth=3)
     variables = tower.init(KEY, tokens, index, sentence)
     each = []
     for depth in (2, 3):
-        first = text.make_text("bert_tiny", 30, jnp.float32, depth=depth)
+        first = bert.make_text_tower("bert_tiny", 30, jnp.float32, depth=depth)
         each.append(first.apply(variables, tokens, index, sentence).words)
-    both = text.make_text("bert_tiny", 30, jnp.float32, depth=3, last=2, scan=True)
+    both = bert.make_text_tower("bert_tiny", 30, jnp.float32, depth=3, last=2, scan=True)
     got = both.apply(variables, tokens, index, sentence).words
     np.testing.assert_allclose(got, each[0] + each[1], rtol=1e-5, atol=1e-5)
 
@@ -148,21 +152,21 @@ def test_the_mean_is_that_of_all_pieces():
     tokens, _, _, _ = words()
     own = jnp.where(tokens > 0, jnp.arange(9), -1)  # every piece its own word
     sentence = jnp.where(tokens > 0, 0, -1)
-    tower = text.make_text("bert_tiny", 30, jnp.float32, pool="mean")
+    tower = bert.make_text_tower("bert_tiny", 30, jnp.float32, pool="mean")
     got, _ = tower.init_with_output(KEY, tokens, own, sentence)
     want = [got.words[b][tokens[b] > 0].mean(0) for b in range(3)]
     np.testing.assert_allclose(got.pooled, want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_resized_image_gives_the_maps_of_the_papers():
-    tower = vision.make_vision("resnet50", None, jnp.float32, resize=299)
+    tower = vision.make_image_tower("resnet50", None, jnp.float32, resize=299)
     seen, _ = jax.eval_shape(tower.init_with_output, KEY, jnp.zeros((1, 224, 224, 3)))
     assert seen.local.shape == (1, 19, 19, 1024) and seen.pooled.shape == (1, 2048)
 
 
 def test_resizing_is_the_literal_formula():
     x = jax.random.normal(KEY, (1, 5, 4, 2))
-    got = stretch(x, (7, 7))
+    got = resize_align_corners(x, (7, 7))
     for y in range(7):
         for c in range(7):
             v, u = y * 4 / 6, c * 3 / 6
@@ -174,8 +178,8 @@ def test_resizing_is_the_literal_formula():
 
 
 def test_dilation_takes_the_place_of_strides():
-    plain = vision.make_vision("resnet50", None, jnp.float32)
-    dilated = vision.make_vision("resnet50", None, jnp.float32, dilated=1, local_stage=3)
+    plain = vision.make_image_tower("resnet50", None, jnp.float32)
+    dilated = vision.make_image_tower("resnet50", None, jnp.float32, dilated=1, local_stage=3)
     x = jnp.zeros((1, 64, 64, 3))
     trees = [jax.eval_shape(t.init, KEY, x) for t in (plain, dilated)]
     same_tree(*trees)
@@ -201,35 +205,50 @@ def frozen_step(freeze, vision_=None, **changes):
     config["text"] |= {"depth": 3}
     config["vision"] = vision_ or config["vision"]
     config["optim"] |= {"freeze": freeze, "weight_decay": 0.1}
-    system = assembly.assemble(config, parallel.AXIS)
+    system = assembly.build_components(config, parallel.AXIS)
     mesh = parallel.mesh(1)
     batch = test_train.batch()
     tx_of = optimiser_of(config, system)
     state, tx = init_state(system, batch, tx_of, 0, False)
-    step = parallel.spread(make_step(system, tx, 0.0, parallel.AXIS), mesh)
+    step = parallel.parallelise(make_step(system, tx, 0.0, parallel.AXIS), mesh)
     state = parallel.replicate(state, mesh)
-    before = parallel.host(state)
+    before = parallel.to_host(state)
     for n in range(2):
         state, _ = step(state, parallel.shard(test_train.batch(seed=n), mesh))
-    return before, parallel.host(state)
+    return before, parallel.to_host(state)
 
 
-@pytest.mark.parametrize("freeze, frozen, moved", [
-    (("text",), ("read_tower/",), ("text_global_head/", "see_tower/")),
-    (("text:2", "vision:1"),
-     ("read_tower/layer0", "read_tower/layer1", "read_tower/token", "read_tower/position",
-      "see_tower/stem", "see_tower/layer1_"),
-     ("read_tower/layer2", "read_tower/pool", "see_tower/layer2_", "image_global_head/")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "freeze, frozen, moved",
+    [
+        (("text",), ("text_tower/",), ("text_global_head/", "image_tower/")),
+        (
+            ("text:2", "vision:1"),
+            (
+                "text_tower/layer0",
+                "text_tower/layer1",
+                "text_tower/token",
+                "text_tower/position",
+                "image_tower/stem",
+                "image_tower/layer1_",
+            ),
+            ("text_tower/layer2", "text_tower/pool", "image_tower/layer2_", "image_global_head/"),
+        ),
+    ],
+)
 def test_what_is_frozen_stays_as_it_is(freeze, frozen, moved):
     before, after = frozen_step(freeze)
 
     def changed(name):
-        trees = [getattr(state, name)["encoders"] if name == "params" else getattr(state, name)
-                 for state in (before, after)]  # fmt: skip
+        trees = [
+            getattr(state, name)["encoders"] if name == "params" else getattr(state, name)
+            for state in (before, after)
+        ]
         flat = [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in trees]
-        return {optim.path_name(path): not np.array_equal(a, b)
-                for (path, a), (_, b) in zip(*flat, strict=True)}  # fmt: skip
+        return {
+            optim.path_name(path): not np.array_equal(a, b)
+            for (path, a), (_, b) in zip(*flat, strict=True)
+        }
 
     params, stats = changed("params"), changed("batch_stats")
     for name, is_changed in {**params, **stats}.items():
@@ -237,14 +256,17 @@ def test_what_is_frozen_stays_as_it_is(freeze, frozen, moved):
             assert not is_changed, name
         if name.startswith(moved):
             assert is_changed, name
-    held = [optim.path_name(path) for path, _ in
-            jax.tree_util.tree_flatten_with_path(before.optimiser)[0]]  # fmt: skip
+    held = [
+        optim.path_name(path)
+        for path, _ in jax.tree_util.tree_flatten_with_path(before.optimiser)[0]
+    ]
     assert not [name for name in held if any(part in name for part in frozen)]
     assert [name for name in held if "text_global_head" in name]
 
 
-@pytest.mark.parametrize("side, name", [("text", "bert_tiny"), ("vision", "vit_tiny"),
-                                        ("vision", "resnet_tiny")])  # fmt: skip
+@pytest.mark.parametrize(
+    "side, name", [("text", "bert_tiny"), ("vision", "vit_tiny"), ("vision", "resnet_tiny")]
+)
 def test_what_is_frozen_gets_no_gradient_and_costs_none(side, name):
     """The backward pass of a frozen tower is not even computed."""
     costs, zero = [], []
@@ -253,7 +275,7 @@ def test_what_is_frozen_gets_no_gradient_and_costs_none(side, name):
         model = dual(**{side: sizes, "fine": False})
         tokens, index, ids, sentence = words()
         inputs = (images(),) if side == "vision" else (tokens, index, ids, sentence)
-        verb = "see" if side == "vision" else "read"
+        verb = "encode_image" if side == "vision" else "encode_text"
         variables = model.init(KEY, *inputs, method=verb)
 
         def scalar(params, model=model, variables=variables, inputs=inputs, verb=verb):
@@ -265,18 +287,21 @@ def test_what_is_frozen_gets_no_gradient_and_costs_none(side, name):
         costs.append(gradient.lower(variables["params"]).compile().cost_analysis()["flops"])
         flat = jax.tree_util.tree_flatten_with_path(gradient(variables["params"]))[0]
         for path, leaf in flat:
-            assert not (model.holds(optim.path_name(path)) and np.abs(leaf).max()), path
+            assert not (model.is_frozen(optim.path_name(path)) and np.abs(leaf).max()), path
         zero.append(sum(not np.abs(leaf).max() for _, leaf in flat))
     assert costs[0] > costs[1] > costs[2]
     assert zero[0] < zero[1] < zero[2]
 
 
-@pytest.mark.parametrize("freeze, words", [
-    ("text:7", "optim.freeze is 'text:7'; use text:1 to text:3"),
-    ("vision:0", "optim.freeze is 'vision:0'; use vision:1 to vision:2"),
-    ("encoders/read_tower", "is in a tower; write text or text:N"),
-    ("heads", "names no parameter; there are vision, text, vision:N, text:N, encoders/image_"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "freeze, words",
+    [
+        ("text:7", "optim.freeze is 'text:7'; use text:1 to text:3"),
+        ("vision:0", "optim.freeze is 'vision:0'; use vision:1 to vision:2"),
+        ("encoders/text_tower", "is in a tower; write text or text:N"),
+        ("heads", "names no parameter; there are vision, text, vision:N, text:N, encoders/image_"),
+    ],
+)
 def test_freezing_what_is_not_there(freeze, words):
     with pytest.raises(UserError, match=words):
         frozen_step((freeze,))

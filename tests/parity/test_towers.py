@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from transformers import BertConfig, BertModel
 
-from plan_jax.encoders.fitting import bicubic
-from plan_jax.encoders.pretrained import load_tower, read_state
-from plan_jax.encoders.text import make_text
-from plan_jax.encoders.vision import make_vision
-from plan_jax.scaling import stretch
+from plan_jax.encoders.bert import make_text_tower
+from plan_jax.encoders.vision import make_image_tower
+from plan_jax.layers.resize import resize_align_corners
 from plan_jax.types import UserError
+from plan_jax.weights import load_tower, read_state
+from plan_jax.weights.convert import bicubic
 
 NEAR = 1e-4  # of the largest entry, float32
 
@@ -136,7 +136,7 @@ def seen_by(module, train):
 def test_resnet(name, size, dilated, train, near, tmp_path):
     options = {"replace_stride_with_dilation": [False, False, True]} if dilated else {}
     image = images(4 if train else 2, size)
-    module = make_vision(name, None, jnp.float32, dilated=dilated)
+    module = make_image_tower(name, None, jnp.float32, dilated=dilated)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.asarray(image))
     run = seen_by(module, train)
     # Of a million ReLUs some lie within rounding of their kink, and their image's gradient flips:
@@ -177,7 +177,7 @@ def test_vit(size, depth, scan, near, tmp_path):
     q, k, _ = held["qkv"].reshape(*tokens.shape[:2], 3, 12, 64).permute(2, 0, 3, 1, 4)
     attention = (q[:, :, :1] @ k.transpose(-1, -2) / 8).softmax(-1).mean(1)[:, 0, 1:]
 
-    module = make_vision("vit_b16", None, jnp.float32, depth=depth, scan=scan)
+    module = make_image_tower("vit_b16", None, jnp.float32, depth=depth, scan=scan)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.asarray(image))
     params = variables(shapes, "vision", kept(model, tmp_path / "vit.safetensors"))
 
@@ -230,12 +230,15 @@ def read_by_us(module, held, tokens):
     ("name", "length", "scan"), [("bert_base", 24, True), ("bert_small", 40, False)]
 )
 def test_bert(name, length, scan, near, tmp_path):
-    module = make_text(name, 500, jnp.float32, scan=scan)
+    module = make_text_tower(name, 500, jnp.float32, scan=scan)
     config = BertConfig(
-        vocab_size=500, hidden_size=module.width, num_hidden_layers=module.depth,
-        num_attention_heads=module.heads, intermediate_size=4 * module.width,
+        vocab_size=500,
+        hidden_size=module.width,
+        num_hidden_layers=module.depth,
+        num_attention_heads=module.heads,
+        intermediate_size=4 * module.width,
         attn_implementation="eager",
-    )  # fmt: skip
+    )
     model = stirred(BertModel(config)).eval()
     model.save_pretrained(tmp_path)
     tokens = texts(3, length, 500)
@@ -277,7 +280,7 @@ def test_grids_are_scaled_as_torch_and_nearly_as_timm_do(old, new, near):
 def test_images_are_scaled_as_torch_does(old, new, near):
     image = images(1, old)
     up = torch.nn.Upsample(size=(new, new), mode="bilinear", align_corners=True)(as_torch(image))
-    near("resize", stretch(jnp.asarray(image), (new, new)), last(up))
+    near("resize", resize_align_corners(jnp.asarray(image), (new, new)), last(up))
 
 
 class Evil:

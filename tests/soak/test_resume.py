@@ -48,14 +48,20 @@ def launch(data, workdir, *changes, config="configs/testing.py", **environment):
     argv = [f"--config.{name}={value}" for name, value in fields.items()]
     argv += [f"--config.{change}" for change in changes]
     return subprocess.Popen(
-        [sys.executable, "-m", "plan_jax.main", f"--config={config}",
-         f"--workdir={workdir}", *argv],
+        [
+            sys.executable,
+            "-m",
+            "plan_jax.main",
+            f"--config={config}",
+            f"--workdir={workdir}",
+            *argv,
+        ],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": "", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
 
 
 def end(run):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from configs import testing
-from plan_jax import assembly, optim, parallel, train
-from plan_jax.data import loader, phantom, records, schema
+from plan_jax import model as assembly
+from plan_jax import optim, parallel, train
+from plan_jax.data import dataset as datasets
+from plan_jax.data import loader, phantom, schema
 from plan_jax.methods import METHODS
 from plan_jax.step import init_state, make_step
-from plan_jax.types import Batch
 
 PAIRS, STEPS = 16, 160
 HYPER = {
@@ -21,9 +22,16 @@ HYPER = {
     "place": {"queries": 4},
 }
 OPTIMISER = {
-    "rate": 1e-2, "warmup": 0.1, "end": 0.1, "weight_decay": 0.0, "b1": 0.9, "b2": 0.98,
-    "clip": 1.0, "accumulate": 1, "freeze": (),
-}  # fmt: skip
+    "rate": 1e-2,
+    "warmup": 0.1,
+    "end": 0.1,
+    "weight_decay": 0.0,
+    "b1": 0.9,
+    "b2": 0.98,
+    "clip": 1.0,
+    "accumulate": 1,
+    "freeze": (),
+}
 
 
 @cache
@@ -32,7 +40,7 @@ def dataset():
     drawn = {(record := phantom.draw(0, i, 32)).text: record for i in range(PAIRS + 8)}
     source = [schema.serialize(record) for record in list(drawn.values())[:PAIRS]]
     assert len(source) == PAIRS
-    return records.Dataset(source, phantom.FINDINGS, phantom.ANATOMY, phantom.ANATOMY, keep=True)
+    return datasets.Dataset(source, phantom.FINDINGS, phantom.ANATOMY, phantom.ANATOMY, keep=True)
 
 
 def prepared(name, devices):
@@ -43,11 +51,18 @@ def prepared(name, devices):
         config["heads"] |= {"image_local": "shared", "text_local": "shared"}
         config["vision"] |= {"pool": "mean"}
     config["fine"] = name == "plan"
-    mesh, system = parallel.mesh(devices), assembly.assemble(config, parallel.AXIS)
+    mesh, system = parallel.mesh(devices), assembly.build_components(config, parallel.AXIS)
     stream = loader.train_batches(
-        dataset(), system.tokenizer, batch=PAIRS, size=32, length=64, words=48, seed=0, shift=0,
-        extra=METHODS[name].NEEDS,
-    )  # fmt: skip
+        dataset(),
+        system.tokenizer,
+        batch=PAIRS,
+        size=32,
+        length=64,
+        words=48,
+        seed=0,
+        shift=0,
+        extra=METHODS[name].REQUIRES,
+    )
     batch = next(stream)
     stream.close()
 
@@ -55,7 +70,7 @@ def prepared(name, devices):
         return optim.make_optimiser(params, steps=STEPS, **OPTIMISER)
 
     state, tx = init_state(system, batch, tx_of, 0, False, dataset().findings)
-    step = parallel.spread(make_step(system, tx, 0.0, parallel.AXIS), mesh)
+    step = parallel.parallelise(make_step(system, tx, 0.0, parallel.AXIS), mesh)
     return parallel.replicate(state, mesh), step, parallel.shard(batch, mesh), system
 
 
@@ -72,7 +87,7 @@ def recognise(system, held, batch):
     def table(held, batch):
         params = held["params"]
         towers = {"params": params["encoders"], "batch_stats": held["batch_stats"]}
-        images, texts = system.dual.apply(towers, Batch(**batch))
+        images, texts = system.dual.apply(towers, batch)
         compare, own = system.method.similarity, (params["method"], held["memory"])
         return compare(*own, images, texts, system.hyper)["global"]
 
@@ -86,7 +101,7 @@ def test_eight_devices_step_like_one_and_sixteen_pairs_are_learned_by_heart(name
     for devices in (8, 1):
         state, step, batch, system = prepared(name, devices)
         state, seen = step(state, batch)
-        first[devices] = parallel.host((state, seen))
+        first[devices] = parallel.to_host((state, seen))
     (one, seen_one), (eight, seen_eight) = first[1], first[8]
     np.testing.assert_allclose(seen_eight["loss"], seen_one["loss"], rtol=1e-5)
     a, b = (np.concatenate([x.ravel() for x in gradients(state)]) for state in (one, eight))
@@ -98,5 +113,5 @@ def test_eight_devices_step_like_one_and_sixteen_pairs_are_learned_by_heart(name
     for _ in range(STEPS - 1):
         state, seen = step(state, batch)
     assert step._cache_size() == 1, "compiled again after the first step"
-    for scores in recognise(system, train.weights(state), parallel.host(batch)):
+    for scores in recognise(system, train.weights(state), parallel.to_host(batch)):
         assert (scores.argmax(-1) == np.arange(PAIRS)).all(), float(seen["loss"])

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from plan_jax.data import annotations, images, manifest, schema
+from plan_jax.data import images, schema
+from plan_jax.data.pairs import annotations, manifest
 from plan_jax.types import Record, UserError
 
 ROLES = ("image", "text", "split", "patient_id", "labels", "boxes", "mask", "regions", "anatomy")

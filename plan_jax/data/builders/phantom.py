@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from plan_jax.data import phantom, schema
-from plan_jax.data.phantom_anatomy import Number
+from plan_jax.data.phantom.anatomy import Number
 from plan_jax.types import UserError
 
 _FEW = 600  # images that are drawn sooner than a second process has started

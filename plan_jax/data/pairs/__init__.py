@@ -1,0 +1,1 @@
+"""Reading of a folder of images and reports with a manifest."""

@@ -1,0 +1,1 @@
+"""Layers shared by encoders and heads."""

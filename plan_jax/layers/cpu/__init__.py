@@ -1,0 +1,1 @@
+"""Faster gradients on a CPU, one operation per file."""

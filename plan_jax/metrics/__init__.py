@@ -1,0 +1,106 @@
+"""The metrics catalogue: from the key of a metric to its label, meaning and null baselines.
+
+The formulas are in the modules of this package, in pure numpy and apart from any model.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from plan_jax.types import Metric
+
+
+def slug(name: str) -> str:
+    """Returns a name as a word for keys and file names.
+
+    >>> slug("Pleural effusion (left)")
+    'pleural_effusion_left'
+    """
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value is a plain number, NaN included."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A measured metric: its full key, its place in the catalogue and its null baselines.
+
+    `group` are the values of the placeholders in the catalogue's key, `interval` the bootstrap
+    interval (NaN, NaN where there is none).
+    """
+
+    key: str
+    task: str
+    pattern: str
+    group: tuple[str, ...]
+    metric: Metric
+    value: float
+    baselines: Mapping[str, float]
+    interval: tuple[float, float]
+
+
+def lookup(
+    catalogue: Mapping[str, Mapping[str, Metric]], key: str
+) -> tuple[str, tuple[str, ...], Metric] | None:
+    """Returns the pattern, the placeholders' values and the filled-in metric of a key, or None.
+
+    An exact key wins over a pattern, and among patterns the first one wins.
+
+    >>> catalogue = {"classification": {"{share}/auroc": Metric("AUROC, {share} %", "...")}}
+    >>> lookup(catalogue, "classification/10/auroc")[2].label
+    'AUROC, 10 %'
+    """
+    task, _, rest = key.partition("/")
+    metrics = catalogue.get(task, {})
+    for pattern in sorted(metrics, key=lambda name: "{" in name):
+        names = re.findall(r"{(\w+)}", pattern)
+        match = re.fullmatch(re.sub(r"{\w+}", r"([^/]+)", pattern), rest)
+        if match:
+            values = dict(zip(names, match.groups(), strict=True))
+            metric = metrics[pattern]
+            baselines = {k: v.format(**values) for k, v in metric.baselines.items()}
+            label = metric.label.format(**{k: v.replace("_", " ") for k, v in values.items()})
+            return pattern, match.groups(), replace(metric, label=label, baselines=baselines)
+    return None
+
+
+def entries(
+    catalogue: Mapping[str, Mapping[str, Metric]], values: Mapping[str, Any]
+) -> Iterator[Entry]:
+    """Yields every measured metric that the catalogue knows, in the catalogue's order."""
+    for task, metrics in catalogue.items():
+        order = list(metrics)
+        known = []
+        for position, key in enumerate(values):
+            match = lookup(catalogue, key) if key.startswith(f"{task}/") else None
+            if match is not None and is_number(values[key]):
+                known.append((order.index(match[0]), position, key, match))
+        for _, _, key, (pattern, group, metric) in sorted(known, key=lambda item: item[:2]):
+            nulls = {
+                label: values.get(f"{task}/{null}") for label, null in metric.baselines.items()
+            }
+            yield Entry(
+                key=key,
+                task=task,
+                pattern=pattern,
+                group=group,
+                metric=metric,
+                value=float(values[key]),
+                baselines={label: float(x) for label, x in nulls.items() if is_number(x)},
+                interval=(
+                    float(values.get(f"{key}_low", math.nan)),
+                    float(values.get(f"{key}_high", math.nan)),
+                ),
+            )
+
+
+def headlines(
+    catalogue: Mapping[str, Mapping[str, Metric]], values: Mapping[str, Any]
+) -> list[Entry]:
+    """Returns the measured headline metrics, in the catalogue's order."""
+    return [entry for entry in entries(catalogue, values) if entry.metric.headline]

@@ -1,0 +1,48 @@
+"""The shipped vocabulary: made from the grammar, knows every phantom report, spells any word."""
+
+from importlib import resources
+
+import pytest
+from tokenizers import BertWordPieceTokenizer
+
+from plan_jax.data import phantom
+from plan_jax.data import vocabulary as phantom_vocabulary
+from plan_jax.data.phantom import report_text
+
+PATH = resources.files("plan_jax.data") / "vocabulary.txt"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> BertWordPieceTokenizer:
+    return BertWordPieceTokenizer(str(PATH), lowercase=True)
+
+
+def test_shipped_file_is_what_the_grammar_gives(tmp_path):
+    count = phantom_vocabulary.write(tmp_path / "vocabulary.txt")
+    assert (tmp_path / "vocabulary.txt").read_bytes() == PATH.read_bytes()
+    assert count == len(set(PATH.read_text().splitlines()))
+
+
+def test_special_pieces_come_first():
+    pieces = phantom_vocabulary.vocabulary()
+    assert tuple(pieces[:5]) == ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def test_reports_and_prompts_are_whole_words(tokenizer):
+    reports = [phantom.report(3, i) for i in range(500)]
+    texts = [text for _, _, text, _ in reports]
+    texts += [report_text.phrase(finding) for _, findings, _, _ in reports for finding in findings]
+    texts += [t for both in phantom.PROMPTS.values() for side in both for t in side]
+    for text in texts:
+        pieces = tokenizer.encode(text, add_special_tokens=False).tokens
+        assert "[UNK]" not in pieces, text
+        assert not [piece for piece in pieces if piece.startswith("##")], text
+
+
+@pytest.mark.parametrize(
+    "word", ["zygomatic", "Pneumoperitoneum", "qwxzvjk", "cm2", "L1-L2", "e.g.", "(12/03)"]
+)
+def test_any_word_can_be_spelt(tokenizer, word):
+    pieces = tokenizer.encode(word, add_special_tokens=False).tokens
+    assert "[UNK]" not in pieces
+    assert "".join(piece.removeprefix("##") for piece in pieces) == word.lower()
