@@ -14,7 +14,7 @@ from plan_jax import checkpoint, page
 from plan_jax import model as assembly
 from plan_jax.data import loader, phantom, prompts, report_parser
 from plan_jax.data.dataset import Dataset, open_dataset, split_names
-from plan_jax.logger import read_rows, replace
+from plan_jax.logger import read_rows, write_atomically
 from plan_jax.tasks import TASKS, grounding, retrieval, zero_shot
 from plan_jax.types import Model, Record, Tower, UserError
 
@@ -268,8 +268,8 @@ def write(
     folder: Path, config: Mapping[str, Any], scored: Scored, history: Sequence[Mapping[str, Any]]
 ) -> Path:
     """Write `metrics.json`, `table.md` and `report.html` into a folder; return the page."""
-    replace(folder / "metrics.json", json.dumps(scored.metrics, indent=2, sort_keys=True))
-    replace(folder / "table.md", page.markdown(scored.metrics))
+    write_atomically(folder / "metrics.json", json.dumps(scored.metrics, indent=2, sort_keys=True))
+    write_atomically(folder / "table.md", page.markdown(scored.metrics))
     return page.write(
         folder, config=config, metrics=scored.metrics, history=history, rows=scored.rows
     )

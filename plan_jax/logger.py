@@ -1,7 +1,7 @@
-"""What a run says and writes down: progress bar, `metrics.jsonl`, TensorBoard, final metrics.
+"""The log of a run: progress bar, `metrics.jsonl`, TensorBoard, and atomic writes of files.
 
-Every file is appended to line by line or replaced by a rename, so that nothing is lost or
-half-written when the process is killed. Only the main process writes.
+A file is either appended to line by line or replaced by a rename, so a killed process neither loses
+a row nor leaves half a file. Only the main process writes.
 """
 
 import json
@@ -13,91 +13,132 @@ from typing import Any
 
 from tqdm import tqdm
 
+from plan_jax import parallel
 from plan_jax.types import UserError
 
 
 class Logger:
-    """The log of one run in `folder`; a context manager. With `writes` False it stays silent."""
+    """The log of one run; a context manager that shows a progress bar while it is open.
+
+    On processes other than the main one every method does nothing.
+
+    Attributes:
+      folder: the folder of the run.
+      history: the rows of `metrics.jsonl`, those from before a resumption included.
+      summary: values that are measured once and belong to the final metrics.
+    """
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], step: int = 0, *, writes: bool = True
+        self, folder: Path, config: Mapping[str, Any], num_steps: int, start_step: int = 0
     ) -> None:
-        """Begin, or continue after `step`: rows of later steps, from before a kill, are dropped."""
-        self.folder, self.writes, self.started = folder, writes, time.monotonic()
-        self.history: list[dict[str, float]] = []
-        self.facts: dict[str, float] = {}  # what is known once, for the final metrics
-        self.steps, self.batch = config["steps"], config["batch"]
-        self.first = step
-        self.bar = None
-        if not writes:
+        """Writes `config.json` and opens the log of a run that continues after `start_step`.
+
+        Rows of later steps are dropped: they were logged after the checkpoint that the run resumes
+        from, and are about to be logged again.
+
+        Raises:
+          UserError: `folder` cannot be written.
+        """
+        self.folder = folder
+        self.num_steps, self.start_step = num_steps, start_step
+        self.start_time = time.monotonic()
+        self.history: list[dict[str, Any]] = []
+        self.summary: dict[str, float] = {}
+        self.bar: tqdm | None = None
+        self.is_main = parallel.is_main()
+        if not self.is_main:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            replace(folder / "config.json", json.dumps(config, indent=2, default=list))
+            write_atomically(folder / "config.json", json.dumps(config, indent=2, default=list))
         except OSError as error:
             raise UserError(
                 f"workdir {folder} cannot be written ({error.strerror}); choose another"
             ) from None
-        self.rows = folder / "metrics.jsonl"
-        self.history = [row for row in read_rows(self.rows) if row["step"] <= step]
-        replace(self.rows, "".join(json.dumps(row) + "\n" for row in self.history))
-        from tensorboardX import SummaryWriter  # imported here: evaluation has no need of it
+        self.metrics_path = folder / "metrics.jsonl"
+        self.history = [row for row in read_rows(self.metrics_path) if row["step"] <= start_step]
+        write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in self.history))
+        # Imported here: it takes a second, and evaluation, which reads rows, does not need it.
+        from tensorboardX import SummaryWriter
 
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def __enter__(self) -> "Logger":
-        """Open the progress bar."""
-        if self.writes:
+        """Opens the progress bar."""
+        if self.is_main:
             self.bar = tqdm(
-                total=self.steps,
-                initial=self.first,
+                total=self.num_steps,
+                initial=self.start_step,
                 unit="step",
                 dynamic_ncols=True,
+                # Refreshing depends on time alone. By default tqdm also waits for a number of steps
+                # that it adapts to past intervals, and a validation in between throws it off.
+                miniters=1,
+                # A log file keeps every refresh as a line of its own.
                 mininterval=0.5 if sys.stderr.isatty() else 20.0,
+                # The mean over the run: validation and checkpoints belong to the remaining time,
+                # and a moving average would jump at each of them.
+                smoothing=0,
                 file=sys.stderr,
             )
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close everything."""
+        """Closes the progress bar and TensorBoard's file."""
         if self.bar is not None:
             self.bar.close()
-            self.board.close()
+            self.tensorboard.close()
 
-    def tick(self) -> None:
-        """Count one step on the bar."""
-        if self.bar is not None:
-            self.bar.update()
+    def advance(self) -> None:
+        """Advances the progress bar by one step.
+
+        The first step compiles the program, which takes as long as hundreds of later ones. The
+        clock of the bar restarts after it, so that the remaining time counts later steps only.
+        """
+        if self.bar is None:
+            return
+        is_first = self.bar.n == self.start_step
+        if is_first:
+            self.bar.initial += 1
+            self.bar.unpause()
+        self.bar.update()
+        if is_first:
+            self.bar.refresh()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one row, and show loss and images per second on the bar."""
-        if not self.writes:
+        """Appends one row of metrics, and shows the loss and images per second on the bar."""
+        if not self.is_main:
             return
-        row = {"step": step} | {name: float(value) for name, value in values.items()}
+        row: dict[str, Any] = {"step": step} | {
+            name: float(value) for name, value in values.items()
+        }
         self.history.append(row)
-        with self.rows.open("a", encoding="utf-8") as file:
+        with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
             if name != "step":
-                self.board.add_scalar(name, value, step)
+                self.tensorboard.add_scalar(name, value, step)
         if self.bar is not None and "loss" in row:
-            shown = f"loss {row['loss']:.3f}"
+            postfix = f"loss {row['loss']:.3f}"
             if "images_per_s" in row:
-                shown += f", {row['images_per_s']:.0f} images/s"
-            self.bar.set_postfix_str(shown)
+                postfix += f", {row['images_per_s']:.0f} images/s"
+            # Not redrawn here, or rows would set the pace of refreshing.
+            self.bar.set_postfix_str(postfix, refresh=False)
 
-    def say(self, sentence: str) -> None:
-        """Print a sentence without breaking the bar."""
-        if self.writes:
-            tqdm.write(sentence, file=sys.stderr)
+    def info(self, sentence: str) -> None:
+        """Prints a sentence on stderr, above the progress bar."""
+        parallel.print_once(sentence)
 
-    def wall(self) -> float:
-        """Give the seconds since the run, or its resumption, began."""
-        return time.monotonic() - self.started
+    def elapsed(self) -> float:
+        """Returns the seconds since the run, or its resumption, began."""
+        return time.monotonic() - self.start_time
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a `metrics.jsonl`, or [] if there is none.
+
+    A line that a killed process left unfinished is skipped.
+    """
     rows = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else ():
         try:
@@ -107,8 +148,16 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file completely or not at all; text is encoded as UTF-8.
+
+    The content goes to a temporary file next to `path`, which is then renamed. If writing fails,
+    `path` is unchanged and the temporary file is removed.
+    """
+    # In the same folder, since a rename is atomic only within one file system.
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

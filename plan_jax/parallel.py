@@ -1,14 +1,15 @@
-"""Devices and hosts: the one file that knows how many there are and how a step is spread over them.
+"""Devices and hosts: how many there are, and how a step is distributed over them.
 
-A step is written for one device, `step(state, batch) -> (state, metrics)`, and names the axis where
-devices meet: `jax.lax.pmean(gradients, AXIS)`, `jax.lax.all_gather(embeddings, AXIS)`. The state is
-a copy on every device, the batch is cut along its first axis, and what comes out has to be the same
-on every device: the step averages it before returning.
+A step is written for one device, `step(state, batch) -> (state, metrics)`, and names the axis along
+which devices communicate: `jax.lax.pmean(gradients, AXIS)`, `jax.lax.all_gather(embeddings, AXIS)`.
+The state is replicated on every device and the batch is sharded along its first axis. The outputs
+must be equal on every device, so the step averages them before it returns.
 """
 
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,29 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
+from tqdm import tqdm
 
 from plan_jax.types import UserError
 
 AXIS = "devices"
 IMPLEMENTATIONS = ("shard_map", "pmap")
 
+# How an array lies on a mesh: a copy on every device, or its first axis divided among them.
+REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
+
+
+# Setting up --------------------------------------------------------------------------------------
+
 
 def initialize() -> None:
-    """Join the other hosts, if the environment speaks of any; to be called before JAX is used.
+    """Joins the cluster that the environment describes, if any; called before JAX is used.
 
-    `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name a cluster
-    by hand; with `JAX_DISTRIBUTED=auto` JAX asks the cluster itself (SLURM, TPU slices, GKE).
+    `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` describe a
+    cluster by hand. With `JAX_DISTRIBUTED=auto` JAX asks the cluster itself (SLURM, TPU slices,
+    GKE).
 
     Raises:
-      UserError: some of the three variables are set and others are not, or are no numbers.
+      UserError: only some of the three variables are set, or a count is not a number.
     """
     if jax.distributed.is_initialized():
         return
@@ -41,90 +50,105 @@ def initialize() -> None:
         jax.distributed.initialize()
         return
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    values = [os.environ.get(name) for name in names]
+    values = [os.environ.get(name, "") for name in names]
     if not any(values):
         return
-    for name, value, number in zip(names, values, (False, True, True), strict=True):
-        if not value or (number and not value.isdigit()):
+    for name, value, is_number in zip(names, values, (False, True, True), strict=True):
+        if not value or (is_number and not value.isdigit()):
             raise UserError(
                 f"{name} is {value or 'not set'}; a run on several hosts needs {', '.join(names)}"
             )
-    address, count, index = values
-    jax.distributed.initialize(address, int(count), int(index))
+    address, num_processes, process_id = values
+    jax.distributed.initialize(address, int(num_processes), int(process_id))
 
 
 def configure_backend(cpu_devices: int, cache: str | Path) -> None:
-    """Keep compiled programs in the folder `cache`, and cut a lone CPU into `cpu_devices` devices.
+    """Sets the folder of compiled programs, and divides a lone CPU into `cpu_devices` devices.
 
-    XLA spreads the small operations of small towers badly over cores: a device of one thread for
-    each core, sharing the batch, is faster. Without effect where there is an accelerator, where
-    XLA_FLAGS or JAX_COMPILATION_CACHE_DIR say otherwise, or once JAX has been used.
+    XLA distributes the small operations of small towers badly over cores. One device of one thread
+    per core, each with its share of the batch, is faster. Neither setting overrides
+    JAX_COMPILATION_CACHE_DIR or XLA_FLAGS, and the devices have no effect where there is an
+    accelerator or once JAX has been used.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser().absolute()))
     flags = os.environ.get("XLA_FLAGS", "")
     if cpu_devices > 1 and "xla_force_host_platform_device_count" not in flags:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # JAX has been used: its devices are fixed
             jax.config.update("jax_num_cpu_devices", cpu_devices)
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
 
 
-class Programs:
-    """Counts the programs that were compiled, and those found in the cache, since it was made."""
+class CompilationCounter:
+    """Counts the programs that were compiled or read from the cache since it was created."""
 
     def __init__(self) -> None:
-        """Begin to count."""
-        self.compiled = self.found = 0
+        """Starts counting."""
+        self.compiled = self.cache_hits = 0
         jax.monitoring.register_event_listener(self._count)
 
     def _count(self, event: str, **_: Any) -> None:
-        self.found += event == "/jax/compilation_cache/cache_hits"
+        self.cache_hits += event == "/jax/compilation_cache/cache_hits"
         self.compiled += event == "/jax/compilation_cache/cache_misses"
 
 
+# Processes ---------------------------------------------------------------------------------------
+
+
 def is_main() -> bool:
-    """Whether this process is the one that writes files and talks."""
+    """Returns whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
+def print_once(sentence: str) -> None:
+    """Prints one line on stderr, in the main process only and above an open progress bar."""
+    if is_main():
+        tqdm.write(sentence, file=sys.stderr)
+        sys.stderr.flush()
+
+
 def barrier(name: str = "barrier") -> None:
-    """Wait until every process has come to the point called `name`."""
+    """Blocks until every process has reached the barrier called `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any process; every process has to ask at the same step."""
+    """Returns whether `flag` is true in any process. Every process must call it together."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def gather_strings(text: str) -> list[str]:
-    """Give the text of every process, in their order; every process has to ask."""
+    """Returns the texts of all processes, in their order. Every process must call it."""
     if jax.process_count() == 1:
         return [text]
-    mine = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(mine.size))
+    # JAX gathers arrays of one shape only: the bytes are padded to the longest text.
+    content = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(content.size))
     padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: mine.size] = mine
+    padded[: content.size] = content
     rows = multihost_utils.process_allgather(padded)
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
+# Devices -----------------------------------------------------------------------------------------
+
+
 @functools.cache
-def mesh(count: int | None = None) -> Mesh:
-    """Give the first `count` devices, of all hosts, in a row called `AXIS`; None or 0 means all.
+def make_mesh(count: int | None = None) -> Mesh:
+    """Returns a mesh of the first `count` devices of all hosts along `AXIS`; None or 0 means all.
 
     Raises:
-      UserError: there are fewer devices, none of the kind that JAX_PLATFORMS asks for, or `count`
-        leaves one of several hosts without work.
+      UserError: there are fewer devices, none of the kind that JAX_PLATFORMS names, or `count`
+        leaves one of several hosts without a device.
     """
     try:
         devices = jax.devices()
     except RuntimeError as error:
-        wanted, why = os.environ.get("JAX_PLATFORMS"), str(error).splitlines()[0]
-        raise UserError(f"JAX_PLATFORMS is {wanted}: {why}; unset it, or use cpu") from None
+        platform, reason = os.environ.get("JAX_PLATFORMS"), str(error).splitlines()[0]
+        raise UserError(f"JAX_PLATFORMS is {platform}: {reason}; unset it, or use cpu") from None
     count = count or len(devices)
     if not 0 < count <= len(devices):
         raise UserError(
@@ -136,157 +160,167 @@ def mesh(count: int | None = None) -> Mesh:
             f"parallel.devices is {count} but {jax.process_count()} hosts share {len(devices)}"
             " devices; use 0 for all"
         )
+    # Auto: the compiler places arrays inside a step. Explicit axes would put the sharding into the
+    # types, and the step would have to state it at each operation.
     return Mesh(np.asarray(devices[:count]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def split_batch(batch: int, devices: int) -> int:
-    """Give the number of examples on each device.
+    """Returns the number of examples on each device.
 
     >>> split_batch(32, 8)
     4
     >>> split_batch(30, 8)
     Traceback (most recent call last):
-    plan_jax.types.UserError: batch 30 does not divide over 8 devices; use 24 or 32
+    plan_jax.types.UserError: batch 30 is not divisible by 8 devices; use 24 or 32
 
     Raises:
-      UserError: `batch` does not divide over `devices`; the sentence names the neighbours that do.
+      UserError: `batch` is not divisible by `devices`; the sentence names the neighbours that are.
     """
-    share, rest = divmod(batch, devices)
-    if batch < 1 or rest:
-        above = f"{(max(share, 0) + 1) * devices}"
-        remedy = f"{share * devices} or {above}" if share > 0 else above
-        raise UserError(f"batch {batch} does not divide over {devices} devices; use {remedy}")
-    return share
+    per_device, remainder = divmod(batch, devices)
+    if batch < 1 or remainder:
+        larger = f"{(max(per_device, 0) + 1) * devices}"
+        remedy = f"{per_device * devices} or {larger}" if per_device > 0 else larger
+        raise UserError(f"batch {batch} is not divisible by {devices} devices; use {remedy}")
+    return per_device
 
 
-def replicate(tree: PyTree, over: Mesh | None = None) -> PyTree:
-    """Copy every leaf to every device; the copies share no buffer with `tree`.
+def replicate(tree: PyTree, mesh: Mesh | None = None) -> PyTree:
+    """Returns a copy of every leaf on every device; the copies share no buffer with `tree`.
 
-    With several hosts each of them has to hold the same values.
+    With several hosts each of them must hold the same values.
     """
-    over = over or mesh()
-    tree = jax.tree.map(_strong_copy, tree)
+    mesh = mesh or make_mesh()
+    tree = jax.tree.map(_copy_leaf, tree)
     if jax.process_count() > 1:
-        return multihost_utils.host_local_array_to_global_array(tree, over, PartitionSpec())
-    return jax.device_put(tree, NamedSharding(over, PartitionSpec()))
+        return multihost_utils.host_local_array_to_global_array(tree, mesh, REPLICATED)
+    return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
 
 
-def _strong_copy(leaf: Any) -> Array:
-    """Copy a leaf, as `device_put` would share it with the first device, and donation take it.
+def _copy_leaf(leaf: Any) -> Array:
+    """Returns a strongly typed copy of a leaf.
 
-    A type that is weak (that of a Python number) becomes a plain one, as it will be after a step:
-    or the second step would be compiled anew.
+    A copy, because `device_put` shares the buffer with the first device, and a step that donates
+    its state would delete the caller's array. Strongly typed, because a step returns strong types,
+    and a weak type (that of a Python number) on input would compile the second step anew.
     """
     return jnp.array(leaf, dtype=getattr(leaf, "dtype", None) or jnp.result_type(leaf).name)
 
 
-def shard(batch: PyTree, over: Mesh | None = None) -> PyTree:
-    """Cut this process's arrays [B ...] along B over its devices, into arrays of all processes.
+def shard(batch: PyTree, mesh: Mesh | None = None) -> PyTree:
+    """Divides this process's arrays [B ...] along B among its devices, as arrays of all processes.
 
     Raises:
-      UserError: B does not divide over the devices of this process.
+      UserError: B is not divisible by the number of devices of this process.
     """
-    over = over or mesh()
-    sharding = NamedSharding(over, PartitionSpec(AXIS))
+    mesh = mesh or make_mesh()
+    sharding = NamedSharding(mesh, SHARDED)
     for leaf in jax.tree.leaves(batch):
-        split_batch(len(leaf), len(over.local_devices))
+        split_batch(len(leaf), len(mesh.local_devices))
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """Bring every leaf to this process as a numpy array, gathered from other hosts if it is cut."""
+    """Returns every leaf as a numpy array; sharded leaves are gathered from all hosts."""
 
     def fetch(leaf: Any) -> np.ndarray:
-        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-        if whole or leaf.is_fully_replicated:
+        is_local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if is_local or leaf.is_fully_replicated:
             return np.asarray(leaf)
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
     return jax.tree.map(fetch, tree)
 
 
+# Steps -------------------------------------------------------------------------------------------
+
+
 def parallelise(
     step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
-    over: Mesh | None = None,
+    mesh: Mesh | None = None,
     *,
     implementation: str = "shard_map",
     donate: bool = True,
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
-    """Compile `step` for all devices: state and metrics replicated, batch cut along its first axis.
+    """Compiles `step` for all devices: state and metrics replicated, the batch sharded.
 
     Args:
       step: (state, batch of one device) -> (state, metrics), written with the axis name `AXIS`.
-      over: the devices; all of them if None.
-      implementation: `shard_map` (jit of shard_map) or `pmap`; they give the same numbers.
-      donate: the memory of the state that goes in is reused for the one that comes out.
+      mesh: the devices; all of them if None.
+      implementation: `shard_map` (jit of shard_map) or `pmap`; both return the same numbers.
+      donate: whether the memory of the input state is reused for the output state.
 
     Raises:
-      UserError: there is no such implementation.
+      UserError: `implementation` is neither of the two.
     """
-    over = over or mesh()
+    mesh = mesh or make_mesh()
     if implementation == "pmap":
-        return _pmap(step, over, donate)
+        return _parallelise_by_pmap(step, mesh, donate)
     if implementation != "shard_map":
         raise UserError(
             f"parallel.implementation is {implementation!r}; use {' or '.join(IMPLEMENTATIONS)}"
         )
-    same, cut = PartitionSpec(), PartitionSpec(AXIS)
     # With check_vma=True the gradient of replicated parameters arrives already summed over the
     # devices, and the step's own mean would leave it too large by their number, silently.
     mapped = jax.shard_map(
-        step, mesh=over, in_specs=(same, cut), out_specs=(same, same), check_vma=False
+        step,
+        mesh=mesh,
+        in_specs=(REPLICATED, SHARDED),
+        out_specs=(REPLICATED, REPLICATED),
+        check_vma=False,
     )
-    places = NamedSharding(over, same), NamedSharding(over, cut)
+    replicated, sharded = NamedSharding(mesh, REPLICATED), NamedSharding(mesh, SHARDED)
     return jax.jit(
         mapped,
-        in_shardings=places,
-        out_shardings=places[0],
+        in_shardings=(replicated, sharded),
+        out_shardings=replicated,
         donate_argnums=(0,) if donate else (),
     )
 
 
-def _pmap(step: Callable, over: Mesh, donate: bool) -> Callable:
-    """Spread `step` by `jax.pmap`, between arrays of the same kind that `shard_map` is given."""
+def _parallelise_by_pmap(step: Callable, mesh: Mesh, donate: bool) -> Callable:
+    """Compiles `step` by `jax.pmap`, with the same arrays as `shard_map` for inputs and outputs."""
     mapped = jax.pmap(
         step,
         axis_name=AXIS,
         in_axes=(None, 0),
         out_axes=None,
-        devices=tuple(over.devices.flat),
+        devices=tuple(mesh.devices.flat),
         donate_argnums=(0,) if donate else (),
     )
-    several = jax.process_count() > 1
-    same, cut = PartitionSpec(), PartitionSpec(AXIS)
+    num_processes = jax.process_count()
 
-    @functools.partial(jax.jit, out_shardings=NamedSharding(over, cut))
-    def fold(batch: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: x.reshape(over.size, -1, *x.shape[1:]), batch)
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, SHARDED))
+    def split_by_device(batch: PyTree) -> PyTree:
+        # pmap maps over a leading axis of devices: [B ...] -> [devices, B / devices, ...].
+        return jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), batch)
 
-    def call(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        batch = fold(batch)
-        if several:
-            state = multihost_utils.global_array_to_host_local_array(state, over, same)
-            batch = multihost_utils.global_array_to_host_local_array(batch, over, cut)
-        out = mapped(state, batch)
-        if several:
-            out = multihost_utils.host_local_array_to_global_array(out, over, same)
-        return out
+    def run_step(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        batch = split_by_device(batch)
+        # pmap takes and returns the part of an array that lies on this host's devices.
+        if num_processes > 1:
+            state = multihost_utils.global_array_to_host_local_array(state, mesh, REPLICATED)
+            batch = multihost_utils.global_array_to_host_local_array(batch, mesh, SHARDED)
+        outputs = mapped(state, batch)
+        if num_processes > 1:
+            outputs = multihost_utils.host_local_array_to_global_array(outputs, mesh, REPLICATED)
+        return outputs
 
-    return call
+    return run_step
 
 
 def mean(tree: PyTree, axis: str | None = AXIS) -> PyTree:
-    """Average every leaf over the devices, inside a step; without an axis, leave it as it is."""
+    """Returns the mean of every leaf over the devices, inside a step; `tree` if `axis` is None."""
     return tree if axis is None else jax.lax.pmean(tree, axis)
 
 
 def step_key(key: Array, step: Array | int) -> Array:
-    """Derive the random key of a step, the same on every device."""
+    """Returns the random key of a step, the same on every device."""
     return jax.random.fold_in(key, step)
 
 
 def device_key(key: Array, axis: str | None = AXIS) -> Array:
-    """Derive this device's own random key, inside a step; without an axis, that of device 0."""
+    """Returns this device's own random key, inside a step; that of device 0 if `axis` is None."""
     return jax.random.fold_in(key, 0 if axis is None else jax.lax.axis_index(axis))

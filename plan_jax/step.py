@@ -6,7 +6,6 @@ memory.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -98,7 +97,9 @@ def load_towers(
         ("text", "text_tower", attention_heads),
     ):
         if source := weights.get(side):
-            load = functools.partial(load_weights.load_tower, side, source, say=say, heads=heads)
+            load = functools.partial(
+                load_weights.load_tower, side, source, say=parallel.print_once, heads=heads
+            )
             put(part, load)
     if source := weights.get("heads"):
         for head in HEADS:
@@ -130,12 +131,6 @@ def optimiser_of(
         return top == "encoders" and system.dual.is_frozen(rest)
 
     return lambda params: optim.make_optimiser(params, steps=config["steps"], held=held, **settings)
-
-
-def say(sentence: str) -> None:
-    """Print a sentence, once for all processes."""
-    if parallel.is_main():
-        print(sentence, file=sys.stderr, flush=True)
 
 
 def make_step(

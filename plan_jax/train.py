@@ -75,7 +75,7 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
       UserError: for a batch that does not divide, a dataset that cannot be read, and the like.
     """
     workdir = Path(workdir)
-    mesh = parallel.mesh(config["parallel"]["devices"] or None)
+    mesh = parallel.make_mesh(config["parallel"]["devices"] or None)
     parallel.split_batch(config["batch"], mesh.size)
     system = assembly.build_components(config, parallel.AXIS)
     evaluate.open_eval_data(config, config["eval"]["split"])
@@ -109,15 +109,15 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
     step = parallel.parallelise(step, mesh, implementation=config["parallel"]["implementation"])
     run = Run(config, system, mesh, step, stream, manager)
     start = found.step if found else 0
-    with Logger(workdir, config, start, writes=parallel.is_main()) as logger, Stop() as stop:
+    with Logger(workdir, plain(config), config["steps"], start) as logger, Stop() as stop:
         if found:
-            logger.say(f"resumed at step {start} of {config['steps']}")
+            logger.info(f"resumed at step {start} of {config['steps']}")
         if not (found or config["steps"]):
             save(run, 0, state, None)
         state = loop(run, state, start, logger, stop)
         stopped = int(state.step) < config["steps"]
         if stopped:
-            logger.say(f"stopped at step {int(state.step)} and saved; the same command resumes")
+            logger.info(f"stopped at step {int(state.step)} and saved; the same command resumes")
         checkpoint.close(manager)
         return {} if stopped else finish(run, state, logger)
 
@@ -137,19 +137,21 @@ def loop(run: Run, state: State, start: int, logger: Logger, stop: Stop) -> Stat
     """Take the steps from `start` on; save, evaluate and log in between."""
     config, pace = run.config, Pace(run.config["batch"])
     waiting: Metrics | None = None  # of the step before, fetched while this one runs
-    programs, began = parallel.Programs(), time.monotonic()
+    programs, began = parallel.CompilationCounter(), time.monotonic()
     for n in range(start, config["steps"]):
         batch = parallel.shard(next(run.stream), run.mesh)
         state, metrics = run.step(state, batch)
         if n == start:
             jax.block_until_ready(metrics)
-            logger.facts["first_step_s"] = time.monotonic() - began
-            how = f"{programs.compiled} programs compiled, {programs.found} kept from before"
-            logger.say(f"first step after {journal.facts['first_step_s']:.1f} s ({how})")
+            logger.summary["first_step_s"] = time.monotonic() - began
+            how = (
+                f"{programs.compiled} programs compiled, {programs.cache_hits} read from the cache"
+            )
+            logger.info(f"first step after {logger.summary['first_step_s']:.1f} s ({how})")
         if waiting is not None and n % config["log_every"] == 0:
             logger.log(n, parallel.to_host(waiting) | pace.measure(n))
         waiting = metrics
-        logger.tick()
+        logger.advance()
         done = n + 1
         leave = done % config["log_every"] == 0 and parallel.any_process(stop.asked)
         every = config["eval"]["every"]
@@ -224,10 +226,10 @@ def finish(run: Run, state: State, logger: Logger) -> dict[str, float]:
     if not parallel.is_main():
         parallel.barrier("evaluated")
         return about
-    logger.say("evaluating")
+    logger.info("evaluating")
     model = assembly.make_model(run.system, run.config, held)
     scored = evaluate.score(model, run.config, run.config["eval"]["split"], logger.folder)
-    metrics = scored.metrics | about | logger.facts | {"wall_s": logger.wall()}
+    metrics = scored.metrics | about | logger.summary | {"wall_s": logger.elapsed()}
     evaluate.write(
         logger.folder, plain(run.config), scored._replace(metrics=metrics), logger.history
     )

@@ -44,7 +44,7 @@ def toy(step=0, width=30, devices=1):
     memory = {"importance": jax.random.normal(keys[2], (20,))}
     opt_state = optax.adamw(1e-3).init(params)
     state = State(jnp.int32(step), params, opt_state, {}, memory, keys[0])
-    return parallel.replicate(state, parallel.mesh(devices))
+    return parallel.replicate(state, parallel.make_mesh(devices))
 
 
 def run(folder, steps=(1, 2, 3), **options):
@@ -115,7 +115,7 @@ def test_nothing_saved_is_none(tmp_path):
 
 
 def test_state_may_be_donated_while_it_is_written(tmp_path):
-    mesh = parallel.mesh(1)
+    mesh = parallel.make_mesh(1)
     state = parallel.replicate({"params": {"a": jnp.zeros((1000, 1000))}}, mesh)
     step = parallel.parallelise(
         lambda s, b: (jax.tree.map(lambda x: x + b.mean(), s), {}), mesh, donate=True

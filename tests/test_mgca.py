@@ -311,7 +311,7 @@ def spread(hyper, images, texts):
 
     mapped = jax.shard_map(
         part,
-        mesh=parallel.mesh(8),
+        mesh=parallel.make_mesh(8),
         in_specs=(whole, cut, cut),
         out_specs=(cut, whole, cut),
         check_vma=False,

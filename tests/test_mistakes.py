@@ -73,7 +73,10 @@ TRAIN = {
     "split": ("config.eval.split=tset", "config.eval.split is 'tset'; use one of train, val"),
     "words": ("config.data.words=500", "config.data.words is 500, more than fit in the .* pieces"),
     "implementation": ("config.parallel.implementation=xmap", "'xmap'; use one of shard_map, pmap"),
-    "indivisible batch": ("config.batch=30", "batch 30 does not divide over 8 devices; use 24 or"),
+    "indivisible batch": (
+        "config.batch=30",
+        "batch 30 is not divisible by 8 devices; use 24 or 32",
+    ),
     "devices": ("config.parallel.devices=9", "parallel.devices is 9 but there are 8; use 1 to 8"),
     "huge batch": ("config.batch=4096", "batch 4096 does not fit a dataset of .* pairs; use 1 to"),
     "finding": ("config.data.builder.findings=gout", "finding 'gout' is unknown; use some of "),

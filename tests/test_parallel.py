@@ -65,7 +65,7 @@ def data():
 
 def train(devices, implementation="shard_map", steps=3):
     """State and metrics after some steps on some devices, on the host."""
-    mesh = parallel.mesh(devices)
+    mesh = parallel.make_mesh(devices)
     variables = Tower().init(jax.random.key(0), jnp.ones((2, 5)))
     state = {**variables, "opt_state": OPTIMISER.init(variables["params"])}
     state = parallel.replicate(state, mesh)
@@ -162,13 +162,19 @@ def test_host_and_one_process():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: parallel.split_batch(30, 8), "batch 30 does not divide over 8 devices; use 24 or"),
-        (lambda: parallel.split_batch(4, 8), "batch 4 does not divide over 8 devices; use 8$"),
-        (lambda: parallel.split_batch(0, 8), "batch 0 does not divide over 8 devices; use 8$"),
-        (lambda: parallel.split_batch(-3, 2), "batch -3 does not divide over 2 devices; use 2$"),
-        (lambda: parallel.shard(np.ones(12)), "batch 12 does not divide over 8 devices; use 8 or"),
-        (lambda: parallel.mesh(9), "parallel.devices is 9 but there are 8; use 1 to 8, or 0"),
-        (lambda: parallel.mesh(-1), "parallel.devices is -1 but"),
+        (
+            lambda: parallel.split_batch(30, 8),
+            "batch 30 is not divisible by 8 devices; use 24 or 32",
+        ),
+        (lambda: parallel.split_batch(4, 8), "batch 4 is not divisible by 8 devices; use 8$"),
+        (lambda: parallel.split_batch(0, 8), "batch 0 is not divisible by 8 devices; use 8$"),
+        (lambda: parallel.split_batch(-3, 2), "batch -3 is not divisible by 2 devices; use 2$"),
+        (
+            lambda: parallel.shard(np.ones(12)),
+            "batch 12 is not divisible by 8 devices; use 8 or 16",
+        ),
+        (lambda: parallel.make_mesh(9), "parallel.devices is 9 but there are 8; use 1 to 8, or 0"),
+        (lambda: parallel.make_mesh(-1), "parallel.devices is -1 but"),
         (
             lambda: parallel.parallelise(step, implementation="xmap"),
             "'xmap'; use shard_map or pmap",

@@ -336,7 +336,7 @@ def test_empty_texts_stay_finite(hyper):
 @pytest.mark.parametrize("hyper", [ATTN])  # the contract's test has the default
 def test_eight_devices_equal_one(hyper):
     images, texts = batch()
-    mesh, cut, same = parallel.mesh(8), PartitionSpec(parallel.AXIS), PartitionSpec()
+    mesh, cut, same = parallel.make_mesh(8), PartitionSpec(parallel.AXIS), PartitionSpec()
 
     def part(params, images, texts):
         (out, _), (own, *sides) = BOTH(params, images, texts, axis=parallel.AXIS, hyper=hyper)

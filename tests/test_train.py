@@ -42,7 +42,7 @@ def batch(pairs=16, seed=0, size=32, length=12, words=10):
 def prepared(devices=1, seed=0, ema=0.0, changes=None, **optimiser):
     plain = {"method": "convirt", "hyper": {}, "fine": False}  # which compiles soonest
     config = testing.get_config().to_dict() | (changes or plain)
-    mesh = parallel.mesh(devices)
+    mesh = parallel.make_mesh(devices)
     system = assembly.build_components(config, parallel.AXIS)
 
     def tx_of(params):

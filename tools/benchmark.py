@@ -113,7 +113,7 @@ def first_step(config: Any, implementation: str) -> tuple[Any, Any, Any, float]:
     from plan_jax import model as assembly
     from plan_jax.step import init_state, make_step, optimiser_of
 
-    mesh = parallel.mesh(config["parallel"]["devices"] or None)
+    mesh = parallel.make_mesh(config["parallel"]["devices"] or None)
     system = assembly.build_components(config, parallel.AXIS)
     dataset = evaluate.open_split(config, "train")
     batch = next(iter(train.batches(config, system, dataset)))

@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from plan_jax import parallel
 from plan_jax.checkpoint import checksums, folders
 from plan_jax.checkpoint.checksums import fingerprint
-from plan_jax.checkpoint.folders import FOLDER, attempt, locate, quiet, read_json, say, short
+from plan_jax.checkpoint.folders import FOLDER, attempt, locate, quiet, read_json, short
 from plan_jax.types import UserError
 
 __all__ = [
@@ -223,7 +223,7 @@ def _newest_whole(folder: Path, step: int | None, read: Callable[[Path], Any]) -
         found, why = attempt(read, folder / str(at))
         if not why:
             return found
-        say(f"checkpoint {at} in {folder} is broken ({why})")
+        parallel.print_once(f"checkpoint {at} in {folder} is broken ({why})")
     raise UserError(f"checkpoint {folder} has no whole step; train again, or give another folder")
 
 

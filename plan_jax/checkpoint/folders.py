@@ -77,7 +77,7 @@ def set_aside(folder: Path, step: int, why: str) -> None:
         (folder / str(step)).rename(folder / name)
         older = steps(folder)
         instead = f"using step {older[-1]}" if older else "there is no older one"
-        say(f"checkpoint {step} is broken ({why}), set aside as {name}; {instead}")
+        parallel.print_once(f"checkpoint {step} is broken ({why}), set aside as {name}; {instead}")
     parallel.barrier(f"set aside {step}")
 
 
@@ -113,12 +113,6 @@ def short(error: Any) -> str:
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 80 else f"{line[:77]}..."
-
-
-def say(sentence: str) -> None:
-    """Print one line on stderr, once for all processes."""
-    if parallel.is_main():
-        print(sentence, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

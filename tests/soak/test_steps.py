@@ -51,7 +51,7 @@ def prepared(name, devices):
         config["heads"] |= {"image_local": "shared", "text_local": "shared"}
         config["vision"] |= {"pool": "mean"}
     config["fine"] = name == "plan"
-    mesh, system = parallel.mesh(devices), assembly.build_components(config, parallel.AXIS)
+    mesh, system = parallel.make_mesh(devices), assembly.build_components(config, parallel.AXIS)
     stream = loader.train_batches(
         dataset(),
         system.tokenizer,
