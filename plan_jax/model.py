@@ -193,5 +193,5 @@ def read(folder: str | Path) -> dict[str, Any]:
     Raises:
       UserError: if there is no whole checkpoint.
     """
-    held = checkpoint.restore_params(folder)
+    held = checkpoint.load_weights(folder)
     return held | {"params": held["average"] or held["params"]}

@@ -106,9 +106,9 @@ EVAL = {
         JUDGE + "config.eval.detection.wdths=(1,)",
         "wdths is not a field; did you mean .*detection.widths",
     ),
-    "no checkpoint": ("--checkpoint nowhere", "checkpoint nowhere is not there; give the folder"),
-    "empty run": ("--checkpoint other", "checkpoint other holds no checkpoint; give the folder"),
-    "no step": ("--checkpoint run/checkpoints/7", "checkpoints/7 is not there; give the folder"),
+    "no checkpoint": ("--checkpoint nowhere", "checkpoint nowhere does not exist; pass the folder"),
+    "empty run": ("--checkpoint other", "checkpoint other holds no checkpoint; pass the folder"),
+    "no step": ("--checkpoint run/checkpoints/7", "checkpoints has no step 7; use one of"),
     "no such task": ("--checkpoint run config.eval.tasks=x", "use some of grounding, retrieval"),
     "other model": ("--checkpoint run config.dim=65", "run is of config.dim .*, not 65; leave"),
 }
@@ -119,7 +119,7 @@ GROUND = {
     "no word": ("--image ok.png --text ...", "--text '...' has no word; write a phrase"),
     "kind": ("--image ok.png --text effusion --out heat.pgn", "heat.pgn is no picture's name"),
     "no folder": ("--image ok.png --text effusion --out no/h.png", "a folder that is not there"),
-    "no run": ("--image ok.png --text effusion --checkpoint no", "checkpoint no is not there;"),
+    "no run": ("--image ok.png --text effusion --checkpoint no", "checkpoint no does not exist;"),
 }
 
 

@@ -1,9 +1,10 @@
 """Checkpoints: state, position in the data and config, written by orbax in the background.
 
-`<folder>/<step>/` holds the items `state` (any pytree of arrays), `data` (where each process's data
-iterator is) and `config` (beside it the package's version and a checksum of every array). A step
-appears when it is whole. Should the disk break one all the same, be it by a single bit, `restore`
-sets it aside as `broken-<step>` and walks back to the newest whole one.
+`<folder>/<step>/` holds three items: `state` (any pytree of arrays), `data` (the position of each
+process's data iterator) and `config` (with the format, the version of plan_jax and a checksum of
+every array). A step appears under its number once it is complete. If the disk damages a step later,
+even by a single bit, `restore` renames it to `broken-<step>` and falls back to the newest complete
+one.
 """
 
 import base64
@@ -23,26 +24,36 @@ from orbax.checkpoint import checkpoint_managers as policies
 from plan_jax import parallel
 from plan_jax.checkpoint import checksums, folders
 from plan_jax.checkpoint.checksums import fingerprint
-from plan_jax.checkpoint.folders import FOLDER, attempt, locate, quiet, read_json, short
+from plan_jax.checkpoint.folders import (
+    FOLDER,
+    first_line,
+    locate,
+    read_json,
+    silence_orbax,
+    try_reading,
+)
 from plan_jax.types import UserError
 
 __all__ = [
     "FOLDER",
-    "Restored",
+    "Checkpoint",
     "close",
     "fingerprint",
+    "load_weights",
     "locate",
     "open_manager",
     "read_config",
     "restore",
-    "restore_params",
     "save",
 ]
+
+# Raised whenever names of parameters or config fields change. Checkpoints of 0.1 have no number.
+FORMAT = 2
 WEIGHTS = ("params", "average", "batch_stats", "memory")
 
 
-class Restored(NamedTuple):
-    """What a checkpoint held: the step, the state, this process's iterator state, the config."""
+class Checkpoint(NamedTuple):
+    """A restored checkpoint; `data` is the state of this process's data iterator."""
 
     step: int
     state: PyTree
@@ -50,38 +61,46 @@ class Restored(NamedTuple):
     config: dict
 
 
+# Writing -----------------------------------------------------------------------------------------
+
+
 def open_manager(
     folder: str | Path, keep: int = 3, best_metric: str | None = None
 ) -> ocp.CheckpointManager:
-    """Open `folder` for writing; it keeps the newest `keep` steps and the best one.
+    """Opens `folder` for writing; broken steps in it are renamed first.
 
-    The best is the step saved with the largest metric `best_metric`; None keeps the newest only.
+    Args:
+      folder: where the steps are; created if it does not exist.
+      keep: the number of newest steps that are kept.
+      best_metric: the step with the largest value of this metric is kept too; None keeps the newest
+        steps only.
 
     Raises:
-      UserError: `folder` cannot be made, or is a file.
+      UserError: `folder` cannot be created, or is a file.
     """
     folder = Path(folder).absolute()
-    kept: list = [policies.LatestN(keep)]
-    value = None
+    preserved: list = [policies.LatestN(keep)]
+    rank: Callable[[Mapping[str, float]], float] | None = None
     if best_metric is not None:
 
-        def value(metrics: Mapping[str, float]) -> float:
-            return folders.finite(metrics.get(best_metric))
+        def rank(metrics: Mapping[str, float]) -> float:
+            return folders.rankable(metrics.get(best_metric))
 
-        kept.append(
-            policies.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False)
+        preserved.append(
+            policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False)
         )
     options = ocp.CheckpointManagerOptions(
-        best_fn=value,
-        preservation_policy=policies.AnyPreservationPolicy(kept),
-        cleanup_tmp_directories=True,
+        best_fn=rank,
+        preservation_policy=policies.AnyPreservationPolicy(preserved),
+        cleanup_tmp_directories=True,  # what a killed save left behind
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for step in reversed(folders.steps(folder)):
-            if fault := folders.fault(folder / str(step)):
+        # Orbax parses the metrics of all steps when it opens the folder, and fails on broken ones.
+        for step in reversed(folders.list_steps(folder)):
+            if fault := folders.find_fault(folder / str(step)):
                 folders.set_aside(folder, step, fault)
-        with quiet():
+        with silence_orbax():
             return ocp.CheckpointManager(folder, options=options)
     except OSError as error:
         raise UserError(
@@ -98,168 +117,210 @@ def save(
     config: Mapping,
     metrics: Mapping[str, float] | None = None,
 ) -> bool:
-    """Begin to save a step; return when `state` may be overwritten. False if the step is there.
+    """Starts saving a step, and returns as soon as `state` may be overwritten.
 
     Args:
-      data: what the data iterator's `get_state()` gave, a dict or bytes, of this process.
+      manager: from `open_manager`.
+      step: the number of steps taken.
+      state: a pytree of arrays.
+      data: what `get_state()` of this process's data iterator returned, a dict or bytes.
       config: a nested dict of what JSON can hold.
-      metrics: numbers to choose the best step by.
+      metrics: numbers by which the best step is selected.
+
+    Returns:
+      False if the step has been saved before, and nothing is written.
 
     Raises:
-      UserError: this save, or the one before it in the background, could not be written.
+      UserError: this save, or the previous one in the background, could not be written.
     """
     about = {
-        "version": _version(),
-        "config": json.loads(_to_json(config)),
-        "checksums": checksums.by_leaf(state),
+        "format": FORMAT,
+        "version": _installed_version(),
+        "config": json.loads(_encode_json(config)),
+        "checksums": checksums.leaf_checksums(state),
     }
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        data=ocp.args.JsonSave({"processes": parallel.gather_strings(_to_json(data))}),
+        data=ocp.args.JsonSave({"processes": parallel.gather_strings(_encode_json(data))}),
         config=ocp.args.JsonSave(about),
     )
-    numbers = None if metrics is None else {name: float(x) for name, x in metrics.items()}
-    with _written(manager), quiet():
+    values = None if metrics is None else {name: float(x) for name, x in metrics.items()}
+    with _report_write_errors(manager), silence_orbax():
         if step in manager.all_steps():
             return False
-        return manager.save(step, args=args, metrics=numbers, force=True)
+        return manager.save(step, args=args, metrics=values, force=True)
 
 
 def close(manager: ocp.CheckpointManager) -> None:
-    """Wait until everything is on disk, and close.
+    """Waits until everything is on disk, and closes the manager.
 
     Raises:
       UserError: a save in the background could not be written.
     """
-    with _written(manager), quiet():
+    with _report_write_errors(manager), silence_orbax():
         manager.wait_until_finished()
         manager.check_for_errors()
         manager.close()
 
 
-def restore(manager: ocp.CheckpointManager, like: PyTree) -> Restored | None:
-    """Read the newest whole checkpoint, placed on devices as `like` is; None if there is none.
+# Reading -----------------------------------------------------------------------------------------
 
-    A broken one is renamed `broken-<step>`, and one line on stderr says which and why, and which
-    one is used instead.
+
+def restore(manager: ocp.CheckpointManager, template: PyTree) -> Checkpoint | None:
+    """Returns the newest complete checkpoint, or None if there is none.
+
+    A broken one is renamed to `broken-<step>`, and one line on stderr says which, why, and which
+    step is used instead.
+
+    Args:
+      manager: from `open_manager`.
+      template: a tree of arrays; the restored ones have its structure and its placement on devices.
 
     Raises:
-      UserError: the newest whole checkpoint has other arrays than `like`, or belongs to another
-        number of processes, each at its own place in the data.
+      UserError: the newest complete checkpoint has another format or other arrays than `template`,
+        or belongs to another number of processes, each at its own position in the data.
     """
     folder = Path(manager.directory)
-    for step in reversed(folders.steps(folder)):
-        found, why = attempt(lambda at: _read_all(at, like), folder / str(step))
-        if not why:
-            state, positions, config = found
-            data = json.loads(_mine(positions, step), object_hook=_bytes_back)
-            return Restored(step, state, data, config)
-        folders.set_aside(folder, step, why)
+    for step in reversed(folders.list_steps(folder)):
+        content, reason = try_reading(
+            lambda step_folder: _read_state(step_folder, template), folder / str(step)
+        )
+        if not reason:
+            state, positions, config = content
+            data = json.loads(_select_position(positions, step), object_hook=_decode_bytes)
+            return Checkpoint(step, state, data, config)
+        folders.set_aside(folder, step, reason)
         manager.reload()
     return None
 
 
-def read_config(folder: str | Path, step: int | None = None) -> dict:
-    """Read the config of the newest whole checkpoint, or of `step`, and nothing else.
+def read_config(folder: str | Path) -> dict:
+    """Returns the config of the newest complete checkpoint, and reads nothing else.
 
-    `folder` is a run's folder, its `checkpoints`, or one step in there; so it is for
-    `restore_params`.
-
-    Raises:
-      UserError: there is no checkpoint, or no whole one.
-    """
-    folder, step = locate(folder, step)
-    return _newest_whole(folder, step, lambda at: read_json(at / "config")["config"])
-
-
-def restore_params(
-    folder: str | Path, step: int | None = None, best: str | None = None
-) -> dict[str, Any]:
-    """Read what a model needs: params, their moving average, batch_stats, memory, config, step.
-
-    The first four (the second is `average`) come as nested dicts of numpy arrays, empty where the
-    state had none; nothing need be known of the optimiser. Without a `step` it is the newest whole
-    one, or with `best` the one saved with the largest metric of that name.
+    `folder` is the folder of a run, its `checkpoints`, or one step in there.
 
     Raises:
-      UserError: there is no checkpoint, or no whole one.
+      UserError: there is no checkpoint, no complete one, or one of another format.
     """
-    folder, step = locate(folder, step)
-    if step is None and best is not None:
-        step = folders.best_step(folder, best)
-    return _newest_whole(folder, step, _read_weights)
+    return _read_newest(folder, lambda step_folder: _read_about(step_folder)["config"])
 
 
-def _read_all(at: Path, like: PyTree) -> tuple[PyTree, list[str], dict]:
-    """Read the state, the processes' positions in the data and the config of the folder `at`."""
-    about, positions = read_json(at / "config"), read_json(at / "data")["processes"]
-    reader = ocp.StandardCheckpointer()
-    if differs := checksums.difference(reader.metadata(at / "state").item_metadata.tree, like):
+def load_weights(folder: str | Path) -> dict[str, Any]:
+    """Loads what a model needs: params, average, batch_stats, memory, config and step.
+
+    The first four are nested dicts of numpy arrays, empty where the state had none; `average` is
+    the moving average of `params`. The optimiser's state is not read, so nothing need be known of
+    it.
+
+    Args:
+      folder: the folder of a run or its `checkpoints`, for the newest complete step; or one step.
+
+    Raises:
+      UserError: there is no checkpoint, no complete one, or one of another format.
+    """
+    return _read_newest(folder, _read_weights)
+
+
+def _read_about(step_folder: Path) -> dict[str, Any]:
+    """Returns the `config` item of a step: format, version, config and checksums.
+
+    Every reader starts here, so that a checkpoint of 0.1 is refused before its parameters or config
+    fields, whose names have changed, are compared with today's.
+    """
+    about = read_json(step_folder / "config")
+    number, version = about.get("format", 1), about.get("version", "unknown")
+    if number != FORMAT:
         raise UserError(
-            f"checkpoint {at} holds {differs}; use another workdir, or the config it was made with"
+            f"checkpoint {step_folder} was written by plan_jax {version} in format {number}, and"
+            f" this version reads format {FORMAT}; train again, or use the version that wrote it"
         )
-    state = reader.restore(at / "state", like)
-    _check_sums(state, about["checksums"])
+    return about
+
+
+def _read_state(step_folder: Path, template: PyTree) -> tuple[PyTree, list[str], dict]:
+    """Returns the state, the processes' positions in the data, and the config of a step."""
+    about, positions = _read_about(step_folder), read_json(step_folder / "data")["processes"]
+    reader = ocp.StandardCheckpointer()
+    metadata = reader.metadata(step_folder / "state").item_metadata.tree
+    if difference := checksums.describe_difference(metadata, template):
+        raise UserError(
+            f"checkpoint {step_folder} holds {difference}; use another workdir, or the config that"
+            " it was trained with"
+        )
+    state = reader.restore(step_folder / "state", template)
+    _verify_checksums(state, about["checksums"])
     return state, positions, about["config"]
 
 
-def _read_weights(at: Path) -> dict[str, Any]:
-    """Read the leaves that are not the optimiser's from the step folder `at`."""
-    about = read_json(at / "config")
+def _read_weights(step_folder: Path) -> dict[str, Any]:
+    """Returns the parts of a step that are not the optimiser's, with its config and number."""
+    about = _read_about(step_folder)
     reader = ocp.PyTreeCheckpointer()
-    tree = reader.metadata(at / "state").item_metadata.tree
-    wanted = {name: tree[name] for name in WEIGHTS if tree.get(name)}
-    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
-    weights = reader.restore(at / "state", args=args)
-    _check_sums(weights, about["checksums"])
+    tree = reader.metadata(step_folder / "state").item_metadata.tree
+    parts = {name: tree[name] for name in WEIGHTS if tree.get(name)}
+    # As numpy arrays: the devices that the checkpoint was written from may not exist here.
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
+    args = ocp.args.PyTreeRestore(item=parts, restore_args=restore_args, partial_restore=True)
+    weights = reader.restore(step_folder / "state", args=args)
+    _verify_checksums(weights, about["checksums"])
     empty: dict[str, Any] = {name: {} for name in WEIGHTS}
-    return {**empty, **weights, "config": about["config"], "step": int(at.name)}
+    return {**empty, **weights, "config": about["config"], "step": int(step_folder.name)}
 
 
-def _newest_whole(folder: Path, step: int | None, read: Callable[[Path], Any]) -> Any:
-    """Apply `read` to the folder of `step`, or of the newest step that it can read."""
-    for at in [step] if step is not None else reversed(folders.steps(folder)):
-        found, why = attempt(read, folder / str(at))
-        if not why:
-            return found
-        parallel.print_once(f"checkpoint {at} in {folder} is broken ({why})")
-    raise UserError(f"checkpoint {folder} has no whole step; train again, or give another folder")
+def _read_newest(folder: str | Path, read: Callable[[Path], Any]) -> Any:
+    """Applies `read` to the step that `folder` names, else to the newest step it can read."""
+    parent, step = locate(folder)
+    for number in [step] if step is not None else reversed(folders.list_steps(parent)):
+        content, reason = try_reading(read, parent / str(number))
+        if not reason:
+            return content
+        # Not renamed: whoever only reads leaves the run as it is.
+        parallel.print_once(f"checkpoint {number} in {parent} is broken ({reason})")
+    raise UserError(
+        f"checkpoint {folder} has no complete step; train again, or pass another folder"
+    )
 
 
-def _check_sums(tree: PyTree, expected: Mapping[str, int]) -> None:
-    """Raise if an array is not bit for bit what was saved."""
-    for name, value in checksums.by_leaf(tree).items():
-        if value != expected[name]:
+def _verify_checksums(tree: PyTree, expected: Mapping[str, int]) -> None:
+    """Raises ValueError unless every array is bit for bit what was saved."""
+    for name, checksum in checksums.leaf_checksums(tree).items():
+        if checksum != expected[name]:
             raise ValueError(f"{name} is not what was saved")
 
 
-def _mine(positions: list[str], step: int) -> str:
-    """Choose this process's iterator state; with other processes than before, they must agree."""
+def _select_position(positions: list[str], step: int) -> str:
+    """Returns this process's position in the data.
+
+    With another number of processes than at the save, all positions must be equal.
+    """
     if len(positions) == jax.process_count():
         return positions[jax.process_index()]
     if len(set(positions)) == 1:
         return positions[0]
     raise UserError(
-        f"checkpoint {step} was saved by {len(positions)} processes, each at its own place in the"
-        f" data, and there are {jax.process_count()} now; resume with {len(positions)}"
+        f"checkpoint {step} was saved by {len(positions)} processes, each at its own position in"
+        f" the data, and there are {jax.process_count()} now; resume with {len(positions)}"
     )
 
 
-def _to_json(value: Any) -> str:
-    def other(item: Any) -> Any:
+# JSON, versions and errors -----------------------------------------------------------------------
+
+
+def _encode_json(value: Any) -> str:
+    def encode(item: Any) -> Any:
+        # Grain's iterators return their state as bytes, which JSON cannot hold.
         if isinstance(item, bytes):
             return {"__bytes__": base64.b64encode(item).decode()}
         return item.tolist() if hasattr(item, "tolist") else dict(item)
 
-    return json.dumps(value, default=other)
+    return json.dumps(value, default=encode)
 
 
-def _bytes_back(item: dict) -> Any:
+def _decode_bytes(item: dict) -> Any:
     return base64.b64decode(item["__bytes__"]) if item.keys() == {"__bytes__"} else item
 
 
-def _version() -> str:
+def _installed_version() -> str:
     try:
         return importlib.metadata.version("plan_jax")
     except importlib.metadata.PackageNotFoundError:  # run from its folder, not installed
@@ -267,12 +328,12 @@ def _version() -> str:
 
 
 @contextlib.contextmanager
-def _written(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Turn whatever keeps a checkpoint from the disk into a sentence for the user."""
+def _report_write_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns any error of a save into a sentence for the user."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # a full disk surfaces as many kinds
         raise UserError(
-            f"checkpoint could not be written to {manager.directory} ({short(error)});"
+            f"checkpoint could not be written to {manager.directory} ({first_line(error)});"
             " free the disk or choose another workdir"
         ) from error

@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: which steps there are, whether one is whole, what it says."""
+"""The folders of a run's checkpoints: which steps exist, which are complete, renaming of others."""
 
 import contextlib
 import functools
@@ -16,99 +16,102 @@ from plan_jax import parallel
 from plan_jax.types import UserError
 
 FOLDER = "checkpoints"
+# The files of a step that are small enough to be parsed whenever its run is opened.
 SMALL_FILES = ("config/metadata", "data/metadata", "state/_METADATA", "metrics/metrics")
 
 
-def locate(folder: str | Path, step: int | None = None) -> tuple[Path, int | None]:
-    """Give the folder of checkpoints and the step meant by a run, its checkpoints, or one of them.
+def locate(folder: str | Path) -> tuple[Path, int | None]:
+    """Returns the folder of checkpoints, and the step if `folder` names one (else None).
+
+    `folder` is the folder of a run, its `checkpoints`, or one step in there.
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: there is no checkpoint, or not the step that is named.
     """
-    given = Path(folder).absolute()
-    inside = given
-    if (given / FOLDER).is_dir():
-        inside = given / FOLDER
-    elif given.name.isdigit() and (given / "state").is_dir():
-        inside, step = given.parent, int(given.name) if step is None else step
-    found = steps(inside) if inside.is_dir() else []
-    if not found:
-        what = "holds no checkpoint" if given.is_dir() else "is not there"
-        raise UserError(f"checkpoint {folder} {what}; give the folder of a run that was trained")
-    if step is not None and step not in found:
-        has = ", ".join(str(other) for other in found)
-        raise UserError(f"checkpoint {folder} has no step {step}; use one of {has}")
-    return inside, step
+    path = Path(folder).absolute()
+    parent, step = path, None
+    if (path / FOLDER).is_dir():
+        parent = path / FOLDER
+    elif path.name.isdigit() and (path.parent.name == FOLDER or (path / "state").is_dir()):
+        parent, step = path.parent, int(path.name)
+    available = list_steps(parent) if parent.is_dir() else []
+    if not available:
+        problem = "holds no checkpoint" if path.is_dir() else "does not exist"
+        raise UserError(f"checkpoint {folder} {problem}; pass the folder of a run that was trained")
+    if step is not None and step not in available:
+        steps = ", ".join(map(str, available))
+        raise UserError(f"checkpoint {parent} has no step {step}; use one of {steps}")
+    return parent, step
 
 
-def steps(folder: Path) -> list[int]:
-    """Give the steps in a folder of checkpoints, whole or broken, in rising order."""
-    return sorted(int(at.name) for at in folder.iterdir() if at.name.isdigit() and at.is_dir())
+def list_steps(folder: Path) -> list[int]:
+    """Returns the steps in a folder of checkpoints, complete or broken, in ascending order."""
+    return sorted(
+        int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir()
+    )
 
 
-def best_step(folder: Path, metric: str) -> int:
-    """Give the step saved with the largest value of `metric`; the newest if none has it."""
-    values = {}
-    for step in steps(folder):
-        with contextlib.suppress(OSError, ValueError):
-            text = (folder / str(step) / "metrics" / "metrics").read_text()
-            values[step] = finite(json.loads(text).get(metric))
-    return max(values, key=lambda step: (values[step], step), default=steps(folder)[-1])
-
-
-def fault(at: Path) -> str:
-    """Say what is wrong with the small files of the step folder `at`; empty if nothing is."""
-    for item in SMALL_FILES:
-        if item == "metrics/metrics" and not (at / item).parent.exists():
-            continue  # not every step is measured
+def find_fault(step_folder: Path) -> str:
+    """Returns what is wrong with the small files of a step, or "" if they can be parsed."""
+    for name in SMALL_FILES:
+        path = step_folder / name
+        if name == "metrics/metrics" and not path.parent.exists():
+            continue  # saved without metrics, as most steps are
         try:
-            json.loads((at / item).read_text())
+            json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            return short(f"{item}: {getattr(error, 'strerror', None) or error}")
+            return first_line(f"{name}: {getattr(error, 'strerror', None) or error}")
     return ""
 
 
-def set_aside(folder: Path, step: int, why: str) -> None:
-    """Rename a broken step, so that it is neither found nor in the way, and say so on stderr."""
+def set_aside(folder: Path, step: int, reason: str) -> None:
+    """Renames a broken step to `broken-<step>` and prints one line about it.
+
+    The number is then free for the step to be saved again.
+    """
     if parallel.is_main():
         name, count = f"broken-{step}", 1
         while (folder / name).exists():
             name, count = f"broken-{step}-{count}", count + 1
         (folder / str(step)).rename(folder / name)
-        older = steps(folder)
-        instead = f"using step {older[-1]}" if older else "there is no older one"
-        parallel.print_once(f"checkpoint {step} is broken ({why}), set aside as {name}; {instead}")
+        older = list_steps(folder)
+        remedy = f"using step {older[-1]}" if older else "there is no older one"
+        parallel.print_once(f"checkpoint {step} is broken ({reason}), renamed to {name}; {remedy}")
+    # No process may look for the newest step while the main one still renames it.
     parallel.barrier(f"set aside {step}")
 
 
-def attempt(read: Callable[[Path], Any], at: Path) -> tuple[Any, str]:
-    """Give what `read(at)` gives, and why it could not; a user's mistake is raised all the same."""
-    why = ""
-    with quiet():
+def try_reading(read: Callable[[Path], Any], step_folder: Path) -> tuple[Any, str]:
+    """Returns `read(step_folder)` and "", or None and the reason why it failed.
+
+    Raises:
+      UserError: `read` raised one. The user's mistake does not make the checkpoint a broken one.
+    """
+    with silence_orbax():
         try:
-            return read(at), ""
+            return read(step_folder), ""
         except UserError:
             raise
-        except Exception as error:  # whatever a broken file makes orbax and its libraries raise
-            why = short(error)
-    _hush_leftovers()
-    return None, why
+        except Exception as error:  # orbax, tensorstore and json raise many kinds for broken files
+            reason = first_line(error)
+    _ignore_abandoned_reads()
+    return None, reason
 
 
-def read_json(at: Path) -> dict:
-    """Read the JSON item that orbax wrote into the folder `at`."""
-    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(at)
+def read_json(folder: Path) -> dict:
+    """Returns the JSON item that orbax wrote into `folder`."""
+    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder)
 
 
-def finite(value: float | None) -> float:
-    """Give the value; minus infinity, which is worse than all, if it is missing or no number."""
+def rankable(value: float | None) -> float:
+    """Returns a metric as a number to rank by: -inf, the worst, if missing or not finite."""
     return float(value) if value is not None and math.isfinite(value) else -math.inf
 
 
-def short(error: Any) -> str:
-    """Shorten what a library said to something that fits in a sentence.
+def first_line(error: Any) -> str:
+    """Returns the first line of an error, cut to 80 characters, to be part of a sentence.
 
-    >>> short("DATA_LOSS: no array" + chr(10) + "lines that only its authors read")
+    >>> first_line("DATA_LOSS: no array" + chr(10) + "lines that only its authors read")
     'DATA_LOSS: no array'
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -116,8 +119,8 @@ def short(error: Any) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what orbax logs off the screen."""
+def silence_orbax() -> Iterator[None]:
+    """Hides what orbax logs: lines about each save, and tracebacks that we report as a sentence."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -129,19 +132,20 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@functools.cache  # once
-def _hush_leftovers() -> None:
-    """Let the tasks of a read that failed be silent: orbax abandons them, and they find no loop.
+@functools.cache  # the hook is installed once
+def _ignore_abandoned_reads() -> None:
+    """Silences the coroutines of a read that failed.
 
-    They would print thousands of lines, some of them only when the interpreter ends.
+    Orbax abandons them, and Python complains about each when it is collected, after the event loop
+    is closed: thousands of lines, some of them only when the interpreter exits.
     """
-    before = sys.unraisablehook
+    previous_hook = sys.unraisablehook
 
-    def hook(about: Any) -> None:
-        code = getattr(about.object, "cr_code", None)
-        orphan = code is not None and "orbax" in code.co_filename
-        if not orphan and "Event loop is closed" not in str(about.exc_value):
-            before(about)
+    def hook(event: Any) -> None:
+        code = getattr(event.object, "cr_code", None)
+        is_abandoned = code is not None and "orbax" in code.co_filename
+        if not is_abandoned and "Event loop is closed" not in str(event.exc_value):
+            previous_hook(event)
 
     sys.unraisablehook = hook
     logging.getLogger("asyncio").addFilter(lambda row: "never retrieved" not in row.getMessage())

@@ -105,7 +105,7 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, start):
         assert "Traceback" not in said, said
         if number == signal.SIGTERM:
             assert code == 0 and "and saved; the same command resumes" in said, said
-            saved = checkpoint.restore_params(killed)["step"]
+            saved = checkpoint.load_weights(killed)["step"]
             assert f"stopped at step {saved} " in said
         else:
             assert code == -signal.SIGKILL, said
@@ -128,7 +128,7 @@ def test_two_processes_train_and_save_one_checkpoint(tmp_path, start):
     runs = [start(tmp_path, config=config, JAX_PROCESS_ID=str(i), **cluster) for i in range(2)]
     ends = [end(run) for run in runs]
     assert [code for code, _ in ends] == [0, 0], ends
-    held = checkpoint.restore_params(tmp_path)
+    held = checkpoint.load_weights(tmp_path)
     steps = [at.name for at in (tmp_path / checkpoint.FOLDER).iterdir()]
     assert (steps, held["step"]) == (["3"], 3)
     assert checkpoint.fingerprint(held["params"]) == sha(tmp_path)
