@@ -49,7 +49,8 @@ parity: .venv/.parity
 	@$(BIN)/python -m pytest -s --override-ini addopts= tests/parity
 
 lint: .venv/.test
-	@echo "== linting with ruff"
+	@echo "== checking format and rules with ruff"
+	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 
 bench: .venv/.package

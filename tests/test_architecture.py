@@ -217,6 +217,7 @@ def test_nothing_is_evaluated_unfinished_or_skipped(path):
 
 def test_the_wheel_has_what_it_needs():
     assert (ROOT / "LICENSE").read_text().split()[:2] == ["Apache", "License"]
+    assert (ROOT / "plan_jax" / "py.typed").exists()  # its types count for those who import it
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
     versions = (ROOT / "constraints.txt").read_text()
     assert not re.search(r"^(tensorflow|torch)==", versions, re.M)
