@@ -23,7 +23,7 @@ from plan_jax.data.tokenizer import encode_many
 from plan_jax.encoders.bert import BERTS
 from plan_jax.encoders.dual_encoder import DualEncoder
 from plan_jax.types import Batch, Memory, MethodContext, Metrics, Params
-from plan_jax.weights.layouts import HEADS
+from plan_jax.weights.layouts import HEAD_PREFIXES
 
 
 @struct.dataclass
@@ -50,7 +50,7 @@ def init_state(
 ) -> tuple[State, optax.GradientTransformation]:
     """Make the first state from a seed, and the optimiser that `tx_of(params)` gives for it.
 
-    `weights` says where a tower, `vision` or `text`, begins instead: see `pretrained.load_tower`.
+    `weights` says where a tower, `vision` or `text`, begins instead: see `weights.load_tower`.
     """
     key = jax.random.key(seed)
     towers = jax.random.fold_in(key, 0)
@@ -98,11 +98,11 @@ def load_towers(
     ):
         if source := weights.get(side):
             load = functools.partial(
-                load_weights.load_tower, side, source, say=parallel.print_once, heads=heads
+                load_weights.load_tower, side, source, log=parallel.print_once, num_heads=heads
             )
             put(part, load)
     if source := weights.get("heads"):
-        for head in HEADS:
+        for head in HEAD_PREFIXES:
             put(f"{head}_head", functools.partial(load_weights.load_head, head, source))
     return variables
 

@@ -48,7 +48,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "tensorflow": (),
     "torch": (
-        "plan_jax/weights/__init__.py",
+        "plan_jax/weights/sources.py",
         "tools/benchmark_losses.py",
         "tools/benchmark_encoders.py",
     ),
@@ -59,7 +59,7 @@ ONLY_IN = {
     "importlib.util": (),
     "importlib.import_module": (),
     "transformers": ("plan_jax/data/tokenizer.py", "tools/benchmark_encoders.py"),
-    "safetensors": ("plan_jax/weights/__init__.py", "tools/convert_weights.py"),
+    "safetensors": ("plan_jax/weights/sources.py", "tools/convert_weights.py"),
     "absl.flags": ("plan_jax/main.py", "tests/conftest.py"),
     "ml_collections": ("plan_jax/main.py", "plan_jax/train.py", "plan_jax/evaluate.py"),
 }

@@ -83,10 +83,19 @@ TRAIN = {
     "tokeniser": ("config.data.tokenizer=file", "vocabulary file does not begin with .PAD.; give"),
     "frozen": ("config.optim.freeze=visoin", "optim.freeze 'visoin' names no parameter; there are"),
     "frozen layers": ("config.optim.freeze=text:9", "freeze is 'text:9'; use text:1 to text:1"),
-    "no weights": ("config.weights.text=w.safetensors", "weights w.safetensors do not exist; give"),
+    "no weights": (
+        "config.weights.text=w.safetensors",
+        "weights w.safetensors do not exist; pass a folder",
+    ),
     "no model": ("config.weights.vision=other", "other has neither model.safetensors nor pytorch_"),
-    "folder": ("config.weights.vision=configs", "folder configs has no config.json; give a folder"),
-    "torn weights": ("config.weights.text=torn.safetensors", "is no whole safetensors file.*again"),
+    "folder": (
+        "config.weights.vision=configs",
+        "folder configs has no config.json; pass a folder with config.json",
+    ),
+    "torn weights": (
+        "config.weights.text=torn.safetensors",
+        "is not a complete safetensors file .*; download it again",
+    ),
     "heads": ("config.weights.heads=torn.safetensors", "is for heads of kind mlp, and .*; set all"),
     "no package": ("config.weights.text=package:nil", "package:nil is not installed; pip install"),
     "no manifest": ("--config pairs.py", "dataset pairs has no manifest; give data.builder.manif"),

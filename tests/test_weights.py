@@ -1,4 +1,4 @@
-"""A published checkpoint in a run of ours: towers and heads begin there, or are only evaluated."""
+"""A published checkpoint in a run: towers and heads start from it, or are only evaluated."""
 
 import json
 
@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from published import filled, published
+from published import fill_randomly, publish
 from safetensors.numpy import save_file
 from test_train import batch
 
@@ -22,11 +22,11 @@ SIDES = {
     "image_tower": ("resnet", "img_encoder_q.model."),
     "text_tower": ("bert", "text_encoder_q.model."),
 }
-HEADS = {"image": "img_encoder_q", "text": "text_encoder_q"}
+HEAD_ENCODERS = {"image": "img_encoder_q", "text": "text_encoder_q"}
 
 
-def settings(**weights):
-    """The testing run with towers and heads as MGCA has them."""
+def make_config(**weights):
+    """Returns the testing config with the towers and heads of MGCA."""
     config = testing.get_config().to_dict()
     config["vision"] = {"name": "resnet_tiny"}
     config["text"] = {"name": "bert_tiny", "pool": "cls"}
@@ -36,78 +36,81 @@ def settings(**weights):
     return config
 
 
-def state_of(config, seed=0):
+def init_from(config, seed=0):
+    """Returns the initial training state of a config."""
     system = assembly.build_components(config)
     return init_state(
         system, batch(2), lambda _: optax.sgd(0.1), seed, False, weights=config["weights"]
     )[0]
 
 
-def as_mgca(params, stats):
-    """The arrays of both towers and four heads as MGCA's checkpoint would hold them."""
-    state = {"prototype_layer.weight": np.zeros((3, 8), np.float32)}
+def publish_as_mgca(params, stats):
+    """Returns the state dict of MGCA's checkpoint with these towers and heads."""
+    state_dict = {"prototype_layer.weight": np.zeros((3, 8), np.float32)}
     for tower, (kind, prefix) in SIDES.items():
         trees = {"params": params[tower], "batch_stats": stats.get(tower, {})}
-        state |= published(kind, trees, prefix)
-    for side, top in HEADS.items():
-        for reach in ("global", "local"):
-            name, under = f"{side}_{reach}_head", f"{top}.{reach}_embed.head."
+        state_dict |= publish(kind, trees, prefix)
+    for side, encoder in HEAD_ENCODERS.items():
+        for scope in ("global", "local"):
+            name, prefix = f"{side}_{scope}_head", f"{encoder}.{scope}_embed.head."
             flat = traverse_util.flatten_dict(
                 {"params": params[name], "batch_stats": stats[name]}, sep="/"
             )
             kernels = {k: flat[f"params/fc{n}/kernel"].T for k, n in (("0", 1), ("3", 2))}
-            if reach == "local":  # 1x1 convolutions over tokens
+            if scope == "local":  # 1x1 convolutions over tokens
                 kernels = {key: value[..., None] for key, value in kernels.items()}
-            state |= {f"{under}{key}.weight": value for key, value in kernels.items()}
+            state_dict |= {f"{prefix}{key}.weight": value for key, value in kernels.items()}
             width = len(flat["params/norm1/scale"])
-            state |= {
-                f"{under}0.bias": np.zeros(width, np.float32),
-                f"{under}1.weight": flat["params/norm1/scale"],
-                f"{under}1.bias": flat["params/norm1/bias"],
-                f"{under}1.running_mean": flat["batch_stats/norm1/mean"],
-                f"{under}1.running_var": flat["batch_stats/norm1/var"],
-                f"{under}3.bias": flat["params/fc2/bias"],
-                f"{under}4.running_mean": flat["batch_stats/norm2/mean"],
-                f"{under}4.running_var": flat["batch_stats/norm2/var"],
+            state_dict |= {
+                f"{prefix}0.bias": np.zeros(width, np.float32),
+                f"{prefix}1.weight": flat["params/norm1/scale"],
+                f"{prefix}1.bias": flat["params/norm1/bias"],
+                f"{prefix}1.running_mean": flat["batch_stats/norm1/mean"],
+                f"{prefix}1.running_var": flat["batch_stats/norm1/var"],
+                f"{prefix}3.bias": flat["params/fc2/bias"],
+                f"{prefix}4.running_mean": flat["batch_stats/norm2/mean"],
+                f"{prefix}4.running_var": flat["batch_stats/norm2/var"],
             }
-    return {key: np.ascontiguousarray(value) for key, value in state.items()}
+    return {key: np.ascontiguousarray(value) for key, value in state_dict.items()}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """What somebody else trained, and the file that they published."""
-    first = state_of(settings())
-    trained = filled({"params": first.params["encoders"], "batch_stats": first.batch_stats})
+    """Trees that somebody else trained, and the file that they published."""
+    initial = init_from(make_config())
+    trained = fill_randomly(
+        {"params": initial.params["encoders"], "batch_stats": initial.batch_stats}
+    )
     trained["batch_stats"] = jax.tree.map(np.abs, trained["batch_stats"])
     path = str(tmp_path_factory.mktemp("published") / "mgca.safetensors")
-    save_file(as_mgca(trained["params"], trained["batch_stats"]), path)
+    save_file(publish_as_mgca(trained["params"], trained["batch_stats"]), path)
     return trained, path
 
 
-def test_a_run_begins_with_what_was_published(checkpoint):
+def test_a_run_starts_from_published_weights(checkpoint):
     trained, path = checkpoint
-    state = state_of(settings(vision=path, text=path, heads=path), seed=1)
+    state = init_from(make_config(vision=path, text=path, heads=path), seed=1)
     jax.tree.map(np.testing.assert_array_equal, state.params["encoders"], trained["params"])
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, trained["batch_stats"])
 
 
-def test_one_tower_alone_leaves_the_other_as_it_was(checkpoint):
+def test_loading_one_tower_leaves_the_other_unchanged(checkpoint):
     trained, path = checkpoint
-    plain, given = state_of(settings()), state_of(settings(text=path))
-    for name, want in (
+    plain, loaded = init_from(make_config()), init_from(make_config(text=path))
+    for name, expected in (
         ("text_tower", trained["params"]),
         ("image_tower", plain.params["encoders"]),
     ):
-        jax.tree.map(np.testing.assert_array_equal, given.params["encoders"][name], want[name])
+        jax.tree.map(np.testing.assert_array_equal, loaded.params["encoders"][name], expected[name])
 
 
 def test_a_published_checkpoint_is_evaluated_without_training(checkpoint, tmp_path, monkeypatch):
     _, path = checkpoint
     monkeypatch.chdir(tmp_path)
-    config = settings(vision=path, text=path, heads=path)
+    config = make_config(vision=path, text=path, heads=path)
     config["eval"]["tasks"] = ("retrieval",)
-    ours = ("vision", "text", "heads", "weights")
-    flags = [f"--config.{k}={v}" for k, v in configs.flat(config) if v and k.startswith(ours)]
+    prefixes = ("vision", "text", "heads", "weights")
+    flags = [f"--config.{k}={v}" for k, v in configs.flat(config) if v and k.startswith(prefixes)]
     (tmp_path / "mgca.py").write_text(
         "from configs import testing\n\n\ndef get_config():\n    config = testing.get_config()\n"
         "    config.vision, config.text = {'name': ''}, {'name': ''}\n"
@@ -115,15 +118,18 @@ def test_a_published_checkpoint_is_evaluated_without_training(checkpoint, tmp_pa
         "    config.eval.tasks = ('retrieval',)\n    return config\n"
     )
     assert main.run(["--config", "mgca.py", "--workdir", "run", *flags]) == 0
-    first = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    trained_metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert main.run(["--mode", "eval", "--checkpoint", "run"]) == 0
-    again = json.loads((tmp_path / "run" / "eval" / "test" / "metrics.json").read_text())
-    assert first["retrieval/i2t_r1"] == again["retrieval/i2t_r1"] and first["steps"] == 0
-    assert first["params_sha256"] == again["params_sha256"]
+    metrics = json.loads((tmp_path / "run" / "eval" / "test" / "metrics.json").read_text())
+    assert (
+        trained_metrics["retrieval/i2t_r1"] == metrics["retrieval/i2t_r1"]
+        and trained_metrics["steps"] == 0
+    )
+    assert trained_metrics["params_sha256"] == metrics["params_sha256"]
 
 
 def test_heads_of_another_kind_are_refused(checkpoint):
-    config = settings(heads=checkpoint[1])
+    config = make_config(heads=checkpoint[1])
     config["heads"]["text_local"] = "norm"
     with pytest.raises(UserError, match="weights.heads is for heads of kind mlp"):
         configs.check(config)

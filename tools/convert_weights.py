@@ -1,21 +1,19 @@
-"""Look into published weights, or convert them once into our own layout, which needs no torch.
+"""Lists the arrays of published weights, or converts them to our own names and axes.
 
     python tools/convert_weights.py resnet50.pth --list
     python tools/convert_weights.py mgca.ckpt vision.safetensors --tower vision --name vit_b16
     python tools/convert_weights.py bert_folder text.safetensors --tower text --name bert_base_6
 
-SOURCE is whatever `plan_jax.weights.read_state` reads. The file has flat names such as
-`params/layer1_0/conv1/kernel` and is loaded like any other weights.
+SOURCE is whatever `plan_jax.weights.read_arrays` reads. The converted file has flat names such as
+`params/layer1_0/conv1/kernel`, is loaded like any other weights, and needs no torch.
 """
 
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are all that is computed
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes are computed
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -23,117 +21,123 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax import traverse_util  # noqa: E402
 from jaxtyping import PyTree  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
+from safetensors import numpy as safetensors  # noqa: E402
 
 from plan_jax.encoders.bert import BERTS, make_text_tower  # noqa: E402
 from plan_jax.encoders.vision import make_image_tower  # noqa: E402
+from plan_jax.logger import write_atomically  # noqa: E402
 from plan_jax.types import UserError  # noqa: E402
-from plan_jax.weights import load_tower, read_state  # noqa: E402
-from plan_jax.weights.convert import renamed  # noqa: E402
-from plan_jax.weights.layouts import recognise  # noqa: E402
+from plan_jax.weights import load_tower, read_arrays  # noqa: E402
+from plan_jax.weights.convert import rename_arrays  # noqa: E402
+from plan_jax.weights.layouts import recognise_layout  # noqa: E402
 
 
-def listed(source: str) -> list[str]:
-    """Give a line for each array of `source`, and one for each tower that it holds."""
-    state = read_state(source)
-    lines = [f"{key}  {tuple(value.shape)}  {value.dtype}" for key, value in sorted(state.items())]
+def list_arrays(source: str) -> list[str]:
+    """Returns a line for each array of `source`, and lines about the towers that it holds."""
+    arrays = read_arrays(source)
+    lines = [f"{key}  {tuple(value.shape)}  {value.dtype}" for key, value in sorted(arrays.items())]
     for tower in ("vision", "text"):
-        layout = recognise(state, tower)
+        layout = recognise_layout(arrays, tower)
         lines.append(f"{tower} tower: {layout or 'none of a known layout'}")
         if layout is not None:
-            found, _, left = renamed(state, layout)
-            lines.append(f"  {len(found)} arrays for it, {len(left)} that nothing is known of")
+            conversion = rename_arrays(arrays, layout)
+            lines.append(
+                f"  {len(conversion.arrays)} arrays of it, {len(conversion.unknown)} unknown"
+            )
     return lines
 
 
-def shapes_of(args: argparse.Namespace, changes: dict[str, Any]) -> PyTree:
-    """Give the shapes of the tower's trees, {"params": ..., "batch_stats": ...}.
+def tower_shapes(args: argparse.Namespace, options: dict[str, int]) -> PyTree:
+    """Returns the shapes of the tower's arrays, {"params": ..., "batch_stats": ...}.
 
     Raises:
-      UserError: if there is no such tower.
+      UserError: there is no such tower.
     """
     try:
         if args.tower == "text":
-            module = make_text_tower(args.name, vocabulary(args), jnp.float32, **changes)
-            token = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-            inputs = (token, token, token)
+            vocabulary = args.vocab or read_vocabulary_size(args.source)
+            module = make_text_tower(args.name, vocabulary, jnp.float32, **options)
+            tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+            inputs = (tokens, tokens, tokens)  # tokens, word_index and sentence
         else:
-            module = make_image_tower(args.name, None, jnp.float32, **changes)
+            module = make_image_tower(args.name, None, jnp.float32, **options)
             inputs = (jax.ShapeDtypeStruct((1, args.size, args.size, args.channels), jnp.float32),)
         return jax.eval_shape(module.init, jax.random.key(0), *inputs)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"--name {args.name} with {args.change or 'no --change'} makes no {args.tower} tower "
+            f"--name {args.name} with {args.change or 'no --change'} is not a {args.tower} tower "
             f"({type(error).__name__}: {error}); see the sizes in plan_jax/encoders"
         ) from None
 
 
-def vocabulary(args: argparse.Namespace) -> int:
-    """Count the pieces that the weights know, or take --vocab.
+def read_vocabulary_size(source: str) -> int:
+    """Returns the number of word pieces that the weights have embeddings of.
 
     Raises:
-      UserError: if the weights hold no text tower.
+      UserError: the weights hold no text tower.
     """
-    if args.vocab:
-        return args.vocab
-    state = read_state(args.source)
-    layout = recognise(state, "text")
+    arrays = read_arrays(source)
+    layout = recognise_layout(arrays, "text")
     if layout is None:
-        raise UserError(f"weights {args.source} hold no text tower of a known layout; try --list")
-    found, _, _ = renamed(state, layout)
-    return len(found["params/token/embedding"])
+        raise UserError(f"weights {source} hold no text tower of a known layout; try --list")
+    return len(rename_arrays(arrays, layout).arrays["params/token/embedding"])
 
 
-def convert(args: argparse.Namespace, changes: dict[str, Any]) -> int:
-    """Write the tower to `args.out`, whole or not at all; give the number of arrays.
+def convert(args: argparse.Namespace, options: dict[str, int]) -> int:
+    """Writes the tower to `args.out`, completely or not at all; returns the number of arrays.
 
     Raises:
-      UserError: if the weights do not fit the tower, or there is no such place.
+      UserError: the weights do not fit the tower, or the folder of `args.out` does not exist.
     """
     out = Path(args.out)
     if out.suffix != ".safetensors":
-        raise UserError(f"{out} must end in .safetensors; that is what is written")
+        raise UserError(f"{out} must end in .safetensors, the format that is written")
     if not out.parent.is_dir():
-        raise UserError(f"folder {out.parent} does not exist; make it first")
-    held = shapes_of(args, changes)
-    heads = changes.get("heads", BERTS[args.name]["heads"]) if args.tower == "text" else None
-    trees = load_tower(args.tower, args.source, held, say=print, heads=heads)
+        raise UserError(f"folder {out.parent} does not exist; create it first")
+    template = tower_shapes(args, options)
+    num_heads = options.get("heads", BERTS[args.name]["heads"]) if args.tower == "text" else None
+    trees = load_tower(args.tower, args.source, template, log=print, num_heads=num_heads)
     arrays = traverse_util.flatten_dict(trees, sep="/")
-    handle, name = tempfile.mkstemp(suffix=".part", prefix=out.name, dir=out.parent)
-    os.close(handle)
-    try:
-        save_file(arrays, name, metadata={"tower": args.tower, "name": args.name})
-        os.replace(name, out)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    metadata = {"tower": args.tower, "name": args.name}
+    write_atomically(out, safetensors.save(arrays, metadata))
     return len(arrays)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line, and list or convert."""
-    about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(allow_abbrev=False, **about)
+    """Parses the command line, and lists or converts."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("source", help="a folder, a file, a hub id or package:NAME")
     parser.add_argument("out", nargs="?", help="the .safetensors file to write")
     parser.add_argument("--list", action="store_true", help="print the arrays and the layout")
     parser.add_argument("--tower", choices=("vision", "text"))
     parser.add_argument("--name", help="the tower's size, e.g. resnet50, vit_b16, bert_base")
-    parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
+    parser.add_argument("--size", type=int, default=224, help="side of an image in pixels")
     parser.add_argument("--channels", type=int, default=3, help="channels of an image")
-    parser.add_argument("--vocab", type=int, default=0, help="pieces (0: as the weights have)")
-    parser.add_argument("--change", action="append", default=[], metavar="KEY=NUMBER")
+    parser.add_argument("--vocab", type=int, default=0, help="word pieces (0: as in the weights)")
+    parser.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="KEY=NUMBER",
+        help="an option of the tower, e.g. depth=6; may be repeated",
+    )
     args = parser.parse_args(argv)
     if not args.list and not (args.out and args.tower and args.name):
-        parser.error("give --list, or OUT.safetensors with --tower and --name")
+        parser.error("pass --list, or OUT.safetensors with --tower and --name")
     try:
-        changes = {key: int(value) for key, value in (c.split("=", 1) for c in args.change)}
+        pairs = [change.split("=", 1) for change in args.change]
+        options = {key: int(value) for key, value in pairs}
     except ValueError:
         parser.error(f"--change {' '.join(args.change)} is not KEY=NUMBER")
     try:
         if args.list:
-            print("\n".join(listed(args.source)))
+            print("\n".join(list_arrays(args.source)))
             return
-        count = convert(args, changes)
+        count = convert(args, options)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

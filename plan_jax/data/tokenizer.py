@@ -14,7 +14,7 @@ import tokenizers
 from jaxtyping import Bool, Int32, Shaped
 
 from plan_jax.types import TextBatch, UserError
-from plan_jax.weights.sources import PACKAGE, in_package
+from plan_jax.weights.sources import PACKAGE, find_in_package
 
 WORD_HASHES = 2**20  # ids of words of several pieces lie in [size, size + WORD_HASHES)
 CACHED = 2**15  # sentences and texts remembered; a report returns every epoch
@@ -119,7 +119,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "phantom":
         return from_vocab(str(resources.files("plan_jax.data") / "vocabulary.txt"), name)
-    path = in_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()
+    path = find_in_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()
     if path.is_file():
         return from_vocab(str(path), name)
     bare = path.is_dir() and not any(

@@ -1,180 +1,224 @@
-"""Arrays of a file fitted to a tower: renamed, cut or scaled where that is meant, all else refused.
+"""Turns the arrays of a file into those of a tower: renamed, adapted where possible, and checked.
 
-Here a file's arrays are flat under our names, `params/layer1_0/conv1/kernel`, and a tower is given
-by the shapes that it wants under the same names.
+A tower is described by the shapes of its arrays, flat under our names, such as
+`params/layer1_0/conv1/kernel`.
 """
 
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Float, PyTree, Shaped
+from jaxtyping import Float, PyTree
 
 from plan_jax.types import UserError
-from plan_jax.weights.layouts import ZERO, Layout, is_dropped, our_name
+from plan_jax.weights.layouts import ZERO_ARRAYS, Layout, is_ignored, translate_name
+from plan_jax.weights.sources import Arrays
 
-State = dict[str, Shaped[np.ndarray, "..."]]
 Shapes = dict[str, tuple[int, ...]]
-_KERNELS = {4: (2, 3, 1, 0), 3: (2, 1, 0), 2: (1, 0)}  # torch's axes in our order
-STEM, EMBED = "params/stem/kernel", "params/embed/kernel"
-_LAYER = re.compile(r"params/layer(\d+)/")
+
+# Rank of a kernel -> its axes in our order: [out in H W] -> [H W in out], [out in L] -> [L in out]
+# and [out in] -> [in out].
+KERNEL_AXES = {4: (2, 3, 1, 0), 3: (2, 1, 0), 2: (1, 0)}
+STEM, EMBED, POSITION = "params/stem/kernel", "params/embed/kernel", "params/position"
+LAYER_PATTERN = re.compile(r"params/layer(\d+)/")
 
 
-def flat(held: Mapping[str, Any]) -> Shapes:
-    """Give the shapes of a tower's trees under flat names.
+class Conversion(NamedTuple):
+    """The arrays of a file under our names and in our axes.
 
-    >>> flat({"params": {"norm": {"bias": np.zeros(3)}}, "batch_stats": {}})
+    `file_names` maps our names to those in the file. `unknown` are the arrays [...] of the file
+    that neither belong to the tower nor are ignored.
+    """
+
+    arrays: Arrays
+    file_names: dict[str, str]
+    unknown: Arrays
+
+
+# Trees -------------------------------------------------------------------------------------------
+
+
+def flatten_shapes(template: Mapping[str, Any]) -> Shapes:
+    """Returns the shapes of a tower's arrays under flat names.
+
+    >>> flatten_shapes({"params": {"norm": {"bias": np.zeros(3)}}, "batch_stats": {}})
     {'params/norm/bias': (3,)}
     """
-    leaves = traverse_util.flatten_dict(dict(held), sep="/")
+    leaves = traverse_util.flatten_dict(dict(template), sep="/")
     return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
 
-def rebuilt(held: Mapping[str, Any], found: State, path: str = "") -> dict[str, PyTree]:
-    """Put flat arrays back into trees like `held`, as float32."""
+def unflatten_arrays(
+    template: Mapping[str, Any], arrays: Arrays, prefix: str = ""
+) -> dict[str, PyTree]:
+    """Returns flat arrays [...] as nested dicts with the structure of `template`, in float32.
+
+    Empty dicts of the template stay, which `traverse_util.unflatten_dict` would lose.
+    """
     return {
-        name: rebuilt(inner, found, f"{path}{name}/")
-        if isinstance(inner, Mapping)
-        else np.ascontiguousarray(found[path + name], np.float32)
-        for name, inner in held.items()
+        name: unflatten_arrays(child, arrays, f"{prefix}{name}/")
+        if isinstance(child, Mapping)
+        else np.ascontiguousarray(arrays[prefix + name], np.float32)
+        for name, child in template.items()
     }
 
 
-def renamed(state: State, layout: Layout) -> tuple[State, dict[str, str], State]:
-    """Give a tower's arrays under our names and in our axes [...], their old names, and the rest.
+# Names and axes ----------------------------------------------------------------------------------
 
-    The rest are keys that are neither of the tower nor left out knowingly.
-    """
-    if layout.whose == "plan_jax":
-        return dict(state), {key: key for key in state}, {}
-    found, origin, left = {}, {}, {}
-    for key, value in state.items():
-        ours = None
+
+def rename_arrays(arrays: Arrays, layout: Layout) -> Conversion:
+    """Returns the arrays [...] of a file under our names and with our order of axes."""
+    if layout.origin == "plan_jax":
+        return Conversion(dict(arrays), {name: name for name in arrays}, {})
+    conversion = Conversion({}, {}, {})
+    for key, array in arrays.items():
+        name = None
         if key.startswith(layout.prefix):
-            ours = our_name(key.removeprefix(layout.prefix), layout.kind)
-        if ours is None or ours in found:
-            if not is_dropped(key, layout):
-                left[key] = value
+            name = translate_name(key.removeprefix(layout.prefix), layout.kind)
+        # A second array of the same name (`gamma` next to `weight`) is as unknown as a foreign one.
+        if name is None or name in conversion.arrays:
+            if not is_ignored(key, layout):
+                conversion.unknown[key] = array
             continue
-        if ours.endswith("/kernel") and value.ndim in _KERNELS:
-            value = value.transpose(_KERNELS[value.ndim])
-            value = value[0] if value.ndim == 3 and value.shape[0] == 1 else value
-        found[ours], origin[ours] = value, key
-    return found, origin, left
+        if name.endswith("/kernel") and array.ndim in KERNEL_AXES:
+            array = array.transpose(KERNEL_AXES[array.ndim])
+            # MGCA's local heads are convolutions of size 1 over the tokens; ours are dense.
+            array = array[0] if array.ndim == 3 and array.shape[0] == 1 else array
+        conversion.arrays[name] = array
+        conversion.file_names[name] = key
+    return conversion
 
 
-def adapt(found: State, wanted: Shapes, layout: Layout, source: str) -> list[str]:
-    """Cut, scale and fill `found` where that is meant, in place; give a sentence for each change.
+# Adaptations -------------------------------------------------------------------------------------
+
+
+def adapt_arrays(arrays: Arrays, shapes: Shapes, layout: Layout, source: str) -> list[str]:
+    """Sums, resizes, cuts and zero-fills `arrays` in place; returns a sentence for each change.
 
     Raises:
-      UserError: if BERT has too few layers or positions, or another vocabulary.
+      UserError: a BERT has too few layers or positions, or another vocabulary.
     """
-    steps: list[Callable[[], str]] = [lambda: _summed(found, wanted)]
+    adaptations: list[Callable[[], str]] = [lambda: _sum_channels(arrays, shapes)]
     if layout.kind == "vit":
-        steps.append(lambda: _scaled(found, wanted))
+        adaptations.append(lambda: _resize_positions(arrays, shapes))
     if layout.kind == "bert":
-        steps += [
-            lambda: _cut_layers(found, wanted, source),
-            lambda: _cut_places(found, wanted, source),
-            lambda: _same_words(found, wanted, source),
-            lambda: _zeroed(found, wanted, layout),
+        adaptations += [
+            lambda: _drop_layers(arrays, shapes, source),
+            lambda: _drop_positions(arrays, shapes, source),
+            lambda: _check_vocabulary(arrays, shapes, source),
+            lambda: _fill_zeros(arrays, shapes, layout),
         ]
-    return [note for step in steps if (note := step())]
+    return [note for adaptation in adaptations if (note := adaptation())]
 
 
-def _summed(found: State, wanted: Shapes) -> str:
-    """Let one channel do what three equal ones did: the sum of their kernels."""
+def _sum_channels(arrays: Arrays, shapes: Shapes) -> str:
+    """Sums a kernel over three input channels, for a tower of one channel.
+
+    Radiographs are grey. A model for colour images sees three equal channels x, and
+    w1 x + w2 x + w3 x = (w1 + w2 + w3) x.
+    """
     for name in (STEM, EMBED):
-        if name in found and found[name].ndim == 4 and len(wanted.get(name, ())) == 4:
-            had, has = found[name].shape[2], wanted[name][2]
-            if had == 3 and has == 1:
-                found[name] = found[name].sum(2, keepdims=True)
+        if name in arrays and arrays[name].ndim == 4 and len(shapes.get(name, ())) == 4:
+            file_channels, tower_channels = arrays[name].shape[2], shapes[name][2]
+            if file_channels == 3 and tower_channels == 1:
+                arrays[name] = arrays[name].sum(2, keepdims=True)
                 return "the first kernel is summed over 3 input channels for a tower of 1"
     return ""
 
 
-def _scaled(found: State, wanted: Shapes) -> str:
-    """Scale the positions of ViT's patches to another square grid."""
-    name = "params/position"
-    old, new = found.get(name, np.zeros(())).shape, wanted.get(name, ())
+def _resize_positions(arrays: Arrays, shapes: Shapes) -> str:
+    """Resizes the positions of a ViT's patches [1, 1 + patches, E] to another square grid."""
+    old = arrays[POSITION].shape if POSITION in arrays else ()
+    new = shapes.get(POSITION, ())
     if old == new or len(old) != 3 or len(new) != 3 or old[2] != new[2]:
         return ""
-    had, has = math.isqrt(old[1] - 1), math.isqrt(new[1] - 1)
-    if had**2 + 1 != old[1] or has**2 + 1 != new[1]:
+    # The first position is that of the class token, which has no place in the grid.
+    old_side, new_side = math.isqrt(old[1] - 1), math.isqrt(new[1] - 1)
+    if old_side**2 + 1 != old[1] or new_side**2 + 1 != new[1]:
         return ""
-    table = found[name][0].astype(np.float32)
-    grid = bicubic(table[1:].reshape(had, had, -1), has).reshape(has * has, -1)
-    found[name] = np.concatenate([table[:1], grid])[None]
-    return f"positions are scaled bicubically from {had} x {had} patches to {has} x {has}"
+    table = arrays[POSITION][0].astype(np.float32)
+    grid = table[1:].reshape(old_side, old_side, -1)
+    patches = resize_bicubic(grid, new_side).reshape(new_side**2, -1)
+    arrays[POSITION] = np.concatenate([table[:1], patches])[None]
+    return (
+        f"positions are resized bicubically from {old_side} x {old_side} patches to"
+        f" {new_side} x {new_side}"
+    )
 
 
-def bicubic(grid: Float[np.ndarray, "Y X E"], size: int) -> Float[np.ndarray, "S S E"]:
-    """Scale a grid to `size` x `size` as torch's bicubic does (corners not aligned, no smoothing).
+def resize_bicubic(grid: Float[np.ndarray, "Y X E"], size: int) -> Float[np.ndarray, "S S E"]:
+    """Resizes a grid to `size` x `size` like torch's bicubic (corners not aligned, no smoothing).
 
     The kernel is Keys' with a = -0.75 and the edge is repeated, as in DeiT. jax.image and timm's
-    smoothing (its default) take -0.5: on noise, some per cent off when a grid grows, and timm much
-    more when it shrinks.
+    smoothing (its default) use a = -0.5: on noise, some per cent off when a grid grows, and timm
+    much more when it shrinks.
 
-    >>> bicubic(np.ones((2, 2, 1), np.float32), 3)[..., 0].tolist()
+    >>> resize_bicubic(np.ones((2, 2, 1), np.float32), 3)[..., 0].tolist()
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
 
-    def weights(count: int) -> Float[np.ndarray, "S N"]:
-        place = (np.arange(size) + 0.5) * count / size - 0.5
-        table = np.zeros((size, count))
-        for step in (-1, 0, 1, 2):
-            at = np.floor(place) + step
-            t = np.abs(place - at)
+    def interpolation_matrix(count: int) -> Float[np.ndarray, "S N"]:
+        position = (np.arange(size) + 0.5) * count / size - 0.5
+        matrix = np.zeros((size, count))
+        for offset in (-1, 0, 1, 2):
+            neighbour = np.floor(position) + offset
+            t = np.abs(position - neighbour)
             near = 1.25 * t**3 - 2.25 * t**2 + 1
             far = -0.75 * (t**3 - 5 * t**2 + 8 * t - 4)
-            at = np.clip(at, 0, count - 1).astype(int)
-            np.add.at(table, (np.arange(size), at), np.where(t <= 1, near, far))
-        return table
+            index = np.clip(neighbour, 0, count - 1).astype(int)
+            # `add.at`, since neighbours beyond the edge fall onto the same index.
+            np.add.at(matrix, (np.arange(size), index), np.where(t <= 1, near, far))
+        return matrix
 
-    rows, columns = weights(grid.shape[0]), weights(grid.shape[1])
+    rows, columns = interpolation_matrix(grid.shape[0]), interpolation_matrix(grid.shape[1])
     return np.einsum("sy,tx,yxe->ste", rows, columns, grid).astype(grid.dtype)
 
 
-def _cut_layers(found: State, wanted: Shapes, source: str) -> str:
-    """Leave out the layers of BERT that are above the tower's last."""
-    had, has = (
-        1 + max((int(m[1]) for name in names if (m := _LAYER.match(name))), default=-1)
-        for names in (found, wanted)
-    )
-    if had < has:
+def _drop_layers(arrays: Arrays, shapes: Shapes, source: str) -> str:
+    """Drops the layers of BERT above the tower's last."""
+    file_depth, tower_depth = _count_layers(arrays), _count_layers(shapes)
+    if file_depth < tower_depth:
         raise UserError(
-            f"weights {source} have {had} layers and the text tower {has}; "
-            f"choose text.depth of at most {had}"
+            f"weights {source} have {file_depth} layers and the text tower {tower_depth}; "
+            f"set text.depth to {file_depth} or less"
         )
-    if had == has:
+    if file_depth == tower_depth:
         return ""
-    for name in [n for n in found if (m := _LAYER.match(n)) and int(m[1]) >= has]:
-        del found[name]
-    return f"layers {has} to {had - 1} of {had} are left out"
+    for name in list(arrays):
+        match = LAYER_PATTERN.match(name)
+        if match and int(match[1]) >= tower_depth:
+            del arrays[name]
+    return f"layers {tower_depth} to {file_depth - 1} of {file_depth} are dropped"
 
 
-def _cut_places(found: State, wanted: Shapes, source: str) -> str:
-    """Leave out the positions of BERT that are beyond the tower's last."""
-    name = "params/position"
-    old, new = found.get(name, np.zeros(())).shape, wanted.get(name, ())
+def _count_layers(names: Mapping[str, Any]) -> int:
+    indices = [int(match[1]) for name in names if (match := LAYER_PATTERN.match(name))]
+    return 1 + max(indices, default=-1)
+
+
+def _drop_positions(arrays: Arrays, shapes: Shapes, source: str) -> str:
+    """Drops the positions of BERT [L E] beyond the tower's last."""
+    old = arrays[POSITION].shape if POSITION in arrays else ()
+    new = shapes.get(POSITION, ())
     if len(old) != 2 or len(new) != 2 or old[1] != new[1] or old == new:
         return ""
     if old[0] < new[0]:
         raise UserError(
             f"weights {source} have {old[0]} positions and the text tower {new[0]}; "
-            f"choose text.positions of at most {old[0]}"
+            f"set text.positions to {old[0]} or less"
         )
-    found[name] = found[name][: new[0]]
-    return f"positions {new[0]} to {old[0] - 1} of {old[0]} are left out"
+    arrays[POSITION] = arrays[POSITION][: new[0]]
+    return f"positions {new[0]} to {old[0] - 1} of {old[0]} are dropped"
 
 
-def _same_words(found: State, wanted: Shapes, source: str) -> str:
-    """Refuse a vocabulary of another size: its rows would mean other pieces."""
+def _check_vocabulary(arrays: Arrays, shapes: Shapes, source: str) -> str:
+    """Raises UserError for a vocabulary of another size, whose rows would mean other pieces."""
     name = "params/token/embedding"
-    old, new = found.get(name, np.zeros(())).shape[:1], wanted.get(name, ())[:1]
+    old = arrays[name].shape[:1] if name in arrays else ()
+    new = shapes.get(name, ())[:1]
     if old and new and old != new:
         raise UserError(
             f"weights {source} have a vocabulary of {old[0]} pieces and the tokenizer has {new[0]};"
@@ -183,34 +227,40 @@ def _same_words(found: State, wanted: Shapes, source: str) -> str:
     return ""
 
 
-def _zeroed(found: State, wanted: Shapes, layout: Layout) -> str:
-    """Put zeros where the original adds nothing."""
-    absent = [n for n in ZERO.get(layout.prefix, ()) if n in wanted and n not in found]
-    found.update({name: np.zeros(wanted[name], np.float32) for name in absent})
-    return f"zeros stand for {' and '.join(absent)}, which {layout.whose} lacks" if absent else ""
+def _fill_zeros(arrays: Arrays, shapes: Shapes, layout: Layout) -> str:
+    """Fills in zeros for arrays that the original does without, adding nothing in their place."""
+    names = [n for n in ZERO_ARRAYS.get(layout.prefix, ()) if n in shapes and n not in arrays]
+    arrays.update({name: np.zeros(shapes[name], np.float32) for name in names})
+    return f"{' and '.join(names)} is zero, because {layout.origin} has none" if names else ""
 
 
-def check(found: State, wanted: Shapes, origin: dict[str, str], left: State, what: str) -> None:
-    """Refuse weights of which an array is missing, left over or of another shape; list them all.
+# Checking ----------------------------------------------------------------------------------------
 
-    `origin` has the names in the file, `left` the arrays of the file [...] that no name fits.
+
+def check_match(conversion: Conversion, shapes: Shapes, problem: str) -> None:
+    """Checks that the arrays are exactly those of a tower.
 
     Raises:
-      UserError: if there is any; it begins with `what`.
+      UserError: any array is missing, unexpected or of another shape; the message begins with
+        `problem` and lists them all.
     """
+    arrays, file_names, unknown = conversion
     lines = []
-    for name in sorted(wanted.keys() - found.keys()):
-        alone = name.startswith("params/pool/") or name == "params/position" and STEM in wanted
-        hint = ", which only towers trained here have" if alone else ""
-        lines.append(f"missing: {name} {wanted[name]}{hint}")
-    over = {origin.get(name, name): found[name] for name in found.keys() - wanted.keys()}
-    lines += [f"left over: {key} {value.shape}" for key, value in sorted({**left, **over}.items())]
-    for name in sorted(found.keys() & wanted.keys()):
-        if found[name].shape != wanted[name]:
-            was = f"{name} is {found[name].shape} where {wanted[name]} is expected"
-            lines.append(f"other shape: {was} ({origin.get(name, name)})")
+    for name in sorted(shapes.keys() - arrays.keys()):
+        is_ours = name.startswith("params/pool/") or (name == POSITION and STEM in shapes)
+        hint = ", which only towers trained with plan_jax have" if is_ours else ""
+        lines.append(f"missing: {name} {shapes[name]}{hint}")
+    unexpected = {file_names.get(n, n): arrays[n] for n in arrays.keys() - shapes.keys()}
+    for key, array in sorted({**unknown, **unexpected}.items()):
+        lines.append(f"unexpected: {key} {array.shape}")
+    for name in sorted(arrays.keys() & shapes.keys()):
+        if arrays[name].shape != shapes[name]:
+            lines.append(
+                f"other shape: {name} is {arrays[name].shape} where {shapes[name]} is expected"
+                f" ({file_names.get(name, name)})"
+            )
     if lines:
         raise UserError(
-            f"{what}, so nothing was loaded; choose the tower that they were made for, or other "
+            f"{problem}, so nothing was loaded; choose the tower that they belong to, or other "
             "weights:\n  " + "\n  ".join(lines)
         )

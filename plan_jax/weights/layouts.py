@@ -1,20 +1,21 @@
-"""How published weights call and lay out what our towers hold: tables of names, no arrays read.
+"""The names of published weights: tables from the arrays of a file to the arrays of our towers.
 
 The names are those of torchvision (ResNet), timm and DeiT (ViT), Hugging Face (BERT) and of the
-checkpoints of MGCA, GLoRIA, BioViL and CXR-BERT; our own are flat, `params/layer1_0/conv1/kernel`.
-Torch has convolutions as [E C H W] and matrices as [out in], we have [H W C E] and [in out].
+checkpoints of MGCA, GLoRIA, BioViL and CXR-BERT. Ours are flat: `params/layer1_0/conv1/kernel`.
+Torch stores convolutions as [E C H W] and matrices as [out in], we as [H W C E] and [in out].
 
 Established from the originals' code, not from their files: MGCA's text tower has no type embedding
 (nothing is added, so ours becomes zero), and its heads have a bias before the first BatchNorm. Not
-here: GLoRIA's heads (linear) and BioViL's and CXR-BERT's projections, which have no like in `Head`.
+covered: GLoRIA's heads (linear) and BioViL's and CXR-BERT's projections, which have no counterpart
+in `Head`.
 """
 
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# A torch module's kind -> the names of its arrays -> ours ({}: our name of the module).
-LEAVES = {
+# Kind of torch module -> suffix of its arrays -> our name ({}: our name of the module).
+ARRAY_NAMES = {
     "plain": {"": "params/{}"},
     "table": {".weight": "params/{}"},
     "conv": {".weight": "params/{}/kernel"},
@@ -23,8 +24,9 @@ LEAVES = {
     "layer_norm": {
         ".weight": "params/{}/scale",
         ".bias": "params/{}/bias",
+        # Files of 2018, converted from TensorFlow, have its names.
         ".gamma": "params/{}/scale",
-        ".beta": "params/{}/bias",  # as files of 2018 have them
+        ".beta": "params/{}/bias",
     },
     "batch_norm": {
         ".weight": "params/{}/scale",
@@ -34,8 +36,8 @@ LEAVES = {
     },
 }
 
-# A tower's kind -> (torch's name of a module, ours, the module's kind).
-MODULES = {
+# Kind of tower -> (pattern of torch's module, our module, kind of module).
+MODULE_NAMES = {
     "resnet": (
         (r"conv1", r"stem", "conv"),
         (r"bn1", r"stem_norm", "batch_norm"),
@@ -72,39 +74,43 @@ MODULES = {
         (r"4", r"norm2", "batch_norm"),
     ),
 }
-# What a tower's own part of a file may hold besides, and is left out knowingly.
-DROPPED = {
+
+# Kind of tower -> patterns of arrays below its prefix that our towers have no use for.
+IGNORED_ARRAYS = {
     "resnet": (r"fc\.(weight|bias)", r".*\.num_batches_tracked"),
     "vit": (r"head\.(weight|bias)", r"pre_logits\.fc\.(weight|bias)"),
     "bert": (
         r"pooler\.dense\.(weight|bias)",
         r"embeddings\.(position|token_type)_ids",
-        r"encoder\.layer\.\d+\.crossattention\..*",  # made but never used in MGCA
+        r"encoder\.layer\.\d+\.crossattention\..*",  # created but never used in MGCA
     ),
     "head": (r".*\.num_batches_tracked",),
 }
-# Without these arrays a part of a file is no tower of this kind.
-ANCHORS = {
+
+TOWER_KINDS = {"vision": ("resnet", "vit"), "text": ("bert",)}
+# Kind of tower -> arrays that show, below some prefix, that a file holds one.
+SIGNATURES = {
     "resnet": ("conv1.weight", "layer1.0.conv1.weight"),
     "vit": ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
     "bert": ("embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight"),
 }
-KINDS = {"vision": ("resnet", "vit"), "text": ("bert",)}
-# The same for our own names: they tell which kind of tower an own file or a held tree is.
-OWN = {"resnet": "params/stem/kernel", "vit": "params/token", "bert": "params/token/embedding"}
-# What a tower's keys begin with -> whose checkpoint that is, and its other parts.
-PREFIXES = {
-    "img_encoder_q.model.": ("MGCA", r"(img|text)_encoder_q\.|prototype_layer\.|\w+_atten_layer\."),
-    "text_encoder_q.model.": (
-        "MGCA",
-        r"(img|text)_encoder_q\.|prototype_layer\.|\w+_atten_layer\.",
-    ),
-    "gloria.img_encoder.model.": ("GLoRIA", r"gloria\.(img|text)_encoder\."),
-    "gloria.text_encoder.model.": ("GLoRIA", r"gloria\.(img|text)_encoder\."),
-    "encoder.encoder.": (
-        "BioViL",
-        r"projector\.|classifier\.|encoder\.(backbone_to_vit|vit_pooler|missing_prev)",
-    ),
+# The same for our own names, in files that `tools/convert_weights.py` wrote and in our towers.
+OWN_SIGNATURES = {
+    "resnet": "params/stem/kernel",
+    "vit": "params/token",
+    "bert": "params/token/embedding",
+}
+
+# Prefix of a tower's arrays -> whose checkpoint it is, and a pattern of the file's other parts.
+MGCA_PARTS = r"(img|text)_encoder_q\.|prototype_layer\.|\w+_atten_layer\."
+GLORIA_PARTS = r"gloria\.(img|text)_encoder\."
+BIOVIL_PARTS = r"projector\.|classifier\.|encoder\.(backbone_to_vit|vit_pooler|missing_prev)"
+PREFIXES: dict[str, tuple[str, str | None]] = {
+    "img_encoder_q.model.": ("MGCA", MGCA_PARTS),
+    "text_encoder_q.model.": ("MGCA", MGCA_PARTS),
+    "gloria.img_encoder.model.": ("GLoRIA", GLORIA_PARTS),
+    "gloria.text_encoder.model.": ("GLoRIA", GLORIA_PARTS),
+    "encoder.encoder.": ("BioViL", BIOVIL_PARTS),
     "bert.": ("Hugging Face", r"cls\.|cls_projection_head\.|classifier\."),
     "module.": ("several devices", None),
     "backbone.": ("a backbone", None),
@@ -112,10 +118,10 @@ PREFIXES = {
     "encoder.": ("an encoder", None),
     "": ("plain", None),
 }
-# What a checkpoint does without, which zeros stand for exactly.
-ZERO = {"text_encoder_q.model.": ("params/type",)}
-# Our heads -> what their keys begin with in MGCA's checkpoints.
-HEADS = {
+# Prefix -> our arrays that the checkpoint does without, and for which zeros are exact.
+ZERO_ARRAYS = {"text_encoder_q.model.": ("params/type",)}
+# Our heads -> prefix of their arrays in MGCA's checkpoints.
+HEAD_PREFIXES = {
     "image_global": "img_encoder_q.global_embed.head.",
     "image_local": "img_encoder_q.local_embed.head.",
     "text_global": "text_encoder_q.global_embed.head.",
@@ -124,55 +130,57 @@ HEADS = {
 
 
 class Layout(NamedTuple):
-    """Where a file keeps a tower, under which prefix, and of which kind it is."""
+    """Whose names a file has, the prefix of the tower's arrays in it, and the kind of tower."""
 
-    whose: str
+    origin: str
     prefix: str
     kind: str
 
     def __str__(self) -> str:
-        under = f" under `{self.prefix}`" if self.prefix else ""
-        return f"{self.kind} ({self.whose}){under}"
+        location = f" under `{self.prefix}`" if self.prefix else ""
+        return f"{self.kind} ({self.origin}){location}"
 
 
-def recognise(keys: Iterable[str], tower: str) -> Layout | None:
-    """Say where a file with these keys keeps its `vision` or `text` tower; None: nowhere known.
+def recognise_layout(keys: Iterable[str], tower: str) -> Layout | None:
+    """Returns how a file with these keys stores its `vision` or `text` tower; None if unknown.
 
-    >>> recognise(["bert.embeddings.word_embeddings.weight",
-    ...            "bert.encoder.layer.0.attention.self.query.weight"], "text")
-    Layout(whose='Hugging Face', prefix='bert.', kind='bert')
+    >>> recognise_layout(["bert.embeddings.word_embeddings.weight",
+    ...                   "bert.encoder.layer.0.attention.self.query.weight"], "text")
+    Layout(origin='Hugging Face', prefix='bert.', kind='bert')
     """
-    held = set(keys)
-    own = [kind for kind in KINDS[tower] if OWN[kind] in held]
-    if own:
-        return Layout("plan_jax", "", own[0])
+    available = set(keys)
+    for kind in TOWER_KINDS[tower]:
+        if OWN_SIGNATURES[kind] in available:
+            return Layout("plan_jax", "", kind)
+    # The longest prefix, which is the most specific, wins in a file that holds several towers.
     for prefix in sorted(PREFIXES, key=len, reverse=True):
-        for kind in KINDS[tower]:
-            if all(prefix + key in held for key in ANCHORS[kind]):
+        for kind in TOWER_KINDS[tower]:
+            if all(prefix + key in available for key in SIGNATURES[kind]):
                 return Layout(PREFIXES[prefix][0], prefix, kind)
     return None
 
 
-def our_name(key: str, kind: str) -> str | None:
-    """Give our flat name of an array of a tower; None if it is none of its arrays.
+def translate_name(key: str, kind: str) -> str | None:
+    """Returns our flat name of an array of a tower; None if a tower of this kind has none.
 
-    >>> our_name("layer3.1.downsample.1.running_var", "resnet")
+    >>> translate_name("layer3.1.downsample.1.running_var", "resnet")
     'batch_stats/layer3_1/norm_skip/var'
     """
-    for pattern, ours, module in MODULES[kind]:
-        for leaf, name in LEAVES[module].items():
-            if match := re.fullmatch(pattern + re.escape(leaf), key):
-                return name.format(match.expand(ours))
+    for pattern, module, module_kind in MODULE_NAMES[kind]:
+        for suffix, template in ARRAY_NAMES[module_kind].items():
+            if match := re.fullmatch(pattern + re.escape(suffix), key):
+                return template.format(match.expand(module))
     return None
 
 
-def is_dropped(key: str, layout: Layout) -> bool:
-    """Say whether this key of the file is left out knowingly.
+def is_ignored(key: str, layout: Layout) -> bool:
+    """Returns whether an array of the file is known, but not part of the tower.
 
-    >>> is_dropped("bert.pooler.dense.bias", Layout("Hugging Face", "bert.", "bert"))
+    >>> is_ignored("bert.pooler.dense.bias", Layout("Hugging Face", "bert.", "bert"))
     True
     """
     if key.startswith(layout.prefix):
-        patterns = DROPPED[layout.kind]
+        patterns = IGNORED_ARRAYS[layout.kind]
         return any(re.fullmatch(p, key.removeprefix(layout.prefix)) for p in patterns)
-    return bool(re.match(PREFIXES[layout.prefix][1] or "(?!)", key))
+    other_parts = PREFIXES[layout.prefix][1]
+    return other_parts is not None and bool(re.match(other_parts, key))

