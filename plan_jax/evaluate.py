@@ -16,6 +16,7 @@ from plan_jax.data import loader, phantom, prompts, report_parser
 from plan_jax.data.dataset import Dataset, open_dataset, split_names
 from plan_jax.logger import read_rows, write_atomically
 from plan_jax.tasks import TASKS, grounding, retrieval, zero_shot
+from plan_jax.tasks.catalogue import CATALOGUE, TITLES
 from plan_jax.types import Model, Record, Tower, UserError
 
 FITTED = ("classification", "segmentation", "detection", "report_generation")
@@ -269,9 +270,15 @@ def write(
 ) -> Path:
     """Write `metrics.json`, `table.md` and `report.html` into a folder; return the page."""
     write_atomically(folder / "metrics.json", json.dumps(scored.metrics, indent=2, sort_keys=True))
-    write_atomically(folder / "table.md", page.markdown(scored.metrics))
-    return page.write(
-        folder, config=config, metrics=scored.metrics, history=history, rows=scored.rows
+    write_atomically(folder / "table.md", page.markdown(scored.metrics, CATALOGUE, TITLES))
+    return page.write_page(
+        folder,
+        config=config,
+        metrics=scored.metrics,
+        catalogue=CATALOGUE,
+        titles=TITLES,
+        history=history,
+        rows=scored.rows,
     )
 
 

@@ -22,18 +22,6 @@ from ml_collections.config_flags import config_flags
 
 from plan_jax.types import UserError
 
-HEADLINES = (
-    "grounding/cnr_signed",
-    "grounding/pointing",
-    "grounding/miou_z",
-    "grounding/bare/cnr_signed",
-    "grounding/bare/pointing",
-    "retrieval/i2t_r1",
-    "retrieval/i2t_r5",
-    "retrieval/t2i_r5",
-    "zero_shot/auroc_macro",
-)
-
 
 def define() -> flags.FlagValues:
     """Make the flags, apart from the overrides `--config.field=value`."""
@@ -202,17 +190,16 @@ def evaluate(
 def show(metrics: Mapping[str, Any], page: Path) -> None:
     """Print the table of the metrics that matter most, and where the page of all of them is."""
     from plan_jax import parallel
-    from plan_jax.page.downstream import headlines
-    from plan_jax.page.tables import nulls_of
+    from plan_jax.metrics import headlines
+    from plan_jax.tasks.catalogue import CATALOGUE
 
     if not metrics or not parallel.is_main():
         return  # stopped before the end, or another process says it
-    shown = [key for key in HEADLINES if key in metrics]
-    shown += [key for key, _ in headlines(metrics) if key not in HEADLINES]
-    wide = max(26, *map(len, shown)) + 2 if shown else 28
-    for key in shown:
-        beside = [f"{name} {null:.3g}" for name, null in nulls_of(key, metrics).items()]
-        print(f"{key:<{wide}}{metrics[key]:>8.3f}  {', '.join(beside)}".rstrip())
+    shown = headlines(CATALOGUE, metrics)
+    wide = max(26, *(len(entry.key) for entry in shown)) + 2 if shown else 28
+    for entry in shown:
+        baselines = [f"{label} {value:.3g}" for label, value in entry.baselines.items()]
+        print(f"{entry.key:<{wide}}{entry.value:>8.3f}  {', '.join(baselines)}".rstrip())
     for key in ("images_per_s", "wall_s", "evaluated_s"):
         if not math.isnan(metrics.get(key, math.nan)):
             print(f"{key:<{wide}}{metrics[key]:>8.0f}")

@@ -76,7 +76,7 @@ def ground(checkpoint: str, image: str, text: str, out: str, rounds: int | None 
     heat = heat_map(model, pixels, text, rounds)
     try:
         kind = "PNG" if target.suffix.lower() == ".png" else "JPEG"
-        target.write_bytes(figures.encode(figures.heat_over(pixels, heat), kind))
+        target.write_bytes(figures.encode_picture(figures.overlay_heat_map(pixels, heat), kind))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror})") from None
     y, x = np.unravel_index(int(heat.argmax()), heat.shape)

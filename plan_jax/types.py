@@ -248,6 +248,7 @@ class Metric:
     A task's `METRICS` maps keys below the task to metrics. A key may contain a placeholder for one
     path segment, as `{share}/auroc_macro`, which `label` and `baselines` may repeat. `baselines`
     maps the label of a null baseline to its key. A headline is shown in the summary tables.
+    `higher_is_better` is False for errors and ranks.
     """
 
     label: str
@@ -255,6 +256,7 @@ class Metric:
     digits: int = 3
     baselines: Mapping[str, str] = field(default_factory=dict)
     headline: bool = False
+    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "predict": "model data* page.figures types",
     "fields": "data* encoders* methods* tasks* parallel types",
     "config": "fields types",
-    "main": "config train evaluate checkpoint* parallel page* types",
+    "main": "config train evaluate checkpoint* parallel metrics tasks* types",
 }
 # Which files may import these libraries.
 ONLY_IN = {

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.compare import METHODS, STEPS, VARIANTS  # noqa: E402
-from plan_jax.page.elements import document, table, tag  # noqa: E402
+from plan_jax.page import render_comparison  # noqa: E402
 
 COLUMNS = {
     "CNR": "grounding/cnr_signed",
@@ -114,13 +114,15 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def page(rows: list[list[str]], runs: Path, variants: list[str]) -> str:
-    """Write the rows as a page, with a link to the page of every run."""
-    cells = [[tag("td", cell, class_="n" if i else "") for i, cell in enumerate(r)] for r in rows]
-    pages = [f"{v}-{s}/report.html" for v in variants for s in range(99)]
-    links = [tag("li", tag("a", at, href=at)) for at in pages if (runs / at).exists()]
-    about = tag("p", f"{STEPS} steps a run; mean ± standard deviation over seeds.")
-    parts = tag("h1", "Methods side by side"), about, table(["variant", "seeds", *COLUMNS], cells)
-    return document("Methods side by side", *parts, tag("ul", *links))
+    """Returns the rows as a page, with a link to the page of every run."""
+    pages = [f"{variant}-{seed}/report.html" for variant in variants for seed in range(99)]
+    return render_comparison(
+        "Comparison of methods",
+        f"{STEPS} steps a run; mean ± standard deviation over seeds.",
+        ["variant", "seeds", *COLUMNS],
+        rows,
+        [path for path in pages if (runs / path).exists()],
+    )
 
 
 def main() -> None:

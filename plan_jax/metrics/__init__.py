@@ -11,6 +11,8 @@ from typing import Any
 
 from plan_jax.types import Metric
 
+Catalogue = Mapping[str, Mapping[str, Metric]]  # of each task, its METRICS
+
 
 def slug(name: str) -> str:
     """Returns a name as a word for keys and file names.
@@ -43,10 +45,20 @@ class Entry:
     baselines: Mapping[str, float]
     interval: tuple[float, float]
 
+    def beats(self, baseline: float) -> bool:
+        """Returns whether the value is strictly better than a baseline; False if either is NaN."""
+        if self.metric.higher_is_better:
+            return self.value > baseline
+        return self.value < baseline
 
-def lookup(
-    catalogue: Mapping[str, Mapping[str, Metric]], key: str
-) -> tuple[str, tuple[str, ...], Metric] | None:
+    def strongest_baseline(self) -> tuple[str, float] | None:
+        """Returns the label and value of the best baseline, or None if there is no finite one."""
+        finite = [item for item in self.baselines.items() if math.isfinite(item[1])]
+        choose = max if self.metric.higher_is_better else min
+        return choose(finite, key=lambda item: item[1], default=None)
+
+
+def lookup(catalogue: Catalogue, key: str) -> tuple[str, tuple[str, ...], Metric] | None:
     """Returns the pattern, the placeholders' values and the filled-in metric of a key, or None.
 
     An exact key wins over a pattern, and among patterns the first one wins.
@@ -69,20 +81,35 @@ def lookup(
     return None
 
 
-def entries(
-    catalogue: Mapping[str, Mapping[str, Metric]], values: Mapping[str, Any]
-) -> Iterator[Entry]:
-    """Yields every measured metric that the catalogue knows, in the catalogue's order."""
+def entries(catalogue: Catalogue, values: Mapping[str, Any]) -> Iterator[Entry]:
+    """Yields every measured metric that the catalogue knows, in the catalogue's order.
+
+    Keys that serve as baselines are yielded only if the catalogue names them without placeholders.
+    """
+    matches = {
+        key: match
+        for key, value in values.items()
+        if is_number(value) and (match := lookup(catalogue, key)) is not None
+    }
+    # `{finding}/cnr_signed` also matches the key of a baseline, as `prior/cnr_signed`.
+    baseline_keys = {
+        f"{key.partition('/')[0]}/{baseline}"
+        for key, (_, _, metric) in matches.items()
+        for baseline in metric.baselines.values()
+    }
     for task, metrics in catalogue.items():
-        order = list(metrics)
-        known = []
-        for position, key in enumerate(values):
-            match = lookup(catalogue, key) if key.startswith(f"{task}/") else None
-            if match is not None and is_number(values[key]):
-                known.append((order.index(match[0]), position, key, match))
-        for _, _, key, (pattern, group, metric) in sorted(known, key=lambda item: item[:2]):
-            nulls = {
-                label: values.get(f"{task}/{null}") for label, null in metric.baselines.items()
+        order = {pattern: position for position, pattern in enumerate(metrics)}
+        keys = [
+            key
+            for key, (_, group, _) in matches.items()
+            if key.startswith(f"{task}/") and not (group and key in baseline_keys)
+        ]
+        # Sorting is stable: the keys of one pattern stay in the order of `values`.
+        for key in sorted(keys, key=lambda key: order[matches[key][0]]):
+            pattern, group, metric = matches[key]
+            baselines = {
+                label: values.get(f"{task}/{baseline}")
+                for label, baseline in metric.baselines.items()
             }
             yield Entry(
                 key=key,
@@ -91,7 +118,7 @@ def entries(
                 group=group,
                 metric=metric,
                 value=float(values[key]),
-                baselines={label: float(x) for label, x in nulls.items() if is_number(x)},
+                baselines={label: float(x) for label, x in baselines.items() if is_number(x)},
                 interval=(
                     float(values.get(f"{key}_low", math.nan)),
                     float(values.get(f"{key}_high", math.nan)),
@@ -99,8 +126,6 @@ def entries(
             )
 
 
-def headlines(
-    catalogue: Mapping[str, Mapping[str, Metric]], values: Mapping[str, Any]
-) -> list[Entry]:
+def headlines(catalogue: Catalogue, values: Mapping[str, Any]) -> list[Entry]:
     """Returns the measured headline metrics, in the catalogue's order."""
     return [entry for entry in entries(catalogue, values) if entry.metric.headline]

@@ -1,198 +1,188 @@
-"""Pictures: heat maps over radiographs, outlines of the truth, curves of a run.
+"""Pictures over radiographs: heat maps, outlines of the truth, masks and boxes.
 
-Nothing here knows of models or tasks; tasks fill the two small rows that the page draws.
+Pictures are RGB arrays [V U 3] of V x U pixels: the radiograph's Y x X pixels, enlarged.
 """
 
 import io
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.ndimage import binary_dilation
 
-from plan_jax.types import PhraseExample
+from plan_jax.types import BoxExample, MaskExample, PhraseExample
 
-OUTLINE = (0, 229, 255)
-INK = "#010203"  # near black in a PNG; in an SVG replaced by the text colour of the page
-LINES = ("#c2410c", "#0e7490", "#7c3aed", "#4d7c0f", "#be185d", "#64748b")
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes: a line for each label, from that key of the history; level lines beside."""
-
-    title: str
-    lines: Mapping[str, str]
-    levels: Mapping[str, float] = field(default_factory=dict)
-
-
-def heat_scale(heats: Float[np.ndarray, "*N y x"]) -> tuple[float, float]:
-    """Choose one colour scale for maps that are to be compared: nothing drawn below, full above.
-
-    From one standard deviation above the mean of all values, so that the usual level and what
-    moves about it is not painted, to the largest value. Equal ends mean: nothing to draw. Values
-    that are not finite are ignored.
-    """
-    values = np.asarray(heats, np.float64)
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return 0.0, 0.0
-    high = float(values.max())
-    return min(float(values.mean() + values.std()), high), high
-
-
-def heat_over(
-    image: UInt8[np.ndarray, "Y X 1"],
-    heat: Float[np.ndarray, "y x"],
-    truth: Bool[np.ndarray, "Y X"] | None = None,
-    *,
-    scale: tuple[float, float] | None = None,
-    side: int = 288,
-) -> UInt8[np.ndarray, "V U 3"]:
-    """Lay a map over its radiograph in colour, transparent where it is low; outline the truth.
-
-    `heat` of any size is resized bilinearly (pixel centres, as in the metrics); `scale` is (low,
-    high) as from `heat_scale`, by default of this map alone; the picture [V U] is enlarged by a
-    whole factor to about `side` pixels.
-    """
-    low, high = heat_scale(heat) if scale is None else scale
-    picture = radiograph(image, side=side)
-    size = picture.shape[1::-1]
-    values = Image.fromarray(np.nan_to_num(np.asarray(heat, np.float32), nan=low))
-    values = np.asarray(values.resize(size, Image.Resampling.BILINEAR))
-    if high - low > 1e-6 * max(abs(low), abs(high)):
-        strength = np.clip((values - low) / (high - low), 0, 1)
-        colour = _colours()[(strength * 255).astype(int)]
-        alpha = 0.85 * strength[..., None]
-        picture = (picture * (1 - alpha) + colour * alpha).round().astype(np.uint8)
-    return picture if truth is None else outline(picture, truth)
+TRUTH_COLOUR = (0, 229, 255)
+PREDICTION_COLOUR = (251, 139, 36)
+SIDE = 288  # pixels of the longer side of a picture, about
+GAP = 6  # white pixels between the pictures of a strip
 
 
 def radiograph(
     image: UInt8[np.ndarray, "Y X 1"],
     truth: Bool[np.ndarray, "Y X"] | None = None,
     *,
-    side: int = 288,
+    side: int = SIDE,
 ) -> UInt8[np.ndarray, "V U 3"]:
-    """Enlarge a radiograph by a whole factor to about `side` pixels, as RGB; outline the truth."""
+    """Returns a radiograph as RGB, enlarged to about `side` pixels, with the truth outlined."""
+    # A whole factor keeps every pixel of a mask the same size.
     factor = max(1, round(side / max(image.shape[:2])))
     size = (image.shape[1] * factor, image.shape[0] * factor)
     grey = Image.fromarray(image[..., 0]).resize(size, Image.Resampling.BICUBIC)
     picture = np.repeat(np.asarray(grey)[..., None], 3, axis=2)
-    return picture if truth is None else outline(picture, truth)
+    return picture if truth is None else draw_outline(picture, truth)
 
 
-def outline(
+def draw_outline(
     picture: UInt8[np.ndarray, "V U 3"], truth: Bool[np.ndarray, "Y X"]
 ) -> UInt8[np.ndarray, "V U 3"]:
-    """Draw a line two pixels wide around the truth, outside of it, over a picture [V U]."""
-    size = picture.shape[1::-1]
-    mask = np.asarray(Image.fromarray(truth).resize(size, Image.Resampling.NEAREST))
+    """Returns a picture with a line two pixels wide around the truth, outside of it."""
+    mask = _enlarge_mask(truth, picture)
     ring = binary_dilation(mask, iterations=2) & ~mask
-    return np.where(ring[..., None], np.uint8(OUTLINE), picture)
+    return np.where(ring[..., None], np.uint8(TRUTH_COLOUR), picture)
 
 
-def row_picture(row: PhraseExample, side: int = 288) -> UInt8[np.ndarray, "V U 3"]:
-    """Put side by side: radiograph, its truth, the map after each round, on one colour scale."""
-    parts = row_parts(row, side)
-    gap = np.full((parts[0].shape[0], 6, 3), 255, np.uint8)
-    return np.concatenate([x for part in parts for x in (part, gap)][:-1], axis=1)
+def heat_limits(heat_maps: Float[np.ndarray, "*N y x"]) -> tuple[float, float]:
+    """Returns one colour scale (low, high) for maps that are to be compared.
+
+    `low` is one standard deviation above the mean of all values, so that the usual level and the
+    noise around it stay unpainted. `high` is the largest value. Equal limits mean that there is
+    nothing to paint. Values that are not finite are ignored.
+    """
+    values = np.asarray(heat_maps, np.float64)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return 0.0, 0.0
+    high = float(values.max())
+    # Rounding may put the mean of a constant map above its maximum.
+    return min(float(values.mean() + values.std()), high), high
 
 
-def row_parts(row: PhraseExample, side: int = 288) -> list[UInt8[np.ndarray, "V U 3"]]:
-    """Draw the pictures [V U 3] of a row: radiograph, truth, the map after each round."""
-    scale = heat_scale(row.heat_maps)
-    heats = [heat_over(row.image, h, row.truth, scale=scale, side=side) for h in row.heat_maps]
-    plain = radiograph(row.image, side=side)
-    return [plain, outline(plain, row.truth), *heats]
+def overlay_heat_map(
+    image: UInt8[np.ndarray, "Y X 1"],
+    heat_map: Float[np.ndarray, "y x"],
+    truth: Bool[np.ndarray, "Y X"] | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    side: int = SIDE,
+) -> UInt8[np.ndarray, "V U 3"]:
+    """Returns a radiograph with a heat map in colour over it, transparent where it is low.
+
+    Args:
+      image: the radiograph.
+      heat_map: a map of any size; it is resized bilinearly between pixel centres, as in metrics.
+      truth: the mask to outline, if any.
+      limits: the colour scale of `heat_limits`; by default that of this map alone.
+      side: pixels of the picture's longer side, about.
+    """
+    low, high = heat_limits(heat_map) if limits is None else limits
+    picture = radiograph(image, side=side)
+    heat = Image.fromarray(np.nan_to_num(np.asarray(heat_map, np.float32), nan=low))
+    heat_VU = np.asarray(heat.resize(picture.shape[1::-1], Image.Resampling.BILINEAR))
+    # A constant map has no contrast to show; dividing by rounding errors would paint noise.
+    if high - low > 1e-6 * max(abs(low), abs(high)):
+        strength_VU = np.clip((heat_VU - low) / (high - low), 0, 1)
+        colour_VU3 = _heat_colours()[(strength_VU * 255).astype(int)]
+        opacity_VU1 = 0.85 * strength_VU[..., None]
+        mixed_VU3 = picture * (1 - opacity_VU1) + colour_VU3 * opacity_VU1
+        picture = mixed_VU3.round().astype(np.uint8)
+    return picture if truth is None else draw_outline(picture, truth)
 
 
-def encode(picture: Shaped[np.ndarray, "V U 3"], kind: str = "PNG") -> bytes:
-    """Write a picture [V U 3] as the bytes of a PNG or JPEG file."""
+def phrase_pictures(example: PhraseExample, side: int = SIDE) -> list[UInt8[np.ndarray, "V U 3"]]:
+    """Returns the radiograph, its truth, and the heat map after each round, as [V U 3] pictures."""
+    # One scale for all rounds, or a weak map would be painted as strongly as a strong one.
+    limits = heat_limits(example.heat_maps)
+    plain = radiograph(example.image, side=side)
+    heat_maps = [
+        overlay_heat_map(example.image, heat_map, example.truth, limits=limits, side=side)
+        for heat_map in example.heat_maps
+    ]
+    return [plain, draw_outline(plain, example.truth), *heat_maps]
+
+
+def phrase_captions(example: PhraseExample) -> list[str]:
+    """Returns the captions of `phrase_pictures`."""
+    num_maps = len(example.heat_maps)
+    rounds = [f"round {i}" for i in range(num_maps)] if num_maps > 1 else ["heat map"]
+    return ["radiograph", "truth", *rounds]
+
+
+def concatenate(
+    pictures: Sequence[UInt8[np.ndarray, "V _ 3"]],
+) -> UInt8[np.ndarray, "V U 3"]:
+    """Returns pictures of one height [V _ 3] as a single picture [V U 3], from left to right."""
+    gap = np.full((pictures[0].shape[0], GAP, 3), 255, np.uint8)
+    parts = [part for picture in pictures for part in (gap, picture)]
+    return np.concatenate(parts[1:], axis=1)
+
+
+def mask_picture(example: MaskExample, side: int = SIDE) -> UInt8[np.ndarray, "V U 3"]:
+    """Returns a radiograph with the predicted mask tinted and the true one outlined."""
+    picture = radiograph(example.image, side=side)
+    tinted = (0.55 * picture + 0.45 * np.asarray(PREDICTION_COLOUR)).round().astype(np.uint8)
+    predicted = _enlarge_mask(example.predicted, picture)
+    return draw_outline(np.where(predicted[..., None], tinted, picture), example.truth)
+
+
+def box_picture(
+    example: BoxExample, side: int = SIDE, max_boxes: int = 6, min_score: float = 0.2
+) -> UInt8[np.ndarray, "V U 3"]:
+    """Returns a radiograph with its true boxes and the best predicted ones, with their scores.
+
+    At most `max_boxes` predictions are drawn, none with a score below `min_score`.
+    """
+    pixels = radiograph(example.image, side=side)
+    scale = pixels.shape[0] / example.image.shape[0]
+    picture = Image.fromarray(pixels)
+    canvas = ImageDraw.Draw(picture)
+
+    def to_rectangle(box: Float[np.ndarray, " 4"]) -> list[float]:
+        x0, y0, x1, y1 = (float(coordinate) * scale for coordinate in box)
+        # Pillow includes the last row and column of a rectangle; boxes end before theirs.
+        return [x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)]
+
+    for box in example.truth:
+        canvas.rectangle(to_rectangle(box), outline=TRUTH_COLOUR, width=2)
+    predictions = list(zip(example.predicted, example.scores, strict=True))
+    for box, score in predictions[:max_boxes]:
+        if score >= min_score:
+            rectangle = to_rectangle(box)
+            canvas.rectangle(rectangle, outline=PREDICTION_COLOUR, width=1)
+            corner = (rectangle[0] + 3, rectangle[1] + 1)
+            canvas.text(corner, f"{score:.2f}", fill=PREDICTION_COLOUR)
+    return np.asarray(picture)
+
+
+def encode_picture(picture: Shaped[np.ndarray, "V U 3"], file_format: str = "PNG") -> bytes:
+    """Returns a picture [V U 3] as the bytes of a PNG or JPEG file."""
     stream = io.BytesIO()
-    options = {"quality": 90, "subsampling": 0} if kind == "JPEG" else {}
-    Image.fromarray(picture).save(stream, kind, **options)
+    # Chroma subsampling would blur the thin coloured outlines.
+    options = {"quality": 90, "subsampling": 0} if file_format == "JPEG" else {}
+    Image.fromarray(picture).save(stream, file_format, **options)
     return stream.getvalue()
 
 
-def colour_bar() -> str:
-    """Give the colours of a heat map, weak to strong, as a CSS gradient."""
-    stops = _colours()[np.linspace(0, 255, 9).astype(int)]
-    return f"linear-gradient(90deg, {', '.join(f'rgb({r} {g} {b})' for r, g, b in stops)})"
+def css_colour_bar() -> str:
+    """Returns the colours of a heat map, from weak to strong, as a CSS gradient."""
+    stops = _heat_colours()[np.linspace(0, 255, 9).astype(int)]
+    colours = ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in stops)
+    return f"linear-gradient(90deg, {colours})"
 
 
-def curves(
-    history: Sequence[Mapping[str, Any]], panels: Sequence[Panel], columns: int = 3
-) -> tuple[str, bytes]:
-    """Draw panels over the steps of a history; the same figure as inline SVG and as PNG bytes.
-
-    Each row of the history holds its `step` and any of the keys.
-    """
-    rows = -(-len(panels) // columns)
-
-    def draw(figure: Any) -> None:
-        for i, panel in enumerate(panels):
-            _draw(figure.add_subplot(rows, columns, i + 1), history, panel)
-
-    return render((3.6 * columns, 2.5 * rows), draw)
-
-
-def render(size: tuple[float, float], draw: Callable[[Any], None]) -> tuple[str, bytes]:
-    """Let `draw` fill a figure of `size` inches (wide, high); give it as inline SVG and as PNG.
-
-    The SVG takes its ink from the text around it, so that it fits a light and a dark page, and
-    names no other document.
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style = {"svg.fonttype": "none", "svg.hashsalt": "plan", "text.parse_math": False}
-    style |= dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
-    )
-    svg, png = io.StringIO(), io.BytesIO()
-    with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        figure.savefig(png, format="png", dpi=110)
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
-    text = svg.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r' xmlns(:xlink)?="[^"]*"|<metadata>.*?</metadata>', "", text, flags=re.S), (
-        png.getvalue()
-    )
-
-
-def _draw(axes, history: Sequence[Mapping[str, Any]], panel: Panel) -> None:
-    for (label, key), colour in zip(panel.lines.items(), LINES, strict=False):
-        points = [(row["step"], row[key]) for row in history if key in row]
-        marker = "o" if len(points) < 30 else ""
-        axes.plot(
-            *np.array(points).reshape(-1, 2).T,
-            color=colour,
-            label=label,
-            lw=1.4,
-            marker=marker,
-            ms=3,
-        )
-    for (label, level), style in zip(panel.levels.items(), (":", "--", "-.") * 3, strict=False):
-        axes.axhline(level, color=INK, lw=0.9, ls=style, alpha=0.6, label=label)
-    axes.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")
-    axes.tick_params(labelsize=8)
-    axes.grid(color=INK, alpha=0.12, lw=0.6)
-    if len(panel.lines) + len(panel.levels) > 1:
-        axes.legend(fontsize=7, frameon=False)
+def _enlarge_mask(
+    mask: Bool[np.ndarray, "Y X"], picture: UInt8[np.ndarray, "V U 3"]
+) -> Bool[np.ndarray, "V U"]:
+    """Returns a mask at the size of a picture."""
+    return np.asarray(Image.fromarray(mask).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
 
 
 @cache
-def _colours() -> np.ndarray:
-    """Make 256 colours that are perceptually uniform, dark end cut: it is lost on a radiograph."""
+def _heat_colours() -> UInt8[np.ndarray, "256 3"]:
+    """Returns 256 perceptually uniform colours, without the dark end, lost on a radiograph."""
     from matplotlib import colormaps
 
-    return (colormaps["inferno"](np.linspace(0.3, 0.97, 256))[:, :3] * 255).round().astype(np.uint8)
+    colours = colormaps["inferno"](np.linspace(0.3, 0.97, 256))[:, :3]
+    return (colours * 255).round().astype(np.uint8)

@@ -1,216 +1,295 @@
-"""The numbers of a page: every metric beside what it has to beat, and what it means in words."""
+"""Tables of the page: every metric of the catalogue beside its null baselines.
 
-from collections.abc import Mapping
-from typing import Any
+No metric or task is named here: labels, meanings, digits and baselines are the catalogue's.
+"""
 
-from plan_jax.page.elements import Html, cell, is_number, number, section, strip, table, tag
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-NULLS = {
-    "random": "random map",
-    "centre": "image centre",
-    "prior": "lung prior",
-    "mean_finding": "mean mask of finding",
-    "mean_phrase": "mean mask of phrase",
-}
-BASELINES = {
-    "random": "random encoder",
-    "chance": "chance",
-    "prior": "usual boxes",
-    "mean_mask": "mean mask of training",
-    "retrieval": "nearest image's report",
-    "common": "commonest report",
-}
-GROUNDING = {
-    "cnr_signed": (
-        "CNR, signed",
-        "How far the heat inside the truth stands above the rest of the image, in units of its "
-        "spread. 0: it says nothing; negative: it lights up the wrong place.",
-    ),
-    "pointing": ("Pointing game", "How often the hottest pixel lies inside the truth."),
-    "miou_z": (
-        "mIoU, above the mean",
-        "Overlap of the hot area with the truth at thresholds .1 to .5, after max(S - mean, 0) / "
-        "max.",
-    ),
-    "miou_minmax": ("mIoU, min-max", "The same overlap after stretching each map to 0..1."),
-    "miou_raw": ("mIoU, raw", "The same overlap on the map as it is, negative values as 0."),
-    "cnr_abs": (
-        "CNR, absolute",
-        "CNR without its sign, as first published: a map that is dark where it should be bright "
-        "also scores, so read it beside the signed one.",
-    ),
-}
-HEADS = ("cnr_signed", "pointing")
-KINDS = {"": "global", "local/": "local", "both/": "both"}
-WAYS = {"i2t": "image to report", "t2i": "report to image"}
+from plan_jax.metrics import Catalogue, Entry, entries, headlines, is_number
+
+CARDS_PER_TASK = 2
+STRIP_WIDTH = 240
+STRIP_MARGIN = 8  # space for the radius of a mark
 
 
-def rounds_table(metrics: Mapping[str, Any]) -> Html | None:
-    """Show whether refinement helps: one row for each round."""
-    columns = [(p, k) for p in ("", "bare/") for k in ("cnr_signed", "pointing", "miou_z")]
-    rows = []
-    while f"grounding/round{len(rows)}/cnr_signed" in metrics:
-        t = len(rows)
-        keys = [f"grounding/{p}round{t}/{k}" for p, k in columns]
-        rows.append([tag("td", f"round {t}"), *(cell(metrics.get(k), digits=3) for k in keys)])
-    if not rows:
-        return None
-    names = [f"{GROUNDING[k][0]}{', bare' if p else ''}" for p, k in columns]
-    text = "The same phrases, scored on the map after each round; bare phrases name no place."
-    return section("Does refinement help?", tag("p", text), table(["", *names], rows))
+class Mark(NamedTuple):
+    """A point on the strip of a value: its x coordinate, and its label."""
+
+    x: float
+    label: str
+    is_model: bool = False
 
 
-def metric_tables(metrics: Mapping[str, Any]) -> Html | None:
-    """Show every metric beside the maps and orders that know less."""
-    parts: list[str] = []
-    for prefix, title in (("", "Grounding, full phrases"), ("bare/", "Grounding, bare phrases")):
-        keys = {f"grounding/{prefix}{k}": v for k, v in GROUNDING.items()}
-        if any(key in metrics for key in keys):
-            n, skipped = (metrics.get(f"grounding/{prefix}{k}", 0) for k in ("n", "skipped"))
-            note = f"{n:.0f} phrases, {skipped:.0f} skipped for want of a usable truth."
-            parts += [tag("h3", title), tag("p", note, class_="soft"), _values(keys, metrics)]
-    parts += [*_retrieval(metrics), *_zero_shot(metrics)]
-    text = (
-        "Each value with what it has to beat. A baseline in red does better than the model; the "
-        "two mean masks know the text and the training truths, but never see the image."
-    )
-    return section("The numbers", tag("p", text), *parts) if parts else None
+class Note(NamedTuple):
+    """A remark below a number, with its CSS class."""
+
+    text: str
+    css: str = ""
 
 
-def _retrieval(metrics: Mapping[str, Any]) -> list[Html]:
-    """One row for each depth, one column for each direction and similarity."""
-    columns = [(w, k) for w in WAYS for k in KINDS if f"retrieval/{k}{w}_r5" in metrics]
-    if not columns:
-        return []
-    n, twins = (metrics.get(f"retrieval/{k}", 0) for k in ("n", "duplicates"))
-    note = (
-        f"{n:.0f} studies; {twins:.0f} share their words with another, and finding any with the "
-        "same words counts as a hit. Global compares the whole report with the whole image, local "
-        "its words with pixels, both is the two together."
-    )
-    rows = []
-    for name in ("r1", "r5", "r10", "median_rank"):
-        title, digits, meaning = "Median rank", 1, "Half of the queries are answered by this place."
-        if name != "median_rank":
-            title, digits, meaning = f"R@{name[1:]}", 3, recall_meaning(int(name[1:]), metrics)
-        row = [tag("td", title, tag("div", meaning, class_="meaning"))]
-        for way, kind in columns:
-            key = f"retrieval/{kind}{way}_{name}"
-            row.append(cell(metrics.get(key), "own", digits, interval(key, metrics)))
-        rows.append([*row, cell(metrics.get(f"retrieval/chance/i2t_{name}"), "behind", digits)])
-    names = [f"{WAYS[way]}, {KINDS[kind]}" for way, kind in columns]
-    return [
-        tag("h3", "Retrieval"),
-        tag("p", note, class_="soft"),
-        table(["", *names, "chance"], rows),
-    ]
+class Cell(NamedTuple):
+    """A table cell: text, its CSS classes, remarks below it, and marks of a strip."""
+
+    text: str
+    css: str = ""
+    notes: tuple[Note, ...] = ()
+    marks: tuple[Mark, ...] = ()
 
 
-def _zero_shot(metrics: Mapping[str, Any]) -> list[Html]:
-    keys = {f"zero_shot/{k}auroc_macro": said for k, said in KINDS.items()}
-    keys = {key: said for key, said in keys.items() if key in metrics}
-    if not keys:
-        return []
-    name = tag("td", "AUROC, mean over findings", tag("div", auroc_meaning(), class_="meaning"))
-    row = [name, *(cell(metrics[k], "own", small=interval(k, metrics)) for k in keys)]
-    row.append(cell(metrics.get("zero_shot/chance/auroc_macro"), "behind"))
-    return [tag("h3", "Zero-shot classification"), table(["", *keys.values(), "chance"], [row])]
+class Table(NamedTuple):
+    """A table whose first `num_labels` columns hold text and the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    num_labels: int = 1
 
 
-def finding_table(metrics: Mapping[str, Any]) -> Html | None:
-    """Show each finding by itself: grounding beside two of its null maps, and AUROC."""
-    names = [k.split("/")[1] for k in metrics if k.startswith("grounding/") and k.count("/") == 2]
-    names = [n for n in dict.fromkeys(names) if f"grounding/random/{n}/cnr_signed" in metrics]
-    heads = [
-        "",
-        "CNR",
-        "lung prior",
-        "mean mask",
-        "pointing",
-        "lung prior",
-        "mean mask",
-        "CNR, bare",
-        "pointing, bare",
-        "AUROC",
-    ]
-    rows = []
-    for name in names:
-        row = [tag("td", name.replace("_", " "))]
-        for k in HEADS:
-            keys = [f"grounding/{null}{name}/{k}" for null in ("", "prior/", "mean_finding/")]
-            own, *rest = (metrics.get(key) for key in keys)
-            row += [cell(own, "own", 2), *(cell(x, _side(own, x), 2) for x in rest)]
-        row += [cell(metrics.get(f"grounding/bare/{name}/{k}"), "", 2) for k in HEADS]
-        rows.append([*row, cell(metrics.get(f"zero_shot/{name}/auroc"))])
-    return section("Finding by finding", table(heads, rows)) if rows else None
+@dataclass(frozen=True)
+class Card:
+    """A headline metric in large type, with its interval, strip and verdict."""
+
+    title: str
+    value: str
+    interval: str
+    marks: tuple[Mark, ...]
+    verdict: str
+    meaning: str
 
 
-def nulls_of(key: str, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Find what a metric has to beat, by name; empty where nothing is known."""
-    task, *middle, name = key.split("/")
-    if task == "grounding":
-        found = {text: "/".join([task, *middle, null, name]) for null, text in NULLS.items()}
-    elif task in ("retrieval", "zero_shot"):
-        found = {"chance": f"{task}/chance/{name}"}
-    else:
-        rest = "/".join([*middle, name])
-        found = {text: f"{task}/{null}/{rest}" for null, text in BASELINES.items()}
-    return {text: float(metrics[k]) for text, k in found.items() if is_number(metrics.get(k))}
+def format_number(value: Any, digits: int | None = None) -> str:
+    """Returns a number as text, by default with about three digits that count.
+
+    >>> format_number(1.2345), format_number(0.01234), format_number(153.2), format_number(None)
+    ('1.23', '0.012', '153', '–')
+    """
+    if not is_number(value):
+        return "–"
+    if digits is None:
+        digits = 0 if abs(value) >= 100 else 2 if abs(value) >= 0.1 or not value else 3
+    return f"{value:.{digits}f}"
 
 
-def verdict(value: float, nulls: Mapping[str, float]) -> str:
-    """Say in words what a value beats and what it does not, the nearest of each."""
-    below = {name: x for name, x in nulls.items() if x < value}
-    above = {name: x for name, x in nulls.items() if x >= value}
-    parts = []
-    if below:
-        name = max(below, key=below.__getitem__)
-        parts.append(f"above the {name} ({number(below[name])})")
-    if above:
-        name = min(above, key=above.__getitem__)
-        parts.append(f"not above the {name} ({number(above[name])})")
-    return ", ".join(parts).replace("the chance", "chance").capitalize()
-
-
-def interval(key: str, metrics: Mapping[str, Any]) -> str:
-    """Write the bootstrap interval of a metric, if it has one."""
-    low, high = (metrics.get(f"{key}_{end}") for end in ("low", "high"))
-    return f"{number(low)} to {number(high)}" if is_number(low) and is_number(high) else ""
-
-
-def recall_meaning(k: int, metrics: Mapping[str, Any]) -> str:
-    """Say what recall at k means, with the number of candidates."""
-    among = f" of {metrics['retrieval/n']:.0f}" if is_number(metrics.get("retrieval/n")) else ""
-    return f"How often its own report, or image, is among the first {k}{among}."
-
-
-def auroc_meaning() -> str:
-    """Say what the area under the ROC curve means."""
-    return (
-        "How often an image with the finding scores above one without it, by prompts alone. "
-        "0.5 is chance."
-    )
-
-
-def _values(keys: Mapping[str, tuple[str, str]], metrics: Mapping[str, Any]) -> Html:
-    """Make the table of some metrics: name and meaning, value, strip, each null."""
-    keys = {key: text for key, text in keys.items() if key in metrics}
-    nulls = {key: nulls_of(key, metrics) for key in keys}
-    names = list(dict.fromkeys(name for some in nulls.values() for name in some))
-    rows = []
-    for key, (name, meaning) in keys.items():
-        value, digits = float(metrics[key]), 2 if "cnr" in key else 3
-        row = [
-            tag("td", name, tag("div", meaning, class_="meaning")),
-            cell(value, "own", digits, interval(key, metrics)),
-            tag("td", strip(value, nulls[key]), class_="dots"),
-        ]
-        others = [nulls[key].get(n) for n in names]
-        rows.append(row + [cell(x, _side(value, x), digits) for x in others])
-    return table(["", "model", "", *names], rows)
-
-
-def _side(value: Any, null: Any) -> str:
-    if not is_number(value) or not is_number(null):
+def format_interval(entry: Entry) -> str:
+    """Returns the bootstrap interval of a metric as text, "" if it has none."""
+    low, high = entry.interval
+    if math.isnan(low) or math.isnan(high):
         return ""
-    return "behind" if null < value else "ahead"
+    return f"{format_number(low)} to {format_number(high)}"
+
+
+def verdict(entry: Entry) -> str:
+    """Returns a sentence that names the nearest baseline on either side of a value.
+
+    The nearest beaten baseline is the strongest of those beaten, the nearest unbeaten one the
+    weakest of the others.
+    """
+    finite = {label: x for label, x in entry.baselines.items() if math.isfinite(x)}
+    if math.isnan(entry.value):
+        return ""
+    beaten = [label for label, x in finite.items() if entry.beats(x)]
+    unbeaten = [label for label in finite if label not in beaten]
+    parts = []
+    for relation, labels in (("better than", beaten), ("not better than", unbeaten)):
+        if labels:
+            label = min(labels, key=lambda label: abs(finite[label] - entry.value))
+            parts.append(f"{relation} {label} ({format_number(finite[label])})")
+    sentence = ", ".join(parts)
+    # Not `capitalize`, which would turn the rest into lower case.
+    return sentence[:1].upper() + sentence[1:]
+
+
+def strip_marks(value: float, baselines: Mapping[str, float]) -> tuple[Mark, ...]:
+    """Returns the places of a value and its baselines on one axis; () if there is none to compare.
+
+    The axis includes 0, so that a small difference between large values looks small.
+    """
+    finite = {label: x for label, x in baselines.items() if math.isfinite(x)}
+    if not finite or not math.isfinite(value):
+        return ()
+    low, high = min(0.0, value, *finite.values()), max(value, *finite.values())
+    # All values may be 0.
+    scale = (STRIP_WIDTH - 2 * STRIP_MARGIN) / ((high - low) or 1)
+
+    def place(label: str, x: float, is_model: bool = False) -> Mark:
+        return Mark(
+            round(STRIP_MARGIN + scale * (x - low), 1), f"{label} {format_number(x)}", is_model
+        )
+
+    # The model comes last: SVG paints later marks over earlier ones.
+    return (*(place(label, x) for label, x in finite.items()), place("model", value, True))
+
+
+def headline_cards(
+    catalogue: Catalogue, titles: Mapping[str, str], metrics: Mapping[str, Any]
+) -> list[Card]:
+    """Returns a card for each of a task's first headline metrics."""
+    cards = []
+    for task in catalogue:
+        measured = [entry for entry in headlines(catalogue, metrics) if entry.task == task]
+        for entry in measured[:CARDS_PER_TASK]:
+            cards.append(
+                Card(
+                    title=f"{titles.get(task, task)}: {entry.metric.label}",
+                    value=format_number(entry.value, entry.metric.digits),
+                    interval=format_interval(entry),
+                    marks=strip_marks(entry.value, entry.baselines),
+                    verdict=verdict(entry),
+                    meaning=entry.metric.meaning,
+                )
+            )
+    return cards
+
+
+def summary_table(
+    catalogue: Catalogue, titles: Mapping[str, str], metrics: Mapping[str, Any]
+) -> Table | None:
+    """Returns one table of the headline metrics of all tasks, or None for fewer than two tasks."""
+    rows, last_task = [], ""
+    for entry in headlines(catalogue, metrics):
+        task = titles.get(entry.task, entry.task) if entry.task != last_task else ""
+        last_task = entry.task
+        name, baselines = Cell(entry.metric.label), Cell(_format_baselines(entry), "muted")
+        rows.append((Cell(task), name, baselines, _value_cell(entry)))
+    if len({entry.task for entry in headlines(catalogue, metrics)}) < 2:
+        return None
+    return Table("", ("task", "metric", "baselines", "model"), tuple(rows), num_labels=3)
+
+
+def task_tables(catalogue: Catalogue, task: str, metrics: Mapping[str, Any]) -> list[Table]:
+    """Returns all measured metrics of a task that the catalogue knows, as tables.
+
+    The first table has one row for each metric without placeholders. Then comes a pivot table for
+    each kind of group, as `{finding}` or `round{t}`: its rows are the values of the placeholders
+    and its columns the metrics.
+    """
+    plain: list[Entry] = []
+    grouped: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries({task: catalogue[task]}, metrics):
+        segments = tuple(part for part in entry.pattern.split("/") if "{" in part)
+        (grouped.setdefault(segments, []) if segments else plain).append(entry)
+    tables = [_metric_table(plain)] if plain else []
+    return tables + [
+        _pivot_table(segments, members, catalogue[task]) for segments, members in grouped.items()
+    ]
+
+
+def markdown(metrics: Mapping[str, Any], catalogue: Catalogue, titles: Mapping[str, str]) -> str:
+    """Returns the headline metrics of all tasks as a Markdown table.
+
+    >>> from plan_jax.types import Metric
+    >>> catalogue = {"detection": {"map": Metric("mAP", "", baselines={"prior": "prior/map"},
+    ...                                          headline=True)}}
+    >>> values = {"detection/map": 0.5, "detection/prior/map": 0.25}
+    >>> print(markdown(values, catalogue, {"detection": "Detection"}))
+    | task | metric | model | 95 % interval | baselines |
+    |---|---|---|---|---|
+    | Detection | mAP | 0.500 |  | prior 0.250 |
+    <BLANKLINE>
+    """
+    rows = [("task", "metric", "model", "95 % interval", "baselines"), ("---",) * 5]
+    for entry in headlines(catalogue, metrics):
+        rows.append(
+            (
+                titles.get(entry.task, entry.task),
+                entry.metric.label,
+                format_number(entry.value, entry.metric.digits),
+                format_interval(entry),
+                _format_baselines(entry),
+            )
+        )
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "".join(
+        "|---|---|---|---|---|\n" if i == 1 else f"| {' | '.join(row)} |\n"
+        for i, row in enumerate(escaped)
+    )
+
+
+def _format_baselines(entry: Entry) -> str:
+    digits = entry.metric.digits
+    return "; ".join(f"{label} {format_number(x, digits)}" for label, x in entry.baselines.items())
+
+
+def _value_cell(entry: Entry, notes: tuple[Note, ...] = ()) -> Cell:
+    interval = format_interval(entry)
+    notes = (Note(interval, "muted"), *notes) if interval else notes
+    return Cell(format_number(entry.value, entry.metric.digits), "model", notes)
+
+
+def _baseline_css(entry: Entry, baseline: float | None) -> str:
+    """Returns the CSS class of a baseline: red if the model does not beat it."""
+    if baseline is None or math.isnan(baseline) or math.isnan(entry.value):
+        return ""
+    return "muted" if entry.beats(baseline) else "unbeaten"
+
+
+def _metric_table(measured: Sequence[Entry]) -> Table:
+    """Returns a table of metrics: label and meaning, value, strip, then each baseline."""
+    labels = tuple(dict.fromkeys(label for entry in measured for label in entry.baselines))
+    rows = []
+    for entry in measured:
+        baselines = [entry.baselines.get(label) for label in labels]
+        rows.append(
+            (
+                Cell(entry.metric.label, notes=(Note(entry.metric.meaning, "meaning"),)),
+                _value_cell(entry),
+                Cell("", "strip-cell", marks=strip_marks(entry.value, entry.baselines)),
+                *(
+                    Cell("" if x is None else format_number(x, entry.metric.digits), css)
+                    for x, css in ((x, _baseline_css(entry, x)) for x in baselines)
+                ),
+            )
+        )
+    return Table("", ("metric", "model", "", *labels), tuple(rows))
+
+
+def _pivot_table(
+    segments: Sequence[str], measured: Sequence[Entry], task_metrics: Mapping[str, Any]
+) -> Table:
+    """Returns a table with a row for each value of the placeholders and a column for each metric.
+
+    Below a value stands its strongest baseline.
+    """
+    patterns = list(dict.fromkeys(entry.pattern for entry in measured))
+    cells: dict[tuple[str, ...], dict[str, Cell]] = {}
+    for entry in measured:
+        strongest = entry.strongest_baseline()
+        notes: tuple[Note, ...] = ()
+        if strongest:
+            text = f"{strongest[0]} {format_number(strongest[1], entry.metric.digits)}"
+            notes = (Note(text, _baseline_css(entry, strongest[1])),)
+        cells.setdefault(entry.group, {})[entry.pattern] = _value_cell(entry, notes)
+    names = tuple(_segment_name(segment) for segment in segments)
+    rows = tuple(
+        (
+            *(Cell(value.replace("_", " ")) for value in group),
+            *(row.get(pattern, Cell("")) for pattern in patterns),
+        )
+        for group, row in cells.items()
+    )
+    columns = (*names, *(_column_label(task_metrics[pattern].label) for pattern in patterns))
+    return Table(f"By {' and '.join(names)}", columns, rows, num_labels=len(names))
+
+
+def _segment_name(segment: str) -> str:
+    """Returns what the placeholder of a path segment stands for.
+
+    >>> _segment_name("{finding}"), _segment_name("round{t}")
+    ('finding', 'round')
+    """
+    literal = re.sub(r"{\w+}", "", segment).strip("_")
+    return literal or segment.strip("{}")
+
+
+def _column_label(label: str) -> str:
+    """Returns the label of a metric without the parts that vary within a pivot table.
+
+    >>> _column_label("AUROC, {share} % of labels"), _column_label("CNR of {finding}")
+    ('AUROC', 'CNR of finding')
+    """
+    constant = [part for part in label.split(", ") if "{" not in part]
+    return ", ".join(constant) or re.sub(r"[{}]", "", label)
