@@ -1,4 +1,4 @@
-"""The type checker that tests put around every annotated function of the library."""
+"""The type checker that tests wrap around every annotated function of the library."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ from beartype import beartype
 
 
 def check(function: Callable) -> Callable:
-    """Check what goes in and out at each call, except where a dataclass is made.
+    """Returns a function that checks arguments and results at each call, except for constructors.
 
-    jax makes the dataclasses that it maps over itself, with whatever the map returned: shapes,
+    jax constructs the dataclasses that it maps over itself, from whatever the map returned: shapes,
     shardings or placeholders as well as arrays.
     """
     return function if function.__name__ == "__init__" else beartype(function)
