@@ -16,7 +16,7 @@ from plan_jax.encoders.bert import BERTS
 from plan_jax.encoders.dual_encoder import DualEncoder
 from plan_jax.encoders.resnet import RESNETS
 from plan_jax.encoders.vit import VITS
-from plan_jax.heads.head_on_tower import chunked
+from plan_jax.heads.head_on_tower import map_chunks
 from plan_jax.methods import METHODS
 from plan_jax.types import Features, Model, Stages, Tower, UserError
 
@@ -111,18 +111,18 @@ def make_model(
     draw = jax.jit(method.heatmap, static_argnums=4)
 
     def encode_image(images: np.ndarray) -> Features:
-        return chunked(lambda a: see_some(towers, *a), (images,), batch)
+        return map_chunks(lambda a: see_some(towers, *a), (images,), batch)
 
     def encode_text(texts: list[str]) -> Features:
         rows = encode_many(tokenizer, texts, length=data["length"], words=data["words"])
-        return chunked(lambda text: read_some(towers, text), rows, batch)
+        return map_chunks(lambda text: read_some(towers, text), rows, batch)
 
     def similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
         def columns(leaves: tuple[np.ndarray, ...]) -> dict[str, jax.Array]:
             some = jax.tree.unflatten(jax.tree.structure(texts), leaves)
             return {k: v.T for k, v in compare(own, memory, images, some, hyper).items()}
 
-        found = chunked(columns, tuple(jax.tree.leaves(texts)), batch)
+        found = map_chunks(columns, tuple(jax.tree.leaves(texts)), batch)
         return {kind: table.T for kind, table in found.items()}
 
     def heatmap(

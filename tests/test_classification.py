@@ -10,7 +10,7 @@ import optax
 import pytest
 from sklearn import metrics as sk
 
-from plan_jax.heads.linear import LOSSES, Linear, statistics
+from plan_jax.heads.linear import LOSSES, Linear, feature_statistics
 from plan_jax.tasks import classification
 from plan_jax.tasks.classification import Options
 from plan_jax.types import Model, Record, Stages, Tower, UserError
@@ -113,7 +113,7 @@ def logits_of(fit, records, tower=None):
         variables["params"] = fit.params["tower"]
     rows = []
     for seen in np.float64(tower.apply(variables, np.stack([r.image for r in records]))[0].pooled):
-        level = (seen - fit.stats["head"]["mean"]) / fit.stats["head"]["spread"]
+        level = (seen - fit.stats["head"]["mean"]) / fit.stats["head"]["std"]
         rows.append([sum(level[e] * kernel[e, f] for e in range(6)) + bias[f] for f in range(3)])
     return np.array(rows)
 
@@ -134,10 +134,10 @@ def test_multilabel_learns_and_its_numbers_are_those_of_literal_loops(fits):
     fit, train, _ = fits[-1]
     labels = {split: np.stack([r.labels for r in some]) for split, some in splits.items()}
     logits = {split: logits_of(fit, splits[split]) for split in ("val", "test")}
-    assert -fit.best == pytest.approx(binary_cross_entropy(logits["val"], labels["val"]), rel=1e-4)
-    assert "seen" in train and not fit.params["tower"] and not fit.stats["tower"]["mean"].any()
-    assert (fit.stats["head"]["spread"] == 1).all() and not fit.stats["head"]["mean"].any()
-    assert fit.best == max(row["score"] for row in fit.history)
+    assert -fit.score == pytest.approx(binary_cross_entropy(logits["val"], labels["val"]), rel=1e-4)
+    assert "features" in train and not fit.params["tower"] and not fit.stats["tower"]["mean"].any()
+    assert (fit.stats["head"]["std"] == 1).all() and not fit.stats["head"]["mean"].any()
+    assert fit.score == max(row["score"] for row in fit.history)
     assert values["100/auroc_macro"] > 0.9 > 0.5 == values["chance/100/auroc_macro"]
     scored = {"auroc": [], "auprc": [], "f1": [], "accuracy": [], "every": [], "more": []}
     for i, name in enumerate(("pleural_effusion", "mass", "edema")):
@@ -159,7 +159,7 @@ def test_multilabel_learns_and_its_numbers_are_those_of_literal_loops(fits):
     assert values["chance/100/accuracy"] == pytest.approx(np.mean(scored["more"]))
     assert values["100/auroc_macro"] > values["100/auroc_macro_low"] > 0.5
     assert values["100/auroc_macro_high"] <= 1
-    assert values["10/n_train"] == 8 and values["100/n_train"] == 80 == len(train["truth"])
+    assert values["10/n_train"] == 8 and values["100/n_train"] == 80 == len(train["labels"])
     assert values["10/labels_skipped"] == values["100/labels_unseen"] == 0
     assert 0 < values["100/ece"] < 0.3
     assert [row.kind for row in rows] == ["roc"] * 3 + ["calibration"]
@@ -191,7 +191,7 @@ def test_multiclass_learns_and_counts_the_likeliest_class(fits):
         math.log(sum(math.exp(x) for x in z)) - z[y]
         for z, y in zip(logits["val"], truth["val"], strict=True)
     ]
-    assert -fits[0][0].best == pytest.approx(np.mean(losses), rel=1e-4)
+    assert -fits[0][0].score == pytest.approx(np.mean(losses), rel=1e-4)
     called, y = logits["test"].argmax(1), truth["test"]
     assert values["100/accuracy"] == pytest.approx(np.mean(called == y))
     assert values["100/f1_macro"] == pytest.approx(sk.f1_score(y, called, average="macro"))
@@ -217,7 +217,7 @@ def test_finetuning_fits_the_tower_and_its_norm(fits):
     loss = binary_cross_entropy(
         logits_of(tuned, splits["val"]), np.stack([r.labels for r in splits["val"]])
     )
-    assert -tuned.best == pytest.approx(loss, rel=1e-4)
+    assert -tuned.score == pytest.approx(loss, rel=1e-4)
 
 
 def test_standardised_features_are_so_by_the_training_share_and_forget_their_scale(fits):
@@ -227,15 +227,15 @@ def test_standardised_features_are_so_by_the_training_share_and_forget_their_sca
     large, _ = evaluate(splits, options, make_model(make_tower(1000.0)))
     assert values == pytest.approx(large, abs=1e-4)
     fit, train, stats = fits[0]
-    np.testing.assert_allclose(stats["head"]["mean"], train["seen"].mean(0), atol=1e-6)
-    np.testing.assert_allclose(stats["head"]["spread"], train["seen"].std(0), rtol=1e-5)
-    np.testing.assert_array_equal(fit.stats["head"]["spread"], stats["head"]["spread"])
+    np.testing.assert_allclose(stats["head"]["mean"], train["features"].mean(0), atol=1e-6)
+    np.testing.assert_allclose(stats["head"]["std"], train["features"].std(0), rtol=1e-5)
+    np.testing.assert_array_equal(fit.stats["head"]["std"], stats["head"]["std"])
 
 
 def test_a_feature_that_does_not_vary_keeps_its_scale():
     seen = np.float32([[1, 5, 0], [3, 5, 0]])
-    found = statistics(seen)
-    assert found["mean"].tolist() == [2, 5, 0] and found["spread"].tolist() == [1, 1, 1]
+    found = feature_statistics(seen)
+    assert found["mean"].tolist() == [2, 5, 0] and found["std"].tolist() == [1, 1, 1]
     head = Linear(2)
     made = head.init(jax.random.key(0), jnp.asarray(seen), {})
     assert np.abs(made["params"]["Dense_0"]["kernel"]).max() <= 3**-0.5
@@ -277,8 +277,8 @@ def test_uncertain_labels_reach_loss_and_metrics_as_asked(fits):
         areas[policy] = values["100/auroc_macro"]
         rows = fits[-1][1]
         made = {"ignore": [0, 0, 0], "one": [1, 1, 1], "mgca": [1, 0, 1]}[policy]
-        np.testing.assert_array_equal(rows["truth"], np.where(raw < 0, made, raw))
-        np.testing.assert_array_equal(rows["known"], (raw >= 0) | (policy != "ignore"))
+        np.testing.assert_array_equal(rows["labels"], np.where(raw < 0, made, raw))
+        np.testing.assert_array_equal(rows["mask"], (raw >= 0) | (policy != "ignore"))
     assert len(set(areas.values())) == 3
 
 
@@ -289,12 +289,12 @@ def test_the_loss_is_a_loop_over_known_labels(unknown):
     labels = random.integers(0, 2, (9, 3))
     labels[random.random((9, 3)) < unknown] = -1
     loss = jax.value_and_grad(LOSSES["multilabel"])
-    rows = {"truth": jnp.asarray(labels == 1), "known": jnp.asarray(labels >= 0)}
+    rows = {"labels": jnp.asarray(labels == 1), "mask": jnp.asarray(labels >= 0)}
     value, slope = loss(logits, rows)
     expected = binary_cross_entropy(logits, labels) if unknown < 1 else 0
     assert value == pytest.approx(expected, rel=1e-5)
     assert not np.asarray(slope)[labels < 0].any() and np.isfinite(slope).all()
-    assert loss(logits, rows | {"truth": rows["truth"] ^ ~rows["known"]})[0] == value
+    assert loss(logits, rows | {"labels": rows["labels"] ^ ~rows["mask"]})[0] == value
 
 
 def test_shares_are_nested_and_drawn_by_the_seed():
@@ -378,5 +378,5 @@ def test_multiclass_names_how_many_records_have_none_or_several():
     with pytest.raises(UserError, match="and 2 of 4 in split test have none or several"):
         classification.needs(splits | {"test": records}, options, FINDINGS)
     classification.needs(splits | {"test": records[2:]}, options, FINDINGS)
-    with pytest.raises(UserError, match="fake has no vision tower"):
+    with pytest.raises(UserError, match="fake has no image tower"):
         evaluate(splits, options, dataclasses.replace(make_model(), tower=None))

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plan_jax import optim
 from plan_jax.heads import anchors as anchor_boxes
+from plan_jax.heads import fit
 from plan_jax.heads.head_on_tower import HeadOnTower
-from plan_jax.metrics.boxes import Truth
+from plan_jax.metrics.boxes import TrueBoxes
 from plan_jax.tasks import detection
 from plan_jax.types import Model, Phrase, Record, Stages, Tower, UserError
 
@@ -56,9 +56,9 @@ SPLITS = {"train": make_records(160, 0), "val": make_records(32, 1), "test": mak
 def test_a_head_learns_to_find_boxes_of_two_classes(monkeypatch):
     before = []
 
-    def fit_head(loss, params, stats, *rest, judge, **settings):
-        before.append(judge(params, stats))
-        return optim.fit_head(loss, params, stats, *rest, judge=judge, **settings)
+    def fit_head(loss, params, stats, *rest, score, **settings):
+        before.append(score(params, stats))
+        return fit.fit_head(loss, params, stats, *rest, score=score, **settings)
 
     monkeypatch.setattr(detection, "fit_head", fit_head)
     options = detection.Options(classes="each", epochs=12, **QUICK)
@@ -105,13 +105,13 @@ def test_true_boxes_are_cut_counted_and_not_said_twice():
 
 def test_padding_is_said_to_be_padding():
     truth = [
-        Truth(np.float32([[1, 2, 3, 4]]), np.int32([2])),
-        Truth(np.zeros((0, 4), np.float32), np.zeros(0, np.int32)),
+        TrueBoxes(np.float32([[1, 2, 3, 4]]), np.int32([2])),
+        TrueBoxes(np.zeros((0, 4), np.float32), np.zeros(0, np.int32)),
     ]
     rows = detection.padded(truth, 2)
     assert rows["boxes"].tolist() == [[[1, 2, 3, 4], [0] * 4], [[0] * 4] * 2]
-    assert rows["real"].tolist() == [[True, False], [False, False]]
-    assert rows["kinds"].tolist() == [[2, 0], [0, 0]]
+    assert rows["mask"].tolist() == [[True, False], [False, False]]
+    assert rows["classes"].tolist() == [[2, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -151,14 +151,21 @@ def test_training_records_are_drawn_by_the_seed_and_kept_in_order():
 def test_the_prior_gives_the_usual_boxes_first():
     usual, rare = (0, 0, 10, 10), (20, 20, 30, 30)
     rows = [(usual, 0), (rare, 0), ((0, 0, 10, 9), 0), (usual, 1)]
-    truth = [Truth(np.float32([box]), np.int32([kind])) for box, kind in rows]
+    truth = [TrueBoxes(np.float32([box]), np.int32([kind])) for box, kind in rows]
     found = detection.prior(truth)
     assert found.boxes.tolist() == [list(usual), list(rare), list(usual)]
     assert found.scores.tolist() == [0.5, 0.25, 0.25] and found.classes.tolist() == [0, 0, 1]
 
 
 def fake_probe(**changes):
-    given = {"params": {}, "stats": {}, "rows": None, "loss": None, "see": None, "predict": None}
+    given = {
+        "params": {},
+        "stats": {},
+        "examples": None,
+        "loss": None,
+        "features": None,
+        "predict": None,
+    }
     return HeadOnTower(**given | changes)
 
 
@@ -170,22 +177,22 @@ def test_boxes_are_those_of_each_image_alone_however_many_there_are(monkeypatch)
     probe = fake_probe(predict=lambda params, stats, rows: rows["maps"])
     found = detection._finder(probe, (24, 24), options)({}, {}, {"maps": maps})
     assert len(found) == 6
-    anchors = anchor_boxes.anchors_at((24, 24))
-    alone = jax.jit(partial(anchor_boxes.detect, size=(24, 24), floor=0.6, candidates=20))
+    anchors = anchor_boxes.anchors_for_size((24, 24))
+    alone = jax.jit(partial(anchor_boxes.detect, size=(24, 24), min_score=0.6, num_candidates=20))
     for n, one in enumerate(found):
         seen = alone(tuple(m[n] for m in maps), anchors)
-        keep = np.asarray(seen.keep)
+        keep = np.asarray(seen.mask)
         np.testing.assert_allclose(one.boxes, np.asarray(seen.boxes)[keep], rtol=1e-5, atol=1e-4)
         assert len(one.boxes) == keep.sum() and (one.scores >= 0.6).all()
 
 
 def test_while_nothing_is_found_the_loss_says_which_epoch_is_better():
-    truth = [Truth(np.float32([[0, 0, 9, 9]]), np.int32([0]))] * 5
+    truth = [TrueBoxes(np.float32([[0, 0, 9, 9]]), np.int32([0]))] * 5
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
     right = np.float32([[0, 0, 9, 9]]), np.float32([0.3]), np.int32([0])
 
     def find(params, stats, rows):
-        return [detection.Found(*(right if params["found"] else nothing))] * 5
+        return [detection.DetectedBoxes(*(right if params["found"] else nothing))] * 5
 
     def loss(params, stats, rows, key, train):
         return rows["x"].mean() * params["scale"], stats

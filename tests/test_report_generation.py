@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from plan_jax.heads import vocabulary as report_vocabulary
-from plan_jax.heads.vocabulary import END, PAD, UNKNOWN, Vocabulary, clean, prose
+from plan_jax.heads.vocabulary import END, PAD, UNKNOWN, Vocabulary, clean_report, to_sentences
 from plan_jax.tasks import report_generation
 from plan_jax.tasks.report_generation import Options
 from plan_jax.types import Model, Record, Stages, Tower, UserError
@@ -195,28 +195,28 @@ def test_rare_words_and_cut_ends_count_in_strict_only():
     ],
 )
 def test_reports_are_cleaned(text, wanted):
-    assert clean(text) == wanted
-    assert clean(wanted) == wanted
+    assert clean_report(text) == wanted
+    assert clean_report(wanted) == wanted
 
 
 def test_reports_are_cleaned_as_published():
     text = "1. Heart, large.. 2. ___ in\nL1. No effusion/oedema (2.5 cm) x-ray"
     wanted = "heart large .  in lno effusionoedema 25 cm x-ray ."
-    assert clean(text, "published") == wanted
-    assert clean("A. . B.", "published") == "a .  . b ."  # a sentence without words stays
-    assert clean(" ", "published") == ""
+    assert clean_report(text, "published") == wanted
+    assert clean_report("A. . B.", "published") == "a .  . b ."  # a sentence without words stays
+    assert clean_report(" ", "published") == ""
 
 
 def test_ids_come_back_as_words():
-    vocabulary = report_vocabulary.build(["no nodule .", "no <unk> nodule ."], 2)
+    vocabulary = report_vocabulary.build_vocabulary(["no nodule .", "no <unk> nodule ."], 2)
     assert vocabulary.words == (".", "no", "nodule") and len(vocabulary) == 7
     row = vocabulary.encode("no big nodule .", 7)
     assert row.tolist() == [5, UNKNOWN, 6, 4, END, PAD, PAD]
     assert vocabulary.decode(row) == "no <unk> nodule ."
     cut = vocabulary.encode("no big nodule .", 4)
     assert END not in cut and vocabulary.decode(cut) == "no <unk> nodule ."
-    assert vocabulary.masked("no big nodule .", 2) == "no <unk>"
-    assert prose("no nodule . <unk> . .") == "No nodule. <unk>."
+    assert vocabulary.mask_unknown("no big nodule .", 2) == "no <unk>"
+    assert to_sentences("no nodule . <unk> . .") == "No nodule. <unk>."
 
 
 def test_mistakes_are_named():
@@ -239,7 +239,7 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="min_count 99 leaves no word of 4 reports"):
         run(splits, dataclasses.replace(QUICK, min_count=99))
     bare = dataclasses.replace(make_model(), tower=None)
-    with pytest.raises(UserError, match="fake has no vision tower"):
+    with pytest.raises(UserError, match="fake has no image tower"):
         report_generation.evaluate(
             bare, splits, options=QUICK, findings=findings, labeller=labeller
         )

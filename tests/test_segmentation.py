@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from plan_jax.heads import setr, unet
-from plan_jax.layers.resize import resize_align_corners
+from plan_jax.layers.resize import double_align_corners, resize_align_corners
 from plan_jax.tasks import segmentation
 from plan_jax.tasks.segmentation import Options, mask_of, mixed_loss
 from plan_jax.types import Model, Phrase, Record, Stages, Tower, UserError
@@ -135,7 +135,9 @@ def test_unet_takes_the_last_map_of_a_size_and_the_last_widths():
     assert logits == (2, 32, 32, 1)
     found = [made[f"block{n}"]["kernel1"].shape[2:] for n in range(1, 4)]
     assert found == [(6 + 4, 64), (64, 32), (32, 16)]
-    with pytest.raises(UserError, match="2 numbers, and this tower needs 3 blocks; give 3"):
+    with pytest.raises(
+        UserError, match="unet_widths has 2 widths, and this tower needs 3 blocks; give 3"
+    ):
         shapes(unet.UNet(1, (32, 32), (8, 4)), maps)
 
 
@@ -158,7 +160,7 @@ def test_every_map_is_seen():
     ],
 )
 def test_unet_reaches_the_image_from_any_sizes(sizes, image, steps):
-    found = unet.ladder([(n, n) for n in sizes[::-1]], (image, image))
+    found = unet.block_sizes([(n, n) for n in sizes[::-1]], (image, image))
     assert [step[0] for step in found] == steps
     maps = maps_of(*((n, 2) for n in sizes))
     assert shapes(unet.UNet(1, (image, image), (4, 4, 4)), maps)[1] == (2, image, image, 1)
@@ -173,7 +175,7 @@ def test_the_folded_convolution_is_that_of_the_doubled_map(size, width):
     large = np.kron(x, np.ones((1, 2, 2, 1)))[:, : size[0], : size[1]]
     wanted = literal_conv(large if skip is None else np.concatenate([large, skip], -1), kernel)
     parts = [None if part is None else jnp.asarray(part, jnp.float32) for part in (x, skip, kernel)]
-    np.testing.assert_allclose(unet.convolve_enlarged(*parts, size), wanted, atol=2e-5)
+    np.testing.assert_allclose(unet.convolve_upsampled(*parts, size), wanted, atol=2e-5)
 
 
 def test_setr_has_a_block_for_each_doubling():
@@ -196,10 +198,10 @@ def test_maps_are_doubled_with_their_corners_kept():
     def wanted(rows, columns):
         return np.apply_along_axis(line, 2, np.apply_along_axis(line, 1, x, rows), columns)
 
-    np.testing.assert_allclose(jax.jit(setr.double)(x), wanted(6, 8), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(double_align_corners)(x), wanted(6, 8), atol=1e-5)
     stretched = jax.jit(resize_align_corners, static_argnums=1)(x, (7, 5))
     np.testing.assert_allclose(stretched, wanted(7, 5), atol=1e-5)
-    one = jax.jit(setr.double)(np.ones((1, 1, 1, 3)))
+    one = jax.jit(double_align_corners)(np.ones((1, 1, 1, 3)))
     np.testing.assert_array_equal(one, np.ones((1, 2, 2, 3)))
 
 

@@ -1,1 +1,1 @@
-"""Heads: the small flax modules that downstream tasks fit on a vision tower, one file each."""
+"""Heads: the small flax modules that downstream tasks fit to an image tower, one file each."""

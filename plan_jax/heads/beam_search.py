@@ -1,8 +1,9 @@
-"""Greedy and beam search over any step function, in pure lax: static shapes, a batch at a time.
+"""Greedy and beam search over any step function, under jit: static shapes, a batch at a time.
 
 Deviation: R2Gen's code blocks repeated trigrams in its greedy search only (and halves their
-probability twice instead of ruling them out); its beam search, which gave the published numbers,
-blocks nothing. Here both rule out what `block` says; 0 is what R2Gen does in effect.
+probability twice instead of ruling them out); its beam search, which produced the published
+numbers, blocks nothing. Here both rule out what `no_repeat_ngram` says; 0 is what R2Gen does in
+effect.
 """
 
 from collections.abc import Callable
@@ -13,163 +14,199 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-# step(cache, tokens of N rows, their position) gives the logits [N V] of the next token of each row
-# and the new cache, whose leaves have N rows too.
-Step = Callable[[PyTree, Int[Array, " N"], Int[Array, ""]], tuple[Float[Array, "N V"], PyTree]]
+# step(cache, tokens of N rows, their position) returns the logits [N V] of the next token of each
+# row and the new cache, whose leaves have N rows too.
+StepFunction = Callable[
+    [PyTree, Int[Array, " N"], Int[Array, ""]], tuple[Float[Array, "N V"], PyTree]
+]
 
 
-class Decoded(NamedTuple):
-    """Sequences, without the start: `end` is their last token, unless they were cut, then `pad`.
+class Sequences(NamedTuple):
+    """Decoded sequences without the start token, and their scores.
 
-    `score` is the sum of the log-probabilities of a sequence's tokens, its end among them (beam
-    search divides it by length^penalty).
+    A sequence ends with the end token, unless it reached the maximum length, and is padded after
+    it. A score is the sum of the log-probabilities of a sequence's tokens, the end token included
+    (beam search divides it by length^length_penalty).
     """
 
     tokens: Int[Array, "B L"]
-    score: Float[Array, " B"]
+    scores: Float[Array, " B"]
 
 
-def greedy(
-    step: Step,
+def greedy_search(
+    step: StepFunction,
     cache: PyTree,
     start: Int[Array, " B"],
     *,
-    length: int,
+    max_length: int,
     end: int,
     pad: int = 0,
-    block: int = 0,
-) -> Decoded:
-    """Take the likeliest next token until the end, or `length` tokens; the first one among equals.
+    no_repeat_ngram: int = 0,
+) -> Sequences:
+    """Decodes by the likeliest next token; the first one among equals.
 
-    `cache` is that of B rows before anything was said, `start` their first input. A token that
-    would repeat a run of `block` tokens is never taken (0: anything goes).
+    Args:
+      step: the step function.
+      cache: that of B rows before the first token.
+      start: the first input of each row.
+      max_length: the largest number of tokens.
+      end: the id that ends a sequence.
+      pad: the id after the end.
+      no_repeat_ngram: a token that would repeat an n-gram of this length is ruled out; 0 rules out
+        nothing.
     """
 
-    def go(state: tuple) -> tuple:
-        position, tokens, last, done, score, cache = state
+    def extend(state: tuple) -> tuple:
+        position, tokens, last, done, scores, cache = state
         logits, cache = step(cache, last, position)
-        ahead = _log_probabilities(logits, tokens, position, block)
-        last = jnp.where(done, pad, ahead.argmax(1).astype(tokens.dtype))
-        score += jnp.where(done, 0, ahead.max(1))
+        log_probs = _next_log_probs(logits, tokens, position, no_repeat_ngram)
+        last = jnp.where(done, pad, log_probs.argmax(1).astype(tokens.dtype))
+        scores += jnp.where(done, 0, log_probs.max(1))
         tokens = lax.dynamic_update_slice(tokens, last[:, None], (0, position))
-        return position + 1, tokens, last, done | (last == end), score, cache
+        return position + 1, tokens, last, done | (last == end), scores, cache
 
-    count = len(start)
-    tokens = jnp.full((count, length), pad, start.dtype)
-    state = (jnp.int32(0), tokens, start, jnp.zeros(count, bool), jnp.zeros(count), cache)
-    state = lax.while_loop(lambda s: (s[0] < length) & ~s[3].all(), go, state)
-    return Decoded(state[1], state[4])
+    batch = len(start)
+    tokens = jnp.full((batch, max_length), pad, start.dtype)
+    state = (jnp.int32(0), tokens, start, jnp.zeros(batch, bool), jnp.zeros(batch), cache)
+    state = lax.while_loop(lambda s: (s[0] < max_length) & ~s[3].all(), extend, state)
+    return Sequences(state[1], state[4])
 
 
 def beam_search(
-    step: Step,
+    step: StepFunction,
     cache: PyTree,
     start: Int[Array, " B"],
     *,
-    beam: int,
-    length: int,
+    beam_size: int,
+    max_length: int,
     end: int,
     pad: int = 0,
-    block: int = 0,
+    no_repeat_ngram: int = 0,
     length_penalty: float = 0.0,
-) -> Decoded:
-    """Keep the `beam` likeliest beginnings of each row, and give the best finished sequence.
+) -> Sequences:
+    """Decodes by beam search, and returns the best finished sequence of each row.
 
     *score = sum of log p / length^length_penalty*: 0 is the plain sum (R2Gen's default), 1 the mean
-    log-probability; never negative. What ends (or reaches `length`) among the best `beam` of all
-    continuations leaves the beam, its place is taken by continuations of the others; the search
-    stops when none of these can become better than the best that ended. `cache` is that of B rows
-    before anything was said; `step` is called with B x beam rows, those of one row together. Of
-    equal continuations the first one counts, by beginning, then by token. `block` as in `greedy`.
+    log-probability; never negative.
+
+    Of the best `beam_size` continuations of all beams, those that end (or reach `max_length`) leave
+    the beam, and the next iteration fills it from the others. The search stops when no live beam
+    can exceed the best finished sequence. Among equal continuations the first one wins, by beam,
+    then by token.
+
+    Args:
+      step: the step function, called with B x beam_size rows, the beams of one row together.
+      cache: that of B rows before the first token.
+      start: the first input of each row.
+      beam_size: the number of beams.
+      max_length: the largest number of tokens.
+      end: the id that ends a sequence.
+      pad: the id after the end.
+      no_repeat_ngram: as in `greedy_search`.
+      length_penalty: the exponent of the length in the score.
     """
-    count, farthest = len(start), float(length) ** length_penalty
-    first = jnp.where(jnp.arange(beam) == 0, 0.0, -jnp.inf)  # or the beam were one, many times
-    state = _Beams(
-        jnp.int32(0),
-        jnp.full((count, beam, length), pad, start.dtype),
-        jnp.repeat(start[:, None], beam, 1),
-        jnp.tile(first, (count, 1)),
-        Decoded(jnp.full((count, length), pad, start.dtype), jnp.full(count, -jnp.inf)),
-        jax.tree.map(lambda x: jnp.repeat(x, beam, 0), cache),
+    # Live scores are sums of log-probabilities, which only fall: divided by the largest length they
+    # bound all scores that a beam can still reach.
+    batch, largest_divisor = len(start), float(max_length) ** length_penalty
+    # All beams are equal at first: only one is live, or they would stay copies of each other.
+    first_scores = jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf)
+    no_tokens = jnp.full((batch, max_length), pad, start.dtype)
+    state = _BeamState(
+        position=jnp.int32(0),
+        tokens=jnp.full((batch, beam_size, max_length), pad, start.dtype),
+        last_tokens=jnp.repeat(start[:, None], beam_size, 1),
+        live_scores=jnp.tile(first_scores, (batch, 1)),
+        best=Sequences(no_tokens, jnp.full(batch, -jnp.inf)),
+        cache=jax.tree.map(lambda x: jnp.repeat(x, beam_size, 0), cache),
     )
 
-    def open_still(state: _Beams) -> Bool[Array, ""]:
-        hope = state.live.max(1) / farthest > state.best.score
-        return (state.position < length) & hope.any()
+    def can_improve(state: _BeamState) -> Bool[Array, ""]:
+        bound = state.live_scores.max(1) / largest_divisor
+        return (state.position < max_length) & (bound > state.best.scores).any()
 
-    def go(state: _Beams) -> _Beams:
-        logits, cache = step(state.cache, state.last.reshape(-1), state.position)
-        said = state.tokens.reshape(count * beam, length)
-        ahead = _log_probabilities(logits, said, state.position, block)
-        total = state.live[..., None] + ahead.reshape(count, beam, -1)
-        scores, chosen = lax.top_k(total.reshape(count, -1), beam)
-        parent, last = jnp.divmod(chosen, logits.shape[1])
+    def extend(state: _BeamState) -> _BeamState:
+        logits, cache = step(state.cache, state.last_tokens.reshape(-1), state.position)
+        prefixes = state.tokens.reshape(batch * beam_size, max_length)
+        log_probs = _next_log_probs(logits, prefixes, state.position, no_repeat_ngram)
+        totals_BKV = state.live_scores[..., None] + log_probs.reshape(batch, beam_size, -1)
+        scores, indices = lax.top_k(totals_BKV.reshape(batch, -1), beam_size)
+        parents, last = jnp.divmod(indices, logits.shape[1])
         last = last.astype(start.dtype)
-        rows = (parent + beam * jnp.arange(count)[:, None]).reshape(-1)
-        tokens = said[rows].reshape(count, beam, length)
+        # Rows of the flat [B K] axis from which each new beam continues.
+        rows = (parents + beam_size * jnp.arange(batch)[:, None]).reshape(-1)
+        tokens = prefixes[rows].reshape(batch, beam_size, max_length)
         tokens = lax.dynamic_update_slice(tokens, last[..., None], (0, 0, state.position))
-        ended = (last == end) | (state.position == length - 1)
-        final = jnp.where(ended, scores / (state.position + 1.0) ** length_penalty, -jnp.inf)
-        return _Beams(
-            state.position + 1,
-            tokens,
-            last,
-            jnp.where(ended, -jnp.inf, scores),
-            _better(state.best, tokens, final),
-            jax.tree.map(lambda x: x[rows], cache),
+        ended = (last == end) | (state.position == max_length - 1)
+        final_scores = scores / (state.position + 1.0) ** length_penalty
+        return _BeamState(
+            position=state.position + 1,
+            tokens=tokens,
+            last_tokens=last,
+            live_scores=jnp.where(ended, -jnp.inf, scores),
+            best=_update_best(state.best, tokens, jnp.where(ended, final_scores, -jnp.inf)),
+            cache=jax.tree.map(lambda x: x[rows], cache),
         )
 
-    return lax.while_loop(open_still, go, state).best
+    return lax.while_loop(can_improve, extend, state).best
 
 
-class _Beams(NamedTuple):
-    """The state of a beam search; `live` is minus infinity where a place is empty."""
+class _BeamState(NamedTuple):
+    """The state of a beam search; `live_scores` is minus infinity where a place is empty."""
 
     position: Int[Array, ""]
     tokens: Int[Array, "B K L"]
-    last: Int[Array, "B K"]
-    live: Float[Array, "B K"]
-    best: Decoded
+    last_tokens: Int[Array, "B K"]
+    live_scores: Float[Array, "B K"]
+    best: Sequences
     cache: PyTree
 
 
-def _better(best: Decoded, tokens: Int[Array, "B K L"], final: Float[Array, "B K"]) -> Decoded:
-    """Keep the best of what has ended so far, the older one among equals."""
-    pick = final.argmax(1)[:, None]
-    score = jnp.take_along_axis(final, pick, 1)[:, 0]
-    found = jnp.take_along_axis(tokens, pick[..., None], 1)[:, 0]
-    rises = score > best.score
-    return Decoded(
-        jnp.where(rises[:, None], found, best.tokens), jnp.where(rises, score, best.score)
+def _update_best(
+    best: Sequences, tokens: Int[Array, "B K L"], scores: Float[Array, "B K"]
+) -> Sequences:
+    """Returns the better of `best` and the best of K new sequences; the former among equals."""
+    index = scores.argmax(1)[:, None]
+    new_scores = jnp.take_along_axis(scores, index, 1)[:, 0]
+    new_tokens = jnp.take_along_axis(tokens, index[..., None], 1)[:, 0]
+    is_better = new_scores > best.scores
+    return Sequences(
+        jnp.where(is_better[:, None], new_tokens, best.tokens),
+        jnp.where(is_better, new_scores, best.scores),
     )
 
 
-def _log_probabilities(
-    logits: Float[Array, "N V"], tokens: Int[Array, "N L"], position: Int[Array, ""], block: int
+def _next_log_probs(
+    logits: Float[Array, "N V"],
+    tokens: Int[Array, "N L"],
+    position: Int[Array, ""],
+    no_repeat_ngram: int,
 ) -> Float[Array, "N V"]:
-    """Give log-probabilities, minus infinity for blocked tokens, not normalised again."""
-    ahead = jax.nn.log_softmax(logits.astype(jnp.float32))
-    if not block:
-        return ahead
-    return jnp.where(repeats(tokens, position, logits.shape[1], block), -jnp.inf, ahead)
+    """Returns log-probabilities, minus infinity for ruled-out tokens, not normalised again."""
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    if not no_repeat_ngram:
+        return log_probs
+    repeats = repeats_ngram(tokens, position, logits.shape[1], no_repeat_ngram)
+    return jnp.where(repeats, -jnp.inf, log_probs)
 
 
-def repeats(
-    tokens: Int[Array, "N L"], position: Int[Array, ""], vocabulary: int, block: int
+def repeats_ngram(
+    tokens: Int[Array, "N L"], position: Int[Array, ""], vocabulary_size: int, order: int
 ) -> Bool[Array, "N V"]:
-    """Say which next tokens would repeat a run of `block` tokens of the first `position` ones.
+    """Returns which next tokens would repeat an n-gram of the first `position` tokens, n = `order`.
 
-    With `block` 1 these are all tokens said so far; runs may overlap themselves (a a a). Never
-    true while fewer than `block` tokens have been said.
+    With order 1 these are all tokens so far. N-grams may overlap themselves (a a a). Never true
+    while there are fewer than `order` tokens.
     """
-    count, length = tokens.shape
-    runs = length - block + 1  # beginnings of runs that fit into the sequence
-    if runs < 1:
-        return jnp.zeros((count, vocabulary), bool)
-    same = jnp.arange(runs) + block - 1 < position
-    for n in range(block - 1):  # the run's tokens but the last
-        recent = lax.dynamic_index_in_dim(tokens, position - (block - 1) + n, 1)
-        same = same & (tokens[:, n : n + runs] == recent)
-    same = jnp.broadcast_to(same, (count, runs))
-    last = tokens[:, block - 1 :]
-    return jnp.zeros((count, vocabulary), bool).at[jnp.arange(count)[:, None], last].max(same)
+    batch, length = tokens.shape
+    num_starts = length - order + 1  # starts of n-grams that fit into the sequence
+    if num_starts < 1:
+        return jnp.zeros((batch, vocabulary_size), bool)
+    # An n-gram counts if it lies within the tokens so far, and begins with the most recent ones.
+    matches = jnp.arange(num_starts) + order - 1 < position
+    for n in range(order - 1):
+        recent = lax.dynamic_index_in_dim(tokens, position - (order - 1) + n, 1)
+        matches = matches & (tokens[:, n : n + num_starts] == recent)
+    matches = jnp.broadcast_to(matches, (batch, num_starts))
+    last_tokens = tokens[:, order - 1 :]
+    repeats = jnp.zeros((batch, vocabulary_size), bool)
+    return repeats.at[jnp.arange(batch)[:, None], last_tokens].max(matches)

@@ -1,9 +1,9 @@
-"""A head on a vision tower: what downstream tasks fit, with features computed once if they can be.
+"""A head on an image tower, as downstream tasks fit it; features are cached where possible.
 
-Three modes. `frozen`: the tower is fixed, BatchNorm as in evaluation. `finetune`: everything
-learns. `frozen_train_norm`: parameters are fixed while BatchNorm stays in training mode, its
-running statistics drifting, as MGCA's code for segmentation and detection leaves it (a fault,
-kept for published numbers).
+There are three modes. `frozen`: the tower is fixed and BatchNorm is in evaluation mode. `finetune`:
+all parameters are fitted. `frozen_train_norm`: the parameters are fixed, but BatchNorm stays in
+training mode and its running statistics drift, as MGCA's code leaves it for segmentation and
+detection (a fault, reproduced for published numbers).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,139 +19,172 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from plan_jax.types import Model, Stages, Tower, UserError
 
 Mode = Literal["frozen", "finetune", "frozen_train_norm"]
-CACHE = 2**31  # bytes of features that are kept; above, they are computed batch by batch
-CHUNK = 64  # images that go through the tower at once
+CACHE_BYTES = 2**31  # larger features are not cached but computed batch by batch
+CHUNK_SIZE = 64  # images that pass through the tower at once
 
 
 @dataclass(frozen=True)
 class HeadOnTower:
-    """A head and its tower, ready for `optim.fit_head`.
+    """A head and its tower as pure functions, ready for `heads.fit.fit_head`.
 
-    `params` are what is fitted and `stats` what goes along (BatchNorm); `rows(images)` turns
-    UInt8[N Y X 1] into rows: cached features (`seen`), or the images themselves (`image`).
-    `loss(params, stats, rows, key, train)` is that of `fit_head`; `see(params, stats, rows)` gives
-    what the head reads, `predict(params, stats, rows)` what it says of any number of rows.
+    Examples are a mapping of arrays with one leading axis: either `features` (cached) or `image`,
+    and whatever the loss reads besides.
+
+    Attributes:
+      params: the initial parameters, of the head and, with `finetune`, of the tower.
+      stats: the initial statistics of BatchNorm, of both.
+      examples: `examples(images)` returns UInt8[N Y X 1] images as examples.
+      loss: `loss(params, stats, examples, key, train)`, as `fit_head` calls it.
+      features: `features(params, stats, examples)` returns the input of the head.
+      predict: `predict(params, stats, examples)` returns the head's output for any number of
+        examples.
     """
 
     params: PyTree
     stats: PyTree
-    rows: Callable[[UInt8[np.ndarray, "N Y X 1"]], dict[str, PyTree]]
+    examples: Callable[[UInt8[np.ndarray, "N Y X 1"]], dict[str, PyTree]]
     loss: Callable[..., tuple[Float[Array, ""], PyTree]]
-    see: Callable[[PyTree, PyTree, Mapping[str, PyTree]], PyTree]
+    features: Callable[[PyTree, PyTree, Mapping[str, PyTree]], PyTree]
     predict: Callable[[PyTree, PyTree, Mapping[str, PyTree]], PyTree]
 
 
-def tower_of(model: Model) -> Tower:
-    """Give a model's vision tower.
+def require_tower(model: Model) -> Tower:
+    """Returns the image tower of a model.
 
     Raises:
-      UserError: it has none.
+      UserError: the model has none.
     """
     if model.tower is None:
-        raise UserError(f"model {model.name} has no vision tower to fit a head on; load another")
+        raise UserError(
+            f"model {model.name} has no image tower to fit a head to; load a model that has one"
+        )
     return model.tower
 
 
-def attach(
+def attach_head(
     tower: Tower,
     head: nn.Module,
     criterion: Callable[[Any, Mapping[str, Any]], Float[Array, ""]],
     example: Mapping[str, PyTree],
     *,
-    pick: Callable[[Stages], PyTree],
+    select_features: Callable[[Stages], PyTree],
     mode: Mode = "frozen",
     native: bool = True,
     seed: int = 0,
-    limit: int = CACHE,
+    cache_bytes: int = CACHE_BYTES,
 ) -> HeadOnTower:
-    """Put a head on a tower.
+    """Initialises a head on a tower.
 
-    `head(seen, rows, train)` is a flax module; `seen` is what `pick` takes of the tower's stages,
-    `rows` all that belongs to the examples. `criterion(outputs, rows)` is the loss. `example` are
-    two rows as they will come, with their `image`, to make the head's parameters from `seed`.
-    `native` is that of `Tower.apply`; features of more than `limit` bytes are not cached.
+    Args:
+      tower: the image tower.
+      head: a flax module, called as `head(features, examples, train)`.
+      criterion: `criterion(outputs, examples)` returns the mean loss.
+      example: two examples with their `image`, to derive the shapes of the head's parameters.
+      select_features: returns the input of the head from the stages of the tower.
+      mode: what is fitted; see the top of this file.
+      native: that of `Tower.apply`.
+      seed: of the head's parameters.
+      cache_bytes: features of more bytes in all are not cached.
     """
-    look = _looker(tower, pick, mode, native)
+    apply_tower = _tower_function(tower, select_features, mode, native)
 
-    def loss(params, stats, rows, key, train):
-        seen, changed = look(params, stats, rows, train)
+    def loss(params, stats, examples, key, train):
+        features, tower_stats = apply_tower(params, stats, examples, train)
         variables = {"params": params["head"], "batch_stats": stats["head"]}
-        outputs, new = head.apply(
-            variables, seen, rows, train, rngs={"dropout": key}, mutable=["batch_stats"]
+        outputs, changed = head.apply(
+            variables, features, examples, train, rngs={"dropout": key}, mutable=["batch_stats"]
         )
-        stats = {"head": new.get("batch_stats", stats["head"]), "tower": changed}
-        return criterion(outputs, rows), stats
+        # A head without BatchNorm returns no statistics.
+        head_stats = changed.get("batch_stats", stats["head"])
+        return criterion(outputs, examples), {"head": head_stats, "tower": tower_stats}
 
     @jax.jit
-    def see(params, stats, rows):
-        return look(params, stats, rows, False)[0]
+    def features_of(params, stats, examples):
+        return apply_tower(params, stats, examples, False)[0]
 
     @jax.jit
-    def say(params, stats, rows):
-        seen = look(params, stats, rows, False)[0]
-        return head.apply({"params": params["head"], "batch_stats": stats["head"]}, seen, rows)
+    def predict(params, stats, examples):
+        features = apply_tower(params, stats, examples, False)[0]
+        variables = {"params": params["head"], "batch_stats": stats["head"]}
+        return head.apply(variables, features, examples)
 
-    held = jax.tree.map(jnp.asarray, dict(tower.variables))
-    params = {"tower": held["params"] if mode == "finetune" else {}}
-    stats = {"head": {}, "tower": held.get("batch_stats", {})}
-    seen = see(params, stats, {"image": example["image"]})
-    made = jax.jit(head.init)(jax.random.key(seed), seen, example)
-    bytes_each = sum(leaf.nbytes for leaf in jax.tree.leaves(seen)) // len(example["image"])
+    tower_variables = jax.tree.map(jnp.asarray, dict(tower.variables))
+    params = {"tower": tower_variables["params"] if mode == "finetune" else {}}
+    stats = {"head": {}, "tower": tower_variables.get("batch_stats", {})}
+    features = features_of(params, stats, {"image": example["image"]})
+    head_variables = jax.jit(head.init)(jax.random.key(seed), features, example)
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(features))
+    bytes_per_image = num_bytes // len(example["image"])
 
-    def rows_of(images: UInt8[np.ndarray, "N Y X 1"]) -> dict[str, PyTree]:
-        if mode != "frozen" or bytes_each * len(images) > limit:
+    def examples_of(images: UInt8[np.ndarray, "N Y X 1"]) -> dict[str, PyTree]:
+        # Only a frozen tower gives an image the same features in every epoch.
+        if mode != "frozen" or bytes_per_image * len(images) > cache_bytes:
             return {"image": images}
-        return {"seen": finite(chunked(lambda rows: see(params, stats, rows), {"image": images}))}
+
+        def compute(examples: PyTree) -> PyTree:
+            return features_of(params, stats, examples)
+
+        return {"features": require_finite(map_chunks(compute, {"image": images}))}
 
     return HeadOnTower(
-        params | {"head": made["params"]},
-        stats | {"head": made.get("batch_stats", {})},
-        rows_of,
+        params | {"head": head_variables["params"]},
+        stats | {"head": head_variables.get("batch_stats", {})},
+        examples_of,
         loss,
-        see,
-        lambda p, s, rows: chunked(lambda some: say(p, s, some), rows),
+        features_of,
+        lambda p, s, examples: map_chunks(lambda chunk: predict(p, s, chunk), examples),
     )
 
 
-def _looker(tower: Tower, pick: Callable[[Stages], PyTree], mode: Mode, native: bool) -> Callable:
-    """Make what gives the features of some rows, kept or computed, and BatchNorm's statistics."""
-    tuned = mode == "finetune"
-    fixed = jax.tree.map(jnp.asarray, tower.variables["params"])
+def _tower_function(
+    tower: Tower, select_features: Callable[[Stages], PyTree], mode: Mode, native: bool
+) -> Callable:
+    """Returns a function from examples to their features and the tower's new statistics."""
+    finetune = mode == "finetune"
+    fixed_params = jax.tree.map(jnp.asarray, tower.variables["params"])
 
-    def look(params: PyTree, stats: PyTree, rows: Mapping, train: bool) -> tuple[Any, PyTree]:
-        if "seen" in rows:
-            return rows["seen"], stats["tower"]
-        held = {"params": params["tower"] if tuned else fixed, "batch_stats": stats["tower"]}
-        stages, changed = tower.apply(held, rows["image"], train and mode != "frozen", native)
-        seen = pick(stages)
-        return (seen if tuned else jax.lax.stop_gradient(seen)), changed
+    def apply_tower(
+        params: PyTree, stats: PyTree, examples: Mapping, train: bool
+    ) -> tuple[Any, PyTree]:
+        if "features" in examples:  # cached
+            return examples["features"], stats["tower"]
+        tower_params = params["tower"] if finetune else fixed_params
+        variables = {"params": tower_params, "batch_stats": stats["tower"]}
+        train_norm = train and mode != "frozen"
+        stages, tower_stats = tower.apply(variables, examples["image"], train_norm, native)
+        features = select_features(stages)
+        return (features if finetune else jax.lax.stop_gradient(features)), tower_stats
 
-    return look
+    return apply_tower
 
 
-def chunked(function: Callable[[PyTree], PyTree], rows: PyTree, size: int = CHUNK) -> PyTree:
-    """Apply a function to rows in chunks of one size, padding the last, and join the results.
+def map_chunks(
+    function: Callable[[PyTree], PyTree], examples: PyTree, size: int = CHUNK_SIZE
+) -> PyTree:
+    """Applies a function to examples in chunks, padding the last one, and joins the results.
 
-    The size never changes, so that a jitted function is compiled once for any number of rows.
+    All chunks have the same size, so a jitted function is compiled once for any number of examples.
     """
-    count, parts = len(jax.tree.leaves(rows)[0]), []
-    for start in range(0, count, size):
-        some = np.minimum(np.arange(start, start + size), count - 1)
-        parts.append(jax.device_get(function(jax.tree.map(lambda x, some=some: x[some], rows))))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+    num_examples, results = len(jax.tree.leaves(examples)[0]), []
+    for start in range(0, num_examples, size):
+        # The last chunk is padded with copies of the last example, which are cut off again below.
+        indices = np.minimum(np.arange(start, start + size), num_examples - 1)
+        chunk = jax.tree.map(lambda x, indices=indices: x[indices], examples)
+        results.append(jax.device_get(function(chunk)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_examples], *results)
 
 
-def finite(features: PyTree) -> PyTree:
-    """Give features back, having seen that they are numbers.
+def require_finite(features: PyTree) -> PyTree:
+    """Returns features unchanged if all of them are finite.
 
     Raises:
       UserError: some are NaN or infinite.
     """
     for leaf in jax.tree.leaves(features):
-        right = np.isfinite(leaf).reshape(len(leaf), -1).all(1)
-        if not right.all():
+        is_finite = np.isfinite(leaf).reshape(len(leaf), -1).all(1)
+        if not is_finite.all():
             raise UserError(
-                f"features of {int((~right).sum())} of {len(leaf)} images are not finite (the first"
-                f" is image {int(np.argmin(right))}); use another checkpoint"
+                f"features of {int((~is_finite).sum())} of {len(leaf)} images are not finite (the "
+                f"first is image {int(np.argmin(is_finite))}); use another checkpoint"
             )
     return features

@@ -12,55 +12,62 @@ from jaxtyping import Array, Float
 
 
 class Linear(nn.Module):
-    """Map each image's feature to `outputs` logits: *z = W (x - mean) / spread + b*, in float32.
+    """Maps each image's feature to `outputs` logits: *z = W (x - mean) / std + b*, in float32.
 
-    W and b begin uniform in ±1/sqrt(E), as torch's `Linear`, which MGCA's code uses. `mean` and
-    `spread` Float[E] are no parameters: they are kept in `batch_stats`, begin at 0 and 1, and stay
-    what they are; to standardise the features, write `statistics` there.
+    W and b are initialised uniformly in ±1/sqrt(E), as torch's `Linear`, which MGCA's code uses.
+    `mean` and `std` Float[E] are not parameters: they live in `batch_stats`, start at 0 and 1, and
+    do not change during a fit. To standardise the features, write `feature_statistics` there.
     """
 
     outputs: int
 
     @nn.compact
     def __call__(
-        self, seen: Float[Array, "B E"], rows: Mapping[str, Any], train: bool = False
+        self, features: Float[Array, "B E"], examples: Mapping[str, Any], train: bool = False
     ) -> Float[Array, "B F"]:
-        """Give the logits of every image; neither `rows` nor `train` changes them."""
-        width = seen.shape[-1]
+        """Returns the logits of each image. `examples` and `train` are unused."""
+        width = features.shape[-1]
         mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
-        spread = self.variable("batch_stats", "spread", jnp.ones, (width,))
+        std = self.variable("batch_stats", "std", jnp.ones, (width,))
 
-        def start(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        def uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
             return jax.random.uniform(key, shape, dtype, -(width**-0.5), width**-0.5)
 
-        level = (seen.astype(jnp.float32) - mean.value) / spread.value
-        return nn.Dense(self.outputs, kernel_init=start, bias_init=start)(level)
+        standardised = (features.astype(jnp.float32) - mean.value) / std.value
+        return nn.Dense(self.outputs, kernel_init=uniform, bias_init=uniform)(standardised)
 
 
-def statistics(seen: Float[np.ndarray, "N E"]) -> dict[str, Float[np.ndarray, " E"]]:
-    """Give the `mean` and `spread` (standard deviation, ddof 0) of features, for the head.
+def feature_statistics(features: Float[np.ndarray, "N E"]) -> dict[str, Float[np.ndarray, " E"]]:
+    """Computes the `mean` and `std` (standard deviation, ddof 0) of features, for the head.
 
-    A feature that does not vary keeps its scale: its spread is 1.
+    A feature that does not vary keeps its scale: its `std` is 1.
     """
-    spread = seen.std(0, dtype=np.float64)
-    varies = spread > 1e-6 * np.abs(seen).max(0)
-    found = {"mean": seen.mean(0, dtype=np.float64), "spread": np.where(varies, spread, 1)}
-    return {name: value.astype(np.float32) for name, value in found.items()}
+    std = features.std(0, dtype=np.float64)
+    # Relative to its size: a large constant has a tiny deviation from rounding alone.
+    varies = std > 1e-6 * np.abs(features).max(0)
+    values = {"mean": features.mean(0, dtype=np.float64), "std": np.where(varies, std, 1)}
+    return {name: value.astype(np.float32) for name, value in values.items()}
 
 
-def binary_loss(logits: Float[Array, "B F"], rows: Mapping[str, Any]) -> Float[Array, ""]:
-    """Average the cross-entropy of yes and no over the labels that are known.
+def multilabel_loss(logits: Float[Array, "B F"], examples: Mapping[str, Any]) -> Float[Array, ""]:
+    """Computes the mean binary cross-entropy over the labels that are known.
 
-    *-y log s(z) - (1 - y) log(1 - s(z))*, s the sigmoid, y = `rows["truth"]`, where
-    `rows["known"]`, both Bool[B F]; every known label weighs the same. 0 if none is known.
+    *-y log s(z) - (1 - y) log(1 - s(z))*, s the sigmoid, y = `examples["labels"]`, where
+    `examples["mask"]` is True, both Bool[B F]; every known label has the same weight. 0 if none is
+    known.
     """
-    each = optax.sigmoid_binary_cross_entropy(logits, jnp.float32(rows["truth"]))
-    return jnp.where(rows["known"], each, 0).sum() / jnp.maximum(rows["known"].sum(), 1)
+    labels = jnp.float32(examples["labels"])
+    losses = optax.sigmoid_binary_cross_entropy(logits, labels)
+    num_labels = jnp.maximum(examples["mask"].sum(), 1)
+    return jnp.where(examples["mask"], losses, 0).sum() / num_labels
 
 
-def exclusive_loss(logits: Float[Array, "B F"], rows: Mapping[str, Any]) -> Float[Array, ""]:
-    """Average *-log softmax(z)_y* over images, y the one class that is True in `rows["truth"]`."""
-    return optax.softmax_cross_entropy(logits, jnp.float32(rows["truth"])).mean()
+def multiclass_loss(logits: Float[Array, "B F"], examples: Mapping[str, Any]) -> Float[Array, ""]:
+    """Computes the mean of *-log softmax(z)_y*, y the class that is True in `examples["labels"]`.
+
+    `labels` is Bool[B F] with one True in each row.
+    """
+    return optax.softmax_cross_entropy(logits, jnp.float32(examples["labels"])).mean()
 
 
-LOSSES: dict[str, Callable] = {"multilabel": binary_loss, "multiclass": exclusive_loss}
+LOSSES: dict[str, Callable] = {"multilabel": multilabel_loss, "multiclass": multiclass_loss}

@@ -1,14 +1,14 @@
-"""A Transformer that writes a report of the patches of an image, with a cache to write it fast.
+"""A Transformer that generates a report from the patches of an image, with a cache for decoding.
 
 The encoder-decoder on which R2Gen (Chen et al., arXiv 2010.16056) is built, by its published code,
-without what is R2Gen's own method: no relational memory, and plain instead of conditional layer
-norms. Norms stand before attention and feed-forward (pre-norm); words have sinusoidal positions.
+without R2Gen's own method: no relational memory, and plain instead of conditional layer norms.
+Norms precede attention and feed-forward (pre-norm); words have sinusoidal positions.
 
 Ours: the channels of each patch are standardised, since towers differ in scale, and patches have
-sinusoidal positions of row and column; the weights of attention are not dropped, only what it gives
-(dropping them costs a CPU as much again as attention itself).
-Deviation: R2Gen's patches have no position, so that left and right can be told apart only by what
-a tower lets through; `positions=False` does as R2Gen.
+sinusoidal positions of row and column; dropout acts on the output of attention and not on its
+weights (which would cost a CPU as much again as attention itself).
+Deviation: R2Gen's patches have no position, so left and right can be distinguished only by what a
+tower encodes of them; `positions=False` does as R2Gen.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from plan_jax.heads.beam_search import Decoded, beam_search, greedy
+from plan_jax.heads.beam_search import Sequences, beam_search, greedy_search
+from plan_jax.heads.vocabulary import BEGIN, END, PAD
 
 Entries = tuple[Float[Array, "B S H C"], Float[Array, "B S H C"]]  # keys and values
 Past = tuple[Float[Array, "N _ H C"], Float[Array, "N _ H C"]]  # those of words
 LARGE = 1000  # weights of an item and head from which on a CPU takes items one by one
-PAD, BEGIN, END = 0, 1, 2  # ids, as `report_texts` numbers them
 
 
 def sinusoids(length: int, width: int) -> Float[np.ndarray, "{length} {width}"]:
@@ -161,11 +161,21 @@ class Layer(nn.Module):
 
 
 class ReportDecoder(nn.Module):
-    """Write a report of an image: logits of the next of `vocabulary` tokens after each token.
+    """Generates a report of an image: logits of the next of `vocabulary` tokens after each token.
 
-    `encoder_layers` over the patches, `layers` over the words, all of `width` with `heads` and
-    `feed_forward` hidden channels. `visual_dropout` is that of the embedded patches. `summary` puts
-    the tower's vector for the whole image, `seen["pooled"]` Float[B E], beside the patches (ours).
+    Attributes:
+      vocabulary: the number of ids, special ones included.
+      length: the largest number of tokens of a report, its end included.
+      width: channels of all layers.
+      feed_forward: hidden channels of the feed-forward layers.
+      heads: attention heads.
+      encoder_layers: layers over the patches.
+      layers: layers over the words.
+      dropout: rate of dropout in the layers and of the embedded words.
+      visual_dropout: rate of dropout of the embedded patches.
+      positions: whether patches have positions.
+      summary: whether the tower's vector for the whole image, `features["pooled"]` Float[B E], is
+        read next to the patches (ours).
     """
 
     vocabulary: int
@@ -187,47 +197,50 @@ class ReportDecoder(nn.Module):
         self.patch_drop = nn.Dropout(self.visual_dropout)
         self.encoder = [Layer(*shape) for _ in range(self.encoder_layers)]
         self.encoder_norm = nn.LayerNorm()
-        start = nn.initializers.xavier_uniform()
-        self.word = nn.Embed(self.vocabulary, self.width, embedding_init=start)
+        init = nn.initializers.xavier_uniform()
+        self.word = nn.Embed(self.vocabulary, self.width, embedding_init=init)
         self.word_drop = nn.Dropout(self.dropout)
         self.decoder = [Layer(*shape, asks=True) for _ in range(self.layers)]
         self.decoder_norm = nn.LayerNorm()
         self.logit = _dense(self.vocabulary)
 
     def __call__(
-        self, seen: Mapping[str, Array], rows: Mapping[str, Any], train: bool = False
+        self, features: Mapping[str, Array], examples: Mapping[str, Any], train: bool = False
     ) -> Float[Array, "B T V"]:
-        """Give the logits of each of `rows["tokens"]` Int[B T], given those before it.
+        """Returns the logits of each of `examples["tokens"]` Int[B T], given those before it.
 
-        `seen["map"]` is Float[B Y X E]; T is at most `length`.
+        `features["map"]` is Float[B Y X E]; T is at most `length`.
         """
-        tokens = rows["tokens"]
-        before = jnp.concatenate([jnp.full_like(tokens[:, :1], BEGIN), tokens[:, :-1]], 1)
+        tokens = examples["tokens"]
+        inputs = jnp.concatenate([jnp.full_like(tokens[:, :1], BEGIN), tokens[:, :-1]], 1)
         count = tokens.shape[1]
-        x = self.word_drop(self._embed(before, 0), deterministic=not train)
-        mask = jnp.tril(jnp.ones((count, count), bool))
-        for layer, memory in zip(self.decoder, self.remember(seen, train), strict=True):
-            x, _ = layer(x, memory, mask, train)
+        x = self.word_drop(self._embed(inputs, 0), deterministic=not train)
+        causal_TT = jnp.tril(jnp.ones((count, count), bool))
+        for layer, memory in zip(self.decoder, self.encode(features, train), strict=True):
+            x, _ = layer(x, memory, causal_TT, train)
         return self.logit(self.decoder_norm(x)).astype(jnp.float32)
 
-    def remember(self, seen: Mapping[str, Array], train: bool = False) -> list[Entries]:
-        """Encode the patches `seen["map"]` Float[B Y X E]; make what each layer asks of them."""
-        maps = seen["map"].astype(jnp.float32)
+    def encode(self, features: Mapping[str, Array], train: bool = False) -> list[Entries]:
+        """Encodes the patches `features["map"]` Float[B Y X E].
+
+        Returns the keys and values of the image in each layer of the decoder.
+        """
+        maps = features["map"].astype(jnp.float32)
         x = maps.reshape(len(maps), -1, maps.shape[-1])
         x = jax.nn.standardize(x, -1, epsilon=1e-6)
         x = self.patch_drop(jax.nn.relu(self.patch(x)), deterministic=not train)
         if self.positions:
             x = x + jnp.asarray(places(maps.shape[1:3], self.width), x.dtype)
         if self.whole is not None:
-            pooled = jax.nn.standardize(seen["pooled"].astype(jnp.float32), -1, epsilon=1e-6)
+            pooled = jax.nn.standardize(features["pooled"].astype(jnp.float32), -1, epsilon=1e-6)
             x = jnp.concatenate([self.whole(pooled)[:, None], x], 1)
         for layer in self.encoder:
             x, _ = layer(x, train=train)
         x = self.encoder_norm(x)
         return [layer.image.entries(x) for layer in self.decoder]
 
-    def empty(self, count: int) -> list[Past]:
-        """Make the cache of `count` reports of which nothing is written."""
+    def empty_cache(self, count: int) -> list[Past]:
+        """Returns the cache of `count` reports without any token yet."""
         shape = (count, self.length, self.heads, self.width // self.heads)
         return [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(self.layers)]
 
@@ -238,57 +251,65 @@ class ReportDecoder(nn.Module):
         tokens: Int[Array, " N"],
         position: Int[Array, ""],
     ) -> tuple[Float[Array, "N V"], list[Past]]:
-        """Give the logits after one more token each, at `position`, and the cache with it.
+        """Returns the logits after one more token of each report, at `position`, and the new cache.
 
-        N is a multiple of the images of `memory` (what `remember` gave): the beams of an image
+        N is a multiple of the images in `memory`, which `encode` returns: the beams of an image
         follow each other.
         """
-        x, kept = self._embed(tokens[:, None], position), []
+        x, new_cache = self._embed(tokens[:, None], position), []
+        # The cache has the full length from the start; places after `position` are still empty.
         mask = (jnp.arange(self.length) <= position)[None]
-        for layer, seen, past in zip(self.decoder, memory, cache, strict=True):
-            x, entries = layer(x, seen, mask, past=past, position=position)
-            kept.append(entries)
-        return self.logit(self.decoder_norm(x))[:, 0].astype(jnp.float32), kept
+        for layer, image_entries, past in zip(self.decoder, memory, cache, strict=True):
+            x, entries = layer(x, image_entries, mask, past=past, position=position)
+            new_cache.append(entries)
+        return self.logit(self.decoder_norm(x))[:, 0].astype(jnp.float32), new_cache
 
     def _embed(
         self, tokens: Int[Array, "N T"], position: Int[Array, ""] | int
     ) -> Float[Array, "N T D"]:
         table = jnp.asarray(sinusoids(self.length, self.width), jnp.float32)
-        here = lax.dynamic_slice_in_dim(table, position, tokens.shape[1])
-        return self.word(tokens) * self.width**0.5 + here
+        positions = lax.dynamic_slice_in_dim(table, position, tokens.shape[1])
+        return self.word(tokens) * self.width**0.5 + positions
 
 
 def token_loss(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Average the cross-entropy over the real tokens of a batch, the ends among them."""
-    real = tokens != PAD
-    each = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), tokens)
-    return jnp.where(real, each, 0).sum() / jnp.maximum(real.sum(), 1)
+    """Computes the mean cross-entropy over the real tokens of a batch, their ends included."""
+    mask = tokens != PAD
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), tokens)
+    return jnp.where(mask, losses, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
-def write(
+def generate(
     head: ReportDecoder,
     params: PyTree,
-    seen: Mapping[str, Array],
+    features: Mapping[str, Array],
     *,
-    beam: int = 1,
-    block: int = 0,
+    beam_size: int = 1,
+    no_repeat_ngram: int = 0,
     length_penalty: float = 0.0,
-) -> Decoded:
-    """Write a report of each image in `seen`, greedily or with the best of `beam` beginnings.
+) -> Sequences:
+    """Generates a report for each image, by greedy search (`beam_size` 1) or beam search.
 
-    `block` and `length_penalty` (with a beam only) are those of `decoding`; padding and beginning
-    are never written.
+    `features` are those of `ReportDecoder`. `no_repeat_ngram` and `length_penalty` (beam search
+    only) are those of `heads.beam_search`. Padding and beginning are never generated.
     """
     variables = {"params": params}
-    memory = head.apply(variables, seen, method="remember")
-    start = jnp.full(len(seen["map"]), BEGIN, jnp.int32)
+    memory = head.apply(variables, features, method="encode")
+    start = jnp.full(len(features["map"]), BEGIN, jnp.int32)
 
     def step(cache: PyTree, tokens: Array, position: Array) -> tuple[Array, PyTree]:
         logits, cache = head.apply(variables, memory, cache, tokens, position, method="step")
         return logits.at[:, jnp.array([PAD, BEGIN])].set(-jnp.inf), cache
 
-    ends = {"length": head.length, "end": END, "pad": PAD, "block": block}
-    if beam == 1:
-        return greedy(step, head.empty(len(start)), start, **ends)
-    ends["length_penalty"] = length_penalty
-    return beam_search(step, head.empty(len(start)), start, beam=beam, **ends)
+    cache = head.empty_cache(len(start))
+    options = {
+        "max_length": head.length,
+        "end": END,
+        "pad": PAD,
+        "no_repeat_ngram": no_repeat_ngram,
+    }
+    if beam_size == 1:
+        return greedy_search(step, cache, start, **options)
+    return beam_search(
+        step, cache, start, beam_size=beam_size, length_penalty=length_penalty, **options
+    )

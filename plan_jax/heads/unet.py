@@ -1,13 +1,13 @@
-"""The U-Net decoder: from the maps of a vision tower to one logit for each pixel and class.
+"""The U-Net decoder: from the maps of an image tower to one logit for each pixel and class.
 
 Source: Ronneberger et al., arXiv 1505.04597, in the form that MGCA (arXiv 2210.06044) fits, the
 defaults of segmentation_models_pytorch: a block doubles the map (nearest neighbour), joins the
 tower's map of that size, and applies two 3x3 convolutions without bias, each with BatchNorm and
 ReLU; the blocks beyond the finest map join nothing; a 3x3 convolution with bias gives the logits.
 
-A 3x3 convolution of a doubled map is one of the small map with four times the channels, one for
-each of the four pixels that a small one becomes. The result is the same; a training step takes
-about a sixth less time on a CPU, because the doubled map is never made.
+A 3x3 convolution of a doubled map equals one of the small map with four times the channels, a group
+for each of the four pixels that a small one becomes. The result is the same; a training step takes
+about a sixth less time on a CPU, because the doubled map is never computed.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from plan_jax.heads.pyramid import distinct
+from plan_jax.heads.pyramid import last_of_each_size
+from plan_jax.layers.resize import resize_nearest
 from plan_jax.types import UserError
 
 WIDTHS = (256, 128, 64, 32, 16)  # of the blocks, deepest first: segmentation_models_pytorch
@@ -45,24 +46,30 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, seen: tuple[Float[Array, "B _ _ _"], ...], rows: PyTree = None, train: bool = False
+        self,
+        features: tuple[Float[Array, "B _ _ _"], ...],
+        examples: PyTree = None,
+        train: bool = False,
     ) -> Float[Array, "B Y X K"]:
-        """Give the logits; `rows` is not looked at, `train` is that of BatchNorm.
+        """Returns per-pixel logits.
+
+        `examples` is unused; `train` switches BatchNorm to batch statistics.
 
         Raises:
           UserError: there are fewer widths than blocks.
         """
-        maps = distinct(seen)[::-1]
+        maps = last_of_each_size(features)[::-1]
         x, skips = maps[0], {skip.shape[1:3]: skip for skip in maps[1:]}
-        steps = ladder([one.shape[1:3] for one in maps], self.size)
-        if len(steps) > len(self.widths):
+        sizes = block_sizes([skip.shape[1:3] for skip in maps], self.size)
+        if len(sizes) > len(self.widths):
             raise UserError(
-                f"widths of the U-Net are {len(self.widths)} numbers, and this tower needs "
-                f"{len(steps)} blocks; give {len(steps)} of them"
+                f"segmentation.unet_widths has {len(self.widths)} widths, and this tower needs "
+                f"{len(sizes)} blocks; give {len(sizes)} widths"
             )
-        widths = self.widths[len(self.widths) - len(steps) :]
-        for n, (step, width) in enumerate(zip(steps, widths, strict=True)):
-            x = Block(width, name=f"block{n + 1}")(x, skips.get(step), step, train)
+        # The finest blocks keep their widths whatever the depth of the tower.
+        widths = self.widths[len(self.widths) - len(sizes) :]
+        for n, (size, width) in enumerate(zip(sizes, widths, strict=True), 1):
+            x = UpsampleBlock(width, name=f"block{n}")(x, skips.get(size), size, train)
         init = nn.initializers.glorot_uniform()
         x = nn.Conv(self.classes, (3, 3), kernel_init=init, name="classes")(x)
         if x.shape[1:3] != self.size:
@@ -70,7 +77,7 @@ class UNet(nn.Module):
         return x
 
 
-class Block(nn.Module):
+class UpsampleBlock(nn.Module):
     """Doubles a map, joins a finer one and convolves twice, with BatchNorm and ReLU."""
 
     width: int
@@ -83,69 +90,64 @@ class Block(nn.Module):
         size: Size,
         train: bool,
     ) -> Float[Array, "B Y X E"]:
-        """Apply it; `size` is (Y, X) of the result."""
+        """Returns a map of `size` (Y, X)."""
         for n in (1, 2):
-            channels = x.shape[-1] + (0 if n == 2 or skip is None else skip.shape[-1])
-            shape = (3, 3, channels, self.width)
+            skip_width = 0 if n == 2 or skip is None else skip.shape[-1]
+            shape = (3, 3, x.shape[-1] + skip_width, self.width)
             kernel = self.param(f"kernel{n}", nn.initializers.he_uniform(), shape)
-            x = convolve_enlarged(x, skip, kernel, size) if n == 1 else convolve(x, kernel)
+            x = convolve_upsampled(x, skip, kernel, size) if n == 1 else convolve(x, kernel)
             x = nn.relu(nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, name=f"norm{n}")(x))
         return x
 
 
-def ladder(sizes: Sequence[Size], image: Size) -> list[Size]:
-    """List the size after each block, from the maps' sizes, deepest first, up to the image's.
+def block_sizes(map_sizes: Sequence[Size], image_size: Size) -> list[Size]:
+    """Returns the size after each block, from the sizes of the maps, deepest first.
 
-    Every step doubles, or stops at the next map. Beyond the last map a step that would overshoot
-    the image by more than the one pixel that halving rounds up is not made.
+    Every block doubles, or stops at the next map. Beyond the last map a block that would exceed the
+    image by more than the one pixel that halving rounds up is omitted.
 
-    >>> ladder([(12, 12), (24, 24)], (96, 96))
+    >>> block_sizes([(12, 12), (24, 24)], (96, 96))
     [(24, 24), (48, 48), (96, 96)]
-    >>> ladder([(4, 4), (7, 7)], (14, 14))
+    >>> block_sizes([(4, 4), (7, 7)], (14, 14))
     [(7, 7), (14, 14)]
     """
-    steps, size = [], sizes[0]
-    for goal in sizes[1:]:
+    sizes, size = [], map_sizes[0]
+    for goal in map_sizes[1:]:
         while size != goal:
             size = tuple(min(2 * n, m) for n, m in zip(size, goal, strict=True))
-            steps.append(size)
-    while size != image and all(2 * n <= m + 1 for n, m in zip(size, image, strict=True)):
-        size = tuple(min(2 * n, m) for n, m in zip(size, image, strict=True))
-        steps.append(size)
-    return steps
+            sizes.append(size)
+    while size != image_size and all(2 * n <= m + 1 for n, m in zip(size, image_size, strict=True)):
+        size = tuple(min(2 * n, m) for n, m in zip(size, image_size, strict=True))
+        sizes.append(size)
+    return sizes
 
 
 def convolve(
     x: Float[Array, "B Y X C"], kernel: Float[Array, "3 3 C E"]
 ) -> Float[Array, "B Y X E"]:
-    """Convolve with one pixel of zeros around the map."""
+    """Convolves with one pixel of zeros around the map."""
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
 
 
-def convolve_enlarged(
+def convolve_upsampled(
     x: Float[Array, "B y x C"],
     skip: Float[Array, "B Y X S"] | None,
     kernel: Float[Array, "3 3 N E"],
     size: Size,
 ) -> Float[Array, "B Y X E"]:
-    """Convolve the small map, enlarged to `size` by nearest neighbour, joined with the fine one.
+    """Convolves the small map, upsampled to `size` by nearest neighbour and joined with `skip`.
 
-    *conv([enlarged x, skip], K) = conv(enlarged x, K[:C]) + conv(skip, K[C:])*, N = C + S.
+    *conv([up(x), skip], K) = conv(up(x), K[:C]) + conv(skip, K[C:])*, N = C + S: a convolution is
+    linear in its channels, so both parts are computed apart and never joined.
     """
     (batch, rows, columns, channels), width = x.shape, kernel.shape[-1]
-    own = kernel[:, :, :channels]
+    map_kernel = kernel[:, :, :channels]
     if size == (2 * rows, 2 * columns):
-        folded = jnp.einsum("aip,bjq,pqce->ijcabe", FOLD, FOLD, own)
+        # The kernel of each of the four phases (a, b) on the small map, as groups of channels.
+        folded = jnp.einsum("aip,bjq,pqce->ijcabe", FOLD, FOLD, map_kernel)
         y = convolve(x, folded.reshape(3, 3, channels, 4 * width))
         y = y.reshape(batch, rows, columns, 2, 2, width).transpose(0, 1, 3, 2, 4, 5)
         y = y.reshape(batch, *size, width)
     else:
-        y = convolve(enlarge(x, size), own)
+        y = convolve(resize_nearest(x, size), map_kernel)
     return y if skip is None else y + convolve(skip, kernel[:, :, channels:])
-
-
-def enlarge(x: Float[Array, "B y x C"], size: Size) -> Float[Array, "B Y X C"]:
-    """Enlarge by nearest neighbour: doubled and cut where that fits, else resized."""
-    if all(2 * n - m in (0, 1) for n, m in zip(x.shape[1:3], size, strict=True)):
-        return x.repeat(2, 1).repeat(2, 2)[:, : size[0], : size[1]]
-    return jax.image.resize(x, (len(x), *size, x.shape[-1]), "nearest")

@@ -1,11 +1,11 @@
-"""The formulas by which found boxes are judged: pure numpy, apart from any harness.
+"""Metrics of detected boxes: IoU, matching, and the average precision of COCO, RSNA and MGCA.
 
-Boxes are (x0, y0, x1, y1), x1 and y1 not included, in any one unit. Average precision is COCO's
-(Lin et al., arXiv 1405.0312): detections of all images in the order of their scores, each taking
-the truth of its image and class with which it overlaps most; precision at 101 levels of recall,
-made monotone. Equal scores keep the order of images, and in an image that in which they are given.
-A class without any truth has no average precision (NaN) and does not enter a mean. A score that is
-NaN makes that of its class NaN, and the mean.
+Boxes are (x0, y0, x1, y1) in any one unit; x1 and y1 are not included. Average precision is COCO's
+(Lin et al., arXiv 1405.0312): detections of all images in the order of their scores, each matched
+to the true box of its image and class with which it overlaps most; precision at 101 levels of
+recall, made monotone. Equal scores keep the order of the images, and within an image the order of
+its detections. A class without true boxes has no average precision (NaN) and does not enter a mean.
+A NaN score makes the average precision of its class NaN, and with it the mean.
 """
 
 import contextlib
@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-THRESHOLDS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)  # RSNA's challenge, MGCA
-RECALLS = np.linspace(0, 1, 101)
+IOU_THRESHOLDS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)  # RSNA's challenge, MGCA
+RECALL_LEVELS = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
-class Found:
-    """The boxes that a model found in one image."""
+class DetectedBoxes:
+    """The boxes that a model detects in one image."""
 
     boxes: Float[np.ndarray, "N 4"]
     scores: Float[np.ndarray, " N"]
@@ -30,7 +30,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Truth:
+class TrueBoxes:
     """The true boxes of one image."""
 
     boxes: Float[np.ndarray, "R 4"]
@@ -39,220 +39,255 @@ class Truth:
 
 @dataclass(frozen=True)
 class Matches:
-    """All N detections, best score first, and which hit a truth at each of T thresholds.
+    """All N detections of a test set, best score first, matched at each of T thresholds.
 
-    `truths` counts the true boxes of each of I images and K classes.
+    `hits` is True where a detection is matched to a true box; `true_counts` are the numbers of true
+    boxes of each of I images and K classes.
     """
 
-    image: Int[np.ndarray, " N"]
-    kind: Int[np.ndarray, " N"]
-    score: Float[np.ndarray, " N"]
-    hit: Bool[np.ndarray, "N T"]
-    truths: Int[np.ndarray, "I K"]
+    images: Int[np.ndarray, " N"]
+    classes: Int[np.ndarray, " N"]
+    scores: Float[np.ndarray, " N"]
+    hits: Bool[np.ndarray, "N T"]
+    true_counts: Int[np.ndarray, "I K"]
 
 
-def iou(a: Float[np.ndarray, "N 4"], b: Float[np.ndarray, "M 4"]) -> Float[np.ndarray, "N M"]:
-    """Give the overlap of every box of `a` with every box of `b`.
+def box_iou(
+    first: Float[np.ndarray, "N 4"] | Float[Array, "N 4"],
+    second: Float[np.ndarray, "M 4"] | Float[Array, "M 4"],
+) -> Float[np.ndarray, "N M"] | Float[Array, "N M"]:
+    """Computes the intersection over union of each box of `first` with each box of `second`.
 
-    *IoU = |A and B| / |A or B|*, 0 to 1; 0 where neither has area.
+    *IoU = |A and B| / |A or B|*, 0 to 1; 0 where neither box has an area. Both arguments are arrays
+    of one library, numpy or JAX (also under jit), and so is the result.
 
-    >>> iou(np.array([[0.0, 0, 2, 2]]), np.array([[1.0, 0, 3, 2], [2, 0, 4, 2]])).round(3).tolist()
+    >>> first, second = np.array([[0.0, 0, 2, 2]]), np.array([[1.0, 0, 3, 2], [2, 0, 4, 2]])
+    >>> box_iou(first, second).round(3).tolist()
     [[0.333, 0.0]]
     """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    both = np.maximum(sides, 0).prod(-1)
-    area_a, area_b = (np.maximum(x[:, 2:] - x[:, :2], 0).prod(-1) for x in (a, b))
-    union = area_a[:, None] + area_b[None] - both
-    return np.where(union > 0, both / np.where(union > 0, union, 1), 0.0)
+    xp = first.__array_namespace__()
+    upper = xp.minimum(first[:, None, 2:], second[None, :, 2:])
+    lower = xp.maximum(first[:, None, :2], second[None, :, :2])
+    intersection = xp.prod(xp.maximum(upper - lower, 0), axis=-1)
+    areas = [xp.prod(xp.maximum(x[:, 2:] - x[:, :2], 0), axis=-1) for x in (first, second)]
+    union = areas[0][:, None] + areas[1][None] - intersection
+    # The inner `where` keeps 0 / 0 out of the values, and out of the gradients under JAX.
+    return xp.where(union > 0, intersection / xp.where(union > 0, union, 1.0), 0.0)
 
 
-def take_greedily(overlap: Float[np.ndarray, "N R"], threshold: float) -> Bool[np.ndarray, " N"]:
-    """Say which of N detections, best first, get one of R truths.
+def match_greedily(ious: Float[np.ndarray, "N R"], threshold: float) -> Bool[np.ndarray, " N"]:
+    """Returns which of N detections, best score first, are matched to one of R true boxes.
 
-    Each takes the truth of highest overlap, of `threshold` or more, that no better detection has
-    taken; of equal overlaps the last truth (COCO's rule).
+    A detection takes the true box of highest IoU, of `threshold` or more, that no better detection
+    has taken; among equal IoUs the last box (COCO's rule).
 
-    >>> take_greedily(np.array([[0.6, 0.0], [0.9, 0.5], [0.8, 0.2]]), 0.5).tolist()
+    >>> match_greedily(np.array([[0.6, 0.0], [0.9, 0.5], [0.8, 0.2]]), 0.5).tolist()
     [True, True, False]
     """
-    free, hit = np.ones(overlap.shape[1], bool), np.zeros(len(overlap), bool)
-    for n, row in enumerate(overlap):
-        able = np.where(free, row, -1.0)[::-1]
-        if len(able) and able.max() >= threshold:
-            hit[n] = True
-            free[len(able) - 1 - int(np.argmax(able))] = False
-    return hit
+    free, hits = np.ones(ious.shape[1], bool), np.zeros(len(ious), bool)
+    for n, row in enumerate(ious):
+        # Reversed, since argmax returns the first of equals and COCO takes the last.
+        candidates = np.where(free, row, -1.0)[::-1]
+        if len(candidates) and candidates.max() >= threshold:
+            hits[n] = True
+            free[len(candidates) - 1 - int(np.argmax(candidates))] = False
+    return hits
 
 
-def match(
-    found: Sequence[Found], truth: Sequence[Truth], thresholds: Sequence[float] = THRESHOLDS
+def match_detections(
+    detected: Sequence[DetectedBoxes],
+    truth: Sequence[TrueBoxes],
+    thresholds: Sequence[float] = IOU_THRESHOLDS,
 ) -> Matches:
-    """Match the detections of each image with its truths, once for each IoU threshold.
+    """Matches the detections of each image to its true boxes, once for each IoU threshold.
 
-    `found` and `truth` are one item an image; an image without boxes has an item of length 0.
+    `detected` and `truth` have one item for each image; an image without boxes has an empty item.
 
     Raises:
-      ValueError: they are not of one length.
+      ValueError: they differ in length.
     """
-    kinds = [x.classes for x in (*found, *truth)]
-    number = 1 + max((int(k.max()) for k in kinds if len(k)), default=0)
-    truths = np.zeros((len(truth), number), int)
+    class_ids = [item.classes for item in (*detected, *truth)]
+    num_classes = 1 + max((int(ids.max()) for ids in class_ids if len(ids)), default=0)
+    true_counts = np.zeros((len(truth), num_classes), int)
+    # An empty first part: a test set may have no images at all.
     parts = [
         (np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros((0, len(thresholds)), bool))
     ]
-    for image, (seen, real) in enumerate(zip(found, truth, strict=True)):
-        truths[image] = np.bincount(real.classes, minlength=number)
-        order = np.argsort(-seen.scores, kind="stable")
-        boxes, kind = seen.boxes[order], seen.classes[order]
-        hit = np.zeros((len(order), len(thresholds)), bool)
-        for k in np.intersect1d(kind, real.classes):
-            overlap = iou(boxes[kind == k], real.boxes[real.classes == k])
-            columns = [take_greedily(overlap, min(t, 1 - 1e-10)) for t in thresholds]
-            hit[kind == k] = np.stack(columns, 1)
-        parts.append((np.full(len(order), image), kind, seen.scores[order].astype(float), hit))
-    image, kind, score, hit = (np.concatenate(x) for x in zip(*parts, strict=True))
-    order = np.argsort(-score, kind="stable")
-    return Matches(image[order], kind[order], score[order], hit[order], truths)
+    for image, (boxes, target) in enumerate(zip(detected, truth, strict=True)):
+        true_counts[image] = np.bincount(target.classes, minlength=num_classes)
+        order = np.argsort(-boxes.scores, kind="stable")
+        # In float64, since COCO's thresholds are compared with exact ratios such as 0.5.
+        corners, classes = boxes.boxes[order].astype(np.float64), boxes.classes[order]
+        hits = np.zeros((len(order), len(thresholds)), bool)
+        for k in np.intersect1d(classes, target.classes):
+            true_corners = target.boxes[target.classes == k].astype(np.float64)
+            ious = box_iou(corners[classes == k], true_corners)
+            # As in pycocotools: a threshold of 1 must not fail because of rounding.
+            columns = [match_greedily(ious, min(t, 1 - 1e-10)) for t in thresholds]
+            hits[classes == k] = np.stack(columns, 1)
+        scores = boxes.scores[order].astype(float)
+        parts.append((np.full(len(order), image), classes, scores, hits))
+    images, classes, scores, hits = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order = np.argsort(-scores, kind="stable")
+    return Matches(images[order], classes[order], scores[order], hits[order], true_counts)
 
 
-def average_precision(
-    hit: Shaped[np.ndarray, " N"],
+def interpolated_precision(
+    hits: Shaped[np.ndarray, " N"],
     positives: int | float,
-    weight: Float[np.ndarray, " N"] | None = None,
+    weights: Float[np.ndarray, " N"] | None = None,
 ) -> float:
-    """Give the mean precision at recall 0, 0.01, .., 1 of one class at one IoU threshold.
+    """Computes the mean precision at recall 0, 0.01, .., 1 of one class at one IoU threshold.
 
     *AP = mean over r of max {precision(n): recall(n) >= r}*, 0 for a recall that is not reached.
-    `hit` are the detections of all images, best score first; `positives` counts the true boxes;
-    detection n counts `weight[n]` times. NaN without positives, 0 without detections.
 
-    >>> round(average_precision(np.array([True, False, True]), 2), 4)
+    Args:
+      hits: which detections of all images are matched, best score first.
+      positives: the number of true boxes.
+      weights: how many times each detection counts; once if None.
+
+    Returns:
+      A number from 0 to 1; NaN without true boxes, 0 without detections.
+
+    >>> round(interpolated_precision(np.array([True, False, True]), 2), 4)
     0.835
     """
     if not positives:
         return float("nan")
-    weight = np.ones(len(hit)) if weight is None else weight
-    true, all_found = np.cumsum(weight * hit), np.cumsum(weight)
-    precision = true / np.maximum(all_found, np.spacing(1))
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    place = np.searchsorted(true / positives, RECALLS, side="left")
-    return float(np.append(best, 0.0)[place].mean())
+    weights = np.ones(len(hits)) if weights is None else weights
+    true_positives, predicted = np.cumsum(weights * hits), np.cumsum(weights)
+    # Leading detections may weigh 0 in a bootstrap; the spacing keeps 0 / 0 out, as in COCO.
+    precision = true_positives / np.maximum(predicted, np.spacing(1))
+    monotone = np.maximum.accumulate(precision[::-1])[::-1]
+    index = np.searchsorted(true_positives / positives, RECALL_LEVELS, side="left")
+    return float(np.append(monotone, 0.0)[index].mean())
 
 
-def precision_table(
-    matches: Matches, times: Float[np.ndarray, " I"] | None = None
+def average_precision_table(
+    matches: Matches, image_counts: Float[np.ndarray, " I"] | None = None
 ) -> Float[np.ndarray, "K T"]:
-    """Give the average precision of every class at every threshold: NaN for a class not there.
+    """Computes the average precision of each class at each threshold; NaN without true boxes.
 
-    Image i counts `times[i]` times: with the counts of a bootstrap's draw that is the table of the
-    images drawn, for the price of two sums.
+    Image i counts `image_counts[i]` times, once if None. With the counts of a bootstrap sample this
+    is the table of the sampled images, without matching them again.
     """
-    times = np.ones(len(matches.truths)) if times is None else times
-    positives, weight = times @ matches.truths, times[matches.image]
-    table = np.full((len(positives), matches.hit.shape[1]), np.nan)
+    if image_counts is None:
+        image_counts = np.ones(len(matches.true_counts))
+    positives, weights = image_counts @ matches.true_counts, image_counts[matches.images]
+    table = np.full((len(positives), matches.hits.shape[1]), np.nan)
     for k, count in enumerate(positives):
-        mine = matches.kind == k
-        hits, weights = matches.hit[mine], weight[mine]
-        if not np.isnan(matches.score[mine]).any():
-            table[k] = [average_precision(hit, float(count), weights) for hit in hits.T]
+        rows = matches.classes == k
+        if not np.isnan(matches.scores[rows]).any():
+            columns = matches.hits[rows].T
+            table[k] = [interpolated_precision(x, float(count), weights[rows]) for x in columns]
     return table
 
 
-def mean_precision(matches: Matches, times: Float[np.ndarray, " I"] | None = None) -> float:
-    """Average the `precision_table` over thresholds and classes with truth; NaN if none has."""
-    there = (matches.truths if times is None else matches.truths[times > 0]).any(0)
-    table = precision_table(matches, times)[there]
+def mean_average_precision(
+    matches: Matches, image_counts: Float[np.ndarray, " I"] | None = None
+) -> float:
+    """Computes the mean of `average_precision_table` over thresholds and classes with true boxes.
+
+    NaN if no class has any.
+    """
+    counts = matches.true_counts if image_counts is None else matches.true_counts[image_counts > 0]
+    table = average_precision_table(matches, image_counts)[counts.any(0)]
     return float(table.mean()) if table.size else float("nan")
 
 
 def map_strict(
-    found: Sequence[Found], truth: Sequence[Truth], thresholds: Sequence[float] = THRESHOLDS
+    detected: Sequence[DetectedBoxes],
+    truth: Sequence[TrueBoxes],
+    thresholds: Sequence[float] = IOU_THRESHOLDS,
 ) -> float:
-    """Give the mean average precision over ALL images, classes and thresholds: 0 to 1.
+    """Computes the mean average precision over ALL images, classes and thresholds: 0 to 1.
 
-    A missed image lowers the recall and a box in a healthy one the precision. NaN if no image has
-    a true box.
+    An image without detections lowers the recall and a box in a healthy image the precision. NaN if
+    no image has a true box.
     """
-    return mean_precision(match(found, truth, thresholds))
+    return mean_average_precision(match_detections(detected, truth, thresholds))
 
 
 def map_mgca(
-    found: Sequence[Found],
-    truth: Sequence[Truth],
-    thresholds: Sequence[float] = THRESHOLDS,
-    floor: float = 0.5,
+    detected: Sequence[DetectedBoxes],
+    truth: Sequence[TrueBoxes],
+    thresholds: Sequence[float] = IOU_THRESHOLDS,
+    min_score: float = 0.5,
 ) -> float:
-    """Give the mean average precision as MGCA's code counts it (mgca/models/ssl_detector.py).
+    """Computes the mean average precision as MGCA's code counts it (mgca/models/ssl_detector.py).
 
-    Only images with a true box AND a detection of score >= `floor` enter, and only such
-    detections: neither a missed image nor a box in a healthy one costs anything. 0.0 if no image
-    is left.
+    Only images with a true box AND a detection of score >= `min_score` enter, and only such
+    detections: neither an image without detections nor a box in a healthy image lowers the number.
+    0.0 if no image is left.
     """
-    sure = [
-        Found(seen.boxes[high], seen.scores[high], seen.classes[high])
-        for seen in found
-        for high in [~(seen.scores < floor)]
+    confident = []
+    for image in detected:
+        rows = ~(image.scores < min_score)  # written so that a NaN score stays visible
+        confident.append(DetectedBoxes(image.boxes[rows], image.scores[rows], image.classes[rows]))
+    pairs = [
+        (boxes, target)
+        for boxes, target in zip(confident, truth, strict=True)
+        if len(boxes.boxes) and len(target.boxes)
     ]
-    kept = [
-        i for i, (a, b) in enumerate(zip(sure, truth, strict=True)) if len(a.boxes) and len(b.boxes)
-    ]
-    if not kept:
-        return 0.0
-    return map_strict([sure[i] for i in kept], [truth[i] for i in kept], thresholds)
+    return map_strict(*zip(*pairs, strict=True), thresholds) if pairs else 0.0
 
 
-def coco_map(found: Sequence[Found], truth: Sequence[Truth]) -> tuple[float, float, float]:
-    """Give AP@[.50:.05:.95], AP50 and AP75 of all images by pycocotools, without its printing.
+def coco_map(
+    detected: Sequence[DetectedBoxes], truth: Sequence[TrueBoxes]
+) -> tuple[float, float, float]:
+    """Computes AP@[.50:.05:.95], AP50 and AP75 of all images by pycocotools, without its printing.
 
     Areas of all sizes and all detections count (COCO keeps the best 100 of an image). NaN if no
-    image has a true box.
+    image has a true box, or if a score is NaN.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    broken = any(np.isnan(seen.scores).any() for seen in found)
-    if broken or not any(len(real.boxes) for real in truth):
+    any_nan = any(np.isnan(image.scores).any() for image in detected)
+    if any_nan or not any(len(target.boxes) for target in truth):
         return (float("nan"),) * 3
-    kinds = {int(k) for x in (*found, *truth) for k in x.classes}
-    data = {
+    class_ids = {int(k) for item in (*detected, *truth) for k in item.classes}
+    dataset = {
         "images": [{"id": i} for i in range(len(truth))],
-        "categories": [{"id": k} for k in sorted(kinds)],
-        "annotations": _rows(truth, iscrowd=0),
+        "categories": [{"id": k} for k in sorted(class_ids)],
+        "annotations": _coco_annotations(truth, iscrowd=0),
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        truths, guesses = COCO(), COCO()
-        truths.dataset = data
-        guesses.dataset = data | {"annotations": _rows(found)}
-        truths.createIndex()
-        guesses.createIndex()
-        judge = COCOeval(truths, guesses, "bbox")
-        judge.params.maxDets = [max(len(seen.boxes) for seen in found) or 1]
-        judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
-        judge.evaluate()
-        judge.accumulate()
-    table = judge.eval["precision"][..., 0, 0]  # [thresholds, recalls, classes], -1: no truth
-    parts = (table, table[:1], table[5:6])
+        true_set, detected_set = COCO(), COCO()
+        true_set.dataset = dataset
+        detected_set.dataset = dataset | {"annotations": _coco_annotations(detected)}
+        true_set.createIndex()
+        detected_set.createIndex()
+        evaluation = COCOeval(true_set, detected_set, "bbox")
+        evaluation.params.maxDets = [max(len(image.boxes) for image in detected) or 1]
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    # Axes: thresholds, recall levels, classes; -1 marks a class without true boxes.
+    precision = evaluation.eval["precision"][..., 0, 0]
+    parts = (precision, precision[:1], precision[5:6])
     return tuple(float(part[part > -1].mean()) for part in parts)
 
 
-def _rows(items: Sequence[Found] | Sequence[Truth], **more: int) -> list[dict]:
-    """Write the boxes of images as COCO's rows; ids begin with 1, as 0 would mean no match."""
-    rows = []
+def _coco_annotations(
+    items: Sequence[DetectedBoxes] | Sequence[TrueBoxes], **fields: int
+) -> list[dict]:
+    """Returns the boxes of all images as COCO annotations, each with the further `fields`."""
+    annotations = []
     for image, item in enumerate(items):
         scores = getattr(item, "scores", np.zeros(len(item.boxes)))
-        for box, kind, score in zip(item.boxes.astype(float), item.classes, scores, strict=True):
+        for box, k, score in zip(item.boxes.astype(float), item.classes, scores, strict=True):
             x0, y0, x1, y1 = box.tolist()
-            sides = [x0, y0, x1 - x0, y1 - y0]
-            rows.append(
+            width, height = x1 - x0, y1 - y0
+            annotations.append(
                 {
-                    "id": len(rows) + 1,
+                    "id": len(annotations) + 1,  # from 1: pycocotools reads id 0 as "no match"
                     "image_id": image,
-                    "category_id": int(kind),
-                    "bbox": sides,
-                    "area": sides[2] * sides[3],
+                    "category_id": int(k),
+                    "bbox": [x0, y0, width, height],
+                    "area": width * height,
                     "score": float(score),
-                    **more,
+                    **fields,
                 }
             )
-    return rows
+    return annotations

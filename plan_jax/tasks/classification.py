@@ -34,11 +34,17 @@ from jaxtyping import Bool, Float, Int, Int8, PyTree
 from scipy.special import expit, log_softmax
 
 from plan_jax.heads import head_on_tower
-from plan_jax.heads.linear import LOSSES, Linear, statistics
+from plan_jax.heads.fit import FittedHead, fit_head, take_examples
+from plan_jax.heads.linear import LOSSES, Linear, feature_statistics
 from plan_jax.metrics import classification as classification_metrics
 from plan_jax.metrics import intervals, slug
-from plan_jax.metrics.classification import Judged, each_finding, mean, truths, two_sided
-from plan_jax.optim import Fit, fit_head, take
+from plan_jax.metrics.classification import (
+    Predictions,
+    binarise_labels,
+    has_both_classes,
+    macro_mean,
+    per_finding,
+)
 from plan_jax.types import Curve, Model, Record, Tower, UserError
 
 SPLITS = ("train", "val", "test")
@@ -50,7 +56,7 @@ class Options:
     """The constants of the protocol; the defaults are MGCA's where it has one.
 
     `labels` are the findings to predict, () all; `multiclass` needs exactly one of them present in
-    each record. `uncertain` says what a label -1 becomes in every split (`label_metrics.truths`):
+    each record. `uncertain` says what a label -1 becomes in every split (`binarise_labels`):
     ours is `ignore`, as -1 may also mean unknown, MGCA's `mgca`. `standardise`
     (ours) brings features to mean 0 and deviation 1 by the statistics of the training share, of the
     tower as it comes. `warmup` steps rise linearly; `cosine` then falls to 0 at step `steps`, by
@@ -96,12 +102,12 @@ def evaluate(
       UserError: what `needs` says, a model without a tower, or features that are not finite.
     """
     needs(splits, options, findings)
-    tower = head_on_tower.tower_of(model)
+    tower = head_on_tower.require_tower(model)
     names = _chosen(options, findings)
     uncertain = "zero" if options.kind == "multiclass" else options.uncertain
     labels = {split: _labels(splits[split], names, findings) for split in SPLITS}
-    truth = {split: truths(labels[split], names, uncertain) for split in SPLITS}
-    kept = two_sided(*truth["train"]) & two_sided(*truth["test"])
+    truth = {split: binarise_labels(labels[split], names, uncertain) for split in SPLITS}
+    kept = has_both_classes(*truth["train"]) & has_both_classes(*truth["test"])
     ready, rows = _prepare(tower, splits, truth, options, seed)
     values, lines = {}, []
     about = f"{tower.name}, {names}, {[len(labels[split]) for split in SPLITS]}"
@@ -109,7 +115,7 @@ def evaluate(
         share, chosen = f"{100 * fraction:g}", draw(len(labels["train"]), fraction, seed)
         fit = _fit(
             ready,
-            take(rows["train"], chosen),
+            take_examples(rows["train"], chosen),
             rows["val"],
             options,
             f"classification_{share}",
@@ -118,14 +124,14 @@ def evaluate(
             folder,
         )
         val, test = (
-            Judged(_scores(ready, fit, rows[split], options.kind), *truth[split])
+            Predictions(_scores(ready, fit, rows[split], options.kind), *truth[split])
             for split in ("val", "test")
         )
         known = tuple(each[chosen] for each in truth["train"])
         found = _summary(val, test, kept, names, options, seed) | {
             "n_train": float(len(chosen)),
             "labels_skipped": float((~kept).sum()),
-            "labels_unseen": float((kept & ~two_sided(*known)).sum()),
+            "labels_unseen": float((kept & ~has_both_classes(*known)).sum()),
         }
         values |= {f"{share}/{key}": value for key, value in found.items()}
         beside = _chance(known, test, kept, options)
@@ -224,19 +230,19 @@ def _prepare(
 ) -> tuple[head_on_tower.HeadOnTower, dict[str, dict[str, PyTree]]]:
     """Put the head on the tower and turn the records into rows, features computed if they can."""
     images = {split: np.stack([r.image for r in splits[split]]) for split in SPLITS}
-    labels = {split: {"truth": truth[split][0], "known": truth[split][1]} for split in SPLITS}
+    labels = {split: {"labels": truth[split][0], "mask": truth[split][1]} for split in SPLITS}
     two = np.arange(2) % len(images["train"])
-    ready = head_on_tower.attach(
+    ready = head_on_tower.attach_head(
         tower,
         Linear(truth["train"][0].shape[1]),
         LOSSES[options.kind],
-        take({"image": images["train"], **labels["train"]}, two),
-        pick=lambda s: s.pooled,
+        take_examples({"image": images["train"], **labels["train"]}, two),
+        select_features=lambda s: s.pooled,
         mode="finetune" if options.mode == "finetune" else "frozen",
         native=False,
         seed=seed,
     )
-    return ready, {split: ready.rows(images[split]) | labels[split] for split in SPLITS}
+    return ready, {split: ready.examples(images[split]) | labels[split] for split in SPLITS}
 
 
 def _fit(
@@ -248,12 +254,14 @@ def _fit(
     about: str,
     seed: int,
     folder: Path | None,
-) -> Fit:
+) -> FittedHead:
     """Fit the head to the rows of a share."""
-    stats, count = ready.stats, len(train["truth"])
+    stats, count = ready.stats, len(train["labels"])
     if options.standardise:
-        seen = head_on_tower.chunked(lambda rows: ready.see(ready.params, ready.stats, rows), train)
-        stats = stats | {"head": statistics(seen)}
+        seen = head_on_tower.map_chunks(
+            lambda rows: ready.features(ready.params, ready.stats, rows), train
+        )
+        stats = stats | {"head": feature_statistics(seen)}
     steps, loss = options.epochs * (count // min(options.batch, count)), LOSSES[options.kind]
     about += repr(replace(options, fractions=(), samples=0, bins=1))
     return fit_head(
@@ -267,15 +275,15 @@ def _fit(
         epochs=options.epochs,
         patience=options.patience,
         seed=seed,
-        judge=lambda p, s: -float(loss(jnp.asarray(ready.predict(p, s, val)), val)),
+        score=lambda p, s: -float(loss(jnp.asarray(ready.predict(p, s, val)), val)),
         name=name,
-        about=about,
+        description=about,
         folder=folder,
     )
 
 
 def _scores(
-    ready: head_on_tower.HeadOnTower, fit: Fit, rows: dict, kind: str
+    ready: head_on_tower.HeadOnTower, fit: FittedHead, rows: dict, kind: str
 ) -> Float[np.ndarray, "N F"]:
     """Give logits (multilabel) or log-probabilities (multiclass): neither saturates into ties."""
     logits = np.asarray(ready.predict(fit.params, fit.stats, rows), np.float64)
@@ -283,8 +291,8 @@ def _scores(
 
 
 def _summary(
-    val: Judged,
-    test: Judged,
+    val: Predictions,
+    test: Predictions,
     kept: Bool[np.ndarray, " F"],
     names: Sequence[str],
     options: Options,
@@ -292,24 +300,26 @@ def _summary(
 ) -> dict[str, float]:
     """Score a head on the test set, with thresholds from validation."""
     columns = np.flatnonzero(kept).tolist()
-    areas = each_finding(classification_metrics.auroc, test, columns)
+    areas = per_finding(classification_metrics.auroc, test, columns)
     values = {f"{slug(names[i])}/auroc": area for i, area in zip(columns, areas, strict=True)}
-    values["auroc_macro"] = mean(areas)
-    values["auprc_macro"] = mean(
-        each_finding(classification_metrics.average_precision, test, columns)
+    values["auroc_macro"] = macro_mean(areas)
+    values["auprc_macro"] = macro_mean(
+        per_finding(classification_metrics.average_precision, test, columns)
     )
     values["ece"] = classification_metrics.expected_calibration_error(
         *_said(test, options), options.bins
     )
     if options.kind == "multiclass":
         values |= _likeliest(test, kept)
-        hits = (classification_metrics.votes(test.scores) * test.truth).sum(1)
+        hits = (classification_metrics.vote_shares(test.scores) * test.labels).sum(1)
         name, ends = "accuracy", intervals.bootstrap(hits, None, options.samples, seed)
     else:
-        limits = each_finding(classification_metrics.best_threshold, val, columns)
-        values["f1_macro"] = mean(each_finding(classification_metrics.f1, test, columns, limits))
-        values["accuracy"] = mean(
-            each_finding(classification_metrics.accuracy, test, columns, limits)
+        limits = per_finding(classification_metrics.best_threshold, val, columns)
+        values["f1_macro"] = macro_mean(
+            per_finding(classification_metrics.f1, test, columns, limits)
+        )
+        values["accuracy"] = macro_mean(
+            per_finding(classification_metrics.accuracy, test, columns, limits)
         )
         packed = np.stack([x[:, kept].astype(float) for x in test], 2)
         name, ends = "auroc_macro", intervals.bootstrap(packed, _resampled, options.samples, seed)
@@ -318,47 +328,47 @@ def _summary(
 
 def _resampled(rows: Float[np.ndarray, "N F 3"]) -> float:
     """Give the macro AUROC of drawn images, over the findings that have both classes among them."""
-    said = Judged(rows[..., 0], rows[..., 1] == 1, rows[..., 2] == 1)
-    both = np.flatnonzero(two_sided(said.truth, said.known)).tolist()
-    return mean(each_finding(classification_metrics.auroc, said, both))
+    said = Predictions(rows[..., 0], rows[..., 1] == 1, rows[..., 2] == 1)
+    both = np.flatnonzero(has_both_classes(said.labels, said.mask)).tolist()
+    return macro_mean(per_finding(classification_metrics.auroc, said, both))
 
 
-def _said(test: Judged, options: Options) -> tuple[np.ndarray, np.ndarray]:
+def _said(test: Predictions, options: Options) -> tuple[np.ndarray, np.ndarray]:
     """Give the probabilities whose calibration is judged, and whether they came true: [N], [N]."""
     if options.kind == "multilabel":
-        return expit(test.scores[test.known]), test.truth[test.known]
+        return expit(test.scores[test.mask]), test.labels[test.mask]
     top = np.arange(len(test.scores)), test.scores.argmax(1)
-    return np.exp(test.scores[top]), test.truth[top]
+    return np.exp(test.scores[top]), test.labels[top]
 
 
 def _chance(
-    known: tuple[np.ndarray, ...], test: Judged, kept: Bool[np.ndarray, " F"], options: Options
+    known: tuple[np.ndarray, ...], test: Predictions, kept: Bool[np.ndarray, " F"], options: Options
 ) -> dict[str, float]:
     """Score what knows the training share's labels and no image: the level beside each number."""
     columns = np.flatnonzero(kept).tolist()
     share = (known[0] & known[1]).sum(0) / np.maximum(known[1].sum(0), 1)
     same = test._replace(scores=np.tile(share, (len(test.scores), 1)))
-    positive = each_finding(lambda _, labels: float(labels.mean()), same, columns)
-    values = {"auroc_macro": 0.5, "auprc_macro": mean(positive)}
+    positive = per_finding(lambda _, labels: float(labels.mean()), same, columns)
+    values = {"auroc_macro": 0.5, "auprc_macro": macro_mean(positive)}
     if options.kind == "multiclass":
         return values | _likeliest(same, kept)
-    everything = each_finding(classification_metrics.f1, same, columns, [0.0] * len(columns))
-    more = each_finding(classification_metrics.accuracy, same, columns)
-    return values | {"f1_macro": mean(everything), "accuracy": mean(more)}
+    everything = per_finding(classification_metrics.f1, same, columns, [0.0] * len(columns))
+    more = per_finding(classification_metrics.accuracy, same, columns)
+    return values | {"f1_macro": macro_mean(everything), "accuracy": macro_mean(more)}
 
 
-def _likeliest(said: Judged, kept: Bool[np.ndarray, " F"]) -> dict[str, float]:
+def _likeliest(said: Predictions, kept: Bool[np.ndarray, " F"]) -> dict[str, float]:
     """Score each image's likeliest class."""
-    f1 = classification_metrics.macro_f1(said.scores, said.truth & kept)
-    return {"f1_macro": f1, "accuracy": classification_metrics.accuracy(said.scores, said.truth)}
+    f1 = classification_metrics.macro_f1(said.scores, said.labels & kept)
+    return {"f1_macro": f1, "accuracy": classification_metrics.accuracy(said.scores, said.labels)}
 
 
 def _lines(
-    test: Judged, kept: Bool[np.ndarray, " F"], names: Sequence[str], options: Options
+    test: Predictions, kept: Bool[np.ndarray, " F"], names: Sequence[str], options: Options
 ) -> list[Curve]:
     """Give ROC curves (thinned to `POINTS` points) and the reliability diagram for the page."""
     columns, rows = np.flatnonzero(kept).tolist(), []
-    curves = each_finding(classification_metrics.roc_curve, test, columns)
+    curves = per_finding(classification_metrics.roc_curve, test, columns)
     for i, (x, y) in zip(columns, curves, strict=True):
         some = np.unique(np.linspace(0, len(x) - 1, min(POINTS, len(x))).round().astype(int))
         rows.append(Curve("roc", names[i], x[some], y[some]))

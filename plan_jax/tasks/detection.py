@@ -24,13 +24,13 @@ import optax
 from jaxtyping import PyTree, UInt8
 
 from plan_jax.heads import yolo
-from plan_jax.heads.anchors import anchors_at, detect, nms
-from plan_jax.heads.head_on_tower import HeadOnTower, attach, chunked, tower_of
-from plan_jax.heads.pyramid import choose
+from plan_jax.heads.anchors import anchors_for_size, detect, suppress_non_maxima
+from plan_jax.heads.fit import fit_head, take_examples
+from plan_jax.heads.head_on_tower import HeadOnTower, attach_head, map_chunks, require_tower
+from plan_jax.heads.pyramid import last_three_sizes
 from plan_jax.metrics import boxes as box_metrics
 from plan_jax.metrics import intervals, slug
-from plan_jax.metrics.boxes import Found, Truth, map_mgca, map_strict
-from plan_jax.optim import fit_head, take
+from plan_jax.metrics.boxes import DetectedBoxes, TrueBoxes, map_mgca, map_strict
 from plan_jax.types import BoxExample, Model, Phrase, Record, Tower, UserError
 
 PART = 512  # images whose maps are in memory at once
@@ -43,7 +43,7 @@ class Options:
 
     `classes`: all findings are one class (`any`, as RSNA) or each is its own (`each`, ours).
     `widths` are those of YOLOv3's 1x1 convolutions, coarsest map first. `average` and
-    `published_background` are those of `heads.yolo.loss`. `judge` chooses the epoch (`loss` is
+    `published_background` are those of `heads.yolo.yolo_loss`. `judge` chooses the epoch (`loss` is
     cheap: it draws no boxes). Boxes enter suppression by IoU >= `suppress` if they are among the
     `candidates` (ours) best of an image with objectness >= `score_floor` (ours). `limit_train`
     images are drawn for training (0: all); `samples` draws make an interval; `shown` images become
@@ -117,11 +117,13 @@ def evaluate(
     truth = {name: [one for one, _ in some] for name, some in pairs.items()}
     if not any(len(one.boxes) for one in truth["train"]):
         raise UserError(f"limit_train {options.limit_train} leaves no box to learn; give more")
-    tower = tower_of(model)
+    tower = require_tower(model)
     images = {name: np.stack([r.image for r in some]) for name, some in data.items()}
     room = max(len(one.boxes) for name in ("train", "val") for one in truth[name])
     probe = _attached(tower, images["train"], _classes(options, findings), options, seed)
-    rows = {name: probe.rows(images[name]) | padded(truth[name], room) for name in ("train", "val")}
+    rows = {
+        name: probe.examples(images[name]) | padded(truth[name], room) for name in ("train", "val")
+    }
     find = _finder(probe, images["test"].shape[1:3], options)
     fit = fit_head(
         probe.loss,
@@ -135,11 +137,11 @@ def evaluate(
         patience=options.patience,
         seed=seed,
         name="detection",
-        judge=_judge(probe, find, rows["val"], truth["val"], options),
-        about=f"{tower.name} {options} {tuple(findings)}",
+        score=_judge(probe, find, rows["val"], truth["val"], options),
+        description=f"{tower.name} {options} {tuple(findings)}",
         folder=folder,
     )
-    found = find(fit.params, fit.stats, probe.rows(images["test"]))
+    found = find(fit.params, fit.stats, probe.examples(images["test"]))
     values = _scores(found, truth["test"], options, seed)
     null = [prior(truth["train"], options.suppress)] * len(found)
     values |= {
@@ -154,7 +156,7 @@ def evaluate(
     return values, _shown(images["test"], found, truth["test"], options.shown, seed)
 
 
-def true_boxes(record: Record, options: Options, findings: Sequence[str]) -> tuple[Truth, int]:
+def true_boxes(record: Record, options: Options, findings: Sequence[str]) -> tuple[TrueBoxes, int]:
     """List the boxes of a record's phrases, cut at its borders, and count those that are dropped.
 
     A phrase without boxes has that of its mask (one, also around several parts). A box twice of
@@ -175,21 +177,21 @@ def true_boxes(record: Record, options: Options, findings: Sequence[str]) -> tup
             else:
                 dropped += 1
     table = np.array(list(kept), np.float32).reshape(-1, 5)
-    return Truth(table[:, :4], table[:, 4].astype(np.int32)), dropped
+    return TrueBoxes(table[:, :4], table[:, 4].astype(np.int32)), dropped
 
 
-def padded(truth: Sequence[Truth], room: int) -> dict[str, np.ndarray]:
-    """Put boxes into arrays of one size: `boxes` [N R 4], `real` [N R] and `kinds` [N R]."""
+def padded(truth: Sequence[TrueBoxes], room: int) -> dict[str, np.ndarray]:
+    """Put boxes into arrays of one size: `boxes` [N R 4], `mask` [N R] and `classes` [N R]."""
     number = len(truth)
     boxes, kinds = np.zeros((number, room, 4), np.float32), np.zeros((number, room), np.int32)
     real = np.zeros((number, room), bool)
     for n, one in enumerate(truth):
         boxes[n, : len(one.boxes)], kinds[n, : len(one.boxes)] = one.boxes, one.classes
         real[n, : len(one.boxes)] = True
-    return {"boxes": boxes, "real": real, "kinds": kinds}
+    return {"boxes": boxes, "mask": real, "classes": kinds}
 
 
-def prior(truth: Sequence[Truth], suppress: float = 0.5) -> Found:
+def prior(truth: Sequence[TrueBoxes], suppress: float = 0.5) -> DetectedBoxes:
     """Give the usual boxes of training images: what a detector knows that sees no image (ours).
 
     Every training box (of `PRIOR_BOXES` at even distances) scores by the share of them that are
@@ -199,11 +201,14 @@ def prior(truth: Sequence[Truth], suppress: float = 0.5) -> Found:
     kinds = np.concatenate([one.classes for one in truth])
     chosen = np.linspace(0, len(boxes) - 1, min(len(boxes), PRIOR_BOXES)).astype(int)
     boxes, kinds = boxes[chosen], kinds[chosen]
-    near = (box_metrics.iou(boxes, boxes) >= 0.5) & (kinds[:, None] == kinds)
+    corners = boxes.astype(np.float64)
+    near = (box_metrics.box_iou(corners, corners) >= 0.5) & (kinds[:, None] == kinds)
     score = near.mean(1).astype(np.float32)
-    keep = np.flatnonzero(np.asarray(jax.jit(partial(nms, limit=suppress))(boxes, score, kinds)))
+    keep = np.flatnonzero(
+        np.asarray(jax.jit(partial(suppress_non_maxima, max_iou=suppress))(boxes, score, kinds))
+    )
     best = keep[np.argsort(-score[keep], kind="stable")[:PRIOR_FOUND]]
-    return Found(boxes[best], score[best], kinds[best])
+    return DetectedBoxes(boxes[best], score[best], kinds[best])
 
 
 def _classes(options: Options, findings: Sequence[str]) -> int:
@@ -232,22 +237,22 @@ def _attached(
     tower: Tower, images: UInt8[np.ndarray, "N Y X 1"], count: int, options: Options, seed: int
 ) -> HeadOnTower:
     def criterion(outputs: tuple, rows: Mapping[str, Any]) -> jax.Array:
-        return yolo.loss(
+        return yolo.yolo_loss(
             outputs,
             rows["boxes"],
-            rows["real"],
-            rows["kinds"],
+            rows["mask"],
+            rows["classes"],
             size=images.shape[1:3],
             average=options.average,
-            published=options.published_background,
+            published_background=options.published_background,
         )
 
-    return attach(
+    return attach_head(
         tower,
         yolo.Yolo(count, options.widths),
         criterion,
         {"image": images[:2]},
-        pick=lambda stages: choose(stages.maps),
+        select_features=lambda stages: last_three_sizes(stages.maps),
         mode=options.mode,
         seed=seed,
     )
@@ -255,26 +260,26 @@ def _attached(
 
 def _finder(
     probe: HeadOnTower, size: tuple[int, int], options: Options
-) -> Callable[..., list[Found]]:
+) -> Callable[..., list[DetectedBoxes]]:
     """Make the function from parameters and rows to the boxes found in each of them."""
     one = partial(
         detect,
-        anchors=anchors_at(size),
+        anchors=anchors_for_size(size),
         size=size,
-        candidates=options.candidates,
-        floor=options.score_floor,
-        limit=options.suppress,
+        num_candidates=options.candidates,
+        min_score=options.score_floor,
+        max_iou=options.suppress,
     )
     many = jax.jit(jax.vmap(one))
 
-    def find(params: PyTree, stats: PyTree, rows: Mapping[str, PyTree]) -> list[Found]:
+    def find(params: PyTree, stats: PyTree, rows: Mapping[str, PyTree]) -> list[DetectedBoxes]:
         found = []
         number = len(jax.tree.leaves(rows)[0])
         for start in range(0, number, PART):
-            some = take(rows, np.arange(start, min(start + PART, number)))
-            seen = chunked(many, probe.predict(params, stats, some))
+            some = take_examples(rows, np.arange(start, min(start + PART, number)))
+            seen = map_chunks(many, probe.predict(params, stats, some))
             for boxes, scores, kinds, keep in zip(*seen, strict=True):
-                found.append(Found(boxes[keep], scores[keep], kinds[keep]))
+                found.append(DetectedBoxes(boxes[keep], scores[keep], kinds[keep]))
         return found
 
     return find
@@ -284,7 +289,7 @@ def _judge(
     probe: HeadOnTower,
     find: Callable,
     rows: Mapping[str, PyTree],
-    truth: Sequence[Truth],
+    truth: Sequence[TrueBoxes],
     options: Options,
 ) -> Callable[[PyTree, PyTree], float] | None:
     """Make what chooses the epoch: the mean average precision; while it is 0, minus the loss."""
@@ -298,32 +303,34 @@ def _judge(
         found = find(params, stats, rows)
         strict = options.judge == "map_strict"
         value = (
-            map_strict(found, truth) if strict else map_mgca(found, truth, floor=options.score_mgca)
+            map_strict(found, truth)
+            if strict
+            else map_mgca(found, truth, min_score=options.score_mgca)
         )
         if value > 0:
             return value
-        losses = [len(n) * float(measured(params, stats, take(rows, n))) for n in parts]
+        losses = [len(n) * float(measured(params, stats, take_examples(rows, n))) for n in parts]
         return -sum(losses) / len(truth)
 
     return judge
 
 
 def _scores(
-    found: Sequence[Found], truth: Sequence[Truth], options: Options, seed: int
+    found: Sequence[DetectedBoxes], truth: Sequence[TrueBoxes], options: Options, seed: int
 ) -> dict[str, float]:
-    matches, number = box_metrics.match(found, truth), len(truth)
+    matches, number = box_metrics.match_detections(found, truth), len(truth)
 
     def redrawn(drawn: np.ndarray) -> float:
         times = np.bincount(drawn, minlength=number).astype(float)
-        return box_metrics.mean_precision(matches, times)
+        return box_metrics.mean_average_precision(matches, times)
 
     low, high = intervals.bootstrap(np.arange(number), redrawn, options.samples, seed)
     whole, half, strict = box_metrics.coco_map(found, truth)
     return {
-        "map_strict": box_metrics.mean_precision(matches),
+        "map_strict": box_metrics.mean_average_precision(matches),
         "map_strict_low": low,
         "map_strict_high": high,
-        "map_mgca": map_mgca(found, truth, floor=options.score_mgca),
+        "map_mgca": map_mgca(found, truth, min_score=options.score_mgca),
         "coco/ap": whole,
         "coco/ap50": half,
         "coco/ap75": strict,
@@ -331,9 +338,9 @@ def _scores(
 
 
 def _each(
-    found: Sequence[Found], truth: Sequence[Truth], findings: Sequence[str]
+    found: Sequence[DetectedBoxes], truth: Sequence[TrueBoxes], findings: Sequence[str]
 ) -> dict[str, float]:
-    table = box_metrics.precision_table(box_metrics.match(found, truth, (0.5,)))
+    table = box_metrics.average_precision_table(box_metrics.match_detections(found, truth, (0.5,)))
     known = {
         f"{slug(findings[k])}/ap50": float(value)
         for k, (value,) in enumerate(table)
@@ -345,8 +352,8 @@ def _each(
 
 def _shown(
     images: UInt8[np.ndarray, "N Y X 1"],
-    found: Sequence[Found],
-    truth: Sequence[Truth],
+    found: Sequence[DetectedBoxes],
+    truth: Sequence[TrueBoxes],
     number: int,
     seed: int,
     most: int = 5,

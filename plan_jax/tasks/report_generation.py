@@ -11,7 +11,7 @@ words. `ce/`: the findings that both state, which word overlap hardly sees (a mi
 
 Deviation: R2Gen flips training images, which swaps left and right under an unchanged report; here
 none is. Ours: BatchNorm and tower as `mode` says, patience 10 instead of 50, the epoch chosen by
-validation loss (`select="bleu4"` is R2Gen's). Trigram blocking: see `heads.decoding`.
+validation loss (`select="bleu4"` is R2Gen's). Trigram blocking: see `heads.beam_search`.
 """
 
 from collections import Counter
@@ -27,11 +27,11 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from plan_jax.heads import vocabulary as report_vocabulary
-from plan_jax.heads.head_on_tower import HeadOnTower, Mode, attach, chunked, tower_of
-from plan_jax.heads.report_decoder import ReportDecoder, token_loss, write
+from plan_jax.heads.fit import FittedHead, fit_head
+from plan_jax.heads.head_on_tower import HeadOnTower, Mode, attach_head, map_chunks, require_tower
+from plan_jax.heads.report_decoder import ReportDecoder, generate, token_loss
 from plan_jax.heads.vocabulary import Cleaning, Vocabulary
 from plan_jax.metrics import text as text_metrics
-from plan_jax.optim import Fit, fit_head
 from plan_jax.types import Model, Record, ReportExample, Tower, UserError
 
 SPLITS = ("train", "val", "test")
@@ -124,7 +124,7 @@ def needs(
         )
     for split in SPLITS:
         texts = [record.text for record in splits.get(split, ())]
-        if not any(report_vocabulary.clean(text, options.cleaning) for text in texts):
+        if not any(report_vocabulary.clean_report(text, options.cleaning) for text in texts):
             raise UserError(
                 f"task report_generation needs text in {split}, and none of its {len(texts)} "
                 "records has any; give reports, or leave the task out"
@@ -144,7 +144,7 @@ def evaluate(
     """Fit a decoder to `train`, choose its epoch on `val`, and judge what it writes of `test`.
 
     `labeller(text)` reads from a report which findings it states (1) and denies (0). Keys: those of
-    `text_metrics.scores` under `strict/` and `r2gen/`, those of `text_metrics.stated` under `ce/`;
+    `text_metrics.overlap_scores` under `strict/` and `r2gen/`, of `finding_scores` under `ce/`;
     the same under `retrieval/` for the report of the training image nearest by the cosine of the
     tower's pooled features, and under `common/` for the most frequent training report (the first
     among equals). `n_train`, `n_test`, `reports_empty` (left out of all splits), `vocabulary` and
@@ -156,13 +156,13 @@ def evaluate(
         `min_count` leaves no word.
     """
     needs(splits, options, findings)
-    tower = tower_of(model)
+    tower = require_tower(model)
     data = {split: gather(splits[split], split, options, seed) for split in SPLITS}
-    vocabulary = report_vocabulary.build(data["train"].texts, options.min_count)
+    vocabulary = report_vocabulary.build_vocabulary(data["train"].texts, options.min_count)
     tokens = _encoded(data, vocabulary, options.max_length)
     head, probe = _attached(tower, data["train"].images, tokens["train"], vocabulary, options, seed)
     written, labeller = _writer(probe, head, options), cache(labeller)
-    rows = {split: probe.rows(data[split].images) for split in SPLITS}
+    rows = {split: probe.examples(data[split].images) for split in SPLITS}
     about = f"{tower.name} {options} {vocabulary.words}"
     fit = _fitted(
         probe, written, rows, tokens, data["val"].texts, vocabulary, options, about, folder, seed
@@ -191,7 +191,7 @@ def evaluate(
 
 def gather(records: Sequence[Record], split: str, options: Options, seed: int) -> Split:
     """Take the records that have a report, at most the split's limit of them, and clean it."""
-    cleaned = [report_vocabulary.clean(record.text, options.cleaning) for record in records]
+    cleaned = [report_vocabulary.clean_report(record.text, options.cleaning) for record in records]
     kept = np.flatnonzero([bool(text) for text in cleaned])
     empty = len(cleaned) - len(kept)
     limit = {"train": options.limit_train, "test": options.limit_test}.get(split, 0)
@@ -268,14 +268,14 @@ def _attached(
         options.positions,
         options.summary,
     )
-    probe = attach(
+    probe = attach_head(
         tower,
         head,
         lambda logits, rows: token_loss(logits, rows["tokens"]),
         {"image": images[:2], "tokens": tokens[:2]},
         mode=options.mode,
         native=options.native,
-        pick=lambda stages: {"map": stages.maps[-1], "pooled": stages.pooled},
+        select_features=lambda stages: {"map": stages.maps[-1], "pooled": stages.pooled},
         seed=seed,
     )
     return head, probe
@@ -283,13 +283,14 @@ def _attached(
 
 def _writer(probe: HeadOnTower, head: ReportDecoder, options: Options) -> Writer:
     """Make what writes reports, as ids, of any number of rows."""
-    how = {name: getattr(options, name) for name in ("beam", "block", "length_penalty")}
+    how = {"beam_size": options.beam, "no_repeat_ngram": options.block}
+    how["length_penalty"] = options.length_penalty
 
     @jax.jit
     def some(params: PyTree, stats: PyTree, rows: Mapping[str, PyTree]) -> Int[Array, "B L"]:
-        return write(head, params["head"], probe.see(params, stats, rows), **how).tokens
+        return generate(head, params["head"], probe.features(params, stats, rows), **how).tokens
 
-    return lambda params, stats, rows: chunked(lambda r: some(params, stats, r), rows, WRITTEN)
+    return lambda params, stats, rows: map_chunks(lambda r: some(params, stats, r), rows, WRITTEN)
 
 
 def _fitted(
@@ -303,9 +304,9 @@ def _fitted(
     about: str,
     folder: Path | None,
     seed: int,
-) -> Fit:
+) -> FittedHead:
     """Fit to rows and tokens [N T] of `train`; `texts` are the cleaned reports of `val`."""
-    cut = [vocabulary.masked(text, options.max_length - 1) for text in texts]
+    cut = [vocabulary.mask_unknown(text, options.max_length - 1) for text in texts]
 
     def judge(params: PyTree, stats: PyTree) -> float:
         said = [vocabulary.decode(row) for row in written(params, stats, rows["val"])]
@@ -325,17 +326,17 @@ def _fitted(
         patience=options.patience,
         seed=seed,
         name="report_generation",
-        judge=judge if options.select == "bleu4" else None,
-        about=about,
+        score=judge if options.select == "bleu4" else None,
+        description=about,
         folder=folder,
     )
 
 
 def _pooled(probe: HeadOnTower, rows: Mapping[str, Any]) -> Float[np.ndarray, "N E"]:
     """See rows by the tower as it was before the fit: its pooled features."""
-    if "seen" in rows:
-        return np.asarray(rows["seen"]["pooled"])
-    return chunked(lambda some: probe.see(probe.params, probe.stats, some)["pooled"], rows)
+    if "features" in rows:
+        return np.asarray(rows["features"]["pooled"])
+    return map_chunks(lambda some: probe.features(probe.params, probe.stats, some)["pooled"], rows)
 
 
 def _scored(
@@ -347,14 +348,17 @@ def _scored(
 ) -> dict[str, float]:
     """Score cleaned texts in all three ways."""
     # R2Gen's references hold one word less than may be written: the first place is the beginning.
-    cut = [[vocabulary.masked(text, options.max_length - 1) for text in x] for x in (said, truth)]
+    cut = [
+        [vocabulary.mask_unknown(text, options.max_length - 1) for text in x] for x in (said, truth)
+    ]
     labels = [
-        [labeller(report_vocabulary.prose(text)) for text in texts] for texts in (said, truth)
+        [labeller(report_vocabulary.to_sentences(text)) for text in texts]
+        for texts in (said, truth)
     ]
     groups = {
-        "strict": text_metrics.scores(said, truth),
-        "r2gen": text_metrics.scores(*cut),
-        "ce": text_metrics.stated(*labels),
+        "strict": text_metrics.overlap_scores(said, truth),
+        "r2gen": text_metrics.overlap_scores(*cut),
+        "ce": text_metrics.finding_scores(*labels),
     }
     return {
         f"{name}/{key}": value for name, group in groups.items() for key, value in group.items()
@@ -373,7 +377,7 @@ def _rows(
     chosen = np.sort(np.random.default_rng(seed).permutation(len(said))[:number])
     rows = []
     for i in chosen.tolist():
-        texts = [report_vocabulary.prose(x[i]) for x in (truth, said)]
+        texts = [report_vocabulary.to_sentences(x[i]) for x in (truth, said)]
         there, claimed = (
             {name for name, value in labeller(text).items() if value == 1} for text in texts
         )

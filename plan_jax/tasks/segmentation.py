@@ -26,10 +26,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from scipy.special import logit
 
 from plan_jax.heads import setr, unet
-from plan_jax.heads.head_on_tower import HeadOnTower, attach, finite, tower_of
+from plan_jax.heads.fit import FittedHead, fit_head, take_examples
+from plan_jax.heads.head_on_tower import HeadOnTower, attach_head, require_finite, require_tower
 from plan_jax.metrics import intervals, slug
 from plan_jax.metrics import masks as mask_metrics
-from plan_jax.optim import Fit, fit_head, take
 from plan_jax.tasks.grounding_targets import truth_mask
 from plan_jax.types import MaskExample, Model, Record, Tower, UserError
 
@@ -133,10 +133,10 @@ def evaluate(
         the model has no tower, or one whose features are not finite.
     """
     needs(splits, options, findings)
-    tower = tower_of(model)
+    tower = require_tower(model)
     data = {split: gather(splits[split], options.targets, findings) for split in SPLITS}
     chosen = draw(data["train"].masks.any((1, 2, 3)), options, seed)
-    data["train"] = take(data["train"], chosen)
+    data["train"] = take_examples(data["train"], chosen)
     if not (there := data["train"].masks.any((0, 1, 2))).all():
         raise UserError(
             f"train has no mask of {options.targets[int(np.argmin(there))]!r} to learn from, with "
@@ -289,14 +289,14 @@ def _attached(tower: Tower, train: Split, options: Options, seed: int) -> HeadOn
         return mixed_loss(logits, rows["mask"], **weights)
 
     used = slice(-1, None) if isinstance(head, setr.SETR) else slice(None)
-    return attach(
+    return attach_head(
         tower,
         head,
         criterion,
         {"image": train.images[:2]},
         mode=options.mode,
         seed=seed,
-        pick=lambda stages: unet.distinct(stages.maps)[used],
+        select_features=lambda stages: unet.last_of_each_size(stages.maps)[used],
     )
 
 
@@ -307,9 +307,10 @@ def _fitted(
     about: str,
     folder: Path | None,
     seed: int,
-) -> Fit:
+) -> FittedHead:
     train, val = (
-        probe.rows(data[split].images) | {"mask": data[split].masks} for split in ("train", "val")
+        probe.examples(data[split].images) | {"mask": data[split].masks}
+        for split in ("train", "val")
     )
     return fit_head(
         probe.loss,
@@ -323,17 +324,17 @@ def _fitted(
         patience=options.patience,
         seed=seed,
         name="segmentation",
-        about=about,
+        description=about,
         folder=folder,
     )
 
 
-def _found(probe: HeadOnTower, fit: Fit, images: np.ndarray, threshold: float) -> np.ndarray:
+def _found(probe: HeadOnTower, fit: FittedHead, images: np.ndarray, threshold: float) -> np.ndarray:
     """See in images [N Y X 1] the masks [N Y X K]."""
     parts = []
     for start in range(0, len(images), PART):
-        rows = probe.rows(images[start : start + PART])
-        parts.append(finite(probe.predict(fit.params, fit.stats, rows)) > logit(threshold))
+        rows = probe.examples(images[start : start + PART])
+        parts.append(require_finite(probe.predict(fit.params, fit.stats, rows)) > logit(threshold))
     return np.concatenate(parts)
 
 
@@ -343,4 +344,4 @@ def _scores(
     """Give the means over images, and the Dice of each."""
     pair = [masks.reshape(len(masks), -1) for masks in (found, truth)]
     each = {name: getattr(mask_metrics, name)(*pair) for name in ("dice", "iou", "dice_positive")}
-    return {name: mask_metrics.mean_known(values) for name, values in each.items()}, each["dice"]
+    return {name: mask_metrics.nan_mean(values) for name, values in each.items()}, each["dice"]

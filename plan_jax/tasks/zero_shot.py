@@ -285,7 +285,7 @@ def _classes(
 ) -> dict[str, float]:
     """Take the class with the highest score; classes that tie share the answer."""
     truth = labels == 1
-    right = (classification_metrics.votes(scores) * truth).sum(1)
+    right = (classification_metrics.vote_shares(scores) * truth).sum(1)
     occur, share = np.flatnonzero(truth.any(0)), float(truth.mean(0).max())
     values = {
         "accuracy": float(right.mean()),

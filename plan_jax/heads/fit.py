@@ -1,0 +1,261 @@
+"""Fits a head to examples, epoch by epoch, and resumes an interrupted fit."""
+
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+import optax
+from flax import serialization
+from jaxtyping import Array, Float, Int, PyTree
+from tqdm import tqdm
+
+from plan_jax.logger import write_atomically
+from plan_jax.parallel import print_once
+from plan_jax.types import UserError
+
+HISTORY = ("losses", "scores")  # lists of a fit's state: one number for each epoch
+
+
+class FittedHead(NamedTuple):
+    """The parameters and statistics of the best epoch on validation, and the course of the fit.
+
+    `score` is that of the best epoch; `history` has `epoch`, `loss` and `score` of each epoch.
+    """
+
+    params: PyTree
+    stats: PyTree
+    score: float
+    history: list[dict[str, float]]
+
+
+def fit_head(
+    loss: Callable[..., tuple[Float[Array, ""], PyTree]],
+    params: PyTree,
+    stats: PyTree,
+    train: PyTree,
+    validation: PyTree,
+    optimiser: optax.GradientTransformation,
+    *,
+    batch: int,
+    epochs: int,
+    patience: int,
+    seed: int,
+    score: Callable[[PyTree, PyTree], float] | None = None,
+    name: str = "head",
+    description: str = "",
+    folder: Path | None = None,
+) -> FittedHead:
+    """Fits a head (or a whole model) to examples, and returns the best epoch on validation.
+
+    An epoch visits the examples in an order drawn from (seed, epoch), in batches; the last
+    incomplete batch is dropped. The fit stops early after `patience` epochs without a new best
+    score. With a `folder` the state is saved after every epoch, under a name that is a hash of the
+    settings and the data. The same call then resumes an interrupted fit and returns the same
+    result.
+
+    Args:
+      loss: `loss(params, stats, examples, key, train)` returns the mean loss of the examples and
+        the new `stats`.
+      params: the initial parameters.
+      stats: what changes without a gradient, as BatchNorm's statistics.
+      train: examples to fit to: a tree of numpy arrays with one leading axis of examples.
+      validation: examples of the same kind, from which the best epoch is selected.
+      optimiser: the optimiser of `params`.
+      batch: examples in a batch; all of them where there are fewer.
+      epochs: the largest number of epochs.
+      patience: epochs without a new best score after which the fit stops.
+      seed: of orders and dropout.
+      score: `score(params, stats)`, the larger the better; by default minus the validation loss.
+      name: the name of the fit, in the progress bar, the file and errors.
+      description: whatever else identifies the fit; a part of the hash.
+      folder: where the state is saved; None for nowhere.
+
+    Raises:
+      UserError: there are no examples, or the loss or the score is not a number.
+    """
+    num_examples = _require_examples(train, name)
+    _require_examples(validation, name)
+    batch = min(batch, num_examples)
+    evaluate_loss = jax.jit(
+        lambda p, s, examples: loss(p, s, examples, jax.random.key(0), False)[0]
+    )
+    score = score or (lambda p, s: -mean_loss(evaluate_loss, p, s, validation, batch))
+    update = _compile_update(loss, optimiser)
+    state = {
+        "params": params,
+        "stats": stats,
+        "optimiser": optimiser.init(params),
+        "best_params": params,
+        "best_stats": stats,
+        "best_score": -math.inf,
+        "epoch": 0,
+        "epochs_since_best": 0,
+        "losses": [],
+        "scores": [],
+    }
+    path = None
+    if folder is not None:
+        settings = (name, description, batch, epochs, patience, seed)
+        path = folder / f"{name}-{_hash_of(settings, params, stats, train, validation)}.msgpack"
+        state = _restore_state(state, path)
+    with tqdm(
+        total=epochs,
+        initial=state["epoch"],
+        desc=name,
+        unit="epoch",
+        file=sys.stderr,
+        # A log file keeps every refresh as a line of its own.
+        mininterval=0.5 if sys.stderr.isatty() else 20.0,
+        dynamic_ncols=True,
+    ) as bar:
+        while state["epoch"] < epochs and state["epochs_since_best"] < patience:
+            start_time = time.monotonic()
+            trained, epoch_loss = _run_epoch(update, state, train, batch, seed)
+            _record_epoch(state, trained, epoch_loss, score, name)
+            if path is not None:
+                _save_state(state, path)
+            rate = num_examples // batch * batch / (time.monotonic() - start_time)
+            bar.set_postfix_str(f"loss {epoch_loss:.3g}, {rate:.0f} examples/s", refresh=False)
+            bar.update()
+    values = zip(state["losses"], state["scores"], strict=True)
+    history = [{"epoch": n + 1, "loss": a, "score": b} for n, (a, b) in enumerate(values)]
+    return FittedHead(state["best_params"], state["best_stats"], state["best_score"], history)
+
+
+def take_examples(examples: PyTree, indices: Int[np.ndarray, " N"]) -> PyTree:
+    """Returns the examples at `indices`: those rows of every array of a tree."""
+    return jax.tree.map(lambda x: x[indices], examples)
+
+
+def count_examples(examples: PyTree) -> int:
+    """Returns the number of examples: the length of every array of a tree."""
+    return len(jax.tree.leaves(examples)[0])
+
+
+def mean_loss(
+    evaluate_loss: Callable[[PyTree, PyTree, PyTree], Float[Array, ""]],
+    params: PyTree,
+    stats: PyTree,
+    examples: PyTree,
+    batch: int,
+) -> float:
+    """Returns the mean loss over all examples, those of an incomplete last batch included."""
+    num_examples, total = count_examples(examples), 0.0
+    for start in range(0, num_examples, batch):
+        indices = np.arange(start, min(start + batch, num_examples))
+        value = float(evaluate_loss(params, stats, take_examples(examples, indices)))
+        total += len(indices) * value
+    return total / num_examples
+
+
+def _require_examples(examples: PyTree, name: str) -> int:
+    num_examples = count_examples(examples)
+    if not num_examples:
+        raise UserError(
+            f"{name} has no examples to fit to; give more records, or a larger share of them"
+        )
+    return num_examples
+
+
+def _compile_update(loss: Callable, optimiser: optax.GradientTransformation) -> Callable:
+    """Returns the compiled step of an optimiser on one batch."""
+
+    @jax.jit
+    def update(params, stats, optimiser_state, examples, key):
+        def batch_loss(params):
+            return loss(params, stats, examples, key, True)
+
+        (value, new_stats), gradient = jax.value_and_grad(batch_loss, has_aux=True)(params)
+        updates, optimiser_state = optimiser.update(gradient, optimiser_state, params)
+        return optax.apply_updates(params, updates), new_stats, optimiser_state, value
+
+    return update
+
+
+def _run_epoch(
+    update: Callable, state: dict, train: PyTree, batch: int, seed: int
+) -> tuple[Sequence[PyTree], float]:
+    """Runs one epoch; returns the new (params, stats, optimiser state), and the mean loss."""
+    num_examples = count_examples(train)
+    # Drawn from (seed, epoch), not from a running generator: a resumed fit continues with the same
+    # orders and keys.
+    order = np.random.default_rng((seed, state["epoch"])).permutation(num_examples)
+    epoch_key = jax.random.fold_in(jax.random.key(seed), state["epoch"])
+    trained: Sequence[PyTree] = (state["params"], state["stats"], state["optimiser"])
+    # The losses are summed on the device: reading each would wait for every step.
+    total_loss, num_steps = jnp.zeros(()), num_examples // batch
+    for step in range(num_steps):
+        examples = take_examples(train, order[step * batch : (step + 1) * batch])
+        *trained, value = update(*trained, examples, jax.random.fold_in(epoch_key, step))
+        total_loss = total_loss + value
+    return trained, float(total_loss) / num_steps
+
+
+def _record_epoch(
+    state: dict, trained: Sequence[PyTree], loss: float, score: Callable, name: str
+) -> None:
+    """Scores an epoch and writes it into the state of the fit.
+
+    Raises:
+      UserError: the loss is not finite, or the score is NaN.
+    """
+    epoch = state["epoch"] + 1
+    if not math.isfinite(loss):
+        raise UserError(f"the loss of {name} is {loss} in epoch {epoch}; lower learning_rate")
+    state["params"], state["stats"], state["optimiser"] = trained
+    value = float(score(state["params"], state["stats"]))
+    if math.isnan(value):
+        raise UserError(f"the score of {name} is nan in epoch {epoch}; lower learning_rate")
+    state["losses"].append(loss)
+    state["scores"].append(value)
+    is_best = value > state["best_score"]
+    # The first epoch is always saved, also with a score of minus infinity.
+    if is_best or epoch == 1:
+        state["best_params"], state["best_stats"] = state["params"], state["stats"]
+        state["best_score"] = value
+    state["epochs_since_best"] = 0 if is_best else state["epochs_since_best"] + 1
+    state["epoch"] = epoch
+
+
+def _hash_of(settings: tuple, *trees: PyTree) -> str:
+    """Returns a hash of settings and arrays, so that other data never resume a fit."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
+    for leaf in jax.tree.leaves(trees):
+        array = np.ascontiguousarray(leaf)
+        # Shape and type too: the bytes alone do not tell [2, 3] from [3, 2].
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _restore_state(state: dict, path: Path) -> dict:
+    """Returns the state saved at `path`; the given initial one if there is none, or a broken one.
+
+    `state` also serves as the structure of what is read.
+    """
+    if not path.exists():
+        return state
+    try:
+        tree = serialization.msgpack_restore(path.read_bytes())
+        history = {key: [float(x) for x in tree.pop(key)] for key in HISTORY}
+        arrays = {key: value for key, value in state.items() if key not in HISTORY}
+        return serialization.from_state_dict(arrays, tree) | history
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        print_once(f"{path} is broken ({type(error).__name__}); fitting the head again")
+        return state
+
+
+def _save_state(state: dict, path: Path) -> None:
+    # Lists of growing length would not match the structure of the initial state; arrays do.
+    history = {key: np.asarray(state[key], np.float64) for key in HISTORY}
+    arrays = serialization.to_state_dict({k: v for k, v in state.items() if k not in HISTORY})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, serialization.msgpack_serialize(jax.device_get(arrays) | history))
