@@ -1,13 +1,13 @@
-"""Measure speed and memory, e.g. `python tools/benchmark.py step --config configs/demo.py`.
+"""Measures speed and memory, e.g. `python tools/benchmark.py step --config configs/demo.py`.
 
-input   images a second that the loader gives, decoded, shifted and tokenised
-step    ms a step and images a second, `shard_map` against `pmap`, taken in turns
-memory  bytes that a method's loss and its gradient need in between, as the batch grows
-losses  GLoRIA's and MGCA's losses against the originals' way in torch (no --config; needs torch)
+input     images per second of the loader: decoded, shifted and tokenised
+step      ms per step and images per second, `shard_map` against `pmap` in turns
+memory    temporary memory of a method's loss and gradient, as the batch grows
+losses    GLoRIA's and MGCA's losses against the originals' way in torch (no --config; needs torch)
 encoders  the towers at the papers' sizes against torch's, as `make parity` installs them
 
-A time is worth something only on a quiet machine: what other processes use of the CPUs is read
-before and while measuring; above 5 % nothing is measured, unless `--anyway` is given.
+Times are meaningful only on a quiet machine. The share of the CPUs that other processes use is read
+before and during a measurement; above 5 % nothing is measured, unless `--anyway` is given.
 """
 
 import argparse
@@ -15,98 +15,124 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-LIMIT = 0.05  # share of all CPUs that others may use
-BATCHES = (16, 32, 64, 128)
-COMPARED = ("losses", "encoders")  # with torch
+MAX_LOAD = 0.05  # share of all CPUs that other processes may use
+MIN_REPEATS = 10  # readings below which a median means little
+MEMORY_BATCHES = (16, 32, 64, 128)
+AGAINST_TORCH = ("losses", "encoders")
 
 
-class Others:
-    """The share of all CPUs that other processes use, since this was made.
+# The load of other processes ---------------------------------------------------------------------
 
-    Worker processes of the loader count as others until they have ended.
+
+class LoadMeter:
+    """The share of all CPUs that other processes have used since the meter was created.
+
+    Worker processes of the loader count as other processes until they have ended.
     """
 
     def __init__(self) -> None:
-        self.start = self.now()
+        self.start = self.read_busy_time()
 
     @staticmethod
-    def now() -> tuple[float, float]:
-        """Read the seconds that other processes were busy so far, on all CPUs, and the clock."""
+    def read_busy_time() -> tuple[float, float]:
+        """Returns the seconds that other processes were busy, over all CPUs, and the time."""
         try:
-            ticks = [int(t) for t in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+            fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
         except OSError:
             return float("nan"), time.monotonic()
-        idle = ticks[3] + ticks[4]
-        busy = (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK")
+        ticks = [int(field) for field in fields]
+        idle_ticks = ticks[3] + ticks[4]  # idle, and waiting for a disk
+        busy = (sum(ticks) - idle_ticks) / os.sysconf("SC_CLK_TCK")
         return busy - sum(os.times()[:4]), time.monotonic()
 
     def share(self) -> float:
-        """Return the share, 0 to 1; nan where the system does not tell."""
-        busy, clock = (b - a for a, b in zip(self.start, self.now(), strict=True))
-        share = busy / (clock * (os.cpu_count() or 1))
+        """Returns the share in [0, 1]; nan on systems without /proc/stat."""
+        busy, elapsed = (b - a for a, b in zip(self.start, self.read_busy_time(), strict=True))
+        share = busy / (elapsed * (os.cpu_count() or 1))
         return min(max(share, 0.0), 1.0) if share == share else share
 
-    def tell(self) -> None:
-        """Print the share, with a warning where it spoils the times."""
+    def report(self) -> None:
+        """Prints the share, with a warning if it makes the times unreliable."""
         share = self.share()
-        warning = "" if share <= LIMIT else "; these times are rough"
-        print(f"others used {share:.1%} of the CPUs meanwhile{warning}")
+        warning = "" if share <= MAX_LOAD else "; these times are rough"
+        print(f"other processes used {share:.1%} of the CPUs meanwhile{warning}")
 
 
-def be_alone(anyway: bool) -> None:
-    """Watch for a second; leave with one sentence if other processes are at work."""
-    others = Others()
+def require_quiet_machine(anyway: bool) -> None:
+    """Exits with one sentence if other processes are busy, after watching them for a second."""
+    meter = LoadMeter()
     time.sleep(1.0)
-    share = others.share()
-    if not share <= LIMIT and not anyway:
-        found = "cannot be told" if share != share else f"{share:.0%} of the CPUs"
-        sys.exit(f"use by other processes: {found}; stop them, or take rough times with --anyway")
+    share = meter.share()
+    if not share <= MAX_LOAD and not anyway:
+        load = "cannot be measured" if share != share else f"is {share:.0%} of the CPUs"
+        sys.exit(f"load of other processes {load}; stop them, or accept rough times with --anyway")
 
 
-def read_config(path: str, changes: list[str]) -> dict[str, Any]:
-    """Read and check a config, with changes such as `--config.batch=16`."""
+# Configs and tables ------------------------------------------------------------------------------
+
+
+def load_config(path: str, overrides: list[str]) -> Any:
+    """Returns a checked config, with overrides such as `--config.batch=16`."""
     from plan_jax import config, main
 
     loaded = main.load(path)
-    fields = [change.removeprefix("--config.").partition("=") for change in changes]
+    fields = [override.removeprefix("--config.").partition("=") for override in overrides]
     config.override(loaded, {name: value for name, _, value in fields})
     config.check(loaded)
     return loaded
 
 
-def line(name: str, seconds: list[float], images: int, note: str = "") -> None:
-    """Print one row of a table: least and median ms, images a second of the median."""
-    middle = statistics.median(seconds)
-    least, rate = 1e3 * min(seconds), images / middle
-    print(f"{name:<12}{least:>10.1f}{1e3 * middle:>10.1f}{rate:>12.1f}  {note}")
+def print_header() -> None:
+    """Prints the header of a table of times."""
+    print(f"{'':<12}{'min ms':>10}{'median':>10}{'images/s':>12}")
+
+
+def print_times(name: str, seconds: list[float], images: int, note: str = "") -> None:
+    """Prints one row: least and median ms, and images per second at the median."""
+    median = statistics.median(seconds)
+    times = f"{1e3 * min(seconds):>10.1f}{1e3 * median:>10.1f}"
+    print(f"{name:<12}{times}{images / median:>12.1f}  {note}")
+
+
+# Measurements ------------------------------------------------------------------------------------
 
 
 def measure_input(args: argparse.Namespace, config: Any) -> None:
-    """Take batches from the loader alone: what the input could feed at most."""
+    """Measures the loader alone, an upper bound of the images per second in training."""
     from plan_jax import evaluate, train
     from plan_jax import model as assembly
 
     dataset = evaluate.open_split(config, "train")
     stream = iter(train.batches(config, assembly.build_components(config), dataset))
-    started = time.perf_counter()
+    start = time.perf_counter()
     next(stream)
-    print(f"first batch after {time.perf_counter() - started:.1f} s; batch {config['batch']}")
-    others, seconds = Others(), []
-    for _ in range(max(args.repeats, 10)):
-        started = time.perf_counter()
+    print(f"first batch after {time.perf_counter() - start:.1f} s; batch {config['batch']}")
+    meter, seconds = LoadMeter(), []
+    for _ in range(max(args.repeats, MIN_REPEATS)):
+        start = time.perf_counter()
         for _ in range(args.steps):
             next(stream)
-        seconds.append((time.perf_counter() - started) / args.steps)
-    print(f"{'':<12}{'min ms':>10}{'median':>10}{'images/s':>12}")
-    line("loader", seconds, config["batch"])
-    others.tell()
+        seconds.append((time.perf_counter() - start) / args.steps)
+    print_header()
+    print_times("loader", seconds, config["batch"])
+    meter.report()
 
 
-def first_step(config: Any, implementation: str) -> tuple[Any, Any, Any, float]:
-    """Compile the step of a config and run it once; return step, state, batch and seconds."""
+class CompiledStep(NamedTuple):
+    """A training step after its first call, with its inputs and the seconds of that call."""
+
+    run: Callable[[Any, Any], tuple[Any, Any]]
+    state: Any
+    batch: Any
+    first_seconds: float
+
+
+def compile_step(config: Any, implementation: str) -> CompiledStep:
+    """Returns the training step of a config, called once."""
     import jax
 
     from plan_jax import evaluate, parallel, train
@@ -114,116 +140,126 @@ def first_step(config: Any, implementation: str) -> tuple[Any, Any, Any, float]:
     from plan_jax.step import init_state, make_step, optimiser_of
 
     mesh = parallel.make_mesh(config["parallel"]["devices"] or None)
-    system = assembly.build_components(config, parallel.AXIS)
+    components = assembly.build_components(config, parallel.AXIS)
     dataset = evaluate.open_split(config, "train")
-    batch = next(iter(train.batches(config, system, dataset)))
-    tx_of = optimiser_of(config, system)
-    state, tx = init_state(system, batch, tx_of, 0, config["ema"] > 0, dataset.findings)
-    pure = make_step(system, tx, config["ema"], parallel.AXIS)
-    step = parallel.parallelise(pure, mesh, implementation=implementation)
+    batch = next(iter(train.batches(config, components, dataset)))
+    make_optimiser = optimiser_of(config, components)
+    state, optimiser = init_state(
+        components, batch, make_optimiser, 0, config["ema"] > 0, dataset.findings
+    )
+    step = make_step(components, optimiser, config["ema"], parallel.AXIS)
+    step = parallel.parallelise(step, mesh, implementation=implementation)
     state, batch = parallel.replicate(state, mesh), parallel.shard(batch, mesh)
-    started = time.perf_counter()
+    start = time.perf_counter()
     state, metrics = step(state, batch)
     jax.block_until_ready((state, metrics))
-    return step, state, batch, time.perf_counter() - started
+    return CompiledStep(step, state, batch, time.perf_counter() - start)
 
 
-def count_compilations() -> list[str]:
-    """Return a list that grows by one whenever something is compiled from now on."""
+def record_compilations() -> list[str]:
+    """Returns a list that grows by one entry whenever a program is compiled from now on."""
     import jax
 
-    seen: list[str] = []
+    events: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: seen.append(event) if "backend_compile" in event else None
+        lambda event, *_, **__: events.append(event) if "backend_compile" in event else None
     )
-    return seen
+    return events
 
 
 def measure_step(args: argparse.Namespace, config: Any) -> None:
-    """Run the same step compiled in both ways in turns, on one batch that stays on the devices."""
+    """Measures both implementations of the step, in turns, on a batch that stays on the devices.
+
+    In turns, so that a change of the machine's clock or load hits both alike.
+    """
     import jax
 
     from plan_jax import parallel
 
-    built = {name: first_step(config, name) for name in parallel.IMPLEMENTATIONS}
-    compiled = count_compilations()
-    states = {name: state for name, (_, state, _, _) in built.items()}
-    times = {name: [] for name in built}
-    others = Others()
-    for _ in range(max(args.repeats, 10)):
-        for name, (step, _, batch, _) in built.items():
-            started = time.perf_counter()
+    steps = {name: compile_step(config, name) for name in parallel.IMPLEMENTATIONS}
+    compilations = record_compilations()
+    states = {name: step.state for name, step in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    meter = LoadMeter()
+    for _ in range(max(args.repeats, MIN_REPEATS)):
+        for name, step in steps.items():
+            start = time.perf_counter()
             for _ in range(args.steps):
-                states[name], metrics = step(states[name], batch)
+                states[name], metrics = step.run(states[name], step.batch)
             jax.block_until_ready((states[name], metrics))
-            times[name].append((time.perf_counter() - started) / args.steps)
+            seconds[name].append((time.perf_counter() - start) / args.steps)
     print(f"{jax.device_count()} {jax.default_backend()} device(s), batch {config['batch']}")
-    print(f"{'':<12}{'min ms':>10}{'median':>10}{'images/s':>12}")
-    for name, seconds in times.items():
-        line(name, seconds, config["batch"], f"first step with compilation: {built[name][3]:.1f} s")
-    print(f"compiled again after the first step: {len(compiled)} times")
-    others.tell()
+    print_header()
+    for name, step in steps.items():
+        note = f"first step with compilation: {step.first_seconds:.1f} s"
+        print_times(name, seconds[name], config["batch"], note)
+    print(f"compilations after the first step: {len(compilations)}")
+    meter.report()
 
 
-def loss_memory(config: Any, batch: int) -> int:
-    """Compile the loss and its gradient for `batch` pairs, without running it: bytes in between."""
+def loss_memory(config: Any, batch_size: int) -> int:
+    """Returns the temporary bytes of the loss and its gradient, which are compiled but not run.
+
+    The gradient is with respect to the method's own parameters and the encoders' outputs; the
+    encoders themselves are left out.
+    """
     import jax
     import jax.numpy as jnp
 
     from plan_jax import model as assembly
     from plan_jax.types import Batch, MethodContext, TextBatch
 
-    system = assembly.build_components(config)
-    data, method, hyper = config["data"], system.method, system.hyper
+    components = assembly.build_components(config)
+    dual, method, hyper = components.dual, components.method, components.hyper
     if method.REQUIRES:
-        needs = ", ".join(method.REQUIRES)
-        sys.exit(f"config.method {config['method']} needs {needs}; memory takes one without")
-    size = data["size"]
-    image = jax.ShapeDtypeStruct((batch, size, size, 1), jnp.uint8)
-    whole = {
-        name: jax.ShapeDtypeStruct((batch, data[length]), jnp.int32)
-        for name, length in (
-            ("tokens", "length"),
-            ("word_index", "length"),
-            ("word_id", "words"),
-            ("sentence", "words"),
+        names = ", ".join(method.REQUIRES)
+        sys.exit(
+            f"config.method {config['method']} needs {names}; memory measures a method without"
         )
-    }
-    features, _ = jax.eval_shape(
-        system.dual.init_with_output, jax.random.key(0), Batch(image, TextBatch(**whole))
+    data = config["data"]
+    image = jax.ShapeDtypeStruct((batch_size, data["size"], data["size"], 1), jnp.uint8)
+    pieces = jax.ShapeDtypeStruct((batch_size, data["length"]), jnp.int32)
+    words = jax.ShapeDtypeStruct((batch_size, data["words"]), jnp.int32)
+    text = TextBatch(tokens=pieces, word_index=pieces, word_id=words, sentence=words)
+    (images, texts), _ = jax.eval_shape(
+        dual.init_with_output, jax.random.key(0), Batch(image, text)
     )
-    own, memory = jax.eval_shape(
-        lambda key: method.init(key, MethodContext(system.dual.dim), hyper), jax.random.key(0)
+    params, memory = jax.eval_shape(
+        lambda key: method.init(key, MethodContext(dual.dim), hyper), jax.random.key(0)
     )
 
-    def value(learned: Any, fixed: Any, memory: Any, key: Any, step: Any) -> Any:
-        own, (images, texts) = learned
-        images = images.replace(mask=fixed[0])
-        texts = texts.replace(mask=fixed[1], word_id=fixed[2], sentence=fixed[3])
-        return method.loss(own, memory, images, texts, {}, key=key, step=step, hyper=hyper)[0]
+    # Masks and word ids are integers, which have no gradient: they travel apart from the features.
+    constants = images.mask, texts.mask, texts.word_id, texts.sentence
+    features = images.replace(mask=None), texts.replace(mask=None, word_id=None, sentence=None)
 
-    images, texts = features
-    bare = images.replace(mask=None), texts.replace(mask=None, word_id=None, sentence=None)
-    fixed = images.mask, texts.mask, texts.word_id, texts.sentence
+    def loss(learned: Any, constants: Any, memory: Any, key: Any, step: Any) -> Any:
+        params, (images, texts) = learned
+        image_mask, text_mask, word_id, sentence = constants
+        images = images.replace(mask=image_mask)
+        texts = texts.replace(mask=text_mask, word_id=word_id, sentence=sentence)
+        return method.loss(params, memory, images, texts, {}, key=key, step=step, hyper=hyper)[0]
+
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = jax.jit(jax.grad(value)).lower((own, bare), fixed, memory, jax.random.key(0), step)
+    lowered = jax.jit(jax.grad(loss)).lower(
+        (params, features), constants, memory, jax.random.key(0), step
+    )
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
 def measure_memory(args: argparse.Namespace, config: Any) -> None:
-    """Tell how the memory of the loss grows: twice the batch should need about twice as much."""
-    print(f"{config['method']}, loss and gradient between the encoders' outputs and the value")
+    """Prints the memory of the loss by batch; a growth of 2.00 per doubling is linear."""
+    print(f"{config['method']}, loss and gradient from the encoders' outputs on")
     print(f"{'batch':>6}{'MiB':>10}{'MiB a pair':>14}{'growth':>10}")
-    before = None
-    for batch in BATCHES:
-        used = loss_memory(config, batch) / 2**20
-        growth = f"{used / before:.2f}" if before else ""
-        print(f"{batch:>6}{used:>10.1f}{used / batch:>14.2f}{growth:>10}", flush=True)
-        before = used
+    previous = None
+    for batch_size in MEMORY_BATCHES:
+        mib = loss_memory(config, batch_size) / 2**20
+        growth = f"{mib / previous:.2f}" if previous else ""
+        print(f"{batch_size:>6}{mib:>10.1f}{mib / batch_size:>14.2f}{growth:>10}", flush=True)
+        previous = mib
 
 
 def compare_with_torch(args: argparse.Namespace) -> None:
-    """Compare losses or towers with torch's on the CPU, on all of it or in one thread."""
+    """Compares losses or towers with torch's on the CPU, on all cores or in one thread."""
     threads = 1 if args.one_thread else os.cpu_count() or 1
     try:
         if args.what == "losses":
@@ -232,43 +268,58 @@ def compare_with_torch(args: argparse.Namespace) -> None:
             import benchmark_encoders as comparison
     except ModuleNotFoundError as error:
         sys.exit(f"{args.what} needs {error.name}; pip install {error.name}, or make parity")
-    others = Others()
-    comparison.main(max(args.repeats, 10), threads)
-    others.tell()
+    meter = LoadMeter()
+    comparison.main(max(args.repeats, MIN_REPEATS), threads)
+    meter.report()
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Returns the parsed command line and the overrides of the config."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("input", "step", "memory", *AGAINST_TORCH))
+    parser.add_argument("--config", help="a config file; --config.field=value overrides a field")
+    parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices (0: none)")
+    parser.add_argument("--repeats", type=int, default=MIN_REPEATS, help="readings, at least 10")
+    parser.add_argument("--steps", type=int, default=3, help="steps or batches per reading")
+    parser.add_argument("--one-thread", action="store_true", help="losses, encoders: CPU time")
+    parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too")
+    args, overrides = parser.parse_known_args()
+    unknown = [override for override in overrides if not override.startswith("--config.")]
+    if unknown:
+        parser.error(f"{unknown[0]} is not an option; see --help")
+    if (args.config is None) != (args.what in AGAINST_TORCH):
+        parser.error("input, step and memory need --config FILE, losses and encoders take none")
+    return args, overrides
 
 
 def main() -> None:
-    """Read the command line and measure one thing."""
-    about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(allow_abbrev=False, **about)
-    parser.add_argument("what", choices=("input", "step", "memory", *COMPARED))
-    parser.add_argument("--config", help="a file; --config.field=value changes it")
-    parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices (0: none)")
-    parser.add_argument("--repeats", type=int, default=10, help="readings, at least 10")
-    parser.add_argument("--steps", type=int, default=3, help="steps or batches a reading")
-    parser.add_argument("--one-thread", action="store_true", help="losses, encoders: CPU time")
-    parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too")
-    args, changes = parser.parse_known_args()
-    if wrong := [change for change in changes if not change.startswith("--config.")]:
-        parser.error(f"{wrong[0]} is not known")
-    if (args.config is None) != (args.what in COMPARED):
-        parser.error("input, step and memory need --config FILE, losses and encoders take none")
+    """Parses the command line and runs one measurement."""
+    args, overrides = parse_arguments()
+    # These must be set before jax is imported, which is why the functions above import it.
     if args.devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
-    if args.what in COMPARED:
+    if args.what in AGAINST_TORCH:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.one_thread:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     from plan_jax.types import UserError
 
-    measure = {"input": measure_input, "step": measure_step, "memory": measure_memory}
-    if args.what != "memory":
-        be_alone(args.anyway)
+    measurements = {"input": measure_input, "step": measure_step, "memory": measure_memory}
+    if args.what != "memory":  # memory is computed by the compiler, not measured
+        require_quiet_machine(args.anyway)
     try:
-        if args.what in COMPARED:
-            return compare_with_torch(args)
-        measure[args.what](args, read_config(args.config, changes))
+        if args.what in AGAINST_TORCH:
+            compare_with_torch(args)
+        else:
+            measurements[args.what](args, load_config(args.config, overrides))
     except UserError as error:
         sys.exit(str(error))
 
