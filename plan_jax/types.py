@@ -11,13 +11,13 @@ Masks are Bool and True means real.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 
-Params = PyTree[Array]
+Params: TypeAlias = PyTree[Array]
 Memory = dict[str, Array]
 Metrics = dict[str, Array]
 

@@ -47,7 +47,7 @@ def leaf_checksums(tree: PyTree) -> dict[str, int]:
 
     def checksum(leaf: Any) -> int:
         # Seen as bytes first: numpy cannot hand a bfloat16 array to zlib.
-        return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
 
     leaves = named_leaves(tree)
     with ThreadPoolExecutor() as pool:  # zlib releases the interpreter lock

@@ -230,7 +230,7 @@ class ReportDecoder(nn.Module):
         x = jax.nn.standardize(x, -1, epsilon=1e-6)
         x = self.patch_drop(jax.nn.relu(self.patch(x)), deterministic=not train)
         if self.positions:
-            x = x + jnp.asarray(places(maps.shape[1:3], self.width), x.dtype)
+            x = x + jnp.asarray(places((maps.shape[1], maps.shape[2]), self.width), x.dtype)
         if self.whole is not None:
             pooled = jax.nn.standardize(features["pooled"].astype(jnp.float32), -1, epsilon=1e-6)
             x = jnp.concatenate([self.whole(pooled)[:, None], x], 1)

@@ -60,7 +60,7 @@ class UNet(nn.Module):
         """
         maps = last_of_each_size(features)[::-1]
         x, skips = maps[0], {skip.shape[1:3]: skip for skip in maps[1:]}
-        sizes = block_sizes([skip.shape[1:3] for skip in maps], self.size)
+        sizes = block_sizes([(skip.shape[1], skip.shape[2]) for skip in maps], self.size)
         if len(sizes) > len(self.widths):
             raise UserError(
                 f"segmentation.unet_widths has {len(self.widths)} widths, and this tower needs "
@@ -111,13 +111,17 @@ def block_sizes(map_sizes: Sequence[Size], image_size: Size) -> list[Size]:
     >>> block_sizes([(4, 4), (7, 7)], (14, 14))
     [(7, 7), (14, 14)]
     """
+
+    def double(size: Size, limit: Size) -> Size:
+        return min(2 * size[0], limit[0]), min(2 * size[1], limit[1])
+
     sizes, size = [], map_sizes[0]
     for goal in map_sizes[1:]:
         while size != goal:
-            size = tuple(min(2 * n, m) for n, m in zip(size, goal, strict=True))
+            size = double(size, goal)
             sizes.append(size)
     while size != image_size and all(2 * n <= m + 1 for n, m in zip(size, image_size, strict=True)):
-        size = tuple(min(2 * n, m) for n, m in zip(size, image_size, strict=True))
+        size = double(size, image_size)
         sizes.append(size)
     return sizes
 

@@ -53,7 +53,7 @@ class Yolo(nn.Module):
         for level, (x, width) in enumerate(zip(reversed(maps), self.widths, strict=True)):
             if coarser is not None:
                 coarser = block(width, 1, name=f"up_{level}")(coarser, train)
-                x = jnp.concatenate([resize_nearest(coarser, x.shape[1:3]), x], -1)
+                x = jnp.concatenate([resize_nearest(coarser, (x.shape[1], x.shape[2])), x], -1)
             for n in range(5):
                 x = block(width * (1 + n % 2), 1 + 2 * (n % 2), name=f"block_{level}_{n}")(x, train)
             coarser = x
@@ -100,7 +100,7 @@ def yolo_loss(
         assign = partial(
             assign_targets,
             anchors=anchors,
-            grid=raw.shape[1:3],
+            grid=(raw.shape[1], raw.shape[2]),
             size=size,
             num_classes=num_classes,
             published_background=published_background,
@@ -108,7 +108,7 @@ def yolo_loss(
         targets = jax.vmap(assign)(boxes, mask, classes)
         assigned = targets.assigned.astype(jnp.float32)
         background = targets.background.astype(jnp.float32)
-        num_assigned = num_background = float(assigned.size)
+        num_assigned = num_background = jnp.asarray(float(assigned.size))
         if average == "objects":
             # At least 1: a batch may have no box.
             num_assigned = jnp.maximum(assigned.sum(), 1)

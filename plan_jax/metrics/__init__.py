@@ -107,7 +107,7 @@ def entries(catalogue: Catalogue, values: Mapping[str, Any]) -> Iterator[Entry]:
         # Sorting is stable: the keys of one pattern stay in the order of `values`.
         for key in sorted(keys, key=lambda key: order[matches[key][0]]):
             pattern, group, metric = matches[key]
-            baselines = {
+            baselines: dict[str, Any] = {
                 label: values.get(f"{task}/{baseline}")
                 for label, baseline in metric.baselines.items()
             }

@@ -10,6 +10,7 @@ A NaN score makes the average precision of its class NaN, and with it the mean.
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,7 @@ def match_detections(
     Raises:
       ValueError: they differ in length.
     """
-    class_ids = [item.classes for item in (*detected, *truth)]
+    class_ids = [boxes.classes for boxes in detected] + [target.classes for target in truth]
     num_classes = 1 + max((int(ids.max()) for ids in class_ids if len(ids)), default=0)
     true_counts = np.zeros((len(truth), num_classes), int)
     # An empty first part: a test set may have no images at all.
@@ -121,7 +122,7 @@ def match_detections(
         hits = np.zeros((len(order), len(thresholds)), bool)
         for k in np.intersect1d(classes, target.classes):
             true_corners = target.boxes[target.classes == k].astype(np.float64)
-            ious = box_iou(corners[classes == k], true_corners)
+            ious = np.asarray(box_iou(corners[classes == k], true_corners))
             # As in pycocotools: a threshold of 1 must not fail because of rounding.
             columns = [match_greedily(ious, min(t, 1 - 1e-10)) for t in thresholds]
             hits[classes == k] = np.stack(columns, 1)
@@ -229,7 +230,8 @@ def map_mgca(
         for boxes, target in zip(confident, truth, strict=True)
         if len(boxes.boxes) and len(target.boxes)
     ]
-    return map_strict(*zip(*pairs, strict=True), thresholds) if pairs else 0.0
+    remaining, targets = [boxes for boxes, _ in pairs], [target for _, target in pairs]
+    return map_strict(remaining, targets, thresholds) if pairs else 0.0
 
 
 def coco_map(
@@ -245,8 +247,9 @@ def coco_map(
 
     any_nan = any(np.isnan(image.scores).any() for image in detected)
     if any_nan or not any(len(target.boxes) for target in truth):
-        return (float("nan"),) * 3
-    class_ids = {int(k) for item in (*detected, *truth) for k in item.classes}
+        return math.nan, math.nan, math.nan
+    class_ids = {int(k) for boxes in detected for k in boxes.classes}
+    class_ids |= {int(k) for target in truth for k in target.classes}
     dataset = {
         "images": [{"id": i} for i in range(len(truth))],
         "categories": [{"id": k} for k in sorted(class_ids)],
@@ -265,15 +268,15 @@ def coco_map(
         evaluation.accumulate()
     # Axes: thresholds, recall levels, classes; -1 marks a class without true boxes.
     precision = evaluation.eval["precision"][..., 0, 0]
-    parts = (precision, precision[:1], precision[5:6])
-    return tuple(float(part[part > -1].mean()) for part in parts)
+    overall, at_50, at_75 = (
+        float(part[part > -1].mean()) for part in (precision, precision[:1], precision[5:6])
+    )
+    return overall, at_50, at_75
 
 
-def _coco_annotations(
-    items: Sequence[DetectedBoxes] | Sequence[TrueBoxes], **fields: int
-) -> list[dict]:
+def _coco_annotations(items: Sequence[DetectedBoxes | TrueBoxes], **fields: int) -> list[dict]:
     """Returns the boxes of all images as COCO annotations, each with the further `fields`."""
-    annotations = []
+    annotations: list[dict] = []
     for image, item in enumerate(items):
         scores = getattr(item, "scores", np.zeros(len(item.boxes)))
         for box, k, score in zip(item.boxes.astype(float), item.classes, scores, strict=True):

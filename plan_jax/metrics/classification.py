@@ -275,7 +275,7 @@ def calibration(
     [[0.2, 0.8], [0.5, 1.0], [2.0, 1.0]]
     """
     if _any_nan(probabilities):
-        return tuple(np.full(bins, np.nan) for _ in range(3))
+        return np.full(bins, np.nan), np.full(bins, np.nan), np.full(bins, np.nan)
     edges = np.linspace(0, 1, bins + 1)
     # Only the inner edges: with them 0 falls into the first bin and 1 into the last.
     index = np.searchsorted(edges[1:-1], probabilities)

@@ -217,7 +217,8 @@ def finding_scores(
     # All three are 2 TP / (A + B): of predictions with themselves, of the truth with itself, and of
     # both with each other.
     sides = {"precision": (predicted, predicted), "recall": (true, true), "f1": (predicted, true)}
-    twice_correct, values = 2.0 * (predicted & true).sum(0), {}
+    twice_correct = 2.0 * (predicted & true).sum(0)
+    values: dict[str, float] = {}
     for key, (first, second) in sides.items():
         size = first.sum(0) + second.sum(0)
         micro = float(twice_correct.sum() / max(size.sum(), 1)) if names else math.nan

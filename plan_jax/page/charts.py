@@ -111,7 +111,11 @@ def render_figure(size: tuple[float, float], draw: Callable[[Any], None]) -> tup
     from matplotlib.figure import Figure
 
     # Text stays text, ids do not vary between runs, and a `$` in a name does not start a formula.
-    style = {"svg.fonttype": "none", "svg.hashsalt": "plan", "text.parse_math": False}
+    style: dict[str, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "plan",
+        "text.parse_math": False,
+    }
     style |= {"axes.spines.top": False, "axes.spines.right": False}
     style |= dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK

@@ -41,7 +41,7 @@ def draw_outline(
     """Returns a picture with a line two pixels wide around the truth, outside of it."""
     mask = _enlarge_mask(truth, picture)
     ring = binary_dilation(mask, iterations=2) & ~mask
-    return np.where(ring[..., None], np.uint8(TRUTH_COLOUR), picture)
+    return np.where(ring[..., None], np.array(TRUTH_COLOUR, np.uint8), picture)
 
 
 def heat_limits(heat_maps: Float[np.ndarray, "*N y x"]) -> tuple[float, float]:
