@@ -179,7 +179,7 @@ def evaluate(
         raise UserError(
             f"checkpoint {folder} is of {differs}; leave --config out to use the run's own"
         )
-    from plan_jax.evaluate import evaluate as begin
+    from plan_jax.evaluate import evaluate_checkpoint as begin
 
     top = checkpoint.locate(folder)[0].parent
     parallel.configure_backend(1, given["parallel"]["cache"] or top.absolute().parent / "programs")
@@ -191,7 +191,7 @@ def show(metrics: Mapping[str, Any], page: Path) -> None:
     """Print the table of the metrics that matter most, and where the page of all of them is."""
     from plan_jax import parallel
     from plan_jax.metrics import headlines
-    from plan_jax.tasks.catalogue import CATALOGUE
+    from plan_jax.tasks import CATALOGUE
 
     if not metrics or not parallel.is_main():
         return  # stopped before the end, or another process says it

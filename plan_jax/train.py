@@ -17,7 +17,7 @@ from plan_jax.data import loader
 from plan_jax.data.dataset import Dataset
 from plan_jax.logger import Logger
 from plan_jax.step import State, init_state, make_step, optimiser_of
-from plan_jax.types import Batch, Metrics
+from plan_jax.types import Batch, Metrics, Result
 
 
 class Stop:
@@ -211,7 +211,7 @@ def weights(state: State) -> dict[str, PyTree]:
 def validate(run: Run, state: State) -> dict[str, float]:
     """Evaluate on the validation split, without writing anything."""
     model = assembly.make_model(run.system, run.config, weights(state))
-    return evaluate.score(model, run.config, "val").metrics
+    return evaluate.evaluate_model(model, run.config, "val").metrics
 
 
 def finish(run: Run, state: State, logger: Logger) -> dict[str, float]:
@@ -228,10 +228,10 @@ def finish(run: Run, state: State, logger: Logger) -> dict[str, float]:
         return about
     logger.info("evaluating")
     model = assembly.make_model(run.system, run.config, held)
-    scored = evaluate.score(model, run.config, run.config["eval"]["split"], logger.folder)
-    metrics = scored.metrics | about | logger.summary | {"wall_s": logger.elapsed()}
-    evaluate.write(
-        logger.folder, plain(run.config), scored._replace(metrics=metrics), logger.history
+    result = evaluate.evaluate_model(model, run.config, run.config["eval"]["split"], logger.folder)
+    metrics = result.metrics | about | logger.summary | {"wall_s": logger.elapsed()}
+    evaluate.write_results(
+        logger.folder, plain(run.config), Result(metrics, result.rows), logger.history
     )
     parallel.barrier("evaluated")
     return metrics

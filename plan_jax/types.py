@@ -247,8 +247,8 @@ class Metric:
 
     A task's `METRICS` maps keys below the task to metrics. A key may contain a placeholder for one
     path segment, as `{share}/auroc_macro`, which `label` and `baselines` may repeat. `baselines`
-    maps the label of a null baseline to its key. A headline is shown in the summary tables.
-    `higher_is_better` is False for errors and ranks.
+    maps the label of a null baseline to its key, below the task too. A headline is shown in the
+    summary tables. `higher_is_better` is False for errors and ranks.
     """
 
     label: str
@@ -267,10 +267,9 @@ class Result:
     rows: Sequence[Any] = ()
 
 
+@dataclass(eq=False)
 class EvalData:
-    """The records that a task reads; a base class, see `plan_jax.data.eval_data`.
-
-    Each split is read when it is first accessed.
+    """The records that a task reads, here in memory; see `plan_jax.data.eval_data` for a dataset.
 
     `test` are the evaluated records. `train` and `val` are those that heads are fitted to and
     selected on; where the dataset has no `val`, or it is evaluated itself, `val` is a share of the
@@ -279,14 +278,14 @@ class EvalData:
     finding to its positive and negative prompts.
     """
 
-    name: str
-    findings: tuple[str, ...]
-    test: list[Record]
-    train: list[Record]
-    val: list[Record]
-    validation: list[Record] | None
-    prior_records: list[Record]
-    prompts: Mapping[str, tuple[Sequence[str], Sequence[str]]]
+    name: str = ""
+    findings: tuple[str, ...] = ()
+    test: Sequence[Record] = ()
+    train: Sequence[Record] = ()
+    val: Sequence[Record] = ()
+    validation: Sequence[Record] | None = None
+    prior_records: Sequence[Record] = ()
+    prompts: Mapping[str, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from sklearn import metrics as sk
+from task_runs import check_task, run_task
 
 from plan_jax.heads.linear import LOSSES, Linear, feature_statistics
 from plan_jax.tasks import classification
@@ -16,7 +17,14 @@ from plan_jax.tasks.classification import Options
 from plan_jax.types import Model, Record, Stages, Tower, UserError
 
 FINDINGS = ("Pleural Effusion", "Mass", "Edema")
-QUICK = Options(rate=0.05, batch=16, epochs=15, patience=15, fractions=(0.1, 1.0), samples=20)
+QUICK = Options(
+    learning_rate=0.05,
+    batch=16,
+    epochs=15,
+    patience=15,
+    fractions=(0.1, 1.0),
+    bootstrap_samples=20,
+)
 SIDE = 8
 
 
@@ -101,7 +109,7 @@ def fits(monkeypatch):
 
 def evaluate(splits, options=QUICK, model=None, **more):
     more = {"findings": FINDINGS} | more
-    return classification.evaluate(model or make_model(), splits, options=options, **more)
+    return run_task(classification, model or make_model(), splits, options, **more)
 
 
 def logits_of(fit, records, tower=None):
@@ -206,7 +214,7 @@ def test_multiclass_learns_and_counts_the_likeliest_class(fits):
 
 def test_finetuning_fits_the_tower_and_its_norm(fits):
     splits = make_splits((48, 16, 20))
-    options = dataclasses.replace(QUICK, epochs=3, fractions=(1.0,), rate=0.02)
+    options = dataclasses.replace(QUICK, epochs=3, fractions=(1.0,), learning_rate=0.02)
     evaluate(splits, dataclasses.replace(options, mode="finetune"))
     tuned, given, _ = fits[0]
     assert "image" in given and len(given["image"]) == 48
@@ -316,18 +324,18 @@ def test_the_rate_is_constant_or_rises_and_falls():
             found.append(-float(updates["bias"][0]))
         return found
 
-    assert rates(Options(rate=0.1)) == pytest.approx([0.1] * 10, rel=1e-4)
+    assert rates(Options(learning_rate=0.1)) == pytest.approx([0.1] * 10, rel=1e-4)
     rising = [0, 0.025, 0.05, 0.075, *[0.1] * 6]
-    assert rates(Options(rate=0.1, warmup=4)) == pytest.approx(rising, rel=1e-4)
+    assert rates(Options(learning_rate=0.1, warmup_steps=4)) == pytest.approx(rising, rel=1e-4)
     cosine = [0.1 * (1 + math.cos(math.pi * n / 10)) / 2 for n in range(10)]
-    made = rates(Options(rate=0.1, schedule="cosine"))
+    made = rates(Options(learning_rate=0.1, schedule="cosine"))
     assert made == pytest.approx(cosine, rel=1e-3, abs=1e-7)
-    both = Options(rate=0.1, schedule="cosine", warmup=2, steps=6)
+    both = Options(learning_rate=0.1, schedule="cosine", warmup_steps=2, steps=6)
     made = rates(both)
     falling = [0.1 * (1 + math.cos(math.pi * n / 4)) / 2 for n in range(5)]
     expected = [0, 0.05, *falling, 0, 0, 0]
     assert made == pytest.approx(expected, rel=1e-3, abs=1e-7)
-    decayed = classification.optimiser(Options(weight_decay=0.5, rate=0.1), 1)
+    decayed = classification.optimiser(Options(weight_decay=0.5, learning_rate=0.1), 1)
     params = {"bias": jnp.ones(2)}
     updates, _ = decayed.update({"bias": jnp.zeros(2)}, decayed.init(params), params)
     assert optax.apply_updates(params, updates)["bias"] == pytest.approx([0.95] * 2)
@@ -360,7 +368,7 @@ def test_what_is_wrong_is_said_before_any_fit(change, options, findings, said, f
     splits = change(make_splits((6, 4, 4)))
     options = dataclasses.replace(QUICK, **options)
     with pytest.raises(UserError, match=said):
-        classification.needs(splits, options, findings)
+        check_task(classification, splits, options, findings)
     with pytest.raises(UserError, match=said):
         evaluate(splits, options, findings=findings)
     assert not fits
@@ -369,14 +377,14 @@ def test_what_is_wrong_is_said_before_any_fit(change, options, findings, said, f
 def test_multiclass_names_how_many_records_have_none_or_several():
     splits = one_class_each(make_splits((6, 4, 4)))
     options = Options(kind="multiclass")
-    classification.needs(splits, options, FINDINGS)
+    check_task(classification, splits, options, FINDINGS)
     labels = [[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, -1, -1]]
     records = [
         dataclasses.replace(r, labels=np.int8(y))
         for r, y in zip(splits["test"], labels, strict=True)
     ]
     with pytest.raises(UserError, match="and 2 of 4 in split test have none or several"):
-        classification.needs(splits | {"test": records}, options, FINDINGS)
-    classification.needs(splits | {"test": records[2:]}, options, FINDINGS)
+        check_task(classification, splits | {"test": records}, options, FINDINGS)
+    check_task(classification, splits | {"test": records[2:]}, options, FINDINGS)
     with pytest.raises(UserError, match="fake has no image tower"):
         evaluate(splits, options, dataclasses.replace(make_model(), tower=None))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from task_runs import check_task, run_task
 
 from plan_jax.heads import anchors as anchor_boxes
 from plan_jax.heads import fit
@@ -17,7 +18,7 @@ from plan_jax.types import Model, Phrase, Record, Stages, Tower, UserError
 
 SIDE = 48
 FINDINGS = ("bright spot", "dark spot", "nothing like it")
-QUICK = {"widths": (32, 16, 16), "rate": 5e-3, "patience": 100, "samples": 20}
+QUICK = {"widths": (32, 16, 16), "learning_rate": 5e-3, "patience": 100, "bootstrap_samples": 20}
 
 
 def make_records(number, seed):
@@ -62,7 +63,7 @@ def test_a_head_learns_to_find_boxes_of_two_classes(monkeypatch):
 
     monkeypatch.setattr(detection, "fit_head", fit_head)
     options = detection.Options(classes="each", epochs=12, **QUICK)
-    values, rows = detection.evaluate(MODEL, SPLITS, options=options, findings=FINDINGS)
+    values, rows = run_task(detection, MODEL, SPLITS, options, findings=FINDINGS)
     assert before[0] < 0.05
     assert values["map_strict"] > 0.3 > 5 * values["prior/map_strict"]
     assert values["map_strict_low"] < values["map_strict"] < values["map_strict_high"]
@@ -119,23 +120,19 @@ def test_padding_is_said_to_be_padding():
 def test_a_split_without_boxes_is_named_before_anything_is_fitted(split, there):
     splits = SPLITS | {split: [record_of()] if there else []}
     with pytest.raises(UserError, match=f"detection needs boxes .* the {split} split has none"):
-        detection.evaluate(BLIND, splits, options=detection.Options(), findings=FINDINGS)
+        run_task(detection, BLIND, splits, detection.Options(), findings=FINDINGS)
 
 
 def test_a_head_of_other_than_three_widths_is_refused():
     with pytest.raises(UserError, match="widths of detection are .8, 4.; give three"):
-        detection.needs(SPLITS, detection.Options(widths=(8, 4)), FINDINGS)
+        check_task(detection, SPLITS, detection.Options(widths=(8, 4)), FINDINGS)
 
 
 def test_too_few_training_images_are_named():
     train = [record_of()] * 50 + SPLITS["train"][:2]
-    with pytest.raises(UserError, match="limit_train 1 leaves no box to learn"):
-        detection.evaluate(
-            BLIND,
-            SPLITS | {"train": train},
-            options=detection.Options(limit_train=1),
-            findings=FINDINGS,
-        )
+    with pytest.raises(UserError, match="max_train_records 1 leaves no box to learn"):
+        options = detection.Options(max_train_records=1)
+        run_task(detection, BLIND, SPLITS | {"train": train}, options, findings=FINDINGS)
 
 
 def test_training_records_are_drawn_by_the_seed_and_kept_in_order():

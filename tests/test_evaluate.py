@@ -11,7 +11,7 @@ from configs import testing
 from plan_jax import config, evaluate
 from plan_jax import model as assembly
 from plan_jax.data import dataset as datasets
-from plan_jax.data import schema
+from plan_jax.data import eval_data, schema
 from plan_jax.types import Model, Record, UserError
 
 FITTED = ("classification", "segmentation", "detection", "report_generation")
@@ -42,20 +42,20 @@ def world(tmp_path_factory):
 
 def test_a_head_is_fitted_beside_that_of_random_weights_and_kept(world, tmp_path):
     made = settings(world, tasks=("classification",), random=True)
-    made["eval"]["classification"] = {"fractions": [1.0], "epochs": 2, "samples": 20}
+    made["eval"]["classification"] = {"fractions": [1.0], "epochs": 2, "bootstrap_samples": 20}
     model = tower_only(made)
-    scored = evaluate.score(model, made, "test", tmp_path)
+    scored = evaluate.evaluate_model(model, made, "test", tmp_path)
     values = scored.metrics
     assert {"classification/100/n_train", "classification/random/100/n_train"} <= set(values)
     assert values["classification/100/n_train"] == 48 and values["classification/seconds"] > 0
     own, other = (values[f"classification/{p}100/auroc_macro"] for p in ("", "random/"))
     assert own != other
     assert len(list((tmp_path / "fits").glob("*.msgpack"))) == 2
-    again = evaluate.score(model, made, "test", tmp_path).metrics
+    again = evaluate.evaluate_model(model, made, "test", tmp_path).metrics
     assert {k: v for k, v in again.items() if "seconds" not in k} == {
         k: v for k, v in values.items() if "seconds" not in k
     }
-    path = evaluate.write(tmp_path, made, scored, ())
+    path = evaluate.write_results(tmp_path, made, scored, ())
     assert "Classification" in path.read_text()
     assert json.loads((tmp_path / "metrics.json").read_text()) == values
     assert "random encoder" in (tmp_path / "table.md").read_text()
@@ -74,20 +74,20 @@ def test_the_random_tower_depends_on_the_seed_alone(world):
 def test_where_no_split_validates_training_patients_do(world, monkeypatch):
     made = settings(world)
     made["eval"].update(split="val", limit=8)
-    truth = evaluate.EvalData(made, "val")
-    parts = truth.splits
+    truth = evaluate.open_eval_data(made, "val")
+    parts = {split: getattr(truth, split) for split in ("train", "val", "test")}
     names = {split: {r.patient_id for r in some} for split, some in parts.items()}
     assert not names["train"] & names["val"] and len(parts["test"]) == 8
     assert len(parts["train"]) + len(parts["val"]) == 48
     assert 0.1 < len(parts["val"]) / 48 < 0.35
     with pytest.raises(UserError, match="eval.split is train"):
-        _ = evaluate.EvalData(made, "train").splits
+        _ = evaluate.open_eval_data(made, "train").train
     with pytest.raises(UserError, match=r"eval.split is train\[:50%\]"):
-        _ = evaluate.EvalData(made, "train[:50%]").splits
-    assert evaluate.EvalData(made, "val[:50%]").validation is None
-    assert len(evaluate.EvalData(made, "test").validation) == 8
+        _ = evaluate.open_eval_data(made, "train[:50%]").val
+    assert evaluate.open_eval_data(made, "val[:50%]").validation is None
+    assert len(evaluate.open_eval_data(made, "test").validation) == 8
     with pytest.raises(UserError, match="1 patients are too few"):
-        evaluate._held_out([parts["train"][0]], 0)
+        eval_data.split_by_patient([parts["train"][0]], 0)
 
 
 @pytest.fixture
@@ -95,9 +95,8 @@ def bare(monkeypatch):
     """A dataset of images alone."""
     image = np.zeros((32, 32, 1), np.uint8)
     rows = [schema.serialize(Record(image=image, text="", patient_id=str(n))) for n in range(4)]
-    monkeypatch.setattr(
-        evaluate, "open_split", lambda config, split: datasets.Dataset(rows, ("nodule",))
-    )
+    dataset = datasets.Dataset(rows, ("nodule",))
+    monkeypatch.setattr(eval_data.DatasetEvalData, "open", lambda self, split: dataset)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +118,7 @@ def test_a_task_without_its_truth_says_which_field_is_missing(task, field, bare,
 
 
 def test_what_a_report_states_is_read_by_the_parser():
-    read = evaluate.labeller(("pleural effusion", "COVID-19", "nodule"))
+    read = eval_data.report_labeller(("pleural effusion", "COVID-19", "nodule"))
     assert read("Small left effusion. No nodule.") == {"pleural effusion": 1, "nodule": 0}
 
 
@@ -133,15 +132,17 @@ def test_an_evaluation_changes_a_run_s_config_and_only_where_it_speaks(world):
     assert made["eval"]["limit"] == 5 and made["eval"]["random"] is False
     assert made["method"] == held["method"]
     config.check(made)
-    with pytest.raises(UserError, match="eval.classification.rte is not .* mean .*rate"):
-        config.override(made, {"eval.classification.rte": "1"})
+    with pytest.raises(
+        UserError, match="eval.classification.learning_rat is not .* mean .*learning_rate"
+    ):
+        config.override(made, {"eval.classification.learning_rat": "1"})
     config.override(made, {"eval.classification.fractions": "0.1,1.0", "eval.detection.batch": "4"})
-    assert evaluate.options_of("classification", made).fractions == (0.1, 1.0)
-    assert evaluate.options_of("detection", made).batch == 4
+    assert evaluate.task_options("classification", made).fractions == (0.1, 1.0)
+    assert evaluate.task_options("detection", made).batch == 4
 
 
 def test_options_are_those_of_the_task(world):
     for task in FITTED:
         made = settings(world)
-        assert evaluate.options_of(task, made) == evaluate.TASKS[task].Options()
+        assert evaluate.task_options(task, made) == evaluate.TASKS[task].Options()
         assert dataclasses.is_dataclass(evaluate.TASKS[task].Options)

@@ -1,5 +1,7 @@
 """Grounding by BioViL's protocol: crop, several boxes, smoothing; each against literal loops."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +12,7 @@ from plan_jax.types import Features, Model, Phrase, Record, UserError
 
 SIZE, GRID = 32, (8, 8)
 FINDINGS = ("nodule", "pleural effusion")
+BIOVIL = grounding.Options(crop=448 / 512, smooth=1.5)
 CROP = grounding.Options(crop=0.75)  # rows and columns 4 to 27
 
 
@@ -66,7 +69,7 @@ def test_each_box_is_scored_without_the_pixels_of_those_before():
         Phrase("two spots", 0, mask=mask),
         Phrase("two spots", 1, boxes=((0, 0, 5, 5),)),
     )
-    values, _ = grounding.evaluate(make_model(), [one], findings=FINDINGS)
+    values, _ = grounding.score_phrases(make_model(), [one], findings=FINDINGS)
     heat, found, union = brightness(one.image), [], np.zeros((SIZE, SIZE), bool)
     for part in [*map(inside_box, boxes), mask]:
         union |= part
@@ -89,7 +92,7 @@ def test_each_box_is_scored_without_the_pixels_of_those_before():
 def test_bare_phrases_have_the_boxes_of_their_finding():
     boxes = ((2, 2, 12, 12), (18, 16, 30, 30))
     one = record(*(Phrase(f"spot {i}", 0, bare="spot", boxes=(b,)) for i, b in enumerate(boxes)))
-    values, _ = grounding.evaluate(make_model(), [one], findings=FINDINGS)
+    values, _ = grounding.score_phrases(make_model(), [one], findings=FINDINGS)
     heat = brightness(one.image)
     first = cnr(heat, inside_box(boxes[0]))
     heat[inside_box(boxes[0])] = np.nan
@@ -102,7 +105,7 @@ def test_bare_phrases_have_the_boxes_of_their_finding():
 def test_every_category_has_every_score():
     phrases = Phrase("a", 0, boxes=((2, 2, 12, 12),)), Phrase("b", 0, boxes=((9, 9, 30, 20),))
     records = [record(*phrases), record(Phrase("c", 1, boxes=((16, 3, 28, 19),)), seed=1)]
-    values, _ = grounding.evaluate(make_model(rounds=1), records, findings=FINDINGS)
+    values, _ = grounding.score_phrases(make_model(rounds=1), records, findings=FINDINGS)
     for key in ("cnr_abs", "miou_raw", "miou_minmax", "miou_z", "cnr_signed", "pointing"):
         two = values[f"nodule/{key}"], values[f"pleural_effusion/{key}"]
         assert values[key] == pytest.approx(np.mean(two))
@@ -123,8 +126,8 @@ def test_a_crop_is_what_one_does_by_hand():
         Phrase("nowhere", 1, bare="z"),
     )
     records, seen = [record(*phrases, seed=s) for s in (0, 1)], []
-    values, cases = grounding.evaluate(
-        make_model(seen), records, findings=FINDINGS, options=CROP, samples=20
+    values, cases = grounding.score_phrases(
+        make_model(seen), records, findings=FINDINGS, options=CROP
     )
     assert values["n"] == 4 and values["outside"] == 2 and values["skipped"] == 4
     assert values["bare/outside"] == 0  # their finding is seen elsewhere
@@ -137,10 +140,12 @@ def test_a_crop_is_what_one_does_by_hand():
         found["partly"].append(cnr(heat, truth[4:28, 4:28]))
         found["masked"].append(cnr(heat, mask[4:28, 4:28]))
     for name, some in found.items():
-        assert [c.cnr for c in cases if c.phrase == name] == pytest.approx(some, abs=1e-4)
+        assert [c.cnr for c in cases if c.text == name] == pytest.approx(some, abs=1e-4)
     assert values["nodule/cnr_signed"] == pytest.approx(np.mean(found["partly"]), abs=1e-4)
     assert {case.truth.shape for case in cases} == {(24, 24)}
-    rows = grounding.illustrate(make_model(), records, cases, count=2, options=CROP)
+    rows = grounding.illustrate(
+        make_model(), records, cases, options=dataclasses.replace(CROP, num_examples=2)
+    )
     assert len(rows) == 4
     for row in rows:
         assert row.image.shape == (24, 24, 1) and row.truth.shape == (24, 24)
@@ -155,11 +160,13 @@ def test_a_model_that_looks_at_the_centre_of_what_it_sees():
     one = Record(image, "", phrases=(phrase,))
     for share in (1.0, 0.5):
         options = grounding.Options(crop=share)
-        values, cases = grounding.evaluate(make_model(), [one], findings=FINDINGS, options=options)
+        values, cases = grounding.score_phrases(
+            make_model(), [one], findings=FINDINGS, options=options
+        )
         assert values["pointing"] == 1 and values["cnr_signed"] > 2
         assert values["centre/pointing"] == 1 and cases[0].truth.sum() == 64
     corner = Phrase("spot", 0, boxes=((0, 0, 3, 3),))
-    values, cases = grounding.evaluate(
+    values, cases = grounding.score_phrases(
         make_model(), [Record(image, "", phrases=(corner,))], findings=FINDINGS, options=CROP
     )
     assert not cases and values == {
@@ -173,7 +180,7 @@ def test_priors_are_cut_as_the_images_are():
     known = np.random.default_rng(5).random((SIZE, SIZE)).astype(np.float32)
     priors = grounding.Priors(known, {0: known**2}, {"k": known**3})
     one = record(Phrase("a", 0, "k", boxes=((6, 6, 15, 20),)))
-    values, _ = grounding.evaluate(
+    values, _ = grounding.score_phrases(
         make_model(), [one], findings=FINDINGS, priors=priors, options=CROP
     )
     truth = inside_box((6, 6, 15, 20))[4:28, 4:28]
@@ -199,7 +206,7 @@ def test_maps_and_noise_are_smoothed_on_the_grid():
     one = record(Phrase("a", 0, boxes=((6, 6, 15, 20),)))
     truth = inside_box((6, 6, 15, 20))
     options = grounding.Options(smooth=1.5)
-    values, cases = grounding.evaluate(
+    values, cases = grounding.score_phrases(
         make_model(rounds=1), [one], findings=FINDINGS, options=options, seed=3
     )
     small = one.image.reshape(8, 4, 8, 4).astype(np.float64).mean((1, 3))
@@ -220,12 +227,13 @@ def test_what_is_not_finite_shows_through_boxes_and_smoothing():
         np.ones((len(shown.pooled), 1)),
     )
     broken = Model("fake", GRID, 0, SIZE, model.encode_image, model.encode_text, None, nothing)
-    values, _ = grounding.evaluate(broken, [one], findings=FINDINGS, options=grounding.BIOVIL)
+    values, _ = grounding.score_phrases(broken, [one], findings=FINDINGS, options=BIOVIL)
     assert np.isnan([values[k] for k in ("cnr_boxes_signed", "cnr_boxes_abs", "miou_z")]).all()
 
 
-def test_the_published_protocol_and_its_limits():
-    assert grounding.Options(crop=0.875, smooth=1.5) == grounding.BIOVIL
+def test_options_out_of_range_are_refused():
     for wrong in ({"crop": 0.0}, {"crop": 1.1}, {"smooth": -1.0}, {"smooth": float("nan")}):
-        with pytest.raises(UserError, match="use a share above 0, up to 1"):
+        with pytest.raises(
+            UserError, match="crop must be above 0 and at most 1, and grounding.smooth at least 0"
+        ):
             grounding.Options(**wrong)

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from plan_jax.tasks.grounding_targets import Target, fit_priors, null_maps, targets, truth_mask
+from plan_jax.tasks.grounding_targets import (
+    Target,
+    collect_targets,
+    fit_priors,
+    null_maps,
+    truth_mask,
+)
 from plan_jax.types import Phrase, Record
 
 
@@ -29,20 +35,20 @@ def test_boxes_are_drawn_as_their_union_by_pixel_centres():
 def test_a_mask_goes_before_boxes_and_has_the_size_of_the_image():
     phrase = Phrase("x", boxes=((0, 0, 4, 4),), mask=mask((1, 1)).astype(np.uint8))
     np.testing.assert_array_equal(truth_mask(phrase, (4, 4)), mask((1, 1)))
-    with pytest.raises(ValueError, match=r"mask of \(4, 4\) on an image of \(8, 8\): 'x'"):
+    with pytest.raises(ValueError, match=r"mask of phrase 'x' is \(4, 4\) on an image of \(8, 8\)"):
         truth_mask(phrase, (8, 8))
 
 
 def test_same_words_are_one_phrase_and_unusable_truths_are_counted():
     left, right = mask((0, 3)), mask((0, 0))
-    asked, skipped = targets(
+    asked, skipped = collect_targets(
         [
             record(Phrase("Fluid  left", 0, mask=left), Phrase("fluid left", 0, mask=right)),
             record(Phrase("nowhere", 0), Phrase("all over", 0, mask=np.ones((4, 4), bool))),
             record(Phrase("fluid left", 1, mask=left)),
         ]
     )
-    assert [(t.record, t.finding) for t in asked] == [(0, 0), (2, 1)]
+    assert [(t.record_index, t.finding) for t in asked] == [(0, 0), (2, 1)]
     np.testing.assert_array_equal(asked[0].truth, left | right)
     assert skipped == 2
 
@@ -56,7 +62,7 @@ def test_a_bare_phrase_is_true_wherever_its_finding_is():
         Phrase("nodule", 1, bare="nodule", mask=other),
         Phrase("something", 2, mask=other),
     )
-    asked, skipped = targets([record(*phrases)], bare=True)
+    asked, skipped = collect_targets([record(*phrases)], bare=True)
     assert [t.text.lower() for t in asked] == ["fluid", "water", "nodule"]
     for target in asked[:2]:
         np.testing.assert_array_equal(target.truth, left | right | mask((3, 3)))
@@ -91,7 +97,7 @@ def test_null_maps_fall_back_from_phrase_to_finding_to_lungs_to_centre():
     asked += [Target(0, "b", 1, "b|left", truth)]
     size = {"size": (4, 4), "grid": (2, 2)}
     nulls = null_maps(asked, fit_priors(train), **size)
-    maps = {name: m.bank[m.row] for name, m in nulls.items()}
+    maps = {name: m.maps[m.index] for name, m in nulls.items()}
     assert list(maps) == ["random", "centre", "prior", "mean_finding", "mean_phrase"]
     assert maps["random"].shape == (3, 2, 2)
     expected = [mask((0, 3)), mask((0, 3)), mask((1, 0))]
@@ -105,4 +111,4 @@ def test_null_maps_fall_back_from_phrase_to_finding_to_lungs_to_centre():
     assert "mean_phrase" not in null_maps(asked, fit_priors(train), **size, bare=True)
     without = null_maps(asked, fit_priors([record()]), **size)
     assert "prior" not in without
-    np.testing.assert_array_equal(without["mean_finding"].bank[0], centre)
+    np.testing.assert_array_equal(without["mean_finding"].maps[0], centre)

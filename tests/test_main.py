@@ -29,7 +29,7 @@ def at_root(monkeypatch, tmp_path):
 def called(monkeypatch):
     """Record what training and evaluation are called with, instead of doing them."""
     calls = []
-    for module, name in ((train, "train"), (evaluate, "evaluate")):
+    for module, name in ((train, "train"), (evaluate, "evaluate_checkpoint")):
         monkeypatch.setattr(
             module, name, lambda *args, name=name: calls.append((name, *args)) or {}
         )

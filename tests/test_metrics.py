@@ -251,3 +251,16 @@ def test_bootstrap_resamples_whole_rows_and_repeats():
     assert intervals.bootstrap(rows, apart, n=50) == (0, 0)
     assert intervals.bootstrap(rows, n=50, seed=3) == intervals.bootstrap(rows, n=50, seed=3)
     assert np.isnan(intervals.bootstrap(np.zeros(0))).all()
+
+
+def test_precision_is_that_of_a_literal_loop_and_ties_count_against_the_model():
+    random = np.random.default_rng(0)
+    for k in (1, 3, 7, 20):
+        scores = random.integers(0, 4, (12, 9)).astype(np.float32)
+        hits = random.random((12, 9)) < 0.4
+        shares = []
+        for row, right in zip(scores.tolist(), hits.tolist(), strict=True):
+            order = sorted(range(9), key=lambda j, row=row, right=right: (-row[j], right[j]))
+            shares.append(sum(right[j] for j in order[:k]) / len(order[:k]))
+        assert retrieval_metrics.precision_at(scores, hits, k) == pytest.approx(np.mean(shares))
+    assert np.isnan(retrieval_metrics.precision_at(np.float32([[1, np.nan]]), hits[:1, :2], 1))

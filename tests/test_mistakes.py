@@ -217,4 +217,4 @@ def test_what_evaluations_change_are_fields(path, monkeypatch):
     made = config.for_evaluation(main.load(str(ROOT / "configs/demo.py")), loaded)
     config.check(made)
     for task in made["eval"]["tasks"]:
-        evaluate.options_of(task, made)
+        evaluate.task_options(task, made)

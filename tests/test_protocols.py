@@ -5,6 +5,7 @@ from math import exp
 
 import numpy as np
 import pytest
+from task_runs import check_task, run_task
 
 from plan_jax.tasks import retrieval, zero_shot
 from plan_jax.types import Features, Model, Record, UserError
@@ -56,18 +57,10 @@ def random_scores(seed=0, scale=1.0):
     return lambda i, text: table.setdefault((i, text), scale * random.normal())
 
 
-def classify(score, records, kinds=("global",), prompts=PROMPTS, **more):
-    names = ("scoring", "kind", "ensemble")
-    options = zero_shot.Options(**{key: more.pop(key) for key in names if key in more})
-    return zero_shot.evaluate(
-        make_model(score, kinds),
-        records,
-        prompts,
-        findings=NAMES,
-        options=options,
-        samples=50,
-        **more,
-    )
+def classify(score, records, kinds=("global",), prompts=PROMPTS, validation=None, **choices):
+    options = zero_shot.Options(validate=True, bootstrap_samples=50, **choices)
+    splits = {"test": records, "prompts": prompts, "validation": validation}
+    return run_task(zero_shot, make_model(score, kinds), splits, options, findings=NAMES)[0]
 
 
 def softmax_pair(a, b):
@@ -170,10 +163,9 @@ def test_embeddings_are_averaged_before_they_are_normalised():
     )
     classes = np.arange(40) % 3
     for rule in ("contrast", "pair", "max"):
-        options = zero_shot.Options(scoring=rule, ensemble="embeddings")
-        values = zero_shot.evaluate(
-            model, one_hot(classes), PROMPTS, findings=NAMES, options=options, samples=20
-        )
+        options = zero_shot.Options(scoring=rule, ensemble="embeddings", bootstrap_samples=20)
+        splits = {"test": one_hot(classes), "prompts": PROMPTS}
+        values, _ = run_task(zero_shot, model, splits, options, findings=NAMES)
         assert not any(key.startswith("local/") for key in values)
         for k, (yes, no) in enumerate(PROMPTS.values()):
             score = []
@@ -261,22 +253,10 @@ def test_zero_shot_names_the_mistake(more, said):
         classify(lambda i, t: 0.0, records, **more)
 
 
-def test_precision_is_that_of_a_literal_loop_and_ties_count_against_the_model():
-    random = np.random.default_rng(0)
-    for k in (1, 3, 7, 20):
-        scores = random.integers(0, 4, (12, 9)).astype(np.float32)
-        hits = random.random((12, 9)) < 0.4
-        shares = []
-        for row, right in zip(scores.tolist(), hits.tolist(), strict=True):
-            order = sorted(range(9), key=lambda j, row=row, right=right: (-row[j], right[j]))
-            shares.append(sum(right[j] for j in order[:k]) / len(order[:k]))
-        assert retrieval.precision_at(scores, hits, k) == pytest.approx(np.mean(shares))
-    assert np.isnan(retrieval.precision_at(np.float32([[1, np.nan]]), hits[:1, :2], 1))
-
-
-def by_class(score, records, classes=("normal", "covid-19"), kinds=("global",), **more):
-    model = make_model(score, kinds)
-    return retrieval.class_evaluate(model, records, findings=NAMES, classes=classes, **more)
+def by_class(score, records, classes=("normal", "covid-19"), kinds=("global",), seed=0, **changes):
+    options = retrieval.Options(classes=classes, **changes)
+    check_task(retrieval, {"test": records}, options, NAMES)
+    return retrieval.class_precision(make_model(score, kinds), records, NAMES, options, seed)
 
 
 def test_candidates_have_exactly_one_class_and_are_drawn_by_the_seed():
@@ -316,35 +296,33 @@ def test_class_precision_of_an_oracle_of_silence_and_of_a_loop():
             first = sorted(range(20), key=near.__getitem__, reverse=True)[:5]
             shares.append(sum(classes[a] == classes[b] for b in first) / 5)
         assert values[f"class/{way}_p5"] == pytest.approx(np.mean(shares))
-    options = retrieval.Options(classes=("normal", "covid-19"), cuts=(5,))
-    both, rows = retrieval.evaluate(
-        make_model(score), records, findings=NAMES, options=options, samples=20
-    )
+    options = retrieval.Options(classes=("normal", "covid-19"), cuts=(5,), bootstrap_samples=20)
+    both, rows = run_task(retrieval, make_model(score), {"test": records}, options, findings=NAMES)
     assert both["class/i2t_p5"] == values["class/i2t_p5"] and "class/i2t_p1" not in both
     assert "i2t_r5" in both and len(rows) == 4
 
 
-def test_queries_ask_in_place_of_reports():
+def test_a_candidate_without_a_report_is_retrieved_but_does_not_query():
     records = [record(i, [int(i < 3), 0, int(i >= 3)], "" if i else "report") for i in range(8)]
-    score = lambda i, text: float((text == "clear") == (i < 3))  # noqa: E731
-    queries = {"normal": ["clear"], "covid-19": ["virus", "covid"]}
-    values = by_class(score, records, queries=queries, classes=("normal", "covid-19"))
-    assert values["class/t2i_p1"] == 1.0 and values["class/chance/t2i_p1"] == pytest.approx(13 / 24)
-    assert values["class/t2i_p5"] == pytest.approx((3 / 5 + 1 + 1) / 3)
-    assert values["class/reports"] == 1 and values["class/i2t_p1"] == 1.0  # one asks and is asked
+    values = by_class(lambda i, t: float(i < 3), records)
+    assert values["class/reports"] == 1 and values["class/i2t_p1"] == 1.0
+    assert values["class/t2i_p1"] == 1.0 and values["class/t2i_p5"] == pytest.approx(3 / 5)
+    assert values["class/chance/t2i_p1"] == pytest.approx(3 / 8)
     mute = [dataclasses.replace(r, text=" ") for r in records]
-    assert not any("i2t" in key for key in by_class(score, mute, queries=queries))
-    assert not any("2" in key for key in by_class(score, mute))
-    values = by_class(score, mute[:3], queries=queries)
+    assert not any("2" in key for key in by_class(lambda i, t: 0.0, mute))
+    values = by_class(lambda i, t: 0.0, records[:3])
     assert values["class/absent"] == 1 and values["class/chance/t2i_p1"] == 1.0
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"classes": ("normal", "oedema")}, "class oedema is none of the findings .normal"),
+        (
+            {"classes": ("normal", "oedema")},
+            "class oedema is not in the data; use findings of normal",
+        ),
         ({"classes": ("Pleural Effusion",)}, "no record has exactly one of Pleural Effusion"),
-        ({"queries": {"normal": ["a"], "covid-19": []}}, "no sentence for class covid-19"),
+        ({"per_class": 0}, "retrieval.per_class and retrieval.cuts must be >= 1; got 0"),
     ],
 )
 def test_retrieval_names_the_mistake(more, said):

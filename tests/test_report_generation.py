@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from task_runs import check_task, run_task
 
 from plan_jax.heads import vocabulary as report_vocabulary
 from plan_jax.heads.vocabulary import END, PAD, UNKNOWN, Vocabulary, clean_report, to_sentences
@@ -31,11 +32,11 @@ QUICK = Options(
     encoder_layers=1,
     layers=1,
     visual_dropout=0.1,
-    rate=1e-2,
-    clip=1.0,
+    learning_rate=1e-2,
+    clip_norm=1.0,
     epochs=30,
     beam=2,
-    shown=3,
+    num_examples=3,
 )
 
 
@@ -76,9 +77,9 @@ def labeller(text):
 
 
 def run(splits, options=QUICK, tower=None, **keys):
-    return report_generation.evaluate(
-        make_model(tower), splits, options=options, findings=FINDINGS, labeller=labeller, **keys
-    )
+    model = make_model(tower)
+    keys |= {"findings": FINDINGS, "label_report": labeller}
+    return run_task(report_generation, model, splits, options, **keys)
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +136,9 @@ def test_a_tower_is_tuned_and_the_epoch_chosen_by_bleu(monkeypatch):
         select="bleu4",
         beam=1,
         epochs=2,
-        limit_train=20,
-        limit_test=5,
-        rate_visual=1e-3,
+        max_train_records=20,
+        max_test_records=5,
+        visual_learning_rate=1e-3,
     )
     splits = make_splits((30, 6, 9))
     splits["train"][3:7] = [dataclasses.replace(r, text=" \n.") for r in splits["train"][3:7]]
@@ -146,13 +147,20 @@ def test_a_tower_is_tuned_and_the_epoch_chosen_by_bleu(monkeypatch):
     assert args[3]["tokens"].shape == (20, 15) and "image" in args[3]
     assert all(0 <= row["score"] <= 1 for row in fit.history) and len(fit.history) == 2
     moved = np.abs(fit.params["tower"]["scale"] - 1)
-    assert 1e-4 < moved.max() < 4e-3  # as far as two steps of rate_visual go
+    assert 1e-4 < moved.max() < 4e-3  # as far as two steps of visual_learning_rate go
     assert values["n_train"] == 20 and values["n_test"] == 5 and values["reports_empty"] == 4
     assert values["retrieval/ce/f1_micro"] == 1  # by the tower as it was
 
 
 def test_adam_is_that_of_torch_with_amsgrad_and_l2():
-    options = Options(epochs=4, rate_step=2, rate=0.1, rate_visual=0.01, weight_decay=0.3, clip=0.5)
+    options = Options(
+        epochs=4,
+        rate_step=2,
+        learning_rate=0.1,
+        visual_learning_rate=0.01,
+        weight_decay=0.3,
+        clip_norm=0.5,
+    )
     tx = report_generation.optimiser(options, steps=1)
     params = {"head": {"w": jnp.array([2.0, -1.0])}, "tower": {"w": jnp.array([2.0, -1.0])}}
     state, update = tx.init(params), jax.jit(tx.update)
@@ -220,26 +228,24 @@ def test_ids_come_back_as_words():
 
 
 def test_mistakes_are_named():
-    splits, findings = make_splits((4, 2, 2)), FINDINGS
-    report_generation.needs(splits, QUICK, findings)
+    splits = make_splits((4, 2, 2))
+    check_task(report_generation, splits, QUICK)
     silent = [dataclasses.replace(r, text="") for r in splits["val"]]
     for wrong, said in (
         ({**splits, "val": silent}, "report_generation needs text in val, and none of its 2"),
         ({"train": splits["train"]}, "needs text in val, and none of its 0"),
     ):
         with pytest.raises(UserError, match=said):
-            report_generation.needs(wrong, QUICK, findings)
+            check_task(report_generation, wrong, QUICK)
     for change, said in (
         ({"width": 30, "heads": 4}, "width is 30, which 4 heads do not divide"),
         ({"beam": 0}, "report_generation.beam is 0; use 1 or more"),
         ({"length_penalty": -1.0}, "length_penalty is -1.0; use 0"),
     ):
         with pytest.raises(UserError, match=said):
-            report_generation.needs(splits, dataclasses.replace(QUICK, **change), findings)
+            check_task(report_generation, splits, dataclasses.replace(QUICK, **change))
     with pytest.raises(UserError, match="min_count 99 leaves no word of 4 reports"):
         run(splits, dataclasses.replace(QUICK, min_count=99))
     bare = dataclasses.replace(make_model(), tower=None)
     with pytest.raises(UserError, match="fake has no image tower"):
-        report_generation.evaluate(
-            bare, splits, options=QUICK, findings=findings, labeller=labeller
-        )
+        run_task(report_generation, bare, splits, QUICK, label_report=labeller)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from task_runs import check_task, run_task
 
 from plan_jax.heads import setr, unet
 from plan_jax.layers.resize import double_align_corners, resize_align_corners
@@ -17,7 +18,13 @@ from plan_jax.types import Model, Phrase, Record, Stages, Tower, UserError
 
 SIZE = 32
 FINDINGS = ("nodule", "effusion")
-SMALL = {"unet_widths": (16, 8), "setr_widths": (16, 8), "rate": 1e-2, "batch": 8, "samples": 100}
+SMALL = {
+    "unet_widths": (16, 8),
+    "setr_widths": (16, 8),
+    "learning_rate": 1e-2,
+    "batch": 8,
+    "bootstrap_samples": 100,
+}
 
 
 def disc(y, x, radius):
@@ -281,24 +288,22 @@ def test_what_cannot_be_segmented_is_said_early(change, targets, said):
     for split, what in change.items():
         splits[split] = [dataclasses.replace(one, **what) for one in splits[split]] if what else []
     with pytest.raises(UserError, match=said):
-        segmentation.needs(splits, Options(targets=targets), FINDINGS)
+        check_task(segmentation, splits, Options(targets=targets), FINDINGS)
 
 
 def test_training_rows_are_balanced_then_limited():
     positive = np.arange(20) % 4 == 0
     chosen = segmentation.draw(positive, Options(balance=True), 0)
     assert positive[chosen].sum() == 5 and len(set(chosen.tolist())) == 10
-    assert len(segmentation.draw(positive, Options(balance=True, limit_train=4), 0)) == 4
+    assert len(segmentation.draw(positive, Options(balance=True, max_train_records=4), 0)) == 4
     assert len(segmentation.draw(~positive, Options(balance=True), 0)) == 20
     other = segmentation.draw(positive, Options(balance=True), 1)
     assert other.tolist() != chosen.tolist()
     with pytest.raises(UserError, match="no mask of 'nodule' to learn from"):
         few = splits_of(4, 2, 2) | {"train": make_records(3)[::-1]}
         few["train"] = [few["train"][-1]] * 40 + few["train"][:1]
-        options = Options(targets=("nodule",), limit_train=1)
-        segmentation.evaluate(
-            model_of(pooled_tower()), few, options=options, findings=FINDINGS, seed=0
-        )
+        options = Options(targets=("nodule",), max_train_records=1)
+        run_task(segmentation, model_of(pooled_tower()), few, options, findings=FINDINGS)
 
 
 def test_rows_are_the_best_random_and_worst():
@@ -313,8 +318,8 @@ def test_rows_are_the_best_random_and_worst():
 def test_discs_are_learned_and_a_fit_is_kept(tmp_path, capfd, monkeypatch):
     options = Options(targets=("lungs", "nodule"), epochs=14, **SMALL)
     splits, model = splits_of(), model_of(pooled_tower())
-    ask = {"options": options, "findings": FINDINGS, "folder": tmp_path, "seed": 0}
-    values, rows = segmentation.evaluate(model, splits, **ask)
+    ask = {"options": options, "findings": FINDINGS, "folder": tmp_path}
+    values, rows = run_task(segmentation, model, splits, **ask)
     assert values["lungs/dice"] > 0.9 and values["nodule/dice_positive"] > 0.8
     assert values["nodule/dice"] > 0.8 > values["mean_mask/nodule/dice"] + 0.2
     assert values["mean_mask/nodule/dice"] == pytest.approx(1 / 3)  # nothing, in a third right
@@ -333,7 +338,7 @@ def test_discs_are_learned_and_a_fit_is_kept(tmp_path, capfd, monkeypatch):
     # In another order and in other company every image is segmented as before.
     monkeypatch.setattr(segmentation, "PART", 4)
     turned = splits | {"test": splits["test"][::-1]}
-    again, others = segmentation.evaluate(model, turned, **ask)
+    again, others = run_task(segmentation, model, turned, **ask)
     assert "14/14" in capfd.readouterr().err  # nothing was left to fit
     ends = ("_low", "_high")  # drawn in another order
     kept = {key: value for key, value in values.items() if not key.endswith(ends)}
@@ -357,8 +362,8 @@ def test_patches_are_decoded_by_setr_and_only_a_tower_in_training_mode_moves(mod
     monkeypatch.setattr(segmentation, "fit_head", fitted)
     epochs = 14 if mode == "frozen" else 1
     options = Options(targets=("lungs",), epochs=epochs, mode=mode, **SMALL | {"setr_widths": (8,)})
-    values, _ = segmentation.evaluate(
-        model_of(tower), splits_of(24, 4, 6), options=options, findings=FINDINGS
+    values, _ = run_task(
+        segmentation, model_of(tower), splits_of(24, 4, 6), options, findings=FINDINGS
     )
     assert "tokens" in fits[0].params["head"]
     assert values["lungs/dice"] > (0.8 if mode == "frozen" else 0)

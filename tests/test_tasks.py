@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from task_runs import run_task
 
 from plan_jax.metrics import grounding as grounding_metrics
 from plan_jax.tasks import grounding, retrieval, zero_shot
-from plan_jax.tasks.grounding_targets import targets
+from plan_jax.tasks.grounding_targets import collect_targets
 from plan_jax.types import Features, Model, Phrase, Record, UserError
 
 SIZE, GRID = 32, (8, 8)
@@ -79,9 +80,9 @@ def oracle_map(records):
     """The truth of a phrase in an image, averaged to the model's grid."""
     table = {}
     for bare in (False, True):
-        for target in targets(records, bare)[0]:
+        for target in collect_targets(records, bare)[0]:
             small = target.truth.reshape(8, 4, 8, 4).mean((1, 3))
-            table[records[target.record].image.tobytes(), target.text] = small
+            table[records[target.record_index].image.tobytes(), target.text] = small
     return lambda image, text, rounds: table[image, text]
 
 
@@ -93,7 +94,7 @@ def test_an_oracle_reaches_the_ceiling_and_passes_every_null():
     records = make_records(60)
     priors = grounding.fit_priors(make_records(80, seed=1))
     model = make_model(oracle_map(records))
-    values, cases = grounding.evaluate(model, records, findings=FINDINGS, priors=priors)
+    values, cases = grounding.score_phrases(model, records, findings=FINDINGS, priors=priors)
     for prefix in ("", "bare/"):
         assert values[f"{prefix}cnr_signed"] > 3
         assert values[f"{prefix}pointing"] > 0.95
@@ -113,7 +114,7 @@ def test_an_oracle_reaches_the_ceiling_and_passes_every_null():
 def test_noise_scores_as_noise():
     records, random = make_records(200), np.random.default_rng(0)
     model = make_model(lambda *_: random.normal(size=GRID))
-    values, cases = grounding.evaluate(model, records, findings=FINDINGS)
+    values, cases = grounding.score_phrases(model, records, findings=FINDINGS)
     share = np.mean([case.truth.mean() for case in cases])
     assert abs(values["cnr_signed"]) < 0.12 < values["cnr_abs"]
     assert values["pointing"] == pytest.approx(share, abs=0.04)
@@ -123,7 +124,7 @@ def test_noise_scores_as_noise():
 def test_a_model_that_says_nothing_scores_zero_and_the_share_of_the_truth():
     records = make_records(20)
     model = make_model(lambda *_: np.full(GRID, 0.3))
-    values, cases = grounding.evaluate(model, records, findings=FINDINGS)
+    values, cases = grounding.score_phrases(model, records, findings=FINDINGS)
     assert values["cnr_signed"] == values["miou_z"] == values["miou_minmax"] == 0
     share = np.mean([case.truth.mean() for case in cases])
     assert values["micro/pointing"] == pytest.approx(share)
@@ -134,7 +135,7 @@ def test_values_are_those_of_a_literal_loop():
     records, random = make_records(30), np.random.default_rng(1)
     maps = {}
     noise = lambda image, text, rounds: maps.setdefault((image, text), random.normal(size=GRID))  # noqa: E731
-    values, cases = grounding.evaluate(make_model(noise), records, findings=FINDINGS)
+    values, cases = grounding.score_phrases(make_model(noise), records, findings=FINDINGS)
     scores = {name: [] for name in FINDINGS}
     for record in records:
         for phrase in record.phrases:
@@ -162,7 +163,7 @@ def test_rounds_are_scored_one_by_one():
         noise = {0: 2.0, 1: 0.5, 2: 0.0, None: 0.0}[rounds]
         return truth(image, text, rounds) + noise * random.normal(size=GRID)
 
-    values, _ = grounding.evaluate(make_model(answer, rounds=2), records, findings=FINDINGS)
+    values, _ = grounding.score_phrases(make_model(answer, rounds=2), records, findings=FINDINGS)
     for prefix in ("", "bare/"):
         steps = [values[f"{prefix}round{t}/cnr_signed"] for t in range(3)]
         assert steps == sorted(steps) and steps[0] < steps[1] < steps[2]
@@ -172,7 +173,7 @@ def test_rounds_are_scored_one_by_one():
 def test_the_model_is_asked_in_chunks_of_one_size_and_reads_each_text_once():
     records, log = make_records(150), []
     model = make_model(oracle_map(records), log=log)
-    values, _ = grounding.evaluate(model, records, findings=FINDINGS)
+    values, _ = grounding.score_phrases(model, records, findings=FINDINGS)
     assert values["n"] > grounding.CHUNK
     assert {size for kind, size in log if kind == "heatmap"} == {grounding.CHUNK}
     for kind, texts in log:
@@ -182,7 +183,7 @@ def test_the_model_is_asked_in_chunks_of_one_size_and_reads_each_text_once():
 def test_a_model_that_diverged_shows_nan():
     records = make_records(10)
     model = make_model(lambda *_: np.full(GRID, np.nan))
-    values, _ = grounding.evaluate(model, records, findings=FINDINGS)
+    values, _ = grounding.score_phrases(model, records, findings=FINDINGS)
     assert np.isnan([values["cnr_signed"], values["pointing"], values["miou_z"]]).all()
 
 
@@ -190,20 +191,21 @@ def test_grounding_of_odd_records():
     records = make_records(3)
     model = make_model(oracle_map(records))
     silent = [dataclasses.replace(record, phrases=()) for record in records]
-    values, cases = grounding.evaluate(model, silent, findings=FINDINGS)
+    values, cases = grounding.score_phrases(model, silent, findings=FINDINGS)
     assert values == {"n": 0, "skipped": 0, "bare/n": 0, "bare/skipped": 0} and not cases
     assert grounding.illustrate(model, silent, cases) == []
     small = dataclasses.replace(records[0], image=np.zeros((8, 8, 1), np.uint8))
+    options = grounding.Options()
     with pytest.raises(UserError, match=r"one size and got \[\(8, 8\), \(32, 32\)\]"):
-        grounding.evaluate(model, [small, *records], findings=FINDINGS)
+        run_task(grounding, model, {"test": [small, *records]}, options, findings=FINDINGS)
     with pytest.raises(UserError, match="got none"):
-        grounding.evaluate(model, [], findings=FINDINGS)
+        run_task(grounding, model, {"test": []}, options, findings=FINDINGS)
 
 
 def test_unknown_findings_form_a_group_of_their_own():
     phrase = Phrase("opacity", boxes=((2, 2, 9, 9), (20, 20, 28, 28)))
     record = Record(np.zeros((SIZE, SIZE, 1), np.uint8), "opacity", phrases=(phrase,))
-    values, cases = grounding.evaluate(make_model(oracle_map([record])), [record], findings=())
+    values, cases = grounding.score_phrases(make_model(oracle_map([record])), [record], findings=())
     assert values["other/cnr_signed"] == values["cnr_signed"] > 2
     assert cases[0].finding == "other" and cases[0].truth.sum() == 7 * 7 + 8 * 8
 
@@ -213,8 +215,8 @@ def test_illustrations_are_best_random_worst_and_differ():
     truth = oracle_map(records)
     noisy = lambda i, t, rounds: truth(i, t, rounds) + random.normal(size=GRID)  # noqa: E731
     model = make_model(noisy, rounds=2)
-    _, cases = grounding.evaluate(model, records, findings=FINDINGS, per_round=False)
-    rows = grounding.illustrate(model, records, cases, count=3)
+    _, cases = grounding.score_phrases(model, records, findings=FINDINGS)
+    rows = grounding.illustrate(model, records, cases, options=grounding.Options(num_examples=3))
     assert [row.kind for row in rows] == ["best"] * 3 + ["random"] * 3 + ["worst"] * 3
     assert len({(row.phrase, row.image.tobytes()) for row in rows}) == 9
     assert rows[0].cnr == max(case.cnr for case in cases)
@@ -222,14 +224,21 @@ def test_illustrations_are_best_random_worst_and_differ():
     assert all(row.heat_maps.shape == (3, *GRID) for row in rows)
     best = [row.phrase.split(" ", 1)[1] for row in rows[:2]]
     assert sorted(best) == sorted(FINDINGS)
-    assert len(grounding.illustrate(model, records, cases[:2], count=3)) == 2
+    assert (
+        len(
+            grounding.illustrate(
+                model, records, cases[:2], options=grounding.Options(num_examples=3)
+            )
+        )
+        == 2
+    )
 
 
 def test_retrieval_of_an_oracle_and_of_its_opposite():
     records = make_records(40)
     own = text_of(records)
     model = make_model(None, score=lambda image, text: float(own[image] == text))
-    values, rows = retrieval.evaluate(model, records, show=2)
+    values, rows = run_task(retrieval, model, {"test": records}, retrieval.Options(num_examples=2))
     for way in ("i2t", "t2i"):
         assert values[f"{way}_r1"] == values[f"{way}_r10"] == values[f"{way}_median_rank"] == 1
         assert values[f"local/{way}_r10"] == 0 and values[f"local/{way}_median_rank"] == 40
@@ -249,7 +258,12 @@ def test_the_same_words_are_a_hit_wherever_they_are():
     records = [dataclasses.replace(r, text=t) for r, t in zip(records, texts, strict=True)]
     place = {r.image.tobytes(): i for i, r in enumerate(records)}
     first = lambda image, text: float(text == "clear lungs.") - 0.01 * place[image]  # noqa: E731
-    values, rows = retrieval.evaluate(make_model(None, score=first), records, show=12)
+    values, rows = run_task(
+        retrieval,
+        make_model(None, score=first),
+        {"test": records},
+        retrieval.Options(num_examples=12),
+    )
     assert values["duplicates"] == 4
     assert values["i2t_r1"] == pytest.approx(4 / 12)
     assert values["t2i_r5"] == pytest.approx(5 / 12)  # every text finds images in their order
@@ -261,9 +275,16 @@ def test_the_same_words_are_a_hit_wherever_they_are():
 def test_random_retrieval_is_within_its_interval_of_chance():
     records, random = make_records(100), np.random.default_rng(0)
     model = make_model(None, score=lambda *_: random.random())
-    values, _ = retrieval.evaluate(model, records, samples=200)
+    values, _ = run_task(
+        retrieval, model, {"test": records}, retrieval.Options(bootstrap_samples=200)
+    )
     assert values["i2t_r10_low"] <= values["chance/i2t_r10"] <= values["i2t_r10_high"]
     assert values["i2t_median_rank"] == pytest.approx(values["chance/i2t_median_rank"], abs=20)
+
+
+def classify(model, records, prompts):
+    splits = {"test": records, "prompts": prompts}
+    return run_task(zero_shot, model, splits, zero_shot.Options(), findings=FINDINGS)[0]
 
 
 def test_zero_shot_of_an_oracle():
@@ -274,7 +295,7 @@ def test_zero_shot_of_an_oracle():
         finding = next(i for i, name in enumerate(FINDINGS) if name in text)
         return float(present[image][finding]) * (-1 if text.startswith("no ") else 1)
 
-    values = zero_shot.evaluate(make_model(None, score=score), records, PROMPTS, findings=FINDINGS)
+    values = classify(make_model(None, score=score), records, PROMPTS)
     assert values["auroc_macro"] == values["nodule/auroc"] == 1
     assert values["local/auroc_macro"] == values["local/pleural_effusion/auroc"] == 0
     assert values["auroc_macro_low"] == values["auroc_macro_high"] == 1
@@ -286,7 +307,7 @@ def test_zero_shot_score_is_the_difference_of_means():
     score = lambda *pair: table.setdefault(pair, random.random())  # noqa: E731
     labels = [[1, 1], [0, -1], [1, 0], [0, -1], [-1, 0]]
     records = [dataclasses.replace(r, labels=np.int8(labels[i])) for i, r in enumerate(records)]
-    values = zero_shot.evaluate(make_model(None, score=score), records, PROMPTS, findings=FINDINGS)
+    values = classify(make_model(None, score=score), records, PROMPTS)
     for i, name in enumerate(FINDINGS):
         s = []
         for r in records:
@@ -304,7 +325,7 @@ def test_zero_shot_leaves_out_and_counts_what_has_one_class():
         dataclasses.replace(r, labels=np.int8([1, i % 2])) for i, r in enumerate(make_records(6))
     ]
     model = make_model(None, score=lambda *_: 0.0)
-    values = zero_shot.evaluate(model, records, PROMPTS, findings=FINDINGS)
+    values = classify(model, records, PROMPTS)
     assert "nodule/auroc" not in values
     assert values["findings_skipped"] == 1
     assert values["auroc_macro"] == values["pleural_effusion/auroc"] == 0.5
@@ -320,4 +341,4 @@ def test_zero_shot_leaves_out_and_counts_what_has_one_class():
 )
 def test_zero_shot_names_what_is_wrong_with_the_prompts(prompts, said):
     with pytest.raises(UserError, match=said):
-        zero_shot.evaluate(make_model(None), make_records(4), prompts, findings=FINDINGS)
+        classify(make_model(None), make_records(4), prompts)

@@ -30,18 +30,18 @@ def get_config() -> ConfigDict:
         }
     )
     config.eval.zero_shot = ConfigDict({"validate": True})
-    config.eval.classification = ConfigDict({"standardise": True, "rate": 1e-2})
+    config.eval.classification = ConfigDict({"standardise": True, "learning_rate": 1e-2})
     config.eval.segmentation = ConfigDict(
         {
             "targets": ("lungs", "heart", "findings"),
             "unet_widths": (64, 32, 16, 8),
-            "limit_train": 384,
+            "max_train_records": 384,
             "epochs": 6,
-            "rate": 2e-3,
+            "learning_rate": 2e-3,
         }
     )
     config.eval.detection = ConfigDict(
-        {"widths": (32, 16, 8), "limit_train": 256, "epochs": 20, "rate": 3e-3}
+        {"widths": (32, 16, 8), "max_train_records": 256, "epochs": 20, "learning_rate": 3e-3}
     )
     config.eval.report_generation = ConfigDict(
         {
@@ -52,8 +52,8 @@ def get_config() -> ConfigDict:
             "layers": 2,
             "summary": True,
             "visual_dropout": 0.1,
-            "rate": 2e-3,
-            "clip": 1.0,
+            "learning_rate": 2e-3,
+            "clip_norm": 1.0,
             "epochs": 5,
             "block": 0,
         }

@@ -15,12 +15,12 @@ def get_config() -> ConfigDict:
     config = rsna_linear.get_config()
     config.eval.classification.update(
         mode="finetune",
-        rate=1e-4,
+        learning_rate=1e-4,
         weight_decay=1e-5,
         schedule="cosine",
-        warmup=50,
+        warmup_steps=50,
         steps=3000,
-        clip=1.0,
+        clip_norm=1.0,
         batch=64,
         epochs=200,
     )

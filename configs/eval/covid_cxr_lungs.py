@@ -27,6 +27,6 @@ def get_config() -> ConfigDict:
         {"tasks": ("segmentation",), "split": "val", "limit": 1000, "random": True}
     )
     config.eval.segmentation = ConfigDict(
-        {"targets": ("lungs",), "unet_widths": (64, 32, 16, 8), "rate": 2e-3, "epochs": 30}
+        {"targets": ("lungs",), "unet_widths": (64, 32, 16, 8), "learning_rate": 2e-3, "epochs": 30}
     )
     return config

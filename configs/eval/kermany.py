@@ -28,6 +28,6 @@ def get_config() -> ConfigDict:
         {"tasks": ("classification",), "split": "test", "limit": 1000, "random": True}
     )
     config.eval.classification = ConfigDict(
-        {"labels": ("pneumonia",), "standardise": True, "rate": 1e-2}
+        {"labels": ("pneumonia",), "standardise": True, "learning_rate": 1e-2}
     )
     return config

@@ -17,5 +17,5 @@ def get_config() -> ConfigDict:
         {"manifest": "object_cxr/manifest.csv", "text_optional": True, "size": 256}
     )
     config.eval = ConfigDict({"tasks": ("detection",), "split": "test", "limit": 1000})
-    config.eval.detection = ConfigDict({"rate": 5e-4, "batch": 16})
+    config.eval.detection = ConfigDict({"learning_rate": 5e-4, "batch": 16})
     return config

@@ -14,5 +14,5 @@ def get_config() -> ConfigDict:
     """Return what differs from the run that is evaluated."""
     config = rsna_segmentation.get_config()
     config.eval = ConfigDict({"tasks": ("detection",), "split": "test", "limit": 5337})
-    config.eval.detection = ConfigDict({"rate": 5e-4, "batch": 16})
+    config.eval.detection = ConfigDict({"learning_rate": 5e-4, "batch": 16})
     return config

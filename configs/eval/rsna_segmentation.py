@@ -17,5 +17,7 @@ def get_config() -> ConfigDict:
         {"manifest": "rsna_boxes/manifest.csv", "text_optional": True, "size": 256}
     )
     config.eval = ConfigDict({"tasks": ("segmentation",), "split": "test", "limit": 5337})
-    config.eval.segmentation = ConfigDict({"targets": ("findings",), "batch": 16, "rate": 5e-4})
+    config.eval.segmentation = ConfigDict(
+        {"targets": ("findings",), "batch": 16, "learning_rate": 5e-4}
+    )
     return config

@@ -18,6 +18,6 @@ def get_config() -> ConfigDict:
     )
     config.eval = ConfigDict({"tasks": ("segmentation",), "split": "test", "limit": 2000})
     config.eval.segmentation = ConfigDict(
-        {"targets": ("findings",), "balance": True, "batch": 8, "rate": 5e-4}
+        {"targets": ("findings",), "balance": True, "batch": 8, "learning_rate": 5e-4}
     )
     return config

@@ -13,15 +13,26 @@ def bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Give the percentile interval of a statistic (default: the mean) over resampled rows.
+    """Returns the percentile interval of a statistic over resampled rows (Efron 1979).
 
-    Rows of `values` are what is drawn with replacement `n` times (a query, an image), so rows must
-    be independent of each other. (NaN, NaN) for no rows or where a statistic is not defined.
+    Each of `n` resamples draws N rows with replacement, so a row must be a unit that is independent
+    of the others: an image, a query.
+
+    Args:
+      values: the rows.
+      statistic: from N resampled rows to a number; the mean by default.
+      n: number of resamples.
+      seed: selects the resamples.
+      level: share of the resampled statistics inside the interval.
+
+    Returns:
+      The lower and the upper end; NaN if there are no rows or a statistic is not defined.
     """
     if not len(values):
         return float("nan"), float("nan")
     random = np.random.default_rng(seed)
     statistic = statistic or (lambda rows: float(np.mean(rows)))
-    drawn = [statistic(values[random.integers(len(values), size=len(values))]) for _ in range(n)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    # One resample at a time: all N x n indices at once would not fit in memory for large N.
+    samples = [statistic(values[random.integers(len(values), size=len(values))]) for _ in range(n)]
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

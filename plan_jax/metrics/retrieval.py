@@ -1,4 +1,8 @@
-"""Ranks of hits among candidates, and the recall and median rank of a random order."""
+"""Metrics of ranked retrieval: ranks of hits, recall, precision, and their values by chance.
+
+Ties count against the model: among equal scores, wrong candidates come first. Otherwise a model
+with constant scores would profit from the order of the candidates.
+"""
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -7,10 +11,9 @@ from jaxtyping import Bool, Float
 def hit_ranks(
     scores: Float[np.ndarray, "Q N"], hits: Bool[np.ndarray, "Q N"]
 ) -> Float[np.ndarray, " Q"]:
-    """Find the rank (1 = first) of each query's best hit among N candidates.
+    """Returns the rank (1 = first) of each query's best hit among N candidates.
 
-    Ties count against the model: a wrong candidate with the same score stands before the hit. A
-    query without a hit has rank infinity, one with NaN among its scores rank NaN.
+    A query without a hit has rank infinity. A query with NaN among its scores has rank NaN.
 
     >>> hit_ranks(np.array([[0.1, 0.9, 0.5]]), np.array([[False, False, True]])).tolist()
     [2.0]
@@ -22,14 +25,31 @@ def hit_ranks(
 
 
 def recall_at(ranks: Float[np.ndarray, " Q"], k: int) -> float:
-    """Give the share of queries whose best hit is among the first `k`: 0 to 1."""
+    """Returns the share of queries whose best hit is among the first `k`, from 0 to 1."""
     return float(np.where(np.isnan(ranks), np.nan, ranks <= k).mean())
 
 
-def chance_recall(hits: Bool[np.ndarray, "Q N"], k: int) -> float:
-    """Give the expected `recall_at(k)` of a random order.
+def precision_at(scores: Float[np.ndarray, "Q N"], hits: Bool[np.ndarray, "Q N"], k: int) -> float:
+    """Returns the share of hits among the first `k` of N candidates, mean over queries.
 
-    *1 - C(N - h, k) / C(N, k)* for a query with h hits among N, averaged over queries.
+    A `k` above N is cut to N. A NaN among the scores gives NaN.
+
+    >>> precision_at(np.array([[0.9, 0.5, 0.1]]), np.array([[True, False, True]]), 2)
+    0.5
+    >>> precision_at(np.zeros((1, 3)), np.array([[True, False, True]]), 1)
+    0.0
+    """
+    if np.isnan(scores).any():
+        return float("nan")
+    # The last key of lexsort is the primary one: by score, then False before True.
+    order = np.lexsort((hits, -scores), axis=1)[:, :k]
+    return float(np.take_along_axis(hits, order, axis=1).mean())
+
+
+def chance_recall(hits: Bool[np.ndarray, "Q N"], k: int) -> float:
+    """Returns the expected `recall_at(k)` of a random order.
+
+    *1 - C(N - h, k) / C(N, k)* for a query with h hits among N candidates, mean over queries.
 
     >>> chance_recall(np.eye(4, dtype=bool), 1)
     0.25
@@ -38,19 +58,28 @@ def chance_recall(hits: Bool[np.ndarray, "Q N"], k: int) -> float:
 
 
 def chance_median_rank(hits: Bool[np.ndarray, "Q N"]) -> float:
-    """Give the median rank of a random order: the first rank by which half of the queries hit.
+    """Returns the median rank of a random order: the first rank by which half of the queries hit.
+
+    It is infinity if fewer than half of the queries have a hit.
 
     >>> chance_median_rank(np.eye(4, dtype=bool))
     2.0
     """
     curve = _chance_curve(hits)
+    # 1e-9 absorbs the rounding of a product that is 1/2 in exact arithmetic.
     return float(np.argmax(curve >= 0.5 - 1e-9) + 1) if curve[-1] >= 0.5 else float("inf")
 
 
 def _chance_curve(hits: Bool[np.ndarray, "Q N"]) -> Float[np.ndarray, " N"]:
-    """Give the chance of a hit among the first 1..N of a random order, averaged over queries."""
-    number = hits.shape[1]
-    right, queries = np.unique(hits.sum(1), return_counts=True)
-    drawn = np.arange(number)
-    left = np.maximum(number - right[:, None] - drawn, 0) / (number - drawn)
-    return queries @ (1 - left.cumprod(1)) / len(hits)
+    """Returns the probability of a hit among the first 1..N of a random order, mean over queries.
+
+    The binomials cancel to a product over ranks r of *(N - h - r) / (N - r)*, the probability that
+    rank r + 1 is wrong too.
+    """
+    num_candidates = hits.shape[1]
+    # Queries with the same number of hits have the same curve.
+    num_hits, num_queries = np.unique(hits.sum(1), return_counts=True)
+    ranks = np.arange(num_candidates)
+    num_wrong = np.maximum(num_candidates - num_hits[:, None] - ranks, 0)
+    miss = (num_wrong / (num_candidates - ranks)).cumprod(1)
+    return num_queries @ (1 - miss) / len(hits)

@@ -1,5 +1,8 @@
-"""The tasks by which a model is judged, by name; each is one file with `Options` and `evaluate`."""
+"""The downstream tasks by name; each is one module that follows `types.Task`."""
 
+from collections.abc import Mapping
+
+from plan_jax.metrics import Catalogue
 from plan_jax.tasks import (
     classification,
     detection,
@@ -19,3 +22,5 @@ TASKS = {
     "detection": detection,
     "report_generation": report_generation,
 }
+CATALOGUE: Catalogue = {name: task.METRICS for name, task in TASKS.items()}
+TITLES: Mapping[str, str] = {name: task.TITLE for name, task in TASKS.items()}

@@ -45,10 +45,64 @@ from plan_jax.metrics.classification import (
     macro_mean,
     per_finding,
 )
-from plan_jax.types import Curve, Model, Record, Tower, UserError
+from plan_jax.types import (
+    Curve,
+    EvalData,
+    Metric,
+    Model,
+    Record,
+    Result,
+    TaskContext,
+    Tower,
+    UserError,
+)
 
+TITLE = "Classification"
+FITS_HEAD = True
 SPLITS = ("train", "val", "test")
 POINTS = 200  # of a ROC curve on the page
+_OF_A_SHARE = {
+    "auroc_macro": (
+        "AUROC",
+        "How often an image with the finding scores above one without it, mean over findings.",
+    ),
+    "auprc_macro": (
+        "AUPRC",
+        "Average precision, mean over findings; chance is the share of positive images.",
+    ),
+    "accuracy": (
+        "accuracy",
+        "Share of correct answers; chance gives the answer that is more frequent in training.",
+    ),
+    "f1_macro": (
+        "F1",
+        "Harmonic mean of precision and recall, mean over findings; chance calls all positive.",
+    ),
+}
+METRICS = {
+    f"{{share}}/{key}": Metric(
+        f"{label}, {{share}} % of labels",
+        meaning,
+        baselines={
+            "random encoder": f"random/{{share}}/{key}",
+            "chance": f"chance/{{share}}/{key}",
+        },
+        headline=key != "f1_macro",
+    )
+    for key, (label, meaning) in _OF_A_SHARE.items()
+} | {
+    "{share}/ece": Metric(
+        "ECE, {share} % of labels",
+        "Expected calibration error: mean distance of predicted probability and true frequency.",
+        baselines={"random encoder": "random/{share}/ece"},
+        higher_is_better=False,
+    ),
+    "{share}/{finding}/auroc": Metric(
+        "AUROC, {finding}, {share} % of labels",
+        "How often an image with the finding scores above one without it.",
+        baselines={"random encoder": "random/{share}/{finding}/auroc"},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -57,11 +111,11 @@ class Options:
 
     `labels` are the findings to predict, () all; `multiclass` needs exactly one of them present in
     each record. `uncertain` says what a label -1 becomes in every split (`binarise_labels`):
-    ours is `ignore`, as -1 may also mean unknown, MGCA's `mgca`. `standardise`
-    (ours) brings features to mean 0 and deviation 1 by the statistics of the training share, of the
-    tower as it comes. `warmup` steps rise linearly; `cosine` then falls to 0 at step `steps`, by
-    default the last: BenchX (arXiv 2410.21969) fits everything with 50, `cosine`, 3000 and a
-    gradient norm of at most `clip` 1, and rates from 1e-5 up. `clip` 0 is no bound.
+    ours is `ignore`, as -1 may also mean unknown, MGCA's `mgca`. `standardise` (ours) brings
+    features to mean 0 and deviation 1 by the statistics of the training share, of the tower as it
+    comes. `warmup_steps` steps rise linearly; `cosine` then falls to 0 at step `steps`, by default
+    the last: BenchX (arXiv 2410.21969) fits everything with 50, `cosine`, 3000 and a gradient norm
+    of at most `clip_norm` 1, and rates from 1e-5 up. `clip_norm` 0 is no bound.
     """
 
     mode: Literal["linear", "finetune"] = "linear"
@@ -70,38 +124,32 @@ class Options:
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
     uncertain: Literal["ignore", "zero", "one", "mgca"] = "ignore"
     standardise: bool = False
-    rate: float = 5e-4
+    learning_rate: float = 5e-4
     weight_decay: float = 1e-6
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup: int = 0
+    warmup_steps: int = 0
     steps: int = 0
-    clip: float = 0.0
+    clip_norm: float = 0.0
     batch: int = 48
     epochs: int = 50
     patience: int = 10
     bins: int = 15  # Guo et al. (arXiv 1706.04599), table 1
-    samples: int = 1000  # ours
+    bootstrap_samples: int = 1000  # ours
 
 
-def evaluate(
-    model: Model,
-    splits: Mapping[str, Sequence[Record]],
-    *,
-    options: Options,
-    findings: Sequence[str],
-    folder: Path | None = None,
-    seed: int = 0,
-) -> tuple[dict[str, float], list[Curve]]:
+def evaluate(model: Model, data: EvalData, options: Options, context: TaskContext) -> Result:
     """Fit a head to each share of the training records, and score it on the test records.
 
-    `findings` names the columns of `Record.labels`; `seed` draws shares, parameters, batches and
-    intervals. In `folder` the fits are kept, so that a stopped call goes on. The rows are the ROC
-    curves and the calibration of the largest share.
+    `data.findings` names the columns of `Record.labels`; `context.seed` draws shares, parameters,
+    batches and intervals. In `context.folder` the fits are kept, so that a stopped call goes on.
+    The rows are the ROC curves and the calibration of the largest share.
 
     Raises:
-      UserError: what `needs` says, a model without a tower, or features that are not finite.
+      UserError: what `check` says, a model without a tower, or features that are not finite.
     """
-    needs(splits, options, findings)
+    check(data, options)
+    splits = {split: getattr(data, split) for split in SPLITS}
+    findings, folder, seed = data.findings, context.folder, context.seed
     tower = head_on_tower.require_tower(model)
     names = _chosen(options, findings)
     uncertain = "zero" if options.kind == "multiclass" else options.uncertain
@@ -137,30 +185,34 @@ def evaluate(
         beside = _chance(known, test, kept, options)
         values |= {f"chance/{share}/{key}": value for key, value in beside.items()}
         lines = _lines(test, kept, names, options)
-    return values, lines
+    return Result(values, lines)
 
 
-def needs(
-    splits: Mapping[str, Sequence[Record]], options: Options, findings: Sequence[str]
-) -> None:
+def requirements(options: Options) -> tuple[str, ...]:
+    """Returns the field of a record that the task predicts."""
+    return ("labels",)
+
+
+def check(data: EvalData, options: Options) -> None:
     """See that the records can be classified, before anything is fitted.
 
     Raises:
       UserError: a split without records or labels, labels that are no findings, a share that is
         none, a count below 1, or (`multiclass`) records that have none or several of the labels.
     """
+    findings = data.findings
     names = _chosen(options, findings)
     if not options.fractions or not all(0 < fraction <= 1 for fraction in options.fractions):
         raise UserError(
             f"classification fractions are {options.fractions}; give shares above 0, at most 1"
         )
-    for name in ("batch", "epochs", "patience", "bins", "samples"):
+    for name in ("batch", "epochs", "patience", "bins", "bootstrap_samples"):
         if getattr(options, name) < 1:
             raise UserError(f"classification {name} is {getattr(options, name)}; use at least 1")
     for split in SPLITS:
-        if not len(splits.get(split, ())):
+        if not len(getattr(data, split)):
             raise UserError(f"task classification has no records in split {split}; give it some")
-        labels = _labels(splits[split], names, findings)
+        labels = _labels(getattr(data, split), names, findings)
         if not (labels >= 0).any():
             raise UserError(
                 f"task classification needs labels, and split {split} has none; leave the task out"
@@ -184,14 +236,14 @@ def draw(count: int, fraction: float, seed: int) -> Int[np.ndarray, " N"]:
 
 def optimiser(options: Options, steps: int) -> optax.GradientTransformation:
     """Make AdamW of all parameters (biases too, as torch's), for `steps` in all."""
-    rise, last = options.warmup, options.steps or steps
-    rate: Any = options.rate
+    rise, last = options.warmup_steps, options.steps or steps
+    rate: Any = options.learning_rate
     if options.schedule == "cosine":
         begin = 0.0 if rise else rate
         rate = optax.warmup_cosine_decay_schedule(begin, rate, rise, max(last, rise + 1))
     elif rise:
         rate = optax.linear_schedule(0.0, rate, rise)
-    bound = optax.clip_by_global_norm(options.clip) if options.clip else optax.identity()
+    bound = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
     return optax.chain(bound, optax.adamw(rate, 0.9, 0.999, weight_decay=options.weight_decay))
 
 
@@ -263,7 +315,7 @@ def _fit(
         )
         stats = stats | {"head": feature_statistics(seen)}
     steps, loss = options.epochs * (count // min(options.batch, count)), LOSSES[options.kind]
-    about += repr(replace(options, fractions=(), samples=0, bins=1))
+    about += repr(replace(options, fractions=(), bootstrap_samples=0, bins=1))
     return fit_head(
         ready.loss,
         ready.params,
@@ -312,7 +364,7 @@ def _summary(
     if options.kind == "multiclass":
         values |= _likeliest(test, kept)
         hits = (classification_metrics.vote_shares(test.scores) * test.labels).sum(1)
-        name, ends = "accuracy", intervals.bootstrap(hits, None, options.samples, seed)
+        name, ends = "accuracy", intervals.bootstrap(hits, None, options.bootstrap_samples, seed)
     else:
         limits = per_finding(classification_metrics.best_threshold, val, columns)
         values["f1_macro"] = macro_mean(
@@ -322,7 +374,10 @@ def _summary(
             per_finding(classification_metrics.accuracy, test, columns, limits)
         )
         packed = np.stack([x[:, kept].astype(float) for x in test], 2)
-        name, ends = "auroc_macro", intervals.bootstrap(packed, _resampled, options.samples, seed)
+        name, ends = (
+            "auroc_macro",
+            intervals.bootstrap(packed, _resampled, options.bootstrap_samples, seed),
+        )
     return values | {f"{name}_low": ends[0], f"{name}_high": ends[1]}
 
 

@@ -15,7 +15,6 @@ that patience does not run out before the first box is found.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -31,8 +30,56 @@ from plan_jax.heads.pyramid import last_three_sizes
 from plan_jax.metrics import boxes as box_metrics
 from plan_jax.metrics import intervals, slug
 from plan_jax.metrics.boxes import DetectedBoxes, TrueBoxes, map_mgca, map_strict
-from plan_jax.types import BoxExample, Model, Phrase, Record, Tower, UserError
+from plan_jax.types import (
+    BoxExample,
+    EvalData,
+    Metric,
+    Model,
+    Phrase,
+    Record,
+    Result,
+    TaskContext,
+    Tower,
+    UserError,
+)
 
+TITLE = "Detection"
+FITS_HEAD = True
+METRICS = {
+    "map_strict": Metric(
+        "mAP .40:.75, strict",
+        "Average precision, mean over IoU thresholds .40 to .75, over all images.",
+        baselines={"random encoder": "random/map_strict", "usual boxes": "prior/map_strict"},
+        headline=True,
+    ),
+    "map_mgca": Metric(
+        "mAP .40:.75, as MGCA counts",
+        "The same over images with a true box and a predicted box of objectness 0.5 or more.",
+        baselines={"random encoder": "random/map_mgca"},
+        headline=True,
+    ),
+    "coco/ap": Metric(
+        "AP at IoU .50:.95",
+        "Average precision by pycocotools, mean over IoU thresholds .50 to .95.",
+        baselines={"random encoder": "random/coco/ap"},
+    ),
+    "coco/ap50": Metric(
+        "AP at IoU .5",
+        "Average precision by pycocotools; a box counts if it overlaps a true one by half.",
+        baselines={"random encoder": "random/coco/ap50"},
+        headline=True,
+    ),
+    "coco/ap75": Metric(
+        "AP at IoU .75",
+        "Average precision by pycocotools; a box counts if it overlaps a true one by 3/4.",
+        baselines={"random encoder": "random/coco/ap75"},
+    ),
+    "{finding}/ap50": Metric(
+        "AP at IoU .5, {finding}",
+        "Average precision of the boxes of one finding.",
+        baselines={"random encoder": "random/{finding}/ap50"},
+    ),
+}
 PART = 512  # images whose maps are in memory at once
 PRIOR_BOXES, PRIOR_FOUND = 1000, 10  # boxes of training the null looks at, and gives (ours)
 
@@ -45,9 +92,9 @@ class Options:
     `widths` are those of YOLOv3's 1x1 convolutions, coarsest map first. `average` and
     `published_background` are those of `heads.yolo.yolo_loss`. `judge` chooses the epoch (`loss` is
     cheap: it draws no boxes). Boxes enter suppression by IoU >= `suppress` if they are among the
-    `candidates` (ours) best of an image with objectness >= `score_floor` (ours). `limit_train`
-    images are drawn for training (0: all); `samples` draws make an interval; `shown` images become
-    rows of the page.
+      `candidates` (ours) best of an image with objectness >= `score_floor` (ours).
+      `max_train_records` images are drawn for training (0: all); `bootstrap_samples` draws make an
+      interval; `num_examples` images become rows of the page.
     """
 
     classes: Literal["any", "each"] = "any"
@@ -55,7 +102,7 @@ class Options:
     widths: tuple[int, int, int] = (512, 256, 128)
     average: Literal["cells", "objects"] = "cells"
     published_background: bool = False
-    rate: float = 5e-4
+    learning_rate: float = 5e-4
     weight_decay: float = 1e-6
     batch: int = 16
     epochs: int = 50
@@ -65,14 +112,17 @@ class Options:
     score_floor: float = 0.01
     suppress: float = 0.5
     candidates: int = 100
-    limit_train: int = 0
-    samples: int = 1000
-    shown: int = 6
+    max_train_records: int = 0
+    bootstrap_samples: int = 1000
+    num_examples: int = 6
 
 
-def needs(
-    splits: Mapping[str, Sequence[Record]], options: Options, findings: Sequence[str]
-) -> None:
+def requirements(options: Options) -> tuple[str, ...]:
+    """Returns the field of a record that holds its boxes."""
+    return ("phrases",)
+
+
+def check(data: EvalData, options: Options) -> None:
     """See that there is something to find in every split, and that the head can be made.
 
     Raises:
@@ -81,7 +131,8 @@ def needs(
     if len(options.widths) != 3:
         raise UserError(f"widths of detection are {options.widths}; give three, coarsest first")
     for split in ("train", "val", "test"):
-        given = (true_boxes(record, options, findings)[0] for record in splits.get(split, ()))
+        records = getattr(data, split)
+        given = (true_boxes(record, options, data.findings)[0] for record in records)
         if not any(len(truth.boxes) for truth in given):
             raise UserError(
                 f"task detection needs boxes or masks of phrases, and the {split} split has none;"
@@ -89,15 +140,7 @@ def needs(
             )
 
 
-def evaluate(
-    model: Model,
-    splits: Mapping[str, Sequence[Record]],
-    *,
-    options: Options,
-    findings: Sequence[str],
-    folder: Path | None = None,
-    seed: int = 0,
-) -> tuple[dict[str, float], list[BoxExample]]:
+def evaluate(model: Model, data: EvalData, options: Options, context: TaskContext) -> Result:
     """Fit a head to `train`, choose its epoch on `val`, and judge the boxes it finds in `test`.
 
     Keys: `map_strict`, with its 95 % bootstrap interval over images in `map_strict_low`, `.._high`
@@ -110,15 +153,20 @@ def evaluate(
     Raises:
       UserError: there is nothing to find, or to learn from.
     """
-    needs(splits, options, findings)
-    data = {name: list(splits[name]) for name in ("train", "val", "test")}
-    data["train"] = _drawn(data["train"], options.limit_train, seed)
-    pairs = {name: [true_boxes(r, options, findings) for r in some] for name, some in data.items()}
+    check(data, options)
+    findings, folder, seed = data.findings, context.folder, context.seed
+    splits = {name: list(getattr(data, name)) for name in ("train", "val", "test")}
+    splits["train"] = _drawn(splits["train"], options.max_train_records, seed)
+    pairs = {
+        name: [true_boxes(r, options, findings) for r in some] for name, some in splits.items()
+    }
     truth = {name: [one for one, _ in some] for name, some in pairs.items()}
     if not any(len(one.boxes) for one in truth["train"]):
-        raise UserError(f"limit_train {options.limit_train} leaves no box to learn; give more")
+        raise UserError(
+            f"max_train_records {options.max_train_records} leaves no box to learn; give more"
+        )
     tower = require_tower(model)
-    images = {name: np.stack([r.image for r in some]) for name, some in data.items()}
+    images = {name: np.stack([r.image for r in some]) for name, some in splits.items()}
     room = max(len(one.boxes) for name in ("train", "val") for one in truth[name])
     probe = _attached(tower, images["train"], _classes(options, findings), options, seed)
     rows = {
@@ -131,7 +179,7 @@ def evaluate(
         probe.stats,
         rows["train"],
         rows["val"],
-        optax.adamw(options.rate, weight_decay=options.weight_decay),
+        optax.adamw(options.learning_rate, weight_decay=options.weight_decay),
         batch=options.batch,
         epochs=options.epochs,
         patience=options.patience,
@@ -146,14 +194,15 @@ def evaluate(
     null = [prior(truth["train"], options.suppress)] * len(found)
     values |= {
         "prior/map_strict": map_strict(null, truth["test"]),
-        "n_train": float(len(data["train"])),
-        "n_test": float(len(data["test"])),
+        "n_train": float(len(splits["train"])),
+        "n_test": float(len(splits["test"])),
         "epochs": float(len(fit.history)),
         "boxes_dropped": float(sum(lost for some in pairs.values() for _, lost in some)),
     }
     if options.classes == "each":
         values |= _each(found, truth["test"], findings)
-    return values, _shown(images["test"], found, truth["test"], options.shown, seed)
+    rows = _shown(images["test"], found, truth["test"], options.num_examples, seed)
+    return Result(values, rows)
 
 
 def true_boxes(record: Record, options: Options, findings: Sequence[str]) -> tuple[TrueBoxes, int]:
@@ -324,7 +373,7 @@ def _scores(
         times = np.bincount(drawn, minlength=number).astype(float)
         return box_metrics.mean_average_precision(matches, times)
 
-    low, high = intervals.bootstrap(np.arange(number), redrawn, options.samples, seed)
+    low, high = intervals.bootstrap(np.arange(number), redrawn, options.bootstrap_samples, seed)
     whole, half, strict = box_metrics.coco_map(found, truth)
     return {
         "map_strict": box_metrics.mean_average_precision(matches),

@@ -1,20 +1,27 @@
-"""Phrase grounding: does the heat map of a phrase light up where the phrase is true?
+"""Phrase grounding: the heat map of a phrase is compared with the region where the phrase is true.
 
-The map of a phrase is `sum_n w_n S_np / sum_n w_n` over its words n, from the model's grid resized
-bilinearly to the image; the rest of the image is outside. Each phrase is asked twice: in full
-("consolidation in the left lower zone"), and bare ("consolidation"), where the truth is the union
-over all phrases of that finding in the image.
+The heat map of a phrase is *sum_n w_n S_np / sum_n w_n* over its words n, where S_np is the map of
+word n at pixel p and w_n its weight. It is resized bilinearly from the model's grid to the image;
+the rest of the image is outside. Each phrase is evaluated twice: in full ("consolidation in the
+left lower zone"), and bare ("consolidation"), where the truth is the union over all phrases of that
+finding in the image.
 
-Keys of the result:
-`cnr_signed`, `cnr_abs`, `pointing`, `miou_raw`, `miou_minmax`, `miou_z`: mean over findings of the
-mean over phrases, the truth of a phrase being the union of its boxes; `cnr_boxes_signed`,
-`cnr_boxes_abs`: the CNR (its absolute value) of each box, mean over the boxes of a phrase;
-`cnr_signed_low`, `..._high`, `pointing_low`, ...: 95 % bootstrap interval over images; `micro/...`:
-plain mean over phrases; `<finding>/...`: one finding; `random/...`, `centre/...`, `prior/...` (mean
-lungs), `mean_finding/...`, `mean_phrase/...`: the maps of `truth.null_maps`, scored the same way;
-`round<t>/...`: the model after t rounds, if it refines; `n`: phrases scored, `skipped`: without a
-usable truth, `outside`: true only where a crop cuts the image away; `bare/...`: all again for bare
-phrases. Phrases of unknown finding (-1) form one more group, `other`.
+Keys of the metrics:
+
+- `cnr_signed`, `cnr_abs`, `pointing`, `miou_raw`, `miou_minmax`, `miou_z`: mean over findings of
+  the mean over phrases. The truth of a phrase is the union of its boxes.
+- `cnr_boxes_signed`, `cnr_boxes_abs`: the CNR, or its absolute value, of each box, mean over the
+  boxes of a phrase.
+- `cnr_signed_low`, `cnr_signed_high`, `pointing_low`, `pointing_high`: 95 % bootstrap intervals
+  over images.
+- `micro/...`: plain mean over phrases. `<finding>/...`: one finding; phrases of unknown finding
+  (-1) form one more group, `other`.
+- `random/...`, `centre/...`, `prior/...` (mean lungs), `mean_finding/...`, `mean_phrase/...`: the
+  maps of `grounding_targets.null_maps`, scored in the same way.
+- `round<t>/...`: the model after t rounds, if it refines.
+- `n`: scored phrases. `skipped`: phrases without a usable truth. `outside`: phrases that are true
+  only where a crop cuts the image away.
+- `bare/...`: all of these again for bare phrases.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,323 +36,523 @@ from scipy.ndimage import gaussian_filter
 from plan_jax.metrics import grounding as grounding_metrics
 from plan_jax.metrics import intervals, slug
 from plan_jax.tasks.grounding_targets import (
-    Maps,
+    MapBank,
     Priors,
     Target,
+    collect_targets,
     fit_priors,
     null_maps,
-    targets,
     truth_mask,
 )
-from plan_jax.types import Features, Model, Phrase, PhraseExample, Record, UserError
+from plan_jax.types import (
+    EvalData,
+    Features,
+    Metric,
+    Model,
+    Phrase,
+    PhraseExample,
+    Record,
+    Result,
+    TaskContext,
+    UserError,
+)
 
-__all__ = ["BIOVIL", "Case", "Options", "Priors", "evaluate", "fit_priors", "illustrate"]
+TITLE = "Phrase grounding"
+FITS_HEAD = False
 
-HEADLINE = ("cnr_signed", "pointing")  # with an interval; for null maps also by finding
-CHUNK = 64  # phrases that go to the model at once; always this many, so that nothing recompiles
+# These two have an interval, and for null maps they are also listed by finding.
+PRIMARY_KEYS = ("cnr_signed", "pointing")
+# Phrases per call of the model. Every call has exactly this many, so that nothing recompiles.
+CHUNK = 64
+
+_SCORES = {
+    "cnr_signed": (
+        "CNR, signed",
+        "How far the heat inside the truth stands above the rest of the image, in units of its "
+        "spread. 0: no contrast; negative: the wrong place is hot.",
+    ),
+    "pointing": ("pointing game", "How often the hottest pixel lies inside the truth."),
+    "miou_z": (
+        "mIoU, above the mean",
+        "Overlap of the hot area with the truth at thresholds .1 to .5, after max(S - mean, 0) / "
+        "max.",
+    ),
+    "miou_minmax": ("mIoU, min-max", "The same overlap after scaling each map to [0, 1]."),
+    "miou_raw": ("mIoU, raw", "The same overlap on the map as it is, negative values as 0."),
+    "cnr_abs": (
+        "CNR, absolute",
+        "CNR without its sign, as first published. A map that is dark where it should be bright "
+        "also scores, so read it next to the signed one.",
+    ),
+    "cnr_boxes_signed": ("CNR by box, signed", "CNR of each box of a phrase, mean over its boxes."),
+    "cnr_boxes_abs": ("CNR by box, absolute", "The same without its sign."),
+}
+_NULL_LABELS = {
+    "random": "random map",
+    "centre": "image centre",
+    "prior": "lung prior",
+    "mean_finding": "mean mask of finding",
+    "mean_phrase": "mean mask of phrase",
+}
+
+
+def _describe(
+    prefix: str,
+    suffix: str,
+    nulls: str = "",
+    keys: Sequence[str] = tuple(_SCORES),
+    headlines: Sequence[str] = (),
+) -> dict[str, Metric]:
+    """Returns the catalogue entries of some scores under a prefix.
+
+    `nulls` is the prefix of the scores of a null map, with `NULL` for its name.
+    """
+    metrics = {}
+    for key in keys:
+        label, meaning = _SCORES[key]
+        baselines = {
+            null_label: f"{nulls.replace('NULL', null)}{key}"
+            for null, null_label in _NULL_LABELS.items()
+        }
+        metrics[f"{prefix}{key}"] = Metric(
+            f"{label}{suffix}",
+            meaning,
+            digits=2 if key.startswith("cnr") else 3,
+            baselines=baselines if nulls else {},
+            headline=key in headlines,
+        )
+    return metrics
+
+
+_ROUND_KEYS = (*PRIMARY_KEYS, "miou_z")
+# `micro` and `round{t}` come before `{finding}`, which would match them as well.
+METRICS = {
+    **_describe("", "", "NULL/", headlines=_ROUND_KEYS),
+    **_describe("bare/", ", bare phrases", "bare/NULL/", headlines=PRIMARY_KEYS),
+    **_describe("micro/", ", mean over phrases", keys=PRIMARY_KEYS),
+    **_describe("bare/micro/", ", mean over bare phrases", keys=PRIMARY_KEYS),
+    "n": Metric("phrases", "Number of scored phrases.", digits=0),
+    "skipped": Metric("skipped phrases", "Phrases without a usable truth.", digits=0),
+    **_describe("round{t}/", ", round {t}", keys=_ROUND_KEYS),
+    **_describe("bare/round{t}/", ", bare phrases, round {t}", keys=_ROUND_KEYS),
+    **_describe("{finding}/", ", {finding}", "NULL/{finding}/", keys=PRIMARY_KEYS),
+    **_describe(
+        "bare/{finding}/", ", bare phrases, {finding}", "bare/NULL/{finding}/", keys=PRIMARY_KEYS
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the model sees and what is done to its maps; the defaults are the whole image and none.
+    """What the model sees, and how its maps are processed; the defaults change nothing.
 
-    `crop`: the model sees the central part of that share of each side, resized back, and maps are
-    scored inside it; `smooth`: sigma of a Gaussian over the model's grid, in cells, reflected at
-    the border, which the random maps get as well.
+    BioViL's protocol for MS-CXR (arXiv 2204.09817, and its code) is `crop` 448 / 512 and `smooth`
+    1.5.
+
+    Attributes:
+      crop: the model sees the central part of this share of each side, resized to the model's size,
+        and maps are scored inside it.
+      smooth: sigma of a Gaussian over the model's grid, in cells, reflected at the border. The
+        random maps are smoothed as well.
+      bootstrap_samples: number of resamples of an interval.
+      num_examples: number of best, of random and of worst examples on the page.
 
     Raises:
-        UserError: if a value is out of its range.
+      UserError: if a value is out of its range.
     """
 
     crop: float = 1.0
     smooth: float = 0.0
+    bootstrap_samples: int = 1000
+    num_examples: int = 4
 
     def __post_init__(self) -> None:
         if not (0 < self.crop <= 1 and 0 <= self.smooth < np.inf):
-            said = f"crop is {self.crop} and smooth {self.smooth}"
-            raise UserError(f"{said}; use a share above 0, up to 1, and a number of cells from 0")
-
-
-PLAIN = Options()
-BIOVIL = Options(crop=448 / 512, smooth=1.5)  # for MS-CXR: arXiv 2204.09817, and its code
+            raise UserError(
+                f"grounding.crop must be above 0 and at most 1, and grounding.smooth at least 0; "
+                f"got {self.crop} and {self.smooth}"
+            )
 
 
 @dataclass(frozen=True)
-class Case:
-    """One phrase of one record (by its index), where it is true in what is shown, and how found."""
+class ScoredPhrase:
+    """A phrase of the record with that index, its truth in the (cropped) image, and its scores."""
 
-    record: int
-    phrase: str
+    record_index: int
+    text: str
     finding: str
     cnr: float
     pointing: float
     truth: Bool[np.ndarray, "Y X"]
 
 
-def evaluate(
-    model: Model,
-    records: Sequence[Record],
-    *,
-    findings: Sequence[str],
-    priors: Priors | None = None,
-    per_round: bool = True,
-    options: Options = PLAIN,
-    samples: int = 1000,
-    seed: int = 0,
-) -> tuple[dict[str, float], list[Case]]:
-    """Score the phrases of `records`, in full and bare, beside the maps that know less.
+def requirements(options: Options) -> tuple[str, ...]:
+    """Returns the field of a record that is grounded."""
+    return ("phrases",)
 
-    `findings` names the indices in the phrases; `per_round` also scores every round of refinement;
-    `samples` are drawn for the intervals. The list has one `Case` for each full phrase scored.
+
+def check(data: EvalData, options: Options) -> None:
+    """Raises UserError if the evaluated images do not have one size."""
+    sizes = sorted({record.image.shape[:2] for record in data.test})
+    if len(sizes) != 1:
+        raise UserError(
+            f"task grounding needs images of one size and got {sizes or 'none'}; resize them to "
+            "one size first"
+        )
+
+
+def evaluate(model: Model, data: EvalData, options: Options, context: TaskContext) -> Result:
+    """Returns the metrics listed in the module's docstring, and examples of phrases.
 
     Raises:
-        UserError: if the records' images are not of one size.
+      UserError: see `check`.
     """
-    shown, seen = _see(model, records, options)
-    window = _window(records[0], options)
-    known, values = dict(enumerate(findings)), dict[str, float]()
-    cases: list[Case] = []
+    check(data, options)
+    priors = fit_priors(data.prior_records) if len(data.prior_records) else None
+    metrics, phrases = score_phrases(
+        model, data.test, data.findings, priors=priors, options=options, seed=context.seed
+    )
+    examples = illustrate(model, data.test, phrases, options=options, seed=context.seed)
+    return Result(metrics, examples)
+
+
+def score_phrases(
+    model: Model,
+    records: Sequence[Record],
+    findings: Sequence[str],
+    *,
+    priors: Priors | None = None,
+    options: Options | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, float], list[ScoredPhrase]]:
+    """Computes the metrics of all phrases, in full and bare, and of the null maps.
+
+    `findings` names the indices in the phrases. The list has one `ScoredPhrase` for each full
+    phrase with a usable truth.
+    """
+    options = options or Options()
+    views, features = _encode_views(model, records, options)
+    window = _crop_window(records[0], options)
+    metrics: dict[str, float] = {}
+    phrases: list[ScoredPhrase] = []
     for prefix, bare in (("", False), ("bare/", True)):
-        wanted, skipped = targets(shown, bare)
-        part = {"n": float(len(wanted)), "skipped": float(skipped)}
+        targets, skipped = collect_targets(views, bare)
+        part = {"n": float(len(targets)), "skipped": float(skipped)}
         if options.crop < 1:
-            whole = targets(records, bare)[0]
-            part["outside"] = float(sum(not t.truth[window].any() for t in whole))
+            # A target that the crop removes is empty in the view, so it was counted as skipped.
+            whole, _ = collect_targets(records, bare)
+            part["outside"] = float(sum(not target.truth[window].any() for target in whole))
             part["skipped"] -= part["outside"]
-        if wanted:
-            names = [known.get(t.finding, "other") for t in wanted]
-            boxes = [_boxes(shown[t.record], t, bare) for t in wanted]
-            scores = _score(_heat(model, seen, wanted, options), wanted, boxes)
-            part |= _summary(scores, names, tuple(scores))
-            part |= _intervals(scores, names, wanted, samples, seed)
-            part |= {f"micro/{key}": float(score.mean()) for key, score in scores.items()}
+        if targets:
+            names = [_finding_name(target, findings) for target in targets]
+            boxes = [_truth_parts(views[target.record_index], target, bare) for target in targets]
+
+            def score(bank: MapBank, targets=targets, boxes=boxes) -> dict[str, np.ndarray]:
+                return _score_maps(bank, targets, boxes)
+
+            scores = score(_heat_maps(model, features, targets, options))
+            part |= _macro_means(scores, names, by_finding=tuple(scores))
+            part |= _macro_intervals(scores, names, targets, options.bootstrap_samples, seed)
+            part |= {f"micro/{key}": float(values.mean()) for key, values in scores.items()}
             size = records[0].image.shape[:2]
-            nulls = null_maps(wanted, priors, size=size, grid=model.grid, bare=bare, seed=seed)
-            for null, maps in nulls.items():
-                if null == "random":  # smoothing raises the absolute CNR of noise as well
-                    maps = _smoothed(maps, options)
+            nulls = null_maps(targets, priors, size=size, grid=model.grid, bare=bare, seed=seed)
+            for null, bank in nulls.items():
+                if null == "random":
+                    # Smoothing raises the absolute CNR of noise too, so the null needs it as well.
+                    bank = _smooth(bank, options)
                 else:
-                    maps = replace(
-                        maps, bank=grounding_metrics.upsample(maps.bank, size)[:, *window]
-                    )
-                part |= _prefix(null, _summary(_score(maps, wanted, boxes), names, HEADLINE))
-            for t in range(model.rounds + 1 if per_round and model.rounds else 0):
-                scored = _score(_heat(model, seen, wanted, options, t), wanted, boxes)
-                part |= _prefix(f"round{t}", _summary(scored, names))
+                    # The other maps belong to the whole image: cut them as the image was cut.
+                    maps = grounding_metrics.upsample(bank.maps, size)[:, *window]
+                    bank = replace(bank, maps=maps)
+                part |= _prefixed(null, _macro_means(score(bank), names, by_finding=PRIMARY_KEYS))
+            for rounds in range(model.rounds + 1 if model.rounds else 0):
+                round_scores = score(_heat_maps(model, features, targets, options, rounds))
+                part |= _prefixed(f"round{rounds}", _macro_means(round_scores, names))
             if not bare:
-                cases = _cases(wanted, names, scores)
-        values |= {prefix + key: value for key, value in part.items()}
-    return values, cases
+                phrases = _to_phrases(targets, names, scores)
+        metrics |= {f"{prefix}{key}": value for key, value in part.items()}
+    return metrics, phrases
 
 
 def illustrate(
     model: Model,
     records: Sequence[Record],
-    cases: Sequence[Case],
+    phrases: Sequence[ScoredPhrase],
     *,
-    count: int = 4,
-    options: Options = PLAIN,
+    options: Options | None = None,
     seed: int = 0,
 ) -> list[PhraseExample]:
-    """Draw `count` best, random and worst cases by signed CNR, with the map after every round.
+    """Returns the best, random and worst phrases by signed CNR, with the map after every round.
 
-    Best and worst take one case of each finding before a second of any; a case is shown once.
-    `options` are those that the cases were scored with.
+    There are `options.num_examples` of each kind. Best and worst have one phrase of each finding
+    before a second one of any; no phrase appears twice. `options` are those that the phrases were
+    scored with.
     """
-    order = np.argsort([-case.cnr for case in cases], kind="stable").tolist()
-    best = _diverse(order, cases, count)
-    worst = _diverse([i for i in order[::-1] if i not in best], cases, count)
-    rest = [i for i in range(len(cases)) if i not in {*best, *worst}]
-    drawn = np.random.default_rng(seed).permutation(len(rest))[:count]
-    parts = {"best": best, "random": [rest[i] for i in drawn], "worst": worst}
-    chosen = [(kind, cases[i]) for kind, part in parts.items() for i in part]
-    if not chosen:
+    options = options or Options()
+    count = options.num_examples
+    order = np.argsort([-phrase.cnr for phrase in phrases], kind="stable").tolist()
+    best = _spread_over_findings(order, phrases, count)
+    worst = _spread_over_findings([i for i in order[::-1] if i not in best], phrases, count)
+    rest = [i for i in range(len(phrases)) if i not in {*best, *worst}]
+    random = [rest[i] for i in np.random.default_rng(seed).permutation(len(rest))[:count]]
+    selection = [
+        (kind, phrases[i])
+        for kind, indices in (("best", best), ("random", random), ("worst", worst))
+        for i in indices
+    ]
+    if not selection:
         return []
-    shown, seen = _see(model, [records[case.record] for _, case in chosen], options)
-    wanted = [Target(i, case.phrase, -1, "", case.truth) for i, (_, case) in enumerate(chosen)]
-    steps = range(model.rounds + 1) if model.rounds else (None,)
-    heats = np.stack([_heat(model, seen, wanted, options, t).bank for t in steps], axis=1)
+    views, features = _encode_views(
+        model, [records[phrase.record_index] for _, phrase in selection], options
+    )
+    targets = [
+        Target(row, phrase.text, -1, "", phrase.truth) for row, (_, phrase) in enumerate(selection)
+    ]
+    rounds = range(model.rounds + 1) if model.rounds else (None,)
+    heat_maps_NTyx = np.stack(
+        [_heat_maps(model, features, targets, options, t).maps for t in rounds], axis=1
+    )
     return [
-        PhraseExample(kind, case.phrase, record.image, case.truth, heat, case.cnr, case.pointing)
-        for (kind, case), record, heat in zip(chosen, shown, heats, strict=True)
+        PhraseExample(
+            kind=kind,
+            phrase=phrase.text,
+            image=view.image,
+            truth=phrase.truth,
+            heat_maps=heat_maps,
+            cnr=phrase.cnr,
+            pointing=phrase.pointing,
+        )
+        for (kind, phrase), view, heat_maps in zip(selection, views, heat_maps_NTyx, strict=True)
     ]
 
 
-def _see(
+# Images ------------------------------------------------------------------------------------------
+
+
+def _encode_views(
     model: Model, records: Sequence[Record], options: Options
 ) -> tuple[list[Record], Features]:
-    """Crop records and show them to the model, resized to its size if anything was cut off."""
-    sizes = sorted({record.image.shape[:2] for record in records})
-    if len(sizes) != 1:
-        raise UserError(
-            f"grounding needs images of one size and got {sizes or 'none'}; fit them to one first"
-        )
+    """Returns the records as the model sees them, and the features of their images."""
     if options.crop == 1:
-        return list(records), model.encode_image(np.stack([record.image for record in records]))
-    shown = [_crop(record, options) for record in records]
-    plain = [Image.fromarray(record.image[..., 0]) for record in shown]
-    large = [one.resize((model.size,) * 2, Image.Resampling.BILINEAR) for one in plain]
-    return shown, model.encode_image(np.stack(large)[..., None])
+        views = list(records)
+        images = np.stack([record.image for record in records])
+    else:
+        views = [_crop(record, options) for record in records]
+        # Only the model's input is resized: truths and scores stay in pixels of the crop.
+        resized = [
+            Image.fromarray(view.image[..., 0]).resize(
+                (model.size, model.size), Image.Resampling.BILINEAR
+            )
+            for view in views
+        ]
+        images = np.stack(resized)[..., None]
+    return views, model.encode_image(images)
 
 
-def _window(record: Record, options: Options) -> tuple[slice, slice]:
-    sides = [(n, max(1, round(n * options.crop))) for n in record.image.shape[:2]]
-    return tuple(slice((n - side) // 2, (n + side) // 2) for n, side in sides)
+def _crop_window(record: Record, options: Options) -> tuple[slice, slice]:
+    sides = [(length, max(1, round(length * options.crop))) for length in record.image.shape[:2]]
+    return tuple(slice((length - side) // 2, (length + side) // 2) for length, side in sides)
 
 
 def _crop(record: Record, options: Options) -> Record:
-    """Cut the central part out of an image and out of the truths of its phrases."""
-    y, x = window = _window(record, options)
+    """Returns the central part of a record: of its image, and of the truths of its phrases."""
+    window = rows, columns = _crop_window(record, options)
     phrases = []
     for phrase in record.phrases:
-        moved = np.reshape(phrase.boxes, (-1, 4)) - [x.start, y.start] * 2
+        # Boxes may stick out of the window: `truth_mask` counts only pixels of the image.
+        boxes = np.reshape(phrase.boxes, (-1, 4)) - [columns.start, rows.start] * 2
         mask = None if phrase.mask is None else phrase.mask[window]
-        phrases.append(replace(phrase, boxes=tuple(map(tuple, moved.tolist())), mask=mask))
+        phrases.append(replace(phrase, boxes=tuple(map(tuple, boxes.tolist())), mask=mask))
     return replace(record, image=record.image[window], phrases=tuple(phrases))
 
 
-def _boxes(record: Record, target: Target, bare: bool) -> list[Phrase]:
-    """List the boxes and masks whose union is the truth of a target, as phrases of one each."""
-    words = target.text.lower().split()
-    same = [p for p in record.phrases if p.finding == target.finding]
-    same = [p for p in same if bare or p.text.lower().split() == words]
-    split = [[p] if p.mask is not None else [replace(p, boxes=(b,)) for b in p.boxes] for p in same]
-    return [part for parts in split for part in parts]
+# Maps --------------------------------------------------------------------------------------------
 
 
-def _heat(
+def _heat_maps(
     model: Model,
-    seen: Features,
-    wanted: Sequence[Target],
+    features: Features,
+    targets: Sequence[Target],
     options: Options,
     rounds: int | None = None,
-) -> Maps:
-    """Ask the model for the map of each target; each text is read once."""
-    place = {text: i for i, text in enumerate(sorted({target.text for target in wanted}))}
-    read = model.encode_text(list(place))
-    image = np.array([target.record for target in wanted])
-    text = np.array([place[target.text] for target in wanted])
-    maps = []
-    for start in range(0, len(wanted), CHUNK):
-        rows = np.minimum(np.arange(start, start + CHUNK), len(wanted) - 1)
-        shown = jax.tree.map(lambda x, i=image[rows]: x[i], seen)
-        words = jax.tree.map(lambda x, i=text[rows]: x[i], read)
-        pair = model.heatmap(shown, words, rounds=rounds)
-        similarity, weight = (np.asarray(x, np.float32) for x in pair)
-        total = weight.sum(1, keepdims=True)
-        heat = np.einsum("bwp,bw->bp", similarity, weight)
-        maps.append(heat / np.where(total == 0, 1, total))
-    heat = np.concatenate(maps)[: len(wanted)]
-    return _smoothed(Maps(heat.reshape(-1, *model.grid), np.arange(len(wanted))), options)
+) -> MapBank:
+    """Returns the model's heat map of each target, on its grid; each text is encoded once."""
+    texts = sorted({target.text for target in targets})
+    row_of_text = {text: row for row, text in enumerate(texts)}
+    text_features = model.encode_text(texts)
+    image_index = np.array([target.record_index for target in targets])
+    text_index = np.array([row_of_text[target.text] for target in targets])
+    chunks = []
+    for start in range(0, len(targets), CHUNK):
+        # The last chunk repeats the last target, so that all chunks have one shape.
+        rows = np.minimum(np.arange(start, start + CHUNK), len(targets) - 1)
+        images = jax.tree.map(lambda leaf, index=image_index[rows]: leaf[index], features)
+        words = jax.tree.map(lambda leaf, index=text_index[rows]: leaf[index], text_features)
+        pair = model.heatmap(images, words, rounds=rounds)
+        word_maps_BWP, weights_BW = (np.asarray(array, np.float32) for array in pair)
+        total = weights_BW.sum(1, keepdims=True)
+        heat_BP = np.einsum("bwp,bw->bp", word_maps_BWP, weights_BW)
+        # A phrase whose words all have weight 0 has the map 0, which scores as a constant map.
+        chunks.append(heat_BP / np.where(total == 0, 1, total))
+    heat = np.concatenate(chunks)[: len(targets)]
+    return _smooth(MapBank(heat.reshape(-1, *model.grid), np.arange(len(targets))), options)
 
 
-def _smoothed(maps: Maps, options: Options) -> Maps:
+def _smooth(bank: MapBank, options: Options) -> MapBank:
+    if not options.smooth:
+        return bank
     sigma = (0, options.smooth, options.smooth)
-    return replace(maps, bank=gaussian_filter(maps.bank, sigma)) if options.smooth else maps
+    return replace(bank, maps=gaussian_filter(bank.maps, sigma))
 
 
-def _score(
-    maps: Maps, wanted: Sequence[Target], boxes: Sequence[Sequence[Phrase]]
-) -> dict[str, Float[np.ndarray, " N"]]:
-    """Measure each target's map, a chunk at a time, so that memory does not grow with N."""
+# Scores ------------------------------------------------------------------------------------------
+
+
+def _finding_name(target: Target, findings: Sequence[str]) -> str:
+    return findings[target.finding] if 0 <= target.finding < len(findings) else "other"
+
+
+def _truth_parts(view: Record, target: Target, bare: bool) -> list[Phrase]:
+    """Returns the boxes and masks whose union is the truth of a target, one in each phrase."""
+    words = target.text.lower().split()
     parts = []
-    size = wanted[0].truth.shape
-    for start in range(0, len(wanted), CHUNK):
-        rows = maps.row[start : start + CHUNK]
-        heat = grounding_metrics.upsample(maps.bank[rows], size).reshape(len(rows), -1)
-        truth = np.stack([t.truth for t in wanted[start : start + CHUNK]]).reshape(heat.shape)
-        cnr = grounding_metrics.contrast_to_noise(heat, truth)
-        part = {
+    for phrase in view.phrases:
+        if phrase.finding != target.finding or not (bare or phrase.text.lower().split() == words):
+            continue
+        if phrase.mask is not None:
+            parts.append(phrase)
+        else:
+            parts += [replace(phrase, boxes=(box,)) for box in phrase.boxes]
+    return parts
+
+
+def _score_maps(
+    bank: MapBank, targets: Sequence[Target], boxes: Sequence[Sequence[Phrase]]
+) -> dict[str, Float[np.ndarray, " N"]]:
+    """Computes every score of every target's map.
+
+    The maps are resized one chunk at a time, so that memory does not grow with N.
+    """
+    chunks = []
+    size = targets[0].truth.shape
+    for start in range(0, len(targets), CHUNK):
+        stop = start + CHUNK
+        rows = bank.index[start:stop]
+        heat_BP = grounding_metrics.upsample(bank.maps[rows], size).reshape(len(rows), -1)
+        truth_BP = np.stack([target.truth for target in targets[start:stop]]).reshape(heat_BP.shape)
+        cnr = grounding_metrics.contrast_to_noise(heat_BP, truth_BP)
+        scores = {
             "cnr_signed": cnr,
             "cnr_abs": abs(cnr),
-            "pointing": grounding_metrics.pointing(heat, truth),
+            "pointing": grounding_metrics.pointing(heat_BP, truth_BP),
         }
-        for how in grounding_metrics.NORMALISATIONS:
-            part[f"miou_{how}"] = grounding_metrics.mean_iou(heat, truth, how)
-        part["cnr_boxes_signed"], part["cnr_boxes_abs"] = cnr.copy(), abs(cnr)
-        for i, some in enumerate(boxes[start : start + CHUNK]):
-            if len(some) > 1:
-                each = _each_box(heat[i], some, size)
-                part["cnr_boxes_signed"][i] = each.mean()
-                part["cnr_boxes_abs"][i] = abs(each).mean()
-        parts.append(part)
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for normalisation in grounding_metrics.NORMALISATIONS:
+            scores[f"miou_{normalisation}"] = grounding_metrics.mean_iou(
+                heat_BP, truth_BP, normalisation
+            )
+        # For a truth of one part the CNR by box is the CNR itself.
+        scores["cnr_boxes_signed"], scores["cnr_boxes_abs"] = cnr.copy(), abs(cnr)
+        for row, parts in enumerate(boxes[start:stop]):
+            if len(parts) > 1:
+                cnr_boxes = _cnr_of_boxes(heat_BP[row], parts, size)
+                scores["cnr_boxes_signed"][row] = cnr_boxes.mean()
+                scores["cnr_boxes_abs"][row] = abs(cnr_boxes).mean()
+        chunks.append(scores)
+    return {key: np.concatenate([scores[key] for scores in chunks]) for key in chunks[0]}
 
 
-def _each_box(
+def _cnr_of_boxes(
     heat: Float[np.ndarray, " P"], boxes: Sequence[Phrase], size: tuple[int, int]
 ) -> Float[np.ndarray, " R"]:
-    """Measure the signed CNR of each box of a phrase in turn.
+    """Computes the signed CNR of each box of a phrase in turn.
 
-    *BioViL's protocol for MS-CXR:* the pixels of a box count no more for those after it, neither
-    inside nor outside. A box of which nothing is left is left out.
+    *BioViL's protocol for MS-CXR:* the pixels of a box do not count for the boxes after it, neither
+    inside nor outside. A box that earlier boxes cover completely is omitted.
     """
-    left, found = np.ones(heat.shape, bool), []
+    remaining = np.ones(heat.shape, bool)
+    values = []
     for box in boxes:
-        inside = truth_mask(box, size).ravel() & left
+        inside = truth_mask(box, size).ravel() & remaining
         if inside.any():
-            found.append(
-                grounding_metrics.contrast_to_noise(heat[None, left], inside[None, left])[0]
+            cnr = grounding_metrics.contrast_to_noise(
+                heat[None, remaining], inside[None, remaining]
             )
-        left &= ~inside
-    return np.array(found)
+            values.append(cnr[0])
+        remaining &= ~inside
+    return np.array(values)
 
 
-def _summary(
-    scores: Mapping[str, np.ndarray], names: Sequence[str], each: Sequence[str] = ()
+def _macro_means(
+    scores: Mapping[str, np.ndarray], names: Sequence[str], by_finding: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Average over phrases within each finding, then over findings; also name those in `each`."""
+    """Returns means over findings of means over phrases; those in `by_finding` by finding too."""
     labels, group = np.unique(names, return_inverse=True)
-    values = {}
-    for key, score in scores.items():
-        mean = np.bincount(group, score) / np.bincount(group)
-        values[key] = float(mean.mean())
-        if key in each:
-            values |= {f"{slug(n)}/{key}": float(m) for n, m in zip(labels, mean, strict=True)}
-    return values
+    metrics = {}
+    for key, values in scores.items():
+        means = np.bincount(group, values) / np.bincount(group)
+        metrics[key] = float(means.mean())
+        if key in by_finding:
+            for label, mean in zip(labels, means, strict=True):
+                metrics[f"{slug(label)}/{key}"] = float(mean)
+    return metrics
 
 
-def _intervals(
+def _macro_intervals(
     scores: Mapping[str, np.ndarray],
     names: Sequence[str],
-    wanted: Sequence[Target],
+    targets: Sequence[Target],
     samples: int,
     seed: int,
 ) -> dict[str, float]:
-    """Resample images, keeping the phrases of an image together, and recompute the macro mean."""
+    """Returns intervals of the means over findings; images are resampled with all their phrases.
+
+    The phrases of one image are not independent of each other, so they stay together.
+    """
     labels, group = np.unique(names, return_inverse=True)
-    _, image = np.unique([t.record for t in wanted], return_inverse=True)
-    values = {}
-    for key in HEADLINE:
-        table = np.zeros((image.max() + 1, 2, len(labels)))
-        np.add.at(table, (image, 0, group), scores[key])
-        np.add.at(table, (image, 1, group), 1)
-        low, high = intervals.bootstrap(table, _macro, samples, seed)
-        values |= {f"{key}_low": low, f"{key}_high": high}
-    return values
+    _, image = np.unique([target.record_index for target in targets], return_inverse=True)
+    metrics = {}
+    for key in PRIMARY_KEYS:
+        sum_and_count_N2F = np.zeros((image.max() + 1, 2, len(labels)))
+        np.add.at(sum_and_count_N2F, (image, 0, group), scores[key])
+        np.add.at(sum_and_count_N2F, (image, 1, group), 1)
+        low, high = intervals.bootstrap(sum_and_count_N2F, _macro_mean, samples, seed)
+        metrics |= {f"{key}_low": low, f"{key}_high": high}
+    return metrics
 
 
-def _macro(table: Float[np.ndarray, "N 2 F"]) -> float:
-    total, count = table.sum(0)
+def _macro_mean(sum_and_count: Float[np.ndarray, "N 2 F"]) -> float:
+    total, count = sum_and_count.sum(0)
     return float((total[count > 0] / count[count > 0]).mean())
 
 
-def _cases(
-    wanted: Sequence[Target], names: Sequence[str], scores: Mapping[str, np.ndarray]
-) -> list[Case]:
-    measured = zip(wanted, names, *(scores[key].tolist() for key in HEADLINE), strict=True)
-    return [Case(t.record, t.text, name, *found, t.truth) for t, name, *found in measured]
+def _to_phrases(
+    targets: Sequence[Target], names: Sequence[str], scores: Mapping[str, np.ndarray]
+) -> list[ScoredPhrase]:
+    return [
+        ScoredPhrase(
+            target.record_index,
+            target.text,
+            name,
+            float(scores["cnr_signed"][row]),
+            float(scores["pointing"][row]),
+            target.truth,
+        )
+        for row, (target, name) in enumerate(zip(targets, names, strict=True))
+    ]
 
 
-def _prefix(name: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{name}/{key}": value for key, value in values.items()}
+def _prefixed(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}/{key}": value for key, value in metrics.items()}
 
 
-def _diverse(order: Sequence[int], cases: Sequence[Case], count: int) -> list[int]:
-    """Take `count` from `order`, one of each finding before a second of any."""
-    met: dict[str, int] = {}
+def _spread_over_findings(
+    order: Sequence[int], phrases: Sequence[ScoredPhrase], count: int
+) -> list[int]:
+    """Returns `count` indices of `order`, with one of each finding before a second of any."""
+    occurrences: dict[str, int] = {}
     turns = []
-    for i in order:
-        met[cases[i].finding] = met.get(cases[i].finding, -1) + 1
-        turns.append((met[cases[i].finding], len(turns), i))
-    return [i for _, _, i in sorted(turns)[:count]]
+    for index in order:
+        finding = phrases[index].finding
+        occurrences[finding] = occurrences.get(finding, -1) + 1
+        turns.append((occurrences[finding], len(turns), index))
+    return [index for _, _, index in sorted(turns)[:count]]

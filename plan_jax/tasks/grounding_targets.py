@@ -1,11 +1,13 @@
-"""Where phrases are true in their images, and the maps that know less than a model should.
+"""Targets of phrase grounding, and the null maps that a model's heat maps have to beat.
 
-A phrase is true where its mask is, else in its boxes; several are one truth, their union. The null
-maps are what a model's heat maps have to beat: noise, the centre, the lungs, and the mean masks of
-training, which know the text but not the image.
+A phrase is true inside its mask if it has one, else inside the union of its boxes. Several phrases
+with the same words form one target, whose truth is their union.
+
+The null maps are noise, the image centre, the mean lungs, and the mean masks of the training
+records. The last two know the text but not the image.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +18,9 @@ from plan_jax.types import Phrase, Record
 
 @dataclass(frozen=True)
 class Target:
-    """A phrase to be found in the record of that index, and where it is true."""
+    """A phrase to locate in the record with that index, and the region where it is true."""
 
-    record: int
+    record_index: int
     text: str
     finding: int
     key: str
@@ -26,16 +28,19 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Maps:
-    """One map for each of N targets: a bank of K maps, and which of them each target has."""
+class MapBank:
+    """Heat maps of N targets that share K maps: target n has `maps[index[n]]`.
 
-    bank: Float[np.ndarray, "K y x"]
-    row: Int[np.ndarray, " N"]
+    A null map is the same for many targets, so that storing it once keeps memory independent of N.
+    """
+
+    maps: Float[np.ndarray, "K y x"]
+    index: Int[np.ndarray, " N"]
 
 
 @dataclass(frozen=True)
 class Priors:
-    """Mean truths of the training records, keyed by index of the finding and by phrase key.
+    """Mean masks of the training records, by index of the finding and by key of the phrase.
 
     `lung` is None where no lungs are annotated.
     """
@@ -46,66 +51,74 @@ class Priors:
 
 
 def truth_mask(phrase: Phrase, size: tuple[int, int]) -> Bool[np.ndarray, "Y X"]:
-    """Draw where a phrase is true on an image of `size` (Y, X): its mask, else its boxes' union.
+    """Returns the region where a phrase is true on an image of `size` (Y, X).
 
-    A pixel belongs to a box if its centre lies in it: x0 <= x + 1/2 < x1, and so for y.
+    A pixel belongs to a box if its centre lies in it: *x0 <= x + 1/2 < x1*, and likewise for y.
 
     Raises:
-        ValueError: if the mask is not of the image's size.
+      ValueError: if the mask does not have the size of the image.
     """
     if phrase.mask is not None:
         mask = np.asarray(phrase.mask, bool)
         if mask.shape != tuple(size):
-            raise ValueError(f"mask of {mask.shape} on an image of {tuple(size)}: {phrase.text!r}")
+            raise ValueError(
+                f"mask of phrase {phrase.text!r} is {mask.shape} on an image of {tuple(size)}; "
+                "fit both to one size"
+            )
         return mask
-    y, x = (np.arange(n) + 0.5 for n in size)
+    y, x = (np.arange(length) + 0.5 for length in size)
     truth = np.zeros(size, bool)
     for x0, y0, x1, y1 in phrase.boxes:
         truth |= ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))[None]
     return truth
 
 
-def targets(records: Sequence[Record], bare: bool = False) -> tuple[list[Target], int]:
-    """List what to ask of an image and count what was left out.
+def collect_targets(records: Sequence[Record], bare: bool = False) -> tuple[list[Target], int]:
+    """Returns the targets of all records, and the number of phrases without a usable truth.
 
-    Phrases with the same words in one record are one. A `bare` phrase, the finding without its
-    place, is true in the union of all phrases of that finding in the image. Left out and counted
-    are phrases whose truth is empty or covers the whole image.
+    Phrases with the same words and finding in one record form one target. A `bare` phrase, the
+    finding without its location, is true in the union of all phrases of that finding in the image.
+    A truth that is empty or covers the whole image is not usable: every metric compares inside with
+    outside.
     """
-    found, skipped = [], 0
-    for index, record in enumerate(records):
+    targets, skipped = [], 0
+    for record_index, record in enumerate(records):
         union = finding_masks(record) if bare else {}
         merged: dict[tuple[str, int], Target] = {}
         for phrase in record.phrases:
             text = phrase.bare if bare else phrase.text
-            name = " ".join(text.lower().split()), phrase.finding
-            if not name[0]:
+            words = " ".join(text.lower().split())
+            if not words:
                 continue
             truth = union[phrase.finding] if bare else truth_mask(phrase, record.image.shape[:2])
-            if name in merged:
-                truth = truth | merged[name].truth
-            merged[name] = Target(index, text, phrase.finding, phrase.key, truth)
-        usable = [t for t in merged.values() if t.truth.any() and not t.truth.all()]
-        found += usable
+            identity = words, phrase.finding
+            if identity in merged:
+                truth = truth | merged[identity].truth
+            merged[identity] = Target(record_index, text, phrase.finding, phrase.key, truth)
+        usable = [
+            target for target in merged.values() if target.truth.any() and not target.truth.all()
+        ]
+        targets += usable
         skipped += len(merged) - len(usable)
-    return found, skipped
+    return targets, skipped
 
 
 def finding_masks(record: Record) -> dict[int, Bool[np.ndarray, "Y X"]]:
-    """Unite the truths of each finding in a record, as masks [Y X] keyed by finding."""
+    """Returns the union of the truths of each finding in a record, as masks [Y X] by finding."""
     union: dict[int, np.ndarray] = {}
     for phrase in record.phrases:
         truth = truth_mask(phrase, record.image.shape[:2])
-        before = union.get(phrase.finding)
-        union[phrase.finding] = truth if before is None else before | truth
+        previous = union.get(phrase.finding)
+        union[phrase.finding] = truth if previous is None else previous | truth
     return union
 
 
 def fit_priors(records: Iterable[Record]) -> Priors:
-    """Average the truths of training records, all of one image size, seen once each.
+    """Computes mean masks of training records, in one pass; their images have one size.
 
-    The map of a finding averages, over images that have it, the union of its masks; that of a
-    phrase key over its phrases. Lungs are all anatomy masks with `lung` in their name.
+    The map of a finding is the mean of its union masks over the images that have it. The map of a
+    phrase key is the mean over the targets with that key. The lungs are the union of all anatomy
+    masks with `lung` in their name.
     """
     sums: dict[tuple[str, int | str], tuple[np.ndarray, int]] = {}
 
@@ -114,56 +127,69 @@ def fit_priors(records: Iterable[Record]) -> Priors:
         sums[kind, key] = total + mask, count + 1
 
     for record in records:
-        lungs = [np.asarray(m, bool) for name, m in record.anatomy.items() if "lung" in name]
+        lungs = [np.asarray(mask, bool) for name, mask in record.anatomy.items() if "lung" in name]
         if lungs:
             add("lung", "", np.any(lungs, axis=0))
-        for target in targets([record])[0]:
+        for target in collect_targets([record])[0]:
             add("phrase", target.key, target.truth)
         for finding, mask in finding_masks(record).items():
             add("finding", finding, mask)
-    mean = {key: total / np.float32(count) for key, (total, count) in sums.items()}
+    means = {key: total / np.float32(count) for key, (total, count) in sums.items()}
     return Priors(
-        lung=mean.get(("lung", "")),
-        finding={key: value for (kind, key), value in mean.items() if kind == "finding"},
-        phrase={key: value for (kind, key), value in mean.items() if kind == "phrase" and key},
+        lung=means.get(("lung", "")),
+        finding={key: mask for (kind, key), mask in means.items() if kind == "finding"},
+        # The empty key marks phrases without a normalised meaning; their mean says nothing.
+        phrase={key: mask for (kind, key), mask in means.items() if kind == "phrase" and key},
     )
 
 
 def null_maps(
-    wanted: Sequence[Target],
+    targets: Sequence[Target],
     priors: Priors | None,
     *,
     size: tuple[int, int],
     grid: tuple[int, int],
     bare: bool = False,
     seed: int = 0,
-) -> dict[str, Maps]:
-    """Make the maps to beat: for each name, one map a target, `size` (Y, X) that of the image.
+) -> dict[str, MapBank]:
+    """Returns the null maps of the targets by name.
 
-    `random`: uniform noise on the model's grid; `centre`: a Gaussian, sigma a quarter of each side;
-    `prior`: the mean lungs; `mean_finding`; `mean_phrase` (not for bare phrases, whose key is their
-    finding). A phrase never seen in training falls back to its finding, lungs, centre. Without
-    priors only the first two; without annotated lungs no `prior`.
+    - `random`: uniform noise on the model's `grid`, a new map for each target.
+    - `centre`: a Gaussian around the image centre; sigma is a quarter of each side.
+    - `prior`: the mean lungs.
+    - `mean_finding`: the mean mask of the target's finding.
+    - `mean_phrase`: the mean mask of its phrase key; not for bare phrases, whose key is the
+      finding.
+
+    All but `random` have the `size` (Y, X) of the image. A phrase that is not in the training
+    records falls back to its finding, then to the lungs, then to the centre. Without priors there
+    are only the first two maps, and without annotated lungs no `prior`.
     """
-    number, same = len(wanted), np.zeros(len(wanted), int)
-    y, x = (((np.arange(n) + 0.5) / n - 0.5) / 0.25 for n in size)
+    count = len(targets)
+    shared = np.zeros(count, int)
+    y, x = (((np.arange(length) + 0.5) / length - 0.5) / 0.25 for length in size)
     centre = np.exp(-(y[:, None] ** 2 + x[None] ** 2) / 2).astype(np.float32)
-    noise = np.random.default_rng(seed).random((number, *grid), np.float32)
-    nulls = {"random": Maps(noise, np.arange(number)), "centre": Maps(centre[None], same)}
+    noise = np.random.default_rng(seed).random((count, *grid), np.float32)
+    banks = {"random": MapBank(noise, np.arange(count)), "centre": MapBank(centre[None], shared)}
     if priors is None:
-        return nulls
+        return banks
     if priors.lung is not None:
-        nulls["prior"] = Maps(priors.lung[None], same)
-    last = centre if priors.lung is None else priors.lung
-    finding = {t.finding: priors.finding.get(t.finding, last) for t in wanted}
-    nulls["mean_finding"] = _bank(finding, [t.finding for t in wanted])
+        banks["prior"] = MapBank(priors.lung[None], shared)
+    fallback = centre if priors.lung is None else priors.lung
+    findings = [target.finding for target in targets]
+    finding_maps = {finding: priors.finding.get(finding, fallback) for finding in findings}
+    banks["mean_finding"] = _to_bank(finding_maps, findings)
     if not bare:
-        names = [(t.key, t.finding) for t in wanted]
-        phrase = {name: priors.phrase.get(name[0], finding[name[1]]) for name in names}
-        nulls["mean_phrase"] = _bank(phrase, names)
-    return nulls
+        phrases = [(target.key, target.finding) for target in targets]
+        phrase_maps = {
+            (key, finding): priors.phrase.get(key, finding_maps[finding])
+            for key, finding in phrases
+        }
+        banks["mean_phrase"] = _to_bank(phrase_maps, phrases)
+    return banks
 
 
-def _bank(table: Mapping, names: Sequence) -> Maps:
-    rows = {name: i for i, name in enumerate(table)}
-    return Maps(np.stack(list(table.values())), np.array([rows[name] for name in names]))
+def _to_bank(maps: Mapping[Hashable, np.ndarray], names: Sequence[Hashable]) -> MapBank:
+    """Returns the bank of maps [Y X] in which target n has the map called `names[n]`."""
+    rows = {name: row for row, name in enumerate(maps)}
+    return MapBank(np.stack(list(maps.values())), np.array([rows[name] for name in names]))

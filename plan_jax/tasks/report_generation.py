@@ -32,8 +32,71 @@ from plan_jax.heads.head_on_tower import HeadOnTower, Mode, attach_head, map_chu
 from plan_jax.heads.report_decoder import ReportDecoder, generate, token_loss
 from plan_jax.heads.vocabulary import Cleaning, Vocabulary
 from plan_jax.metrics import text as text_metrics
-from plan_jax.types import Model, Record, ReportExample, Tower, UserError
+from plan_jax.types import (
+    EvalData,
+    Metric,
+    Model,
+    Record,
+    ReportExample,
+    Result,
+    TaskContext,
+    Tower,
+    UserError,
+)
 
+TITLE = "Report generation"
+FITS_HEAD = True
+
+
+def _text_metric(key: str, label: str, meaning: str, headline: bool = False) -> tuple[str, Metric]:
+    """Returns a key and its catalogue entry with the three baselines of generated reports."""
+    nulls = {
+        "random encoder": f"random/{key}",
+        "nearest image's report": f"retrieval/{key}",
+        "most frequent report": f"common/{key}",
+    }
+    return key, Metric(label, meaning, baselines=nulls, headline=headline)
+
+
+_WORD_OVERLAP = {
+    "bleu4": ("BLEU-4", "Shared word sequences of length 1 to 4, over the whole test set."),
+    "bleu3": ("BLEU-3", "Shared word sequences of length 1 to 3, over the whole test set."),
+    "bleu2": ("BLEU-2", "Shared words and pairs of words, over the whole test set."),
+    "bleu1": ("BLEU-1", "Shared words, over the whole test set."),
+    "rouge_l": ("ROUGE-L", "F1 of the longest common subsequence of words, mean over reports."),
+    "cider": ("CIDEr-D", "Shared word sequences weighted by their rarity, from 0 to 10."),
+    "meteor_no_synonyms": (
+        "METEOR without synonyms",
+        "Aligned words and stems, mean over reports.",
+    ),
+}
+_STATED = {
+    "f1": ("F1", "Harmonic mean of their precision and recall."),
+    "precision": ("precision", "Share of the generated reports' findings that are true."),
+    "recall": ("recall", "Share of the reference reports' findings that are generated."),
+}
+METRICS = dict(
+    [
+        _text_metric(
+            f"ce/{key}_{mean}",
+            f"{label} of findings, {mean}",
+            f"Findings stated in generated and reference reports, {over}. {meaning}",
+            headline=key == "f1",
+        )
+        for key, (label, meaning) in _STATED.items()
+        for mean, over in (("micro", "over all statements"), ("macro", "mean over findings"))
+    ]
+    + [
+        _text_metric(
+            f"{group}/{key}",
+            f"{label}, {references}",
+            meaning,
+            headline=group == "strict" and key in ("bleu4", "rouge_l", "cider"),
+        )
+        for group, references in (("strict", "whole references"), ("r2gen", "as R2Gen counts"))
+        for key, (label, meaning) in _WORD_OVERLAP.items()
+    ]
+) | {"distinct": Metric("Distinct reports", "Share of different reports among the generated.")}
 SPLITS = ("train", "val", "test")
 WRITTEN = 32  # reports that are written at once
 LEAST = {
@@ -43,7 +106,7 @@ LEAST = {
     "heads": 1,
     "encoder_layers": 0,
     "layers": 1,
-    "clip": 0,
+    "clip_norm": 0,
     "batch": 1,
     "epochs": 1,
     "beam": 1,
@@ -59,11 +122,12 @@ class Options:
     """The constants of the protocol, with R2Gen's values for IU X-ray unless it says `ours`.
 
     For MIMIC-CXR R2Gen has `max_length` 100, `min_count` 10, 30 epochs, `rate_step` 1 and
-    `rate_factor` 0.8: every so many epochs `rate` is multiplied by it. `rate_visual` is a tuned
-    tower's. `block` words in a row must not come twice, although true reports may repeat them (0:
-    any may, as in R2Gen's beam search). Ours: that, `cleaning`, `positions`, `summary`, `patience`,
-    `select`, `mode`. `native` is that of `Tower.apply`: False sees images as in pre-training. The
-    limits choose so many reports at random, 0 all of them; `shown` reports go to the page.
+    `rate_factor` 0.8: every so many epochs `learning_rate` is multiplied by it.
+    `visual_learning_rate` is a tuned tower's. `block` words in a row must not come twice, although
+    true reports may repeat them (0: any may, as in R2Gen's beam search). Ours: that, `cleaning`,
+    `positions`, `summary`, `patience`, `select`, `mode`. `native` is that of `Tower.apply`: False
+    sees images as in pre-training. The limits choose so many reports at random, 0 all of them;
+    `num_examples` reports go to the page.
     """
 
     max_length: int = 60
@@ -77,12 +141,12 @@ class Options:
     visual_dropout: float = 0.5
     positions: bool = True
     summary: bool = False
-    rate: float = 1e-4
-    rate_visual: float = 5e-5
+    learning_rate: float = 1e-4
+    visual_learning_rate: float = 5e-5
     rate_step: int = 50
     rate_factor: float = 0.1
     weight_decay: float = 5e-5
-    clip: float = 0.1
+    clip_norm: float = 0.1
     batch: int = 16
     epochs: int = 100
     patience: int = 10
@@ -93,9 +157,9 @@ class Options:
     cleaning: Cleaning = "fixed"
     mode: Mode = "frozen"
     native: bool = False
-    limit_train: int = 0
-    limit_test: int = 0
-    shown: int = 6
+    max_train_records: int = 0
+    max_test_records: int = 0
+    num_examples: int = 6
 
 
 class Split(NamedTuple):
@@ -106,9 +170,12 @@ class Split(NamedTuple):
     empty: int
 
 
-def needs(
-    splits: Mapping[str, Sequence[Record]], options: Options, findings: Sequence[str]
-) -> None:
+def requirements(options: Options) -> tuple[str, ...]:
+    """Returns the field of a record that is generated."""
+    return ("text",)
+
+
+def check(data: EvalData, options: Options) -> None:
     """See that there are reports to learn from, to choose by and to compare with.
 
     Raises:
@@ -123,7 +190,7 @@ def needs(
             "divide; use a multiple of heads"
         )
     for split in SPLITS:
-        texts = [record.text for record in splits.get(split, ())]
+        texts = [record.text for record in getattr(data, split)]
         if not any(report_vocabulary.clean_report(text, options.cleaning) for text in texts):
             raise UserError(
                 f"task report_generation needs text in {split}, and none of its {len(texts)} "
@@ -131,44 +198,39 @@ def needs(
             )
 
 
-def evaluate(
-    model: Model,
-    splits: Mapping[str, Sequence[Record]],
-    *,
-    options: Options,
-    findings: Sequence[str],
-    labeller: Labeller,
-    folder: Path | None = None,
-    seed: int = 0,
-) -> tuple[dict[str, float], list[ReportExample]]:
+def evaluate(model: Model, data: EvalData, options: Options, context: TaskContext) -> Result:
     """Fit a decoder to `train`, choose its epoch on `val`, and judge what it writes of `test`.
 
-    `labeller(text)` reads from a report which findings it states (1) and denies (0). Keys: those of
-    `text_metrics.overlap_scores` under `strict/` and `r2gen/`, of `finding_scores` under `ce/`;
-    the same under `retrieval/` for the report of the training image nearest by the cosine of the
-    tower's pooled features, and under `common/` for the most frequent training report (the first
-    among equals). `n_train`, `n_test`, `reports_empty` (left out of all splits), `vocabulary` and
-    `words` (known; mean number written), `epochs`, `distinct` (share of different reports). In
-    `folder` the fit is kept, so that a stopped call goes on. The rows are some test images.
+    `context.label_report(text)` reads from a report which findings it states (1) and denies (0).
+    Keys: those of `text_metrics.overlap_scores` under `strict/` and `r2gen/`, those of
+    `finding_scores` under `ce/`; the same under `retrieval/` for the report of the training
+    image nearest by the cosine of the tower's pooled features, and under `common/` for the most
+    frequent training report (the first among equals). `n_train`, `n_test`, `reports_empty` (left
+    out of all splits), `vocabulary` and `words` (known; mean number written), `epochs`, `distinct`
+    (share of different reports). In `context.folder` the fit is kept, so that a stopped call goes
+    on. The rows are some test images.
 
     Raises:
-      UserError: what `needs` says; the model has no tower, or one whose features are not finite;
+      UserError: what `check` says; the model has no tower, or one whose features are not finite;
         `min_count` leaves no word.
     """
-    needs(splits, options, findings)
+    check(data, options)
+    folder, seed = context.folder, context.seed
     tower = require_tower(model)
-    data = {split: gather(splits[split], split, options, seed) for split in SPLITS}
-    vocabulary = report_vocabulary.build_vocabulary(data["train"].texts, options.min_count)
-    tokens = _encoded(data, vocabulary, options.max_length)
-    head, probe = _attached(tower, data["train"].images, tokens["train"], vocabulary, options, seed)
-    written, labeller = _writer(probe, head, options), cache(labeller)
-    rows = {split: probe.examples(data[split].images) for split in SPLITS}
+    splits = {split: gather(getattr(data, split), split, options, seed) for split in SPLITS}
+    vocabulary = report_vocabulary.build_vocabulary(splits["train"].texts, options.min_count)
+    tokens = _encoded(splits, vocabulary, options.max_length)
+    head, probe = _attached(
+        tower, splits["train"].images, tokens["train"], vocabulary, options, seed
+    )
+    written, labeller = _writer(probe, head, options), cache(context.label_report)
+    rows = {split: probe.examples(splits[split].images) for split in SPLITS}
     about = f"{tower.name} {options} {vocabulary.words}"
     fit = _fitted(
-        probe, written, rows, tokens, data["val"].texts, vocabulary, options, about, folder, seed
+        probe, written, rows, tokens, splits["val"].texts, vocabulary, options, about, folder, seed
     )
     said = [vocabulary.decode(row) for row in written(fit.params, fit.stats, rows["test"])]
-    truth, train = data["test"].texts, data["train"].texts
+    truth, train = splits["test"].texts, splits["train"].texts
     near = nearest(*(_pooled(probe, rows[split]) for split in ("test", "train")))
     usual = Counter(train).most_common(1)[0][0]
     others = {"retrieval": [train[i] for i in near], "common": [usual] * len(truth)}
@@ -180,13 +242,13 @@ def evaluate(
         "n_train": len(train),
         "n_test": len(truth),
         "vocabulary": len(vocabulary.words),
-        "reports_empty": sum(part.empty for part in data.values()),
+        "reports_empty": sum(part.empty for part in splits.values()),
         "epochs": len(fit.history),
         "words": np.mean([len(text.split()) for text in said]),
         "distinct": len(set(said)) / len(said),
     }
-    shown = _rows(data["test"].images, said, truth, labeller, options.shown, seed)
-    return {key: float(value) for key, value in values.items()}, shown
+    shown = _rows(splits["test"].images, said, truth, labeller, options.num_examples, seed)
+    return Result({key: float(value) for key, value in values.items()}, shown)
 
 
 def gather(records: Sequence[Record], split: str, options: Options, seed: int) -> Split:
@@ -194,7 +256,7 @@ def gather(records: Sequence[Record], split: str, options: Options, seed: int) -
     cleaned = [report_vocabulary.clean_report(record.text, options.cleaning) for record in records]
     kept = np.flatnonzero([bool(text) for text in cleaned])
     empty = len(cleaned) - len(kept)
-    limit = {"train": options.limit_train, "test": options.limit_test}.get(split, 0)
+    limit = {"train": options.max_train_records, "test": options.max_test_records}.get(split, 0)
     if 0 < limit < len(kept):
         kept = np.sort(np.random.default_rng(seed).permutation(kept)[:limit])
     return Split(np.stack([records[i].image for i in kept]), [cleaned[i] for i in kept], empty)
@@ -217,20 +279,21 @@ def nearest(
 def optimiser(options: Options, steps: int) -> optax.GradientTransformation:
     """Make Adam with AMSGrad as torch has it: clipped by value, then L2, then scaled.
 
-    `steps` are those of an epoch. The head has `rate`, a tower that is tuned `rate_visual`.
+    `steps` are those of an epoch. The head has `learning_rate`, a tower that is tuned
+    `visual_learning_rate`.
     """
     falls = options.epochs // options.rate_step if options.rate_step > 0 else 0
     marks = {n * options.rate_step * steps: options.rate_factor for n in range(1, falls + 1)}
 
     def chain(rate: float) -> optax.GradientTransformation:
         return optax.chain(
-            optax.clip(options.clip) if options.clip else optax.identity(),
+            optax.clip(options.clip_norm) if options.clip_norm else optax.identity(),
             optax.add_decayed_weights(options.weight_decay),
             optax.scale_by_amsgrad(),
             optax.scale_by_learning_rate(optax.piecewise_constant_schedule(rate, marks)),
         )
 
-    parts = {"head": chain(options.rate), "tower": chain(options.rate_visual)}
+    parts = {"head": chain(options.learning_rate), "tower": chain(options.visual_learning_rate)}
     return optax.multi_transform(parts, {"head": "head", "tower": "tower"})
 
 

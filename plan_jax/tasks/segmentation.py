@@ -31,8 +31,45 @@ from plan_jax.heads.head_on_tower import HeadOnTower, attach_head, require_finit
 from plan_jax.metrics import intervals, slug
 from plan_jax.metrics import masks as mask_metrics
 from plan_jax.tasks.grounding_targets import truth_mask
-from plan_jax.types import MaskExample, Model, Record, Tower, UserError
+from plan_jax.types import (
+    EvalData,
+    MaskExample,
+    Metric,
+    Model,
+    Record,
+    Result,
+    TaskContext,
+    Tower,
+    UserError,
+)
 
+TITLE = "Segmentation"
+FITS_HEAD = True
+METRICS = {
+    f"{{target}}/{key}": Metric(
+        f"{label}, {{target}}",
+        meaning,
+        baselines={
+            "random encoder": f"random/{{target}}/{key}",
+            "mean mask of training": f"mean_mask/{{target}}/{key}",
+        },
+        headline=key != "dice_positive",
+    )
+    for key, label, meaning in (
+        (
+            "dice",
+            "Dice",
+            "Overlap of the predicted and the true mask, mean over images; an image without truth "
+            "scores 1 if nothing is predicted in it.",
+        ),
+        (
+            "iou",
+            "IoU",
+            "Intersection over union of the predicted and the true mask, mean over images.",
+        ),
+        ("dice_positive", "Dice of positive images", "Dice of the images that have a truth."),
+    )
+}
 SPLITS = ("train", "val", "test")
 LUNGS, FINDINGS = "lungs", "findings"
 PART = 256  # test images whose features and logits are in memory at once
@@ -46,9 +83,9 @@ class Options:
     (masks of all phrases, filled boxes where there is no mask: RSNA's convention) or the name of a
     finding. `decoder` is by default `setr` for towers with maps of one size, else `unet`. `balance`
     trains on all images that have any target and as many without (SIIM, where `batch` is 8).
-    `limit_train` images are drawn for training (0: all). `rate` is that of MGCA's shell scripts
-    (2e-4 in its code). `focal` is the weight of the focal loss, `samples` draws make an interval,
-    and `shown` images a target become rows of the page.
+    `max_train_records` images are drawn for training (0: all). `learning_rate` is that of MGCA's
+    shell scripts (2e-4 in its code). `focal` is the weight of the focal loss, `bootstrap_samples`
+    draws make an interval, and `num_examples` images a target become rows of the page.
     """
 
     targets: tuple[str, ...] = (FINDINGS,)
@@ -59,16 +96,16 @@ class Options:
     focal: float = 10.0
     gamma: float = 2.0
     smooth: float = 1.0
-    rate: float = 5e-4
+    learning_rate: float = 5e-4
     weight_decay: float = 0.05
     batch: int = 16
     epochs: int = 50
     patience: int = 10
     threshold: float = 0.5
     balance: bool = False
-    limit_train: int = 0
-    samples: int = 1000
-    shown: int = 6
+    max_train_records: int = 0
+    bootstrap_samples: int = 1000
+    num_examples: int = 6
 
 
 class Split(NamedTuple):
@@ -78,9 +115,12 @@ class Split(NamedTuple):
     masks: Shaped[np.ndarray, "N Y X K"]
 
 
-def needs(
-    splits: Mapping[str, Sequence[Record]], options: Options, findings: Sequence[str]
-) -> None:
+def requirements(options: Options) -> tuple[str, ...]:
+    """Returns `anatomy` if the lungs are segmented; `check` looks for the other targets."""
+    return ("anatomy",) if LUNGS in options.targets else ()
+
+
+def check(data: EvalData, options: Options) -> None:
     """See that every target is known, and that the records have its masks.
 
     An image without boxes or masks of a finding is one without it; anatomy is in every image.
@@ -89,11 +129,12 @@ def needs(
       UserError: there are no targets, or two of one name; a target is neither finding nor anatomy;
         a split has no records; train lacks a target, or one record an anatomy others have.
     """
-    targets = options.targets
+    targets, findings = options.targets, data.findings
+    splits = {split: getattr(data, split) for split in SPLITS}
     if not targets or len({slug(target) for target in targets}) < len(targets):
         raise UserError(f"segmentation.targets is {targets}; name at least one, and each once")
     for split in SPLITS:
-        if not len(splits.get(split, ())):
+        if not len(splits[split]):
             raise UserError(f"task segmentation needs records in {split}, which has none; add some")
     anatomy = {name: 0 for split in SPLITS for one in splits[split] for name in one.anatomy}
     for target in targets:
@@ -110,57 +151,50 @@ def needs(
             raise UserError(f"segmentation.targets names {target!r}; use some of {known}")
 
 
-def evaluate(
-    model: Model,
-    splits: Mapping[str, Sequence[Record]],
-    *,
-    options: Options,
-    findings: Sequence[str],
-    folder: Path | None = None,
-    seed: int = 0,
-) -> tuple[dict[str, float], list[MaskExample]]:
+def evaluate(model: Model, data: EvalData, options: Options, context: TaskContext) -> Result:
     """Fit a decoder to `train`, choose its epoch on `val`, and judge the masks it finds in `test`.
 
     Keys, for each target: `<target>/dice` (an image without truth counts 1 if nothing is found in
     it, else 0), with its 95 % bootstrap interval over images in `.../dice_low`, `.../dice_high`;
     `.../iou` in the same way; `.../dice_positive` over images that have a truth (NaN if none has).
     `mean_mask/<target>/...` is what the mean mask of training scores, the same for every image
-    (ours). `n_train`, `n_test`, `epochs`. In `folder` the fit is kept, so that a stopped call goes
-    on. The rows are the best, some random and the worst images of each target.
+    (ours). `n_train`, `n_test`, `epochs`. In `context.folder` the fit is kept, so that a stopped
+    call goes on. The rows are the best, some random and the worst images of each target.
 
     Raises:
-      UserError: what `needs` says; too few widths for the tower; `limit_train` leaves no mask;
-        the model has no tower, or one whose features are not finite.
+      UserError: what `check` says; too few widths for the tower; `max_train_records` leaves no
+        mask; the model has no tower, or one whose features are not finite.
     """
-    needs(splits, options, findings)
+    check(data, options)
+    findings, folder, seed = data.findings, context.folder, context.seed
     tower = require_tower(model)
-    data = {split: gather(splits[split], options.targets, findings) for split in SPLITS}
-    chosen = draw(data["train"].masks.any((1, 2, 3)), options, seed)
-    data["train"] = take_examples(data["train"], chosen)
-    if not (there := data["train"].masks.any((0, 1, 2))).all():
+    splits = {split: gather(getattr(data, split), options.targets, findings) for split in SPLITS}
+    chosen = draw(splits["train"].masks.any((1, 2, 3)), options, seed)
+    splits["train"] = take_examples(splits["train"], chosen)
+    if not (there := splits["train"].masks.any((0, 1, 2))).all():
         raise UserError(
             f"train has no mask of {options.targets[int(np.argmin(there))]!r} to learn from, with "
-            f"segmentation.limit_train {options.limit_train}; give more records"
+            f"segmentation.max_train_records {options.max_train_records}; give more records"
         )
-    probe = _attached(tower, data["train"], options, seed)
+    probe = _attached(tower, splits["train"], options, seed)
     about = f"{tower.name} {options} {tuple(findings)}"
-    fit = _fitted(probe, data, options, about, folder, seed)
-    found = _found(probe, fit, data["test"].images, options.threshold)
-    truth = data["test"].masks > 0.5
-    usual = np.broadcast_to(data["train"].masks.mean(0, dtype=np.float32) > 0.5, truth.shape)
+    fit = _fitted(probe, splits, options, about, folder, seed)
+    found = _found(probe, fit, splits["test"].images, options.threshold)
+    truth = splits["test"].masks > 0.5
+    usual = np.broadcast_to(splits["train"].masks.mean(0, dtype=np.float32) > 0.5, truth.shape)
     values, rows = {}, []
     for n, target in enumerate(options.targets):
         scores, dice = _scores(found[..., n], truth[..., n])
         null, _ = _scores(usual[..., n], truth[..., n])
-        low, high = intervals.bootstrap(dice, n=options.samples, seed=seed)
+        low, high = intervals.bootstrap(dice, n=options.bootstrap_samples, seed=seed)
         values |= {f"{slug(target)}/{key}": value for key, value in scores.items()}
         values |= {f"{slug(target)}/dice_low": low, f"{slug(target)}/dice_high": high}
         values |= {f"mean_mask/{slug(target)}/{key}": value for key, value in null.items()}
-        for i in pick_rows(dice, truth[..., n].any((1, 2)), options.shown, seed):
-            image, masks = data["test"].images[i], (truth[i, ..., n], found[i, ..., n])
+        for i in pick_rows(dice, truth[..., n].any((1, 2)), options.num_examples, seed):
+            image, masks = splits["test"].images[i], (truth[i, ..., n], found[i, ..., n])
             rows.append(MaskExample(target, image, *masks, float(dice[i])))
     counts = {"n_train": len(chosen), "n_test": len(truth), "epochs": len(fit.history)}
-    return values | {key: float(count) for key, count in counts.items()}, rows
+    return Result(values | {key: float(count) for key, count in counts.items()}, rows)
 
 
 def mixed_loss(
@@ -220,8 +254,8 @@ def draw(positive: Bool[np.ndarray, " N"], options: Options, seed: int) -> Int[n
     if options.balance:
         absent = random.permutation(chosen[~positive])[: positive.sum()]
         chosen = np.sort(np.concatenate([chosen[positive], absent]))
-    if 0 < options.limit_train < len(chosen):
-        chosen = np.sort(random.permutation(chosen)[: options.limit_train])
+    if 0 < options.max_train_records < len(chosen):
+        chosen = np.sort(random.permutation(chosen)[: options.max_train_records])
     return chosen
 
 
@@ -318,7 +352,7 @@ def _fitted(
         probe.stats,
         train,
         val,
-        optax.adamw(options.rate, weight_decay=options.weight_decay),
+        optax.adamw(options.learning_rate, weight_decay=options.weight_decay),
         batch=options.batch,
         epochs=options.epochs,
         patience=options.patience,

@@ -1,36 +1,47 @@
-"""Zero-shot classification: a finding is present if its image is nearer to `yes` than `no`.
+"""Zero-shot classification: an image is compared with prompts for and against each finding.
 
-`Options.scoring` makes one score of the similarities to the positive prompts P and negative N:
-`contrast`: mean over P minus mean over N (BioViL, arXiv 2204.09817, contrasts prompts so);
-`max`: the highest over P, then z-scored over the images given, finding by finding (GLoRIA, ICCV
-2021, `zero_shot_classification`); it never reads N and needs more than one image (transductive);
-`pair`: softmax of the two raw cosines, `e^p / (e^p + e^n)`, no temperature, averaged over pairs
-(CheXzero, Nature BME 2022); prompts are paired in order, and each with each where P and N are not
-of one length (ours). `Options.ensemble`: `embeddings` averages the texts of a side before they are
-compared, not normalised before and normalised after (BioViL); `scores` averages similarities.
-`Options.kind`: `multilabel` asks every finding by itself; `multiclass` takes the finding with the
-highest score, over records with exactly one of them and none unknown.
+`Options.scoring` maps the similarities to the positive prompts P and negative prompts N to a score:
 
-Keys: `auroc_macro`, the mean over findings, with a 95 % bootstrap interval over images in
-`auroc_macro_low`, `..._high`; `auprc_macro`; `<finding>/auroc`, `<finding>/auprc`. Names without
-prefix are the model's global similarity (its first kind, if it has no global one), other kinds
-stand under `local/`, `both/`; `pair` and `embeddings` are defined for the global one only.
-`chance/auroc_macro` is 0.5, `chance/auprc_macro` the mean share of positives; `findings_scored` and
-`findings_skipped` count the findings with both classes among the records and those without.
-With validation records: `f1_macro`, `accuracy_macro`, `<finding>/f1`, `<finding>/accuracy`, at the
-threshold with the best F1 on those, which `max` z-scores by themselves; `all_positive/f1_macro` and
-`majority/accuracy_macro` say the same of every image; findings without both classes there are left
-out and counted in `findings_without_threshold`.
-For `multiclass`, which has no threshold: `accuracy` (`accuracy_low`, `..._high`), `f1_macro` and
-`<class>/f1` over the classes that occur, where classes that tie share the answer;
-`chance/accuracy` (1 / classes), `majority/accuracy`, `majority/f1_macro`; records `n`, `left_out`.
+- `contrast`: mean over P minus mean over N. BioViL (arXiv 2204.09817) contrasts prompts in this
+  way.
+- `max`: the maximum over P, then standardised over the evaluated images, finding by finding
+  (GLoRIA, ICCV 2021, `zero_shot_classification`). It never reads N, and it needs more than one
+  image: it is transductive.
+- `pair`: softmax of the two raw cosines, *e^p / (e^p + e^n)*, without a temperature, mean over
+  pairs (CheXzero, Nature BME 2022). Prompts are paired in order; where P and N differ in length,
+  each is paired with each (ours).
 
-Deviation: a column of scores that is constant is 0 after z-scoring (GLoRIA's code divides by 0).
+`Options.ensemble`: `embeddings` averages the texts of a side before they are compared, not
+normalised before and normalised after (BioViL); `scores` averages similarities.
+
+`Options.kind`: `multilabel` decides each finding on its own. `multiclass` predicts the finding with
+the highest score, over records with exactly one of the findings and none unknown.
+
+Keys of the metrics:
+
+- `auroc_macro`: mean over findings, with a 95 % bootstrap interval over images in
+  `auroc_macro_low`, `auroc_macro_high`. `auprc_macro`. `<finding>/auroc`, `<finding>/auprc`.
+- `chance/auroc_macro` is 0.5, `chance/auprc_macro` the mean share of positives. `findings_scored`
+  and `findings_skipped` count the findings with both classes among the records, and the others.
+- With validation records: `f1_macro`, `accuracy_macro`, `<finding>/f1`, `<finding>/accuracy`, at
+  the threshold with the best F1 on those records; `max` standardises them by themselves.
+  `all_positive/f1_macro` and `majority/accuracy_macro` give every image the same answer. Findings
+  without both classes there are omitted and counted in `findings_without_threshold`.
+- For `multiclass`, which has no threshold: `accuracy` (`accuracy_low`, `accuracy_high`), `f1_macro`
+  and `<class>/f1` over the classes that occur, where tied classes share the answer.
+  `chance/accuracy` (1 / classes), `majority/accuracy`, `majority/f1_macro`. `n` records,
+  `left_out`.
+
+Keys without a prefix use the model's global similarity, or its first kind if it has no global one;
+other kinds are under `local/`, `both/`. `pair` and `embeddings` are defined for the global kind
+only.
+
+Deviation: a constant column of scores is 0 after standardisation (GLoRIA's code divides by 0).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -39,289 +50,400 @@ from scipy.special import expit
 
 from plan_jax.metrics import classification as classification_metrics
 from plan_jax.metrics import intervals, slug
-from plan_jax.types import Features, Model, Record, UserError
+from plan_jax.types import (
+    EvalData,
+    Features,
+    Metric,
+    Model,
+    Record,
+    Result,
+    TaskContext,
+    UserError,
+)
 
-HEADLINE = "global"
-Prompts = Mapping[str, tuple[Sequence[str], Sequence[str]]]
-CHOICES = {
-    "scoring": ("contrast", "max", "pair"),
-    "kind": ("multilabel", "multiclass"),
-    "ensemble": ("scores", "embeddings"),
+TITLE = "Zero-shot classification"
+FITS_HEAD = False
+PRIMARY_KIND = "global"
+
+Prompts = Sequence[str]
+PromptPair = tuple[Prompts, Prompts]  # for and against a finding
+Scoring = Literal["contrast", "max", "pair"]
+Kind = Literal["multilabel", "multiclass"]
+Ensemble = Literal["scores", "embeddings"]
+
+_AUROC = "How often an image with the finding scores above one without it, by prompts alone."
+_MACRO = {
+    "auroc_macro": (
+        "AUROC",
+        f"{_AUROC} Mean over findings; 0.5 is chance.",
+        {"chance": "chance/auroc_macro"},
+    ),
+    "auprc_macro": (
+        "AUPRC",
+        "Average precision, mean over findings.",
+        {"chance": "chance/auprc_macro"},
+    ),
+    "accuracy": (
+        "accuracy",
+        "Share of images whose class has the highest score.",
+        {"chance": "chance/accuracy", "most frequent class": "majority/accuracy"},
+    ),
+    "f1_macro": (
+        "F1",
+        "Harmonic mean of precision and recall, mean over findings or classes.",
+        {"all positive": "all_positive/f1_macro", "most frequent class": "majority/f1_macro"},
+    ),
+    "accuracy_macro": (
+        "accuracy, mean over findings",
+        "Share of correct answers at the threshold of validation.",
+        {"most frequent answer": "majority/accuracy_macro"},
+    ),
+}
+METRICS = {
+    **{
+        key: Metric(label, meaning, baselines=nulls, headline=key in ("auroc_macro", "f1_macro"))
+        for key, (label, meaning, nulls) in _MACRO.items()
+    },
+    "{finding}/auroc": Metric("AUROC, {finding}", _AUROC),
+    "{finding}/auprc": Metric("AUPRC, {finding}", "Average precision."),
+    "{finding}/f1": Metric("F1, {finding}", "Harmonic mean of precision and recall."),
+    "{finding}/accuracy": Metric("accuracy, {finding}", "Share of correct answers."),
+    **{
+        f"{{similarity}}/{key}": Metric(
+            f"{label}, {{similarity}} similarity", meaning, baselines=nulls
+        )
+        for key, (label, meaning, nulls) in _MACRO.items()
+    },
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """How prompts become scores, and scores answers; what each choice means stands above.
+    """How prompts become scores, and scores decisions; the module's docstring has the choices.
 
-    `validate`: whether the caller is to give validation records, for F1 and accuracy.
-    """
-
-    scoring: Literal["contrast", "max", "pair"] = "contrast"
-    kind: Literal["multilabel", "multiclass"] = "multilabel"
-    ensemble: Literal["scores", "embeddings"] = "scores"
-    validate: bool = False
-
-
-def evaluate(
-    model: Model,
-    records: Sequence[Record],
-    prompts: Prompts,
-    *,
-    findings: Sequence[str],
-    options: Options | None = None,
-    validation: Sequence[Record] | None = None,
-    samples: int = 1000,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Classify every finding that has prompts; the keys stand above.
-
-    A finding has the prompts of its `slug`: "Pleural Effusion" those of "pleural effusion".
-    `records[i].labels` holds 1 present, 0 absent, -1 unknown (left out) in the order of `findings`;
-    thresholds are chosen on `validation`, and without it there are none; `samples` are drawn for
-    the intervals.
+    Attributes:
+      scoring: from similarities to a score.
+      kind: each finding on its own, or one class for each image.
+      ensemble: what is averaged over the prompts of a side.
+      validate: choose thresholds on the split `val`, for F1 and accuracy.
+      bootstrap_samples: number of resamples of an interval.
 
     Raises:
-        UserError: if prompts name no finding of the data, or one lacks prompts of a side; if the
-            options do not fit the model or the records.
+      UserError: if a choice is unknown.
     """
-    options = options or Options()
-    names, sides = _asked(prompts, findings, options)
-    columns = [list(findings).index(name) for name in names]
+
+    scoring: Scoring = "contrast"
+    kind: Kind = "multilabel"
+    ensemble: Ensemble = "scores"
+    validate: bool = False
+    bootstrap_samples: int = 1000
+
+    def __post_init__(self) -> None:
+        choices = {"scoring": Scoring, "kind": Kind, "ensemble": Ensemble}
+        for name, choice in choices.items():
+            if (value := getattr(self, name)) not in get_args(choice):
+                raise UserError(f"zero_shot.{name} is {value!r}; use {', '.join(get_args(choice))}")
+
+
+def requirements(options: Options) -> tuple[str, ...]:
+    """Returns the field of a record that is predicted."""
+    return ("labels",)
+
+
+def check(data: EvalData, options: Options) -> None:
+    """Raises UserError if the prompts do not fit the findings of the data or the options."""
+    _select_prompts(data.prompts, data.findings, options)
+
+
+def evaluate(model: Model, data: EvalData, options: Options, context: TaskContext) -> Result:
+    """Returns the metrics of all findings that have prompts; see the module's docstring.
+
+    A finding has the prompts with the same `slug`: "Pleural Effusion" those of "pleural effusion".
+    `Record.labels` holds 1 present, 0 absent, -1 unknown (omitted) in the order of
+    `data.findings`.
+
+    Raises:
+      UserError: see `check`; or the options do not fit the model or the records.
+    """
+    names, prompts = _select_prompts(data.prompts, data.findings, options)
+    columns = [data.findings.index(name) for name in names]
+    records = list(data.test)
     labels = np.stack([record.labels for record in records])[:, columns]
-    values: dict[str, float] = {"chance/auroc_macro": 0.5}
+    metrics: dict[str, float] = {"chance/auroc_macro": 0.5}
     if options.kind == "multiclass":
-        kept = _exclusive(labels, names)
-        records, labels = [records[i] for i in np.flatnonzero(kept)], labels[kept]
-        values |= {"n": float(kept.sum()), "left_out": float((~kept).sum())}
-    tables = _scores(model, records, sides, options)
-    tuned, tuned_labels = {}, None
-    if validation and options.kind == "multilabel":
-        tuned = _scores(model, validation, sides, options)
-        tuned_labels = np.stack([record.labels for record in validation])[:, columns]
-    headline = HEADLINE if HEADLINE in tables else next(iter(tables))
-    for kind, scores in tables.items():
-        first = kind == headline
-        part = _ranking(scores, labels, names)
-        if first:
-            part |= _beside(scores, labels, samples, seed)
+        is_usable = _has_one_class(labels, names)
+        records = [records[row] for row in np.flatnonzero(is_usable)]
+        labels = labels[is_usable]
+        metrics |= {"n": float(is_usable.sum()), "left_out": float((~is_usable).sum())}
+    scores_of_kind = _score_findings(model, records, prompts, options)
+    val_scores_of_kind, val_labels = {}, None
+    if options.validate and options.kind == "multilabel" and data.validation:
+        val_scores_of_kind = _score_findings(model, data.validation, prompts, options)
+        val_labels = np.stack([record.labels for record in data.validation])[:, columns]
+    primary = PRIMARY_KIND if PRIMARY_KIND in scores_of_kind else next(iter(scores_of_kind))
+    samples, seed = options.bootstrap_samples, context.seed
+    for kind, scores in scores_of_kind.items():
+        is_primary = kind == primary
+        part = _areas(scores, labels, names)
+        if is_primary:
+            part |= _chance_and_interval(scores, labels, samples, seed)
         if options.kind == "multiclass":
-            part |= _classes(scores, labels, names, samples, seed, first)
-        if tuned_labels is not None:
-            part |= _thresholded(scores, labels, tuned[kind], tuned_labels, names, first)
-        values |= {("" if first else f"{kind}/") + key: value for key, value in part.items()}
-    return values
+            part |= _class_decisions(scores, labels, names)
+            if is_primary:
+                part |= _class_nulls_and_interval(scores, labels, samples, seed)
+        if val_labels is not None:
+            part |= _threshold_decisions(
+                scores, labels, val_scores_of_kind[kind], val_labels, names, nulls=is_primary
+            )
+        prefix = "" if is_primary else f"{kind}/"
+        metrics |= {f"{prefix}{key}": value for key, value in part.items()}
+    return Result(metrics)
 
 
-def _exclusive(labels: Int[np.ndarray, "I F"], names: Sequence[str]) -> Bool[np.ndarray, " I"]:
-    """Say which records have exactly one of the classes, and none of them unknown."""
-    kept = ((labels == 1).sum(1) == 1) & (labels >= 0).all(1)
-    if not kept.any():
-        raise UserError(
-            f"none of {len(labels)} records has exactly one of {', '.join(names)}; ask for kind "
-            "multilabel"
-        )
-    return kept
+# Prompts and records -----------------------------------------------------------------------------
 
 
-def _asked(
-    prompts: Prompts, findings: Sequence[str], options: Options
-) -> tuple[list[str], list[tuple[Sequence[str], Sequence[str]]]]:
-    """List the findings that are asked, and the prompts of each, having checked the options."""
-    for name, known in CHOICES.items():
-        if (given := getattr(options, name)) not in known:
-            raise UserError(f"{name} is {given!r}; use {', '.join(known)}")
-    table = {slug(name): sides for name, sides in prompts.items()}
-    names = [name for name in findings if slug(name) in table]
+def _select_prompts(
+    prompts: Mapping[str, PromptPair], findings: Sequence[str], options: Options
+) -> tuple[list[str], list[PromptPair]]:
+    """Returns the findings that have prompts, and their prompts.
+
+    The negative prompts are empty for `max`, so that they are not encoded in vain.
+    """
+    prompts_of_slug = {slug(name): pair for name, pair in prompts.items()}
+    names = [name for name in findings if slug(name) in prompts_of_slug]
     if not names:
         raise UserError(
             f"prompts for {', '.join(prompts) or 'nothing'} name none of the data's findings "
             f"({', '.join(findings) or 'none'}); use their names"
         )
-    sides = [table[slug(name)] for name in names]
-    needed = 1 if options.scoring == "max" else 2
-    if empty := [name for name, some in zip(names, sides, strict=True) if not all(some[:needed])]:
-        raise UserError(f"prompts of {empty[0]} are empty on one side; give at least one each")
+    pairs = [prompts_of_slug[slug(name)] for name in names]
+    num_sides = 1 if options.scoring == "max" else 2
+    for name, pair in zip(names, pairs, strict=True):
+        if not all(pair[:num_sides]):
+            raise UserError(f"prompts of {name} are empty on one side; give at least one each")
     if options.kind == "multiclass" and len(names) == 1:
         raise UserError(f"kind multiclass has the one class {names[0]}; give prompts of two")
-    return names, [(some[0], some[1] if needed == 2 else ()) for some in sides]
+    return names, [(pair[0], pair[1] if num_sides == 2 else ()) for pair in pairs]
 
 
-def _scores(
-    model: Model,
-    records: Sequence[Record],
-    sides: Sequence[tuple[Sequence[str], Sequence[str]]],
-    options: Options,
+def _has_one_class(labels: Int[np.ndarray, "I F"], names: Sequence[str]) -> Bool[np.ndarray, " I"]:
+    """Returns which records have exactly one of the classes, and none of them unknown."""
+    is_usable = ((labels == 1).sum(1) == 1) & (labels >= 0).all(1)
+    if not is_usable.any():
+        raise UserError(
+            f"none of {len(labels)} records has exactly one of {', '.join(names)}; use "
+            "zero_shot.kind multilabel"
+        )
+    return is_usable
+
+
+# Scores ------------------------------------------------------------------------------------------
+
+
+def _score_findings(
+    model: Model, records: Sequence[Record], prompts: Sequence[PromptPair], options: Options
 ) -> dict[str, Float[np.ndarray, "I F"]]:
-    """Score each finding in each image, for every kind of similarity the options are defined for.
+    """Computes the score of each finding in each image, for each kind of similarity.
 
     Raises:
-        UserError: if there is no such kind, or `max` has one image only.
+      UserError: if the options need a global similarity that the model does not have, or `max` has
+        one image only.
     """
     if options.scoring == "max" and len(records) < 2:
         raise UserError(
             f"scoring max compares images and got {len(records)}; give more or use contrast"
         )
-    counts = [len(side) for pair in sides for side in pair]
-    read = model.encode_text([text for pair in sides for side in pair for text in side])
+    sides = [side for pair in prompts for side in pair]  # for, against, for, against, ...
+    counts = [len(side) for side in sides]
+    texts = model.encode_text([text for side in sides for text in side])
     if options.ensemble == "embeddings":
-        read, counts = _averaged(read, counts), [min(count, 1) for count in counts]
-    kinds = model.similarity(
-        model.encode_image(np.stack([record.image for record in records])), read
-    )
+        texts = _average_embeddings(texts, counts)
+        counts = [min(count, 1) for count in counts]
+    images = model.encode_image(np.stack([record.image for record in records]))
+    tables = model.similarity(images, texts)
     if options.scoring == "pair" or options.ensemble == "embeddings":
-        if HEADLINE not in kinds:
+        if PRIMARY_KIND not in tables:
             raise UserError(
                 f"scoring {options.scoring} with ensemble {options.ensemble} needs a global "
-                f"similarity, and {model.name} has {', '.join(kinds)}; use contrast and scores"
+                f"similarity, and {model.name} has {', '.join(tables)}; use contrast and scores"
             )
-        kinds = {HEADLINE: kinds[HEADLINE]}
+        tables = {PRIMARY_KIND: tables[PRIMARY_KIND]}
     ends = np.cumsum(counts)
-    made = {}
-    for kind, table in kinds.items():
+    scores_of_kind = {}
+    for kind, table in tables.items():
         parts = np.split(np.asarray(table, np.float64), ends[:-1], axis=1)
         pairs = zip(parts[::2], parts[1::2], strict=True)
-        made[kind] = np.stack([_score(*pair, options.scoring) for pair in pairs], 1)
-        if options.scoring == "max":
-            made[kind] = _standard(made[kind])
-    return made
+        scores = np.stack([_score_pair(*pair, options.scoring) for pair in pairs], axis=1)
+        scores_of_kind[kind] = _standardise(scores) if options.scoring == "max" else scores
+    return scores_of_kind
 
 
-def _score(
-    yes: Float[np.ndarray, "I P"], no: Float[np.ndarray, "I N"], scoring: str
+def _score_pair(
+    positive: Float[np.ndarray, "I P"], negative: Float[np.ndarray, "I N"], scoring: str
 ) -> Float[np.ndarray, " I"]:
-    """Make one score of the similarities to the prompts of a finding."""
+    """Returns one score of the similarities to the prompts of a finding."""
     if scoring == "max":
-        return yes.max(1)
+        return positive.max(1)
     if scoring == "contrast":
-        return yes.mean(1) - no.mean(1)
-    if yes.shape[1] != no.shape[1]:
-        yes, no = yes[:, :, None], no[:, None, :]
-    return expit(yes - no).reshape(len(yes), -1).mean(1)
+        return positive.mean(1) - negative.mean(1)
+    if positive.shape[1] != negative.shape[1]:
+        positive, negative = positive[:, :, None], negative[:, None, :]
+    # A softmax over two values is the logistic function of their difference.
+    return expit(positive - negative).reshape(len(positive), -1).mean(1)
 
 
-def _standard(scores: Float[np.ndarray, "I F"]) -> Float[np.ndarray, "I F"]:
-    """Take mean and spread over the images from each column; a constant one becomes 0."""
-    flat = scores.max(0) == scores.min(0)
-    return np.where(flat, 0, scores - scores.mean(0)) / np.where(flat, 1, scores.std(0))
+def _standardise(scores: Float[np.ndarray, "I F"]) -> Float[np.ndarray, "I F"]:
+    """Returns columns of mean 0 and standard deviation 1; a constant column becomes 0."""
+    is_constant = scores.max(0) == scores.min(0)
+    deviation = np.where(is_constant, 1, scores.std(0))
+    return np.where(is_constant, 0, scores - scores.mean(0)) / deviation
 
 
-def _averaged(read: Features, counts: Sequence[int]) -> Features:
-    """Make one text of each run of `counts` texts: its first, with the mean of their `pooled`."""
-    some = np.array([count for count in counts if count])
-    first = np.cumsum(some) - some
-    total = np.add.reduceat(np.asarray(read.pooled, np.float32), first)
-    return jax.tree.map(lambda x: x[first], read).replace(pooled=total / np.float32(some)[:, None])
+def _average_embeddings(texts: Features, counts: Sequence[int]) -> Features:
+    """Returns one text for each run of `counts` texts: the first, with the mean `pooled`.
+
+    Only `pooled` is averaged: words of different texts do not correspond to each other.
+    """
+    lengths = np.array([count for count in counts if count])
+    starts = np.cumsum(lengths) - lengths
+    total = np.add.reduceat(np.asarray(texts.pooled, np.float32), starts)
+    mean = total / np.float32(lengths)[:, None]
+    return jax.tree.map(lambda leaf: leaf[starts], texts).replace(pooled=mean)
 
 
-def _ranking(
+# Metrics -----------------------------------------------------------------------------------------
+
+
+def _areas(
     scores: Float[np.ndarray, "I F"], labels: Int[np.ndarray, "I F"], names: Sequence[str]
 ) -> dict[str, float]:
-    """Measure how each finding is ranked, and the means; a finding with one class has no key."""
-    values = {}
+    """Returns the areas under both curves, by finding and as means.
+
+    A finding with one class has no key.
+    """
+    metrics = {}
     measures = {
         "auroc": classification_metrics.auroc,
         "auprc": classification_metrics.average_precision,
     }
     for key, measure in measures.items():
-        found = _each(measure, scores, labels)
-        pairs = zip(names, found, strict=True)
-        values |= {f"{slug(name)}/{key}": value for name, value in pairs if value is not None}
-        values[f"{key}_macro"] = _mean(found)
-    return values
+        areas = _by_finding(measure, scores, labels)
+        for name, area in zip(names, areas, strict=True):
+            if area is not None:
+                metrics[f"{slug(name)}/{key}"] = area
+        metrics[f"{key}_macro"] = _mean_or_nan(areas)
+    return metrics
 
 
-def _beside(scores: np.ndarray, labels: np.ndarray, samples: int, seed: int) -> dict[str, float]:
-    """Give the interval of the mean AUROC, the level of chance, and what was counted."""
-    rows = np.concatenate([scores, labels], 1)
-    low, high = intervals.bootstrap(rows, _resampled, samples, seed)
-    shares = _each(lambda _, label: float(label.mean()), scores, labels)
-    scored = len([share for share in shares if share is not None])
+def _chance_and_interval(
+    scores: Float[np.ndarray, "I F"], labels: Int[np.ndarray, "I F"], samples: int, seed: int
+) -> dict[str, float]:
+    """Returns the interval of the mean AUROC, the AUPRC of chance, and the numbers of findings."""
+    rows = np.concatenate([scores, labels], axis=1)
+    low, high = intervals.bootstrap(rows, _macro_auroc, samples, seed)
+    shares = _by_finding(lambda _, positive: float(positive.mean()), scores, labels)
+    num_scored = sum(share is not None for share in shares)
     return {
         "auroc_macro_low": low,
         "auroc_macro_high": high,
-        "chance/auprc_macro": _mean(shares),
-        "findings_scored": float(scored),
-        "findings_skipped": float(len(shares) - scored),
+        "chance/auprc_macro": _mean_or_nan(shares),
+        "findings_scored": float(num_scored),
+        "findings_skipped": float(len(shares) - num_scored),
     }
 
 
-def _thresholded(
+def _threshold_decisions(
     scores: Float[np.ndarray, "I F"],
     labels: Int[np.ndarray, "I F"],
-    tuned: Float[np.ndarray, "V F"],
-    tuned_labels: Int[np.ndarray, "V F"],
+    val_scores: Float[np.ndarray, "V F"],
+    val_labels: Int[np.ndarray, "V F"],
     names: Sequence[str],
     nulls: bool,
 ) -> dict[str, float]:
-    """Decide at the threshold with the best F1 on the validation scores."""
-    limits = _each(classification_metrics.best_threshold, tuned, tuned_labels)
-    values, rows = {}, []
-    for name, score, label, limit in zip(names, scores.T, labels.T, limits, strict=True):
+    """Returns F1 and accuracy at the threshold with the best F1 on the validation scores."""
+    thresholds = _by_finding(classification_metrics.best_threshold, val_scores, val_labels)
+    metrics, rows = {}, []
+    for name, score, label, threshold in zip(names, scores.T, labels.T, thresholds, strict=True):
         known = label >= 0
         truth = label[known] == 1
-        if limit is None or truth.all() or not truth.any():
+        if threshold is None or truth.all() or not truth.any():
             continue
-        measures = classification_metrics.f1, classification_metrics.accuracy
-        pair = [measure(score[known], truth, limit) for measure in measures]
-        values |= {f"{slug(name)}/f1": pair[0], f"{slug(name)}/accuracy": pair[1]}
+        f1 = classification_metrics.f1(score[known], truth, threshold)
+        accuracy = classification_metrics.accuracy(score[known], truth, threshold)
+        metrics |= {f"{slug(name)}/f1": f1, f"{slug(name)}/accuracy": accuracy}
         share = float(truth.mean())
-        rows.append((*pair, 2 * share / (1 + share), max(share, 1 - share)))
+        # Calling every image positive has recall 1 and precision `share`.
+        rows.append((f1, accuracy, 2 * share / (1 + share), max(share, 1 - share)))
     f1, accuracy, all_positive, majority = np.array(rows or [[np.nan] * 4]).mean(0).tolist()
-    values |= {"f1_macro": f1, "accuracy_macro": accuracy}
+    metrics |= {"f1_macro": f1, "accuracy_macro": accuracy}
     if nulls:
-        values |= {"all_positive/f1_macro": all_positive, "majority/accuracy_macro": majority}
-        values["findings_without_threshold"] = float(limits.count(None))
-    return values
+        metrics |= {"all_positive/f1_macro": all_positive, "majority/accuracy_macro": majority}
+        metrics["findings_without_threshold"] = float(thresholds.count(None))
+    return metrics
 
 
-def _classes(
-    scores: Float[np.ndarray, "I F"],
-    labels: Int[np.ndarray, "I F"],
-    names: Sequence[str],
-    samples: int,
-    seed: int,
-    nulls: bool,
+def _class_decisions(
+    scores: Float[np.ndarray, "I F"], labels: Int[np.ndarray, "I F"], names: Sequence[str]
 ) -> dict[str, float]:
-    """Take the class with the highest score; classes that tie share the answer."""
+    """Returns accuracy and F1 of the class with the highest score; ties share the answer."""
     truth = labels == 1
-    right = (classification_metrics.vote_shares(scores) * truth).sum(1)
-    occur, share = np.flatnonzero(truth.any(0)), float(truth.mean(0).max())
-    values = {
-        "accuracy": float(right.mean()),
+    metrics = {
+        "accuracy": float(_vote_for_truth(scores, truth).mean()),
         "f1_macro": classification_metrics.macro_f1(scores, truth),
     }
-    for i in occur.tolist():
-        alone = truth & (np.arange(len(names)) == i)  # the mean is over classes that occur
-        values[f"{slug(names[i])}/f1"] = classification_metrics.macro_f1(scores, alone)
-    if nulls:
-        low, high = intervals.bootstrap(right, None, samples, seed)
-        values |= {"accuracy_low": low, "accuracy_high": high, "majority/accuracy": share}
-        values["chance/accuracy"] = 1 / len(names)
-        values["majority/f1_macro"] = 2 * share / (1 + share) / len(occur)
-    return values
+    for column in np.flatnonzero(truth.any(0)).tolist():
+        # The mean of `macro_f1` is over the classes that occur, here this one alone.
+        single = truth & (np.arange(len(names)) == column)
+        metrics[f"{slug(names[column])}/f1"] = classification_metrics.macro_f1(scores, single)
+    return metrics
 
 
-def _each(
+def _class_nulls_and_interval(
+    scores: Float[np.ndarray, "I F"], labels: Int[np.ndarray, "I F"], samples: int, seed: int
+) -> dict[str, float]:
+    """Returns the interval of the accuracy, and what chance and the most frequent class reach."""
+    truth = labels == 1
+    low, high = intervals.bootstrap(_vote_for_truth(scores, truth), None, samples, seed)
+    share, num_occurring = float(truth.mean(0).max()), int(truth.any(0).sum())
+    return {
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "chance/accuracy": 1 / truth.shape[1],
+        "majority/accuracy": share,
+        # All other classes that occur have F1 0.
+        "majority/f1_macro": 2 * share / (1 + share) / num_occurring,
+    }
+
+
+def _vote_for_truth(
+    scores: Float[np.ndarray, "I F"], truth: Bool[np.ndarray, "I F"]
+) -> Float[np.ndarray, " I"]:
+    """Returns the share of each image's answer that goes to its class: 1 or 0 without ties."""
+    return (classification_metrics.vote_shares(scores) * truth).sum(1)
+
+
+def _by_finding(
     measure: Callable[[np.ndarray, np.ndarray], float],
     scores: Float[np.ndarray, "I F"],
-    labels: np.ndarray,
+    labels: Float[np.ndarray, "I F"] | Int[np.ndarray, "I F"],
 ) -> list[float | None]:
-    """Measure each finding over the images where it is known, None with one class only."""
+    """Returns a measure of each finding over the images with a known label; None for one class."""
     values: list[float | None] = []
     for score, label in zip(scores.T, labels.T, strict=True):
         known = label >= 0
-        positive: Bool[np.ndarray, " I"] = label[known] == 1
-        one = positive.all() or not positive.any()
-        values.append(None if one else measure(score[known], positive))
+        positive = label[known] == 1
+        has_one_class = positive.all() or not positive.any()
+        values.append(None if has_one_class else measure(score[known], positive))
     return values
 
 
-def _resampled(rows: Float[np.ndarray, "I G"]) -> float:
+def _macro_auroc(rows: Float[np.ndarray, "I G"]) -> float:
+    """Returns the mean AUROC of rows with F scores and then F labels (G = 2F)."""
     scores, labels = np.split(rows, 2, axis=1)
-    return _mean(_each(classification_metrics.auroc, scores, labels))
+    return _mean_or_nan(_by_finding(classification_metrics.auroc, scores, labels))
 
 
-def _mean(values: Sequence[float | None]) -> float:
+def _mean_or_nan(values: Sequence[float | None]) -> float:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else float("nan")

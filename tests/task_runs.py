@@ -1,0 +1,16 @@
+"""Running a task of `plan_jax.tasks` on records in memory."""
+
+from plan_jax.types import EvalData, TaskContext
+
+
+def run_task(task, model, splits, options, *, findings=(), seed=0, folder=None, label_report=None):
+    """Returns metrics and examples; `splits` are fields of `EvalData`, as `test`."""
+    data = EvalData(name="records", findings=tuple(findings), **splits)
+    context = TaskContext(seed=seed, folder=folder, label_report=label_report)
+    result = task.evaluate(model, data, options, context)
+    return result.metrics, result.rows
+
+
+def check_task(task, splits, options, findings=()):
+    """Calls the task's check; `splits` are fields of `EvalData`, as `test`."""
+    task.check(EvalData(name="records", findings=tuple(findings), **splits), options)
