@@ -38,9 +38,9 @@ def make_config(**weights):
 
 def init_from(config, seed=0):
     """Returns the initial training state of a config."""
-    system = assembly.build_components(config)
+    components = assembly.build_components(config)
     return init_state(
-        system, batch(2), lambda _: optax.sgd(0.1), seed, False, weights=config["weights"]
+        components, batch(2), lambda _: optax.sgd(0.1), seed, False, weights=config["weights"]
     )[0]
 
 
@@ -75,7 +75,7 @@ def publish_as_mgca(params, stats):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def mgca(tmp_path_factory):
     """Trees that somebody else trained, and the file that they published."""
     initial = init_from(make_config())
     trained = fill_randomly(
@@ -87,14 +87,14 @@ def checkpoint(tmp_path_factory):
     return trained, path
 
 
-def test_a_run_starts_from_published_weights(checkpoint):
+def test_a_run_starts_from_published_weights(mgca):
     trained, path = checkpoint
     state = init_from(make_config(vision=path, text=path, heads=path), seed=1)
     jax.tree.map(np.testing.assert_array_equal, state.params["encoders"], trained["params"])
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, trained["batch_stats"])
 
 
-def test_loading_one_tower_leaves_the_other_unchanged(checkpoint):
+def test_loading_one_tower_leaves_the_other_unchanged(mgca):
     trained, path = checkpoint
     plain, loaded = init_from(make_config()), init_from(make_config(text=path))
     for name, expected in (
@@ -104,7 +104,7 @@ def test_loading_one_tower_leaves_the_other_unchanged(checkpoint):
         jax.tree.map(np.testing.assert_array_equal, loaded.params["encoders"][name], expected[name])
 
 
-def test_a_published_checkpoint_is_evaluated_without_training(checkpoint, tmp_path, monkeypatch):
+def test_a_published_checkpoint_is_evaluated_without_training(mgca, tmp_path, monkeypatch):
     _, path = checkpoint
     monkeypatch.chdir(tmp_path)
     config = make_config(vision=path, text=path, heads=path)
@@ -121,15 +121,13 @@ def test_a_published_checkpoint_is_evaluated_without_training(checkpoint, tmp_pa
     trained_metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert main.run(["--mode", "eval", "--checkpoint", "run"]) == 0
     metrics = json.loads((tmp_path / "run" / "eval" / "test" / "metrics.json").read_text())
-    assert (
-        trained_metrics["retrieval/i2t_r1"] == metrics["retrieval/i2t_r1"]
-        and trained_metrics["steps"] == 0
-    )
+    assert trained_metrics["steps"] == 0
+    assert trained_metrics["retrieval/i2t_r1"] == metrics["retrieval/i2t_r1"]
     assert trained_metrics["params_sha256"] == metrics["params_sha256"]
 
 
-def test_heads_of_another_kind_are_refused(checkpoint):
-    config = make_config(heads=checkpoint[1])
+def test_heads_of_another_kind_are_refused(mgca):
+    config = make_config(heads=mgca[1])
     config["heads"]["text_local"] = "norm"
     with pytest.raises(UserError, match="weights.heads is for heads of kind mlp"):
         configs.check(config)

@@ -133,6 +133,7 @@ def save(
     Raises:
       UserError: this save, or the previous one in the background, could not be written.
     """
+    # Checksums come first: once orbax has its copy, the next step may donate these arrays.
     about = {
         "format": FORMAT,
         "version": _installed_version(),
@@ -141,6 +142,7 @@ def save(
     }
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
+        # Only the main process writes this item, so it gathers the positions of all.
         data=ocp.args.JsonSave({"processes": parallel.gather_strings(_encode_json(data))}),
         config=ocp.args.JsonSave(about),
     )
@@ -148,6 +150,7 @@ def save(
     with _report_write_errors(manager), silence_orbax():
         if step in manager.all_steps():
             return False
+        # `force`, because when to save is decided by the caller and not by orbax's policy.
         return manager.save(step, args=args, metrics=values, force=True)
 
 
@@ -247,6 +250,7 @@ def _read_state(step_folder: Path, template: PyTree) -> tuple[PyTree, list[str],
             f"checkpoint {step_folder} holds {difference}; use another workdir, or the config that"
             " it was trained with"
         )
+    # Orbax checks structure and shapes, but an altered byte in an array passes without an error.
     state = reader.restore(step_folder / "state", template)
     _verify_checksums(state, about["checksums"])
     return state, positions, about["config"]
@@ -260,6 +264,7 @@ def _read_weights(step_folder: Path) -> dict[str, Any]:
     parts = {name: tree[name] for name in WEIGHTS if tree.get(name)}
     # As numpy arrays: the devices that the checkpoint was written from may not exist here.
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
+    # `partial_restore`, because `parts` lacks the leaves of the optimiser.
     args = ocp.args.PyTreeRestore(item=parts, restore_args=restore_args, partial_restore=True)
     weights = reader.restore(step_folder / "state", args=args)
     _verify_checksums(weights, about["checksums"])

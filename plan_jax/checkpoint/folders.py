@@ -30,6 +30,7 @@ def locate(folder: str | Path) -> tuple[Path, int | None]:
     """
     path = Path(folder).absolute()
     parent, step = path, None
+    # A run, else one step (which may not exist), else the folder of checkpoints itself.
     if (path / FOLDER).is_dir():
         parent = path / FOLDER
     elif path.name.isdigit() and (path.parent.name == FOLDER or (path / "state").is_dir()):
@@ -121,6 +122,7 @@ def first_line(error: Any) -> str:
 @contextlib.contextmanager
 def silence_orbax() -> Iterator[None]:
     """Hides what orbax logs: lines about each save, and tracebacks that we report as a sentence."""
+    # Orbax logs through absl, and its abandoned reads through asyncio.
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
