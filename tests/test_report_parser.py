@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plan_jax.data import report_parser
-from plan_jax.data.phantom import report
+from plan_jax.data.phantom import write_report
 from plan_jax.data.phantom.anatomy import ANATOMY
 from plan_jax.data.phantom.report_text import NAMES
 from plan_jax.data.report_parser import parse, regions, sections, tags, triplets
@@ -261,7 +261,7 @@ def test_a_very_long_sentence_is_read_in_pieces():
 
 @given(st.lists(st.sampled_from(range(60)), min_size=1, max_size=3), st.randoms())
 def test_the_order_of_sentences_does_not_change_what_is_claimed(indices, rng):
-    sentences = [s for i in indices for s in split_sentences(report(3, i)[2])]
+    sentences = [s for i in indices for s in split_sentences(write_report(3, i)[2])]
     shuffled = rng.sample(sentences, len(sentences))
     assert set(triplets(" ".join(sentences))) == set(triplets(" ".join(shuffled)))
 
@@ -277,7 +277,7 @@ def test_any_text_gives_known_regions_findings_and_values(text):
 def test_phantoms_are_read_as_they_were_written():
     right = ours = theirs = 0
     for index in range(150):
-        *_, text, claims = report(11, index)
+        *_, text, claims = write_report(11, index)
         found = {t for t in triplets(text) if t[1] in NAMES}
         right += len(found & set(claims))
         ours, theirs = ours + len(found), theirs + len(set(claims))

@@ -29,9 +29,13 @@ def test_special_pieces_come_first():
 
 
 def test_reports_and_prompts_are_whole_words(tokenizer):
-    reports = [phantom.report(3, i) for i in range(500)]
+    reports = [phantom.write_report(3, i) for i in range(500)]
     texts = [text for _, _, text, _ in reports]
-    texts += [report_text.phrase(finding) for _, findings, _, _ in reports for finding in findings]
+    texts += [
+        report_text.canonical_phrase(finding)
+        for _, findings, _, _ in reports
+        for finding in findings
+    ]
     texts += [t for both in phantom.PROMPTS.values() for side in both for t in side]
     for text in texts:
         pieces = tokenizer.encode(text, add_special_tokens=False).tokens

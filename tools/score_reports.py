@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plan_jax.data.phantom import report  # noqa: E402
+from plan_jax.data.phantom import write_report  # noqa: E402
 from plan_jax.data.phantom.report_text import NAMES  # noqa: E402
 from plan_jax.data.report_parser import tags, triplets  # noqa: E402
 from plan_jax.data.report_parser.places import expanded  # noqa: E402
@@ -91,7 +91,7 @@ def phantom(count: int) -> str:
     """Compare the triplets of phantoms that the development did not look at, about their kinds."""
     whole, pairs = [], []
     for index in range(FIRST, FIRST + count):
-        *_, text, theirs = report(SEED, index)
+        *_, text, theirs = write_report(SEED, index)
         ours = {t for t in triplets(text) if t[1] in NAMES}
         whole.append((ours, set(theirs)))
         pairs.append(({t[1:] for t in ours}, {t[1:] for t in theirs}))

@@ -74,7 +74,7 @@ def vocabulary() -> list[str]:
 
 def grammar_words() -> set[str]:
     """Every word that a phantom's report, phrase or prompt can contain, in lower case."""
-    return set(re.findall(r"[a-z]+", " ".join(report_text.sources()).lower()))
+    return set(re.findall(r"[a-z]+", " ".join(report_text.grammar_strings()).lower()))
 
 
 def write(path: Path) -> int:

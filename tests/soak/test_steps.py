@@ -37,7 +37,7 @@ OPTIMISER = {
 @cache
 def dataset():
     """The first sixteen phantoms whose reports differ."""
-    drawn = {(record := phantom.draw(0, i, 32)).text: record for i in range(PAIRS + 8)}
+    drawn = {(record := phantom.draw_study(0, i, 32)).text: record for i in range(PAIRS + 8)}
     source = [schema.serialize(record) for record in list(drawn.values())[:PAIRS]]
     assert len(source) == PAIRS
     return datasets.Dataset(source, phantom.FINDINGS, phantom.ANATOMY, phantom.ANATOMY, keep=True)

@@ -42,7 +42,7 @@ class PhantomConfig(tfds.core.BuilderConfig):
     vague: Number = 0.2
 
     def difficulty(self) -> phantom.Difficulty:
-        """The part that `phantom.draw` takes; raises UserError if a value is out of range."""
+        """The part that `phantom.draw_study` takes; raises UserError if a value is out of range."""
         names = [field.name for field in dataclasses.fields(phantom.Difficulty)]
         values = {name: getattr(self, name) for name in names}
         return phantom.Difficulty(**values | {"findings": tuple(self.findings)})
@@ -53,7 +53,7 @@ class PhantomConfig(tfds.core.BuilderConfig):
             phantom.split_range(split, getattr(self, split))
             if getattr(self, split) == 0:
                 raise UserError(f"{split} count 0 leaves that split empty; use 1 or more")
-        phantom.check(self.seed, 0, self.size)
+        phantom.check_arguments(self.seed, 0, self.size)
 
 
 class Phantom(tfds.core.GeneratorBasedBuilder):
@@ -98,7 +98,7 @@ def _draw(job: Job, indices: range) -> Iterator[dict[str, Any]]:
     """Draw the studies of `indices` and turn them into examples, in order."""
     seed, size, difficulty = job
     for index in indices:
-        yield schema.to_example(phantom.draw(seed, index, size, difficulty))
+        yield schema.to_example(phantom.draw_study(seed, index, size, difficulty))
 
 
 def _draw_apart(job: Job, indices: range, processes: int) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""Phantom radiographs: procedural frontal chest films with their reports and the full truth.
+"""Phantom radiographs: procedural frontal chest radiographs with their reports and the full truth.
 
-`draw(seed, index)` is a pure function of its arguments. Three successive indices are two patients
-(the first has two studies); a patient's anatomy is the same in both studies.
+`draw_study(seed, index)` is a pure function of its arguments. Three successive indices are two
+patients, of whom the first has two studies; the anatomy of a patient is the same in both.
 """
 
 import numpy as np
@@ -13,14 +13,14 @@ from plan_jax.data.phantom.anatomy import (
     Mask,
     Number,
     Patient,
-    anatomy_masks,
-    chest,
     clip,
-    new_patient,
-    smooth_field,
+    draw_patient,
+    lay_out_chest,
+    segment_anatomy,
+    stretch_grid,
 )
-from plan_jax.data.phantom.cases import FINDINGS, Difficulty, Finding, plan
-from plan_jax.data.phantom.findings import Scene, new_scene, paint
+from plan_jax.data.phantom.findings import FINDINGS, Difficulty, Finding, sample_findings
+from plan_jax.data.phantom.rendering import Scene, empty_scene, render_finding
 from plan_jax.data.phantom.report_text import PROMPTS, Triplet
 from plan_jax.types import Phrase, Record, UserError
 
@@ -30,26 +30,35 @@ __all__ = [
     "PROMPTS",
     "SPLITS",
     "Difficulty",
-    "check",
-    "draw",
-    "patient_of",
-    "report",
+    "check_arguments",
+    "draw_study",
+    "patient_and_study",
     "split_range",
+    "write_report",
 ]
 
-DEFAULT = Difficulty()
+DEFAULT_DIFFICULTY = Difficulty()
 SPLITS = ("train", "val", "test")
-SPLIT_SIZE = 3_000_000  # indices reserved for each split; a multiple of 3, so no patient straddles
+SPLIT_SIZE = 3_000_000  # indices of a split; a multiple of 3, so that no patient is in two splits
+MIN_SIZE = 32
 
 
-def patient_of(index: int) -> tuple[int, int]:
-    """Patient and study number of an index: 0, 1, 2 -> (0, 0), (0, 1), (1, 0)."""
-    block, place = divmod(index, 3)
-    return 2 * block + (place == 2), int(place == 1)
+def patient_and_study(index: int) -> tuple[int, int]:
+    """Returns the patient and the study number of an index.
+
+    >>> [patient_and_study(index) for index in (0, 1, 2)]
+    [(0, 0), (0, 1), (1, 0)]
+    """
+    block, position = divmod(index, 3)
+    return 2 * block + (position == 2), int(position == 1)
 
 
 def split_range(split: str, count: int) -> range:
-    """Indices of a split; one split's images do not depend on the size of another."""
+    """Returns the indices of a split; they do not depend on the sizes of other splits.
+
+    Raises:
+      UserError: the split is unknown, or `count` is out of range.
+    """
     if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
     if not 0 <= count <= SPLIT_SIZE:
@@ -58,90 +67,109 @@ def split_range(split: str, count: int) -> range:
     return range(start, start + count)
 
 
-def check(seed: int, index: int, size: int) -> None:
-    """Raise UserError for a negative seed or index, or a size below 32."""
+def check_arguments(seed: int, index: int, size: int) -> None:
+    """Raises UserError for a negative seed or index, or a size below 32."""
     for name, value in (("seed", seed), ("index", index)):
         if value < 0:
             raise UserError(f"{name} {value} is negative; use 0 or more")
-    if size < 32:
-        raise UserError(f"size {size} is too small for a chest; use 32 or more")
+    if size < MIN_SIZE:
+        raise UserError(f"size {size} is too small for a chest; use {MIN_SIZE} or more")
 
 
-def draw(seed: int, index: int, size: int = 96, difficulty: Difficulty = DEFAULT) -> Record:
-    """Draw study `index` of the world `seed` as a Record.
+def draw_study(
+    seed: int, index: int, size: int = 96, difficulty: Difficulty = DEFAULT_DIFFICULTY
+) -> Record:
+    """Returns study `index` of the world `seed`.
 
-    `image` is UInt8[size size 1]; `labels` Int8[F] in the order of `difficulty.findings`; each
-    finding is one Phrase with its Bool[size size] mask and its boxes; `anatomy` holds the masks of
-    `ANATOMY`; `triplets` every (region, finding, existence) that the report states, existence 1, 0
-    or -1 (stated with doubt; the finding is there all the same). What there is and what is written
-    do not depend on `size`.
+    Findings and report do not depend on `size`.
 
-    Raises: UserError for a negative seed or index, or a size below 32.
+    Args:
+      seed: seed of all patients and studies.
+      index: number of the study.
+      size: pixels of a side.
+      difficulty: kinds and number of findings, noise, and how the report is written.
+
+    Returns:
+      A record with the UInt8[size size 1] `image`; `labels` Int8[F] in the order of
+      `difficulty.findings`; one Phrase for each finding, with its Bool[size size] mask and its
+      boxes; the masks of `ANATOMY`; and as `triplets` every (region, finding, existence) that the
+      report states. Existence is 1, 0 or -1 (stated with doubt, though the finding is present).
+
+    Raises:
+      UserError: the seed or the index is negative, or the size is below 32.
     """
-    check(seed, index, size)
-    number, _ = patient_of(index)
-    rng, findings, text, triplets = report(seed, index, difficulty)
-    scene = _scene(rng, new_patient(np.random.default_rng((seed, number))), findings, size)
-    masks = [paint(scene, finding) for finding in findings]
-    anatomy = anatomy_masks(scene.chest)
-    image = _expose(scene, rng, difficulty.noise)
+    check_arguments(seed, index, size)
+    number, _ = patient_and_study(index)
+    rng, findings, text, triplets = write_report(seed, index, difficulty)
+    patient = draw_patient(np.random.default_rng((seed, number)))
+    scene = _position_patient(rng, patient, findings, size)
+    masks = [render_finding(scene, finding) for finding in findings]
+    anatomy = segment_anatomy(scene.chest)
+    image = _expose_film(scene, rng, difficulty.noise)
     kinds = difficulty.findings
     present = {finding.kind for finding in findings}
-    labels = np.array([kind in present for kind in kinds], np.int8)
-    phrases = tuple(_phrase(f, mask, kinds) for f, mask in zip(findings, masks, strict=True))
+    regions = [_bounding_box(mask) if mask.any() else (0,) * 4 for mask in anatomy.values()]
     return Record(
-        image[..., None],
-        text,
-        f"p{number:07d}",
-        labels,
-        phrases,
-        anatomy,
-        triplets,
-        np.asarray(
-            [_box(mask) if mask.any() else (0,) * 4 for mask in anatomy.values()], np.float32
+        image=image[..., None],
+        text=text,
+        patient_id=f"p{number:07d}",
+        labels=np.array([kind in present for kind in kinds], np.int8),
+        phrases=tuple(
+            _to_phrase(finding, mask, kinds) for finding, mask in zip(findings, masks, strict=True)
         ),
+        anatomy=anatomy,
+        triplets=triplets,
+        regions=np.asarray(regions, np.float32),
     )
 
 
-def report(
-    seed: int, index: int, difficulty: Difficulty = DEFAULT
+def write_report(
+    seed: int, index: int, difficulty: Difficulty = DEFAULT_DIFFICULTY
 ) -> tuple[np.random.Generator, list[Finding], str, tuple[Triplet, ...]]:
-    """What study `index` has and what is written of it, without drawing it.
+    """Returns the findings of study `index`, its report and its triplets, without an image.
 
-    Returns the generator that the drawing goes on with, the findings, the report, its triplets.
+    The first value is the generator that `draw_study` continues with.
     """
-    number, study = patient_of(index)
+    number, study = patient_and_study(index)
     rng = np.random.default_rng((seed, number, study + 1))
-    findings = plan(rng, difficulty.findings, difficulty.max_findings)
-    words = np.random.default_rng((seed, number, study + 1, 1))
-    return rng, findings, *report_text.write(words, findings, difficulty)
+    findings = sample_findings(rng, difficulty.findings, difficulty.max_findings)
+    # A generator of its own: the wording may change without changing the image.
+    text_rng = np.random.default_rng((seed, number, study + 1, 1))
+    return rng, findings, *report_text.compose_report(text_rng, findings, difficulty)
 
 
-def _scene(rng: np.random.Generator, patient: Patient, findings: list[Finding], size: int) -> Scene:
-    """Position the patient and lay out the chest, with a larger heart if there is cardiomegaly."""
+def _position_patient(
+    rng: np.random.Generator, patient: Patient, findings: list[Finding], size: int
+) -> Scene:
+    """Returns the chest in a random position, with a larger heart if there is cardiomegaly."""
     shift = rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05)
     turn, zoom = rng.normal(0, 0.03), rng.uniform(0.95, 1.05)
     ratio = None
     for finding in findings:
         if finding.kind == "cardiomegaly":
+            # Above 0.5, the limit that radiologists use for the cardiothoracic ratio.
             ratio = 0.55 + 0.045 * finding.level + 0.03 * float(finding.shape[0])
-    made = chest(patient, size, shift=shift, turn=turn, zoom=zoom, ratio=ratio)
-    return new_scene(made, tissue.vessels(made), smooth_field(patient.texture, size) * 2.2)
+    chest = lay_out_chest(patient, size, shift=shift, turn=turn, zoom=zoom, ratio=ratio)
+    texture = stretch_grid(patient.texture, size) * 2.2
+    return empty_scene(chest, tissue.vessel_opacity(chest), texture)
 
 
-def _expose(scene: Scene, rng: np.random.Generator, noise: Number) -> UInt8[np.ndarray, "Y X"]:
-    """Add up the opacities and turn them into grey values UInt8[size size], tissue bright."""
-    made = scene.chest
-    size = made.x.shape[0]
-    lung = np.maximum(made.lung["right"], made.lung["left"])
-    depth = np.maximum(made.depth["right"], made.depth["left"])
+def _expose_film(scene: Scene, rng: np.random.Generator, noise: Number) -> UInt8[np.ndarray, "Y X"]:
+    """Returns the sum of all opacities as grey values UInt8[size size], tissue bright."""
+    chest = scene.chest
+    size = chest.x.shape[0]
+    lung = np.maximum(chest.lung["right"], chest.lung["left"])
+    depth = np.maximum(chest.depth["right"], chest.depth["left"])
+    # A lung is darker towards its middle, where it is thicker.
     air = (0.50 + 0.16 * clip(depth * 5, 0, 1)) * lung
-    inside = lung * (1 - 0.85 * scene.fill) * (1 - scene.clear)
-    opacity = tissue.soft_tissue(made) - air * (1 - scene.fill) * (1 + 0.24 * scene.clear)
-    opacity = opacity + inside * (0.20 * scene.vessels + 0.016 * scene.texture)
-    opacity = opacity + tissue.bones(made) + scene.add
+    aerated = lung * (1 - 0.85 * scene.filled) * (1 - scene.pleural_air)
+    opacity = tissue.soft_tissue_opacity(chest)
+    opacity = opacity - air * (1 - scene.filled) * (1 + 0.24 * scene.pleural_air)
+    opacity = opacity + aerated * (0.20 * scene.vessels + 0.016 * scene.texture)
+    opacity = opacity + tissue.bone_opacity(chest) + scene.opacity
+    # The film: a sigmoid of random contrast and brightness, uneven exposure, a gamma, noise.
     gain, level = rng.uniform(3.4, 4.4), rng.uniform(0.66, 0.80)
-    uneven = smooth_field(rng.normal(0, 0.035, (5, 5)).astype(np.float32), size)
+    uneven = stretch_grid(rng.normal(0, 0.035, (5, 5)).astype(np.float32), size)
     grey = 1 / (1 + np.exp(np.float32(-gain) * (opacity + uneven - np.float32(level))))
     black, white = rng.uniform(0.0, 0.05), rng.uniform(0.90, 1.0)
     grey = black + (white - black) * grey ** np.float32(rng.uniform(0.85, 1.15))
@@ -150,21 +178,27 @@ def _expose(scene: Scene, rng: np.random.Generator, noise: Number) -> UInt8[np.n
     return clip(grey * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
-def _phrase(finding: Finding, mask: Mask, kinds: tuple[str, ...]) -> Phrase:
-    """The phrase of a finding, by its canonical name, with its truth; oedema has a box a lung."""
+def _to_phrase(finding: Finding, mask: Mask, kinds: tuple[str, ...]) -> Phrase:
+    """Returns a finding as a phrase by its canonical name; oedema has a box for each lung."""
     if finding.kind == "pulmonary oedema":
-        middle = mask.shape[1] // 2  # the mediastinum, whatever the shift
-        left, right = mask.copy(), mask.copy()
-        left[:, middle:], right[:, :middle] = False, False
-        parts = [left, right]
+        # The middle of the image lies in the mediastinum, whatever the shift.
+        middle = mask.shape[1] // 2
+        image_left, image_right = mask.copy(), mask.copy()
+        image_left[:, middle:], image_right[:, :middle] = False, False
+        parts = [image_left, image_right]
     else:
         parts = [mask]
-    boxes = tuple(_box(part) for part in parts if part.any())
-    text, place = report_text.phrase(finding), kinds.index(finding.kind)
-    return Phrase(text, place, finding.key, finding.kind, boxes, mask)
+    return Phrase(
+        text=report_text.canonical_phrase(finding),
+        finding=kinds.index(finding.kind),
+        key=finding.key,
+        bare=finding.kind,
+        boxes=tuple(_bounding_box(part) for part in parts if part.any()),
+        mask=mask,
+    )
 
 
-def _box(mask: Mask) -> tuple[float, float, float, float]:
-    """Smallest box (x0, y0, x1, y1) in pixels around a mask; x1, y1 lie just beyond it."""
+def _bounding_box(mask: Mask) -> tuple[float, float, float, float]:
+    """Returns the smallest box (x0, y0, x1, y1) around a mask; x1 and y1 lie just beyond it."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)

@@ -1,8 +1,8 @@
 """The phantom's reports: a small grammar of chest radiology in which every statement is true.
 
 A report states each finding of the image (the mildest sometimes with doubt), rules out some absent
-kinds, says that other regions are normal and adds sentences that have nothing to do with the image.
-`write` also returns what was claimed, as triplets.
+kinds, calls other regions normal and adds sentences that have nothing to do with the image.
+`compose_report` also returns what the report claims, as triplets.
 """
 
 import re
@@ -10,11 +10,12 @@ import re
 import numpy as np
 
 from plan_jax.data.phantom.anatomy import SIDES, ZONES
-from plan_jax.data.phantom.cases import Difficulty, Finding
+from plan_jax.data.phantom.findings import Difficulty, Finding
 
-Triplet = tuple[str, str, int]
+Triplet = tuple[str, str, int]  # region, finding, existence
+Sentence = tuple[str, list[Triplet]]  # a sentence without capital and full stop, and its claims
 
-# kind -> (name, countable) with the canonical name first
+# The names of each kind, and whether they are countable; the canonical name comes first.
 NAMES: dict[str, tuple[tuple[str, bool], ...]] = {
     "consolidation": (
         ("consolidation", False),
@@ -51,8 +52,9 @@ NAMES: dict[str, tuple[tuple[str, bool], ...]] = {
     ),
     "pacemaker": (("pacemaker", True), ("pacing device", True), ("cardiac device", True)),
 }
-_GRADES = (("mild", "minor"), ("moderate",), ("severe", "marked"))
+# Adjectives for level 0, 1 and 2 of each kind.
 _SIZES = (("small", "minor"), ("moderate", "medium sized"), ("large", "extensive"))
+# Used with uncountable names where the adjectives are sizes: "a small amount of pleural fluid".
 _AMOUNTS = ("small amount of", "moderate amount of", "large amount of")
 GRADES: dict[str, tuple[tuple[str, ...], ...]] = {
     "consolidation": (
@@ -65,10 +67,10 @@ GRADES: dict[str, tuple[tuple[str, ...], ...]] = {
     "pneumothorax": _SIZES,
     "cardiomegaly": (("mild", "borderline"), ("moderate",), ("severe", "marked")),
     "linear atelectasis": (("thin", "minor"), ("moderate",), ("thick", "broad")),
-    "pulmonary oedema": _GRADES,
+    "pulmonary oedema": (("mild", "minor"), ("moderate",), ("severe", "marked")),
     "pacemaker": (("single lead",), ("dual lead",), ("dual lead",)),
 }
-PLACES = {
+LOCATIONS = {
     "consolidation": ("in the {side} {zone} zone", "in the {side} {zone} lung"),
     "pleural effusion": ("on the {side}", "at the {side} base"),
     "pneumothorax": ("on the {side}", "in the {side} pleural space"),
@@ -76,28 +78,32 @@ PLACES = {
     "pulmonary oedema": ("", "in both lungs", "around both hila"),
     "pacemaker": ("over the {side} chest", "on the {side}"),
 }
-PLACES["nodule"] = PLACES["linear atelectasis"] = PLACES["consolidation"]
-_STATED = (
+LOCATIONS["nodule"] = LOCATIONS["linear atelectasis"] = LOCATIONS["consolidation"]
+
+# Sentence templates: `np` is the name with its article, `bare` the name without.
+_LOCATION_FIRST = "{place} there is {np}"
+_PRESENT_TEMPLATES = (
     "there is {np} {place}",
     "{np} is seen {place}",
     "{np} {place} is noted",
     "{np} {place}",
-    "{place} there is {np}",
+    _LOCATION_FIRST,
     "{np} is present {place}",
 )
-_DOUBTED = (
+_UNCERTAIN_TEMPLATES = (
     "possible {bare} {place}",
     "there may be {np} {place}",
     "{np} {place} cannot be excluded",
     "{np} {place} is suspected",
 )
-_ENLARGED = (
+# For level 0, 1 and 2 of cardiomegaly, and without a grade.
+_ENLARGED_HEART = (
     "the {heart} is mildly enlarged",
     "the {heart} is moderately enlarged",
     "the {heart} is markedly enlarged",
     "the {heart} is enlarged",
 )
-_ABSENT = (
+_ABSENT_TEMPLATES = (
     "no {names}",
     "there is no evidence of {names}",
     "no {names} is seen",
@@ -123,7 +129,7 @@ FILLER = (
     "images were reviewed on a workstation",
     "the study is compared with the examination of last year",
 )
-_LUNG = (
+_LUNG_KINDS = (
     "consolidation",
     "nodule",
     "linear atelectasis",
@@ -131,7 +137,7 @@ _LUNG = (
     "pleural effusion",
     "pulmonary oedema",
 )
-# sentence, region, kinds that it contradicts (the first two are what it denies in triplets)
+# Sentence, region, and the kinds that the sentence contradicts: triplets deny the first two.
 NORMAL: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("the mediastinal contour is normal", "", ()),
     ("the trachea is central", "", ()),
@@ -139,170 +145,200 @@ NORMAL: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("the heart size is normal", "heart", ("cardiomegaly",)),
     ("normal cardiac silhouette", "heart", ("cardiomegaly",)),
     ("the pulmonary vasculature is normal", "both lungs", ("pulmonary oedema",)),
-    ("both lungs are clear", "both lungs", _LUNG),
-    ("no active disease of the lungs", "both lungs", _LUNG),
-    ("the {side} lung is clear", "{side} lung", _LUNG),
-    ("the {side} {zone} zone is clear", "{side} {zone} zone", _LUNG),
+    ("both lungs are clear", "both lungs", _LUNG_KINDS),
+    ("no active disease of the lungs", "both lungs", _LUNG_KINDS),
+    ("the {side} lung is clear", "{side} lung", _LUNG_KINDS),
+    ("the {side} {zone} zone is clear", "{side} {zone} zone", _LUNG_KINDS),
     ("the {side} costophrenic angle is sharp", "{side} lung", ("pleural effusion",)),
 )
-LONGEST = 70
-_EVERYWHERE = {"cardiomegaly": "heart", "pacemaker": "chest"}
+MAX_WORDS = 70
+MAX_NEGATED, MAX_FILLERS = 4, 5
+_WHOLE_REGIONS = {"cardiomegaly": "heart", "pacemaker": "chest"}
 
 
-def _prompts(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    present, absent = [], []
-    for name, countable in NAMES[kind]:
-        present += [f"there is {_article(name, countable)}", f"{name} is seen"]
-        absent += [f"no {name}", f"there is no evidence of {name}"]
-    return tuple(present), tuple(absent)
+def canonical_phrase(finding: Finding) -> str:
+    """Returns a finding by its canonical name and location.
+
+    For example `consolidation in the left lower zone`.
+    """
+    return f"{finding.kind} {_format_location(finding, 0)}".strip()
 
 
-def phrase(finding: Finding) -> str:
-    """The finding by its canonical name and place: `consolidation in the left lower zone`."""
-    return f"{finding.kind} {_place(finding, 0)}".strip()
-
-
-def region(finding: Finding) -> str:
-    """The region that a finding lies in, as triplets name it."""
+def region_of(finding: Finding) -> str:
+    """Returns the region that a finding lies in, as triplets name it."""
     if finding.zone:
         return f"{finding.side} {finding.zone} zone"
     if finding.kind in ("pleural effusion", "pneumothorax"):
         return f"{finding.side} lung"
     if finding.kind == "pacemaker":
         return f"{finding.side} chest"
-    return _EVERYWHERE.get(finding.kind, "both lungs")
+    return _region_of_kind(finding.kind)
 
 
-def write(
+def compose_report(
     rng: np.random.Generator, findings: list[Finding], difficulty: Difficulty
 ) -> tuple[str, tuple[Triplet, ...]]:
-    """Write the report of these findings; return it and the triplets that it states.
+    """Returns a report of these findings, and the triplets that it states.
 
-    What is not a finding is left out once the report has `LONGEST` words.
+    Sentences that state no finding are left out where the report would exceed `MAX_WORDS`.
     """
-    said: list[tuple[str, list[Triplet]]] = []
-    absent = [k for k in difficulty.findings if all(f.kind != k for f in findings)]
+    # The order of the draws is part of the data: changing it changes every report.
+    sentences: list[Sentence] = []
+    absent = [
+        kind for kind in difficulty.findings if all(finding.kind != kind for finding in findings)
+    ]
     shuffled = [absent[i] for i in rng.permutation(len(absent))]
-    denied = shuffled[: min(rng.poisson(difficulty.negated), 4)]
+    negated = shuffled[: min(rng.poisson(difficulty.negated), MAX_NEGATED)]
     for finding in findings:
-        subtle = finding.level == 0 and finding.kind != "pacemaker"
-        doubt = subtle and rng.random() < difficulty.hedged
-        vague = bool(finding.side) and rng.random() < difficulty.vague
-        sentence = _state(rng, finding, doubt, vague)
-        where = "chest" if vague else region(finding)
-        claims = [(where, finding.kind, -1 if doubt else 1)]
-        if denied and not doubt and rng.random() < 0.15:
-            kind = denied.pop()
-            sentence += f" without {_name(rng, kind)[0]}"
+        # A pacemaker is never subtle: its level is the number of its leads.
+        is_subtle = finding.level == 0 and finding.kind != "pacemaker"
+        is_uncertain = is_subtle and rng.random() < difficulty.hedged
+        is_vague = bool(finding.side) and rng.random() < difficulty.vague
+        sentence = _state_finding(rng, finding, is_uncertain, is_vague)
+        region = "chest" if is_vague else region_of(finding)
+        claims = [(region, finding.kind, -1 if is_uncertain else 1)]
+        if negated and not is_uncertain and rng.random() < 0.15:
+            kind = negated.pop()
+            sentence += f" without {_choose_name(rng, kind)[0]}"
             claims.append(_absence(kind))
-        said.append((sentence, claims))
-    optional = _deny(rng, denied) + _normal(rng, findings)
-    count = min(rng.poisson(difficulty.filler), 5)
-    optional += [(FILLER[i], []) for i in rng.permutation(len(FILLER))[:count]]
-    for sentence, claims in optional or [(FILLER[0], [])]:
-        if sum(len(s.split()) for s, _ in said) + len(sentence.split()) <= LONGEST:
-            said.append((sentence, claims))
-    order = rng.permutation(len(said))
-    text = " ".join(f"{said[i][0][0].upper()}{said[i][0][1:]}." for i in order)
-    return text, tuple(dict.fromkeys(claim for i in order for claim in said[i][1]))
+        sentences.append((sentence, claims))
+    optional = _negative_sentences(rng, negated) + _normal_sentences(rng, findings)
+    num_fillers = min(rng.poisson(difficulty.filler), MAX_FILLERS)
+    optional += [(FILLER[i], []) for i in rng.permutation(len(FILLER))[:num_fillers]]
+    for sentence, claims in optional or [(FILLER[0], [])]:  # no report is empty
+        num_words = sum(len(text.split()) for text, _ in sentences)
+        if num_words + len(sentence.split()) <= MAX_WORDS:
+            sentences.append((sentence, claims))
+    order = rng.permutation(len(sentences))
+    report = " ".join(f"{sentences[i][0][0].upper()}{sentences[i][0][1:]}." for i in order)
+    # Two sentences may claim the same; a dict keeps the first.
+    return report, tuple(dict.fromkeys(claim for i in order for claim in sentences[i][1]))
+
+
+def grammar_strings() -> list[str]:
+    """Returns all strings that reports, phrases and prompts consist of, without placeholders."""
+    strings = [
+        *_PRESENT_TEMPLATES,
+        *_UNCERTAIN_TEMPLATES,
+        *_ABSENT_TEMPLATES,
+        *_ENLARGED_HEART,
+        *_AMOUNTS,
+        *FILLER,
+        *(sentence for sentence, _, _ in NORMAL),
+    ]
+    strings += [name for names in NAMES.values() for name, _ in names] + [*NAMES]
+    strings += [word for levels in GRADES.values() for level in levels for word in level]
+    strings += [location for locations in LOCATIONS.values() for location in locations]
+    strings += [text for sides in PROMPTS.values() for prompts in sides for text in prompts]
+    strings = [re.sub(r"\{\w*\}", " ", text) for text in strings]
+    return [*strings, *SIDES, *ZONES, "a an or without"]
+
+
+def _build_prompts(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the positive and the negative prompts of a kind."""
+    positive, negative = [], []
+    for name, is_countable in NAMES[kind]:
+        positive += [f"there is {_add_article(name, is_countable)}", f"{name} is seen"]
+        negative += [f"no {name}", f"there is no evidence of {name}"]
+    return tuple(positive), tuple(negative)
+
+
+def _region_of_kind(kind: str) -> str:
+    return _WHOLE_REGIONS.get(kind, "both lungs")
 
 
 def _absence(kind: str) -> Triplet:
-    return _EVERYWHERE.get(kind, "both lungs"), kind, 0
+    return _region_of_kind(kind), kind, 0
 
 
-def sources() -> list[str]:
-    """All strings that reports, phrases and prompts are put together from, placeholders filled."""
-    fixed = [
-        *_STATED,
-        *_DOUBTED,
-        *_ABSENT,
-        *_ENLARGED,
-        *_AMOUNTS,
-        *FILLER,
-        *(line for line, _, _ in NORMAL),
-    ]
-    fixed += [name for names in NAMES.values() for name, _ in names] + [*NAMES]
-    fixed += [word for grades in GRADES.values() for grade in grades for word in grade]
-    fixed += [place for places in PLACES.values() for place in places]
-    fixed += [text for both in PROMPTS.values() for prompts in both for text in prompts]
-    filled = [re.sub(r"\{\w*\}", " ", text) for text in fixed]
-    return [*filled, *SIDES, *ZONES, "a an or without"]
-
-
-def _pick(rng: np.random.Generator, options):
+def _choose(rng: np.random.Generator, options):
     return options[rng.integers(len(options))]
 
 
-def _article(noun: str, countable: bool) -> str:
-    if not countable:
+def _choose_name(rng: np.random.Generator, kind: str) -> tuple[str, bool]:
+    """Returns a name of the kind; half of the time the canonical one."""
+    return NAMES[kind][0] if rng.random() < 0.5 else _choose(rng, NAMES[kind])
+
+
+def _add_article(noun: str, is_countable: bool) -> str:
+    if not is_countable:
         return noun
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _name(rng: np.random.Generator, kind: str) -> tuple[str, bool]:
-    """A name of the kind; the canonical one half of the time."""
-    return NAMES[kind][0] if rng.random() < 0.5 else _pick(rng, NAMES[kind])
-
-
-def _place(finding: Finding, variant: int) -> str:
-    options = PLACES[finding.kind]
+def _format_location(finding: Finding, variant: int) -> str:
+    options = LOCATIONS[finding.kind]
     return options[variant % len(options)].format(side=finding.side, zone=finding.zone)
 
 
-def _state(rng: np.random.Generator, finding: Finding, doubt: bool, vague: bool) -> str:
-    """One sentence that states a finding, or doubts it; a vague one does not say where it is."""
-    name, countable = _name(rng, finding.kind)
-    variant = int(rng.integers(len(PLACES[finding.kind])))
-    place = "" if vague else _place(finding, variant)
-    graded = rng.random() < 0.75
-    if graded and not countable and GRADES[finding.kind] is _SIZES:
-        name, countable = f"{_AMOUNTS[finding.level]} {name}", True
-    elif graded:
-        name = f"{_pick(rng, GRADES[finding.kind][finding.level])} {name}"
-    if finding.kind == "cardiomegaly" and not doubt and rng.random() < 0.3:
-        how = _ENLARGED[finding.level] if rng.random() < 0.75 else _ENLARGED[3]
-        return how.format(heart=_pick(rng, ("heart", "cardiac silhouette")))
+def _state_finding(
+    rng: np.random.Generator, finding: Finding, is_uncertain: bool, is_vague: bool
+) -> str:
+    """Returns a sentence that states a finding, or doubts it; a vague one names no location."""
+    name, is_countable = _choose_name(rng, finding.kind)
+    variant = int(rng.integers(len(LOCATIONS[finding.kind])))
+    place = "" if is_vague else _format_location(finding, variant)
+    is_graded = rng.random() < 0.75
+    if is_graded and not is_countable and GRADES[finding.kind] is _SIZES:
+        name, is_countable = f"{_AMOUNTS[finding.level]} {name}", True
+    elif is_graded:
+        name = f"{_choose(rng, GRADES[finding.kind][finding.level])} {name}"
+    if finding.kind == "cardiomegaly" and not is_uncertain and rng.random() < 0.3:
+        is_heart_graded = rng.random() < 0.75
+        template = _ENLARGED_HEART[finding.level if is_heart_graded else -1]
+        return template.format(heart=_choose(rng, ("heart", "cardiac silhouette")))
     if finding.kind in ("pleural effusion", "pneumothorax") and place and rng.random() < 0.35:
-        words = name.split(" ")  # "a small left pleural effusion"
-        nouns = ("pleural", "effusion", "pneumothorax")
-        at = next(i for i, word in enumerate(words) if word in nouns)
-        name, place = " ".join(words[:at] + [finding.side] + words[at:]), ""
-    templates = _DOUBTED if doubt else _STATED if place else _STATED[:4] + _STATED[5:]
-    sentence = _pick(rng, templates).format(np=_article(name, countable), bare=name, place=place)
+        name, place = _insert_side(name, finding.side), ""
+    templates = _PRESENT_TEMPLATES
+    if is_uncertain:
+        templates = _UNCERTAIN_TEMPLATES
+    elif not place:
+        templates = tuple(text for text in templates if text != _LOCATION_FIRST)
+    sentence = _choose(rng, templates).format(
+        np=_add_article(name, is_countable), bare=name, place=place
+    )
     return " ".join(sentence.split())
 
 
-def _deny(rng: np.random.Generator, kinds: list[str]) -> list[tuple[str, list[Triplet]]]:
-    """Sentences that rule the kinds out, one or two in each."""
-    out, left = [], list(kinds)
-    while left:
-        here = [left.pop()]
-        if left and rng.random() < 0.6:
-            here.append(left.pop())
-        names = [_name(rng, kind)[0] for kind in here]
-        sentence = _pick(rng, _ABSENT).format(names=" or ".join(names))
-        out.append((sentence, [_absence(kind) for kind in here]))
-    return out
+def _insert_side(name: str, side: str) -> str:
+    """Returns a name with the side before its noun: `small left pleural effusion`."""
+    words = name.split(" ")
+    nouns = ("pleural", "effusion", "pneumothorax")
+    position = next(i for i, word in enumerate(words) if word in nouns)
+    return " ".join(words[:position] + [side] + words[position:])
 
 
-def _normal(rng: np.random.Generator, findings: list[Finding]) -> list[tuple[str, list[Triplet]]]:
-    """Up to three statements of `NORMAL` that are true."""
-    options: list[tuple[str, list[Triplet]]] = []
-    for sentence, where, kinds in NORMAL:
-        places = [(side, zone) for side in SIDES for zone in ZONES]
-        if "{zone}" not in sentence:
-            places = [(side, "") for side in SIDES] if "{side}" in sentence else [("", "")]
-        for side, zone in places:
-            if not any(_against(f, kinds, side, zone) for f in findings):
-                claims = [(where.format(side=side, zone=zone), kind, 0) for kind in kinds[:2]]
-                options.append((sentence.format(side=side, zone=zone), claims))
+def _negative_sentences(rng: np.random.Generator, kinds: list[str]) -> list[Sentence]:
+    """Returns sentences that rule the kinds out, one or two in each."""
+    sentences, remaining = [], list(kinds)
+    while remaining:
+        group = [remaining.pop()]
+        if remaining and rng.random() < 0.6:
+            group.append(remaining.pop())
+        names = [_choose_name(rng, kind)[0] for kind in group]
+        sentence = _choose(rng, _ABSENT_TEMPLATES).format(names=" or ".join(names))
+        sentences.append((sentence, [_absence(kind) for kind in group]))
+    return sentences
+
+
+def _normal_sentences(rng: np.random.Generator, findings: list[Finding]) -> list[Sentence]:
+    """Returns up to three statements of `NORMAL` that are true."""
+    options: list[Sentence] = []
+    for template, region, kinds in NORMAL:
+        locations = [(side, zone) for side in SIDES for zone in ZONES]
+        if "{zone}" not in template:
+            locations = [(side, "") for side in SIDES] if "{side}" in template else [("", "")]
+        for side, zone in locations:
+            if not any(_contradicts(finding, kinds, side, zone) for finding in findings):
+                name = region.format(side=side, zone=zone)
+                claims = [(name, kind, 0) for kind in kinds[:2]]
+                options.append((template.format(side=side, zone=zone), claims))
     count = rng.choice(4, p=(0.15, 0.4, 0.3, 0.15))
     return [options[i] for i in rng.permutation(len(options))[:count]]
 
 
-def _against(finding: Finding, kinds: tuple[str, ...], side: str, zone: str) -> bool:
-    """Whether a finding contradicts the absence of these kinds in that side and zone."""
+def _contradicts(finding: Finding, kinds: tuple[str, ...], side: str, zone: str) -> bool:
+    """Returns whether a finding contradicts the absence of these kinds in that side and zone."""
     return (
         finding.kind in kinds
         and (not side or finding.side in ("", side))
@@ -311,5 +347,5 @@ def _against(finding: Finding, kinds: tuple[str, ...], side: str, zone: str) -> 
 
 
 PROMPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    kind: _prompts(kind) for kind in NAMES
+    kind: _build_prompts(kind) for kind in NAMES
 }
