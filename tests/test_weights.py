@@ -88,14 +88,14 @@ def mgca(tmp_path_factory):
 
 
 def test_a_run_starts_from_published_weights(mgca):
-    trained, path = checkpoint
+    trained, path = mgca
     state = init_from(make_config(vision=path, text=path, heads=path), seed=1)
     jax.tree.map(np.testing.assert_array_equal, state.params["encoders"], trained["params"])
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, trained["batch_stats"])
 
 
 def test_loading_one_tower_leaves_the_other_unchanged(mgca):
-    trained, path = checkpoint
+    trained, path = mgca
     plain, loaded = init_from(make_config()), init_from(make_config(text=path))
     for name, expected in (
         ("text_tower", trained["params"]),
@@ -105,7 +105,7 @@ def test_loading_one_tower_leaves_the_other_unchanged(mgca):
 
 
 def test_a_published_checkpoint_is_evaluated_without_training(mgca, tmp_path, monkeypatch):
-    _, path = checkpoint
+    _, path = mgca
     monkeypatch.chdir(tmp_path)
     config = make_config(vision=path, text=path, heads=path)
     config["eval"]["tasks"] = ("retrieval",)
