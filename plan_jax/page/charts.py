@@ -111,7 +111,7 @@ def render_figure(size: tuple[float, float], draw: Callable[[Any], None]) -> tup
     from matplotlib.figure import Figure
 
     # Text stays text, ids do not vary between runs, and a `$` in a name does not start a formula.
-    style: dict[str, Any] = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "plan",
         "text.parse_math": False,

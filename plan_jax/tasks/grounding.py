@@ -340,8 +340,10 @@ def _encode_views(
         views = [_crop(record, options) for record in records]
         # Only the model's input is resized: truths and scores stay in pixels of the crop.
         resized = [
-            Image.fromarray(view.image[..., 0]).resize(
-                (model.size, model.size), Image.Resampling.BILINEAR
+            np.asarray(
+                Image.fromarray(view.image[..., 0]).resize(
+                    (model.size, model.size), Image.Resampling.BILINEAR
+                )
             )
             for view in views
         ]
@@ -350,8 +352,11 @@ def _encode_views(
 
 
 def _crop_window(record: Record, options: Options) -> tuple[slice, slice]:
-    sides = [(length, max(1, round(length * options.crop))) for length in record.image.shape[:2]]
-    return tuple(slice((length - side) // 2, (length + side) // 2) for length, side in sides)
+    def central(length: int) -> slice:
+        side = max(1, round(length * options.crop))
+        return slice((length - side) // 2, (length + side) // 2)
+
+    return central(record.image.shape[0]), central(record.image.shape[1])
 
 
 def _crop(record: Record, options: Options) -> Record:
@@ -510,11 +515,11 @@ def _macro_intervals(
     """
     labels, group = np.unique(names, return_inverse=True)
     _, image = np.unique([target.record_index for target in targets], return_inverse=True)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for key in PRIMARY_KEYS:
         sum_and_count_N2F = np.zeros((image.max() + 1, 2, len(labels)))
-        np.add.at(sum_and_count_N2F, (image, 0, group), scores[key])
-        np.add.at(sum_and_count_N2F, (image, 1, group), 1)
+        np.add.at(sum_and_count_N2F[:, 0], (image, group), scores[key])
+        np.add.at(sum_and_count_N2F[:, 1], (image, group), 1)
         low, high = intervals.bootstrap(sum_and_count_N2F, _macro_mean, samples, seed)
         metrics |= {f"{key}_low": low, f"{key}_high": high}
     return metrics
@@ -550,7 +555,7 @@ def _spread_over_findings(
 ) -> list[int]:
     """Returns `count` indices of `order`, with one of each finding before a second of any."""
     occurrences: dict[str, int] = {}
-    turns = []
+    turns: list[tuple[int, int, int]] = []
     for index in order:
         finding = phrases[index].finding
         occurrences[finding] = occurrences.get(finding, -1) + 1

@@ -9,6 +9,7 @@ records. The last two know the text but not the image.
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -120,7 +121,7 @@ def fit_priors(records: Iterable[Record]) -> Priors:
     phrase key is the mean over the targets with that key. The lungs are the union of all anatomy
     masks with `lung` in their name.
     """
-    sums: dict[tuple[str, int | str], tuple[np.ndarray, int]] = {}
+    sums: dict[tuple[str, Any], tuple[np.ndarray, int]] = {}
 
     def add(kind: str, key: int | str, mask: np.ndarray) -> None:
         total, count = sums.get((kind, key), (np.zeros(mask.shape, np.float32), 0))
@@ -189,7 +190,7 @@ def null_maps(
     return banks
 
 
-def _to_bank(maps: Mapping[Hashable, np.ndarray], names: Sequence[Hashable]) -> MapBank:
+def _to_bank(maps: Mapping[Any, np.ndarray], names: Sequence[Hashable]) -> MapBank:
     """Returns the bank of maps [Y X] in which target n has the map called `names[n]`."""
     rows = {name: row for row, name in enumerate(maps)}
     return MapBank(np.stack(list(maps.values())), np.array([rows[name] for name in names]))

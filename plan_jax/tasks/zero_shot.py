@@ -308,7 +308,7 @@ def _average_embeddings(texts: Features, counts: Sequence[int]) -> Features:
     lengths = np.array([count for count in counts if count])
     starts = np.cumsum(lengths) - lengths
     total = np.add.reduceat(np.asarray(texts.pooled, np.float32), starts)
-    mean = total / np.float32(lengths)[:, None]
+    mean = total / lengths.astype(np.float32)[:, None]
     return jax.tree.map(lambda leaf: leaf[starts], texts).replace(pooled=mean)
 
 
@@ -363,7 +363,8 @@ def _threshold_decisions(
 ) -> dict[str, float]:
     """Returns F1 and accuracy at the threshold with the best F1 on the validation scores."""
     thresholds = _by_finding(classification_metrics.best_threshold, val_scores, val_labels)
-    metrics, rows = {}, []
+    metrics: dict[str, float] = {}
+    rows = []
     for name, score, label, threshold in zip(names, scores.T, labels.T, thresholds, strict=True):
         known = label >= 0
         truth = label[known] == 1
@@ -375,7 +376,7 @@ def _threshold_decisions(
         share = float(truth.mean())
         # Calling every image positive has recall 1 and precision `share`.
         rows.append((f1, accuracy, 2 * share / (1 + share), max(share, 1 - share)))
-    f1, accuracy, all_positive, majority = np.array(rows or [[np.nan] * 4]).mean(0).tolist()
+    f1, accuracy, all_positive, majority = np.array(rows or [(np.nan,) * 4]).mean(0).tolist()
     metrics |= {"f1_macro": f1, "accuracy_macro": accuracy}
     if nulls:
         metrics |= {"all_positive/f1_macro": all_positive, "majority/accuracy_macro": majority}

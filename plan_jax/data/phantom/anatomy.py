@@ -242,6 +242,7 @@ def _lung_borders(
     taper = (1 - (1 - clip(descent / 0.34, 0, 1)) ** 2.2) ** 0.6
     inner = tip - (tip - patient.mediastinum) * taper
     # Centre, width and height of what bulges into the lung from the mediastinum.
+    bulges: tuple[tuple[float, float, float], ...]
     if side == "left":
         aortic_knob = (patient.knob_y, 0.05, 0.05)
         pulmonary_trunk = (patient.knob_y + 0.17, 0.06, 0.03)

@@ -192,8 +192,8 @@ def compose_report(
     for finding in findings:
         # A pacemaker is never subtle: its level is the number of its leads.
         is_subtle = finding.level == 0 and finding.kind != "pacemaker"
-        is_uncertain = is_subtle and rng.random() < difficulty.hedged
-        is_vague = bool(finding.side) and rng.random() < difficulty.vague
+        is_uncertain = bool(is_subtle and rng.random() < difficulty.hedged)
+        is_vague = bool(finding.side and rng.random() < difficulty.vague)
         sentence = _state_finding(rng, finding, is_uncertain, is_vague)
         region = "chest" if is_vague else region_of(finding)
         claims = [(region, finding.kind, -1 if is_uncertain else 1)]
@@ -289,7 +289,7 @@ def _state_finding(
         return template.format(heart=_choose(rng, ("heart", "cardiac silhouette")))
     if finding.kind in ("pleural effusion", "pneumothorax") and place and rng.random() < 0.35:
         name, place = _insert_side(name, finding.side), ""
-    templates = _PRESENT_TEMPLATES
+    templates: tuple[str, ...] = _PRESENT_TEMPLATES
     if is_uncertain:
         templates = _UNCERTAIN_TEMPLATES
     elif not place:
