@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.compare import METHODS, STEPS, VARIANTS  # noqa: E402
+from plan_jax.logger import write_atomically  # noqa: E402
 from plan_jax.page import render_comparison  # noqa: E402
 
 COLUMNS = {
@@ -151,7 +152,7 @@ def main() -> None:
         list(pool.map(work, jobs))
     runs = Path(given.runs)
     rows = rows_of(runs, variants)
-    (runs / "report.html").write_text(page(rows, runs, variants))
+    write_atomically(runs / "report.html", page(rows, runs, variants))
     print(f"{STEPS} steps a run; as a page: {runs / 'report.html'}\n\n{markdown(rows)}", end="")
 
 
