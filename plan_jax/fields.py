@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plan_jax import parallel
-from plan_jax.data.prepare import NAMES as DATASETS
-from plan_jax.data.prompts import SETS as PROMPT_SETS
+from plan_jax.data.dataset import BUILDERS as DATASETS
+from plan_jax.data.prompts import PROMPT_SETS
 from plan_jax.encoders.bert import BERTS, Bert
 from plan_jax.encoders.resnet import RESNETS, ResNet
 from plan_jax.encoders.vit import VITS, ViT

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from plan_jax import checkpoint
-from plan_jax.data.tokenizer import Tokenizer, encode_many, load_tokenizer
+from plan_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenize_batch
 from plan_jax.encoders.bert import BERTS
 from plan_jax.encoders.dual_encoder import DualEncoder
 from plan_jax.encoders.resnet import RESNETS
@@ -39,7 +39,7 @@ def build_components(config: Mapping[str, Any], axis: str | None = None) -> Comp
         vision={**config["vision"], "hold": hold["vision"]},
         text={**config["text"], "hold": hold["text"]},
         heads=dict(config["heads"]),
-        vocab=tokenizer.size,
+        vocab=tokenizer.vocab_size,
         dim=config["dim"],
         hidden=config["hidden"],
         standard=config["standard"],
@@ -114,7 +114,7 @@ def make_model(
         return map_chunks(lambda a: see_some(towers, *a), (images,), batch)
 
     def encode_text(texts: list[str]) -> Features:
-        rows = encode_many(tokenizer, texts, length=data["length"], words=data["words"])
+        rows = tokenize_batch(tokenizer, texts, data["length"], data["words"])
         return map_chunks(lambda text: read_some(towers, text), rows, batch)
 
     def similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:

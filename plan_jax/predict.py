@@ -114,7 +114,7 @@ def heat_map(
 
     from plan_jax.data import transforms
 
-    seen: Any = model.encode_image(transforms.fit(image, model.size)[None])
+    seen: Any = model.encode_image(transforms.fit_image(image, model.size)[None])
     similarity, weight = (
         np.asarray(x[0], np.float32)
         for x in model.heatmap(seen, model.encode_text([text]), rounds=rounds)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from plan_jax import model as assembly
 from plan_jax import optim, parallel
 from plan_jax import weights as load_weights
-from plan_jax.data.tokenizer import encode_many
+from plan_jax.data.tokenizer import tokenize_batch
 from plan_jax.encoders.bert import BERTS
 from plan_jax.encoders.dual_encoder import DualEncoder
 from plan_jax.types import Batch, Memory, MethodContext, Metrics, Params
@@ -111,7 +111,7 @@ def read_tags(
     system: assembly.Components, variables: Any, findings: Sequence[str]
 ) -> Float[Array, "F E"]:
     """Read the names of findings: the mean of each one's words, before the heads."""
-    texts = encode_many(system.tokenizer, findings, 16, 12)
+    texts = tokenize_batch(system.tokenizer, findings, 16, 12)
     dual = system.dual.clone(axis=None)
     read = jax.jit(lambda held, texts: dual.apply(held, texts, method="encode_text"))
     found = read(variables, texts)

@@ -48,17 +48,17 @@ class Stop:
 
 def batches(
     config: Mapping[str, Any], system: assembly.Components, dataset: Dataset
-) -> loader.Batches:
+) -> loader.BatchIterator:
     """Iterate over this process's share of every batch of a dataset, shuffled, for ever."""
     data, hosts = config["data"], jax.process_count()
     return loader.train_batches(
         dataset,
         system.tokenizer,
-        batch=parallel.split_batch(config["batch"], hosts),
+        batch_size=parallel.split_batch(config["batch"], hosts),
         size=data["size"],
-        shift=data["shift"],
-        length=data["length"],
-        words=data["words"],
+        max_shift=data["shift"],
+        max_tokens=data["length"],
+        max_words=data["words"],
         seed=config["seed"],
         workers=data["workers"],
         shard=(jax.process_index(), hosts),

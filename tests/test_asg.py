@@ -232,8 +232,8 @@ def test_a_moved_image_moves_its_regions():
     image[4:8, 8:12] = 200
     box = np.array([[8, 4, 12, 8], [0, 12, 3, 16]], np.float32)
     for down, right in ((0, 0), (4, -4), (-4, 4)):
-        moved = transforms.move(image, down, right)
-        shares = transforms.move_boxes(box, down, right, 16) / 16
+        moved = transforms.shift_image(image, down, right)
+        shares = transforms.shift_boxes(box, down, right, 16) / 16
         pixels = jnp.asarray(moved.reshape(256, 1), jnp.float32)
         region = asg.roi_align(pixels, jnp.asarray(shares), (16, 16), True)
         np.testing.assert_allclose(region[0], 200)

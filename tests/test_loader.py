@@ -1,4 +1,4 @@
-"""Records to disk and back, and batches as a pure function of (seed, step)."""
+"""Training batches as a pure function of (seed, step), and records for evaluation."""
 
 import json
 import time
@@ -8,41 +8,21 @@ import grain
 import jax
 import numpy as np
 import pytest
+from records import ANATOMY_NAMES, FINDINGS, REGION_NAMES, make_record
 
-from plan_jax.data import dataset as datasets
 from plan_jax.data import loader, schema
 from plan_jax.data import tokenizer as tokenization
-from plan_jax.types import Phrase, Record, UserError
+from plan_jax.data.dataset import Dataset
+from plan_jax.types import Record, UserError
 
 VOCABULARY = "[PAD] [UNK] [CLS] [SEP] . no effusion heart is normal lungs are clear a b c d e f"
-SENTENCES = ("No effusion.", "Heart is normal.", "Lungs are clear.")
-REGIONS = ("left lung", "heart", "right lung")
-COUNT, BATCH = 26, 4
-
-
-def record(i, y=20, x=24):
-    image = np.full((y, x, 1), i, np.uint8)
-    mask = np.zeros((y, x), bool)
-    mask[2:5, 3 : 9 + i % 5] = True
-    return Record(
-        image=image,
-        text=" ".join(SENTENCES),
-        patient_id=f"patient {i // 2}",
-        labels=np.asarray([i % 2, -1], np.int8),
-        phrases=(
-            Phrase("no effusion", 0, "effusion|", "effusion", ((1.0, 2.0, 3.5, 4.0),), mask),
-            Phrase("heart", boxes=((0.0, 0.0, 4.0, 4.0), (2.0, 2.0, 8.0, 8.0))),
-        ),
-        anatomy={"lung": mask, "heart": ~mask},
-        triplets=(("left lung", "effusion", 0), ("", "é", 1)),
-        regions=np.asarray([[12, 2, 20, 18], [8, 9, 16, 17], [0, 0, 0, 0]], np.float32),
-    )
+NUM_RECORDS, BATCH_SIZE = 26, 4
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    source = [schema.serialize(record(i)) for i in range(COUNT)]
-    return datasets.Dataset(source, ("effusion", "oedema"), ("lung", "heart"), REGIONS)
+    source = [schema.serialize(make_record(number)) for number in range(NUM_RECORDS)]
+    return Dataset(source, FINDINGS, ANATOMY_NAMES, REGION_NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -53,81 +33,35 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture
-def batches(dataset, tokenizer):
-    made = []
+def make_batches(dataset, tokenizer):
+    iterators = []
 
-    def make(**changed):
-        options = dict(batch=BATCH, size=24, length=16, words=10, seed=3, extra=("labels",))
-        made.append(loader.train_batches(dataset, tokenizer, **options | changed))
-        return made[-1]
+    def make(**changes):
+        options = dict(
+            batch_size=BATCH_SIZE, size=24, max_tokens=16, max_words=10, seed=3, extra=("labels",)
+        )
+        iterators.append(loader.train_batches(dataset, tokenizer, **options | changes))
+        return iterators[-1]
 
     yield make
-    for iterator in made:
+    for iterator in iterators:
         iterator.close()
 
 
-def same(ours, theirs):
-    chex.assert_trees_all_equal(ours, theirs)
-
-
-def studies(batch):
-    """The images of `record` are all of one grey, their number."""
+def study_numbers(batch):
+    """Returns the numbers of a batch's records, which are the grey values of their images."""
     return [int(image[12, 12, 0]) for image in batch.image]
 
 
-def test_a_record_comes_back_as_it_was(dataset):
-    for i in (0, 7, -1):
-        ours, theirs = record(i % COUNT), dataset[i]
-        np.testing.assert_array_equal(ours.image, theirs.image)
-        np.testing.assert_array_equal(ours.labels, theirs.labels)
-        assert theirs.labels.dtype == np.int8
-        assert (ours.text, ours.patient_id, ours.triplets) == (
-            theirs.text,
-            theirs.patient_id,
-            theirs.triplets,
-        )
-        for p, q in zip(ours.phrases, theirs.phrases, strict=True):
-            assert (p.text, p.finding, p.key, p.bare) == (q.text, q.finding, q.key, q.bare)
-            assert p.boxes == q.boxes
-        np.testing.assert_array_equal(ours.phrases[0].mask, theirs.phrases[0].mask)
-        assert theirs.phrases[1].mask is None
-        assert list(theirs.anatomy) == ["lung", "heart"]
-        np.testing.assert_array_equal(ours.anatomy["heart"], theirs.anatomy["heart"])
-        np.testing.assert_array_equal(ours.regions, theirs.regions)
+# Content of a batch -------------------------------------------------------------------------
 
 
-def test_a_record_of_which_nothing_is_known_comes_back():
-    bare = Record(np.zeros((3, 5), np.uint8), "x")
-    found = datasets.Dataset([schema.serialize(bare)], (), ("lung",))[0]
-    assert found.image.shape == (3, 5, 1)
-    assert (found.phrases, found.anatomy, found.triplets) == ((), {}, ())
-    assert (found.labels.shape, found.regions.shape) == ((0,), (0, 4))
-
-
-def test_training_reads_image_text_and_labels_only(dataset):
-    kept = datasets.Dataset(dataset.source, keep=True)
-    for each in (dataset, kept):
-        row, whole = each.image_text(5), dataset[5]
-        np.testing.assert_array_equal(row.image, whole.image)
-        np.testing.assert_array_equal(row.labels, whole.labels)
-        assert row.text == whole.text
-    assert kept.image_text(5) is kept.image_text(5)
-    with pytest.raises(ValueError, match="read-only"):
-        kept.image_text(5).image[0] = 1
-
-
-def test_a_record_beyond_the_end_is_named(dataset):
-    with pytest.raises(IndexError, match=f"record {COUNT} of {COUNT}"):
-        dataset[COUNT]
-    assert len(list(dataset)) == COUNT
-
-
-def test_a_batch_has_the_fields_of_the_step(batches):
-    batch = next(batches())
+def test_a_batch_has_the_fields_of_the_step(make_batches):
+    batch = next(make_batches())
     extra = batch.extra
     arrays = {"image": batch.image, **vars(batch.text), **extra}
-    kinds = {name: (value.shape, value.dtype.name) for name, value in arrays.items()}
-    assert kinds == {
+    shapes = {name: (array.shape, array.dtype.name) for name, array in arrays.items()}
+    assert shapes == {
         "image": ((4, 24, 24, 1), "uint8"),
         "tokens": ((4, 16), "int32"),
         "word_index": ((4, 16), "int32"),
@@ -135,106 +69,130 @@ def test_a_batch_has_the_fields_of_the_step(batches):
         "sentence": ((4, 10), "int32"),
         "labels": ((4, 2), "int8"),
     }
-    assert next(batches(extra=())).extra == {}
-    np.testing.assert_array_equal(extra["labels"][:, 0], np.asarray(studies(batch)) % 2)
+    assert next(make_batches(extra=())).extra == {}
+    np.testing.assert_array_equal(extra["labels"][:, 0], np.asarray(study_numbers(batch)) % 2)
 
 
-def test_regions_follow_the_image_and_their_words_the_sentences(batches, dataset):
-    batch = next(batches(extra=("regions", "region_words"), shift=2))
-    boxes, said = batch.extra["regions"] * 24, batch.extra["region_words"]
-    given = dataset[0].regions[:2] + np.asarray([0, 2, 0, 2])  # a row of 20 x 24, padded to 24 x 24
-    shifts = boxes[:, :2] - given
+def test_regions_follow_the_image_and_their_words_the_sentences(make_batches, dataset):
+    batch = next(make_batches(extra=("regions", "region_words"), max_shift=2))
+    boxes, region_words = batch.extra["regions"] * 24, batch.extra["region_words"]
+    # An image of 20 x 24 pixels is padded by 2 rows to 24 x 24.
+    unshifted = dataset[0].regions[:2] + np.asarray([0, 2, 0, 2])
+    shifts = boxes[:, :2] - unshifted
     np.testing.assert_allclose(shifts, shifts.round(), atol=1e-4)
     assert np.abs(shifts).max() <= 2 and len(np.unique(shifts[:, 0].round(), axis=0)) > 1
     np.testing.assert_allclose(shifts[:, 0], shifts[:, 1], atol=1e-4)
     assert (boxes[:, 2, 2] <= boxes[:, 2, 0]).all(), "an unknown region has become a box"
     vocabulary = VOCABULARY.split()
-    for b in range(BATCH):
-        for word, *marked in zip(batch.text.word_id[b], *said[b], strict=True):
-            about = {"heart": {1}, "is": {1}, "normal": {1}}.get(vocabulary[word], {0, 2})
-            assert set(np.flatnonzero(marked)) == (about if word else set())
+    for b in range(BATCH_SIZE):
+        for word, *marks in zip(batch.text.word_id[b], *region_words[b], strict=True):
+            regions = {"heart": {1}, "is": {1}, "normal": {1}}.get(vocabulary[word], {0, 2})
+            assert set(np.flatnonzero(marks)) == (regions if word else set())
 
 
-def test_an_epoch_is_a_permutation_without_repeats(batches):
-    iterator = batches()
-    whole = COUNT // BATCH
-    epochs = [sum((studies(next(iterator)) for _ in range(whole)), []) for _ in range(6)]
+# Order --------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_a_permutation_without_repeats(make_batches):
+    iterator = make_batches()
+    num_batches = NUM_RECORDS // BATCH_SIZE
+    epochs = [
+        sum((study_numbers(next(iterator)) for _ in range(num_batches)), []) for _ in range(6)
+    ]
     for epoch in epochs:
-        assert len(set(epoch)) == whole * BATCH
+        assert len(set(epoch)) == num_batches * BATCH_SIZE
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert set().union(*epochs) == set(range(COUNT))
+    assert set().union(*epochs) == set(range(NUM_RECORDS))
 
 
-def test_shards_are_disjoint_and_cover_the_epoch_of_one_process(batches):
-    one = batches(batch=13)
-    halves = [batches(batch=1, shard=(k, 13)) for k in range(13)]
+def test_shards_are_disjoint_and_cover_the_epoch_of_one_process(make_batches):
+    single_process = make_batches(batch_size=13)
+    processes = [make_batches(batch_size=1, shard=(index, 13)) for index in range(13)]
     for _ in range(4):
-        whole = next(one)
-        parts = [next(half) for half in halves]
-        assert studies(whole) == [study for part in parts for study in studies(part)]
-        same(whole, jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts))
-    everyone = studies(next(one)) + studies(next(one))
-    assert sorted(everyone) == list(range(COUNT))
+        expected = next(single_process)
+        parts = [next(process) for process in processes]
+        numbers = [number for part in parts for number in study_numbers(part)]
+        assert study_numbers(expected) == numbers
+        joint = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        chex.assert_trees_all_equal(expected, joint)
+    epoch = study_numbers(next(single_process)) + study_numbers(next(single_process))
+    assert sorted(epoch) == list(range(NUM_RECORDS))
 
 
-def test_the_seed_decides(batches):
-    first, again, other = next(batches()), next(batches()), next(batches(seed=4))
-    same(first, again)
-    assert studies(first) != studies(other)
+def test_the_seed_decides(make_batches):
+    first, again = next(make_batches()), next(make_batches())
+    different_seed = next(make_batches(seed=4))
+    chex.assert_trees_all_equal(first, again)
+    assert study_numbers(first) != study_numbers(different_seed)
 
 
-def test_a_study_is_moved_and_its_sentences_shuffled_anew_each_epoch(dataset, tokenizer):
-    one = datasets.Dataset(dataset.source[:1])
+def test_shifts_and_sentence_orders_differ_between_epochs(dataset, tokenizer):
+    single_study = Dataset(dataset.source[:1])
     iterator = loader.train_batches(
-        one, tokenizer, batch=1, size=24, length=16, words=10, seed=0, shift=2
+        single_study,
+        tokenizer,
+        batch_size=1,
+        size=24,
+        max_tokens=16,
+        max_words=10,
+        seed=0,
+        max_shift=2,
     )
-    seen = [next(iterator) for _ in range(20)]
-    assert len({batch.text.tokens.tobytes() for batch in seen}) > 3
+    batches = [next(iterator) for _ in range(20)]
+    assert len({batch.text.tokens.tobytes() for batch in batches}) > 3
     iterator.close()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(batches, workers):
-    alone, apart = batches(), batches(workers=workers)
+def test_workers_change_nothing(make_batches, workers):
+    without_workers, with_workers = make_batches(), make_batches(workers=workers)
     for _ in range(workers):
-        next(alone)
-    apart.set_state(json.loads(json.dumps(alone.get_state())))
+        next(without_workers)
+    with_workers.set_state(json.loads(json.dumps(without_workers.get_state())))
     for _ in range(8):  # into the second epoch
-        same(next(alone), next(apart))
-    assert apart.get_state() == alone.get_state()
+        chex.assert_trees_all_equal(next(without_workers), next(with_workers))
+    assert with_workers.get_state() == without_workers.get_state()
 
 
-def test_the_state_continues_in_the_middle_of_an_epoch(batches):
-    iterator = batches()
+# State --------------------------------------------------------------------------------------
+
+
+def test_the_state_continues_in_the_middle_of_an_epoch(make_batches):
+    iterator = make_batches()
     for _ in range(8):
         next(iterator)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = [next(iterator) for _ in range(5)]
-    for fresh in (batches(), iterator):
-        fresh.set_state(state)
-        fresh.start_prefetch()
+    for resumed in (make_batches(), iterator):
+        resumed.set_state(state)
+        resumed.start_prefetch()
         for batch in expected:
-            same(batch, next(fresh))
-    assert fresh.get_state()["step"] == 13
+            chex.assert_trees_all_equal(batch, next(resumed))
+    assert resumed.get_state()["step"] == 13
 
 
-def test_the_state_holds_for_another_number_of_processes(batches):
-    whole = batches(batch=8)
-    next(whole)
-    half = batches(batch=4, shard=(1, 2))
-    half.set_state(whole.get_state())
-    assert studies(next(half)) == studies(next(whole))[1::2]
+def test_the_state_is_valid_for_another_number_of_processes(make_batches):
+    single_process = make_batches(batch_size=8)
+    next(single_process)
+    second_of_two = make_batches(batch_size=4, shard=(1, 2))
+    second_of_two.set_state(single_process.get_state())
+    assert study_numbers(next(second_of_two)) == study_numbers(next(single_process))[1::2]
 
 
-@pytest.mark.parametrize("changed", [{"seed": 4}, {"batch": 5}])
-def test_a_state_of_other_data_is_refused(batches, changed):
-    (name,) = changed
-    with pytest.raises(UserError, match=f"trained with {name}"):
-        batches(**changed).set_state(batches().get_state())
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 4}, "trained with seed 3, now it is 4; .*new workdir"),
+        ({"batch_size": 5}, "trained with batch 4, now it is 5; .*new workdir"),
+    ],
+)
+def test_a_state_of_another_order_is_refused(make_batches, changes, message):
+    with pytest.raises(UserError, match=message):
+        make_batches(**changes).set_state(make_batches().get_state())
 
 
-def test_it_is_an_iterator_of_grain(batches):
-    iterator = batches()
+def test_it_is_an_iterator_of_grain(make_batches):
+    iterator = make_batches()
     assert isinstance(iterator, grain.DatasetIterator)
     next(iterator)
     iterator.close()
@@ -242,49 +200,77 @@ def test_it_is_an_iterator_of_grain(batches):
         next(iterator)
 
 
+# Mistakes -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changes", "message"),
     [
-        ({"batch": 27}, "batch 27 does not fit a dataset of 26 pairs"),
-        ({"batch": 14, "shard": (0, 2)}, "batch 28 does not fit"),
-        ({"batch": 0}, "batch 0 does not fit"),
-        ({"extra": ("boxes",)}, "extra 'boxes' is unknown; the data can add labels, regions"),
-        ({"length": 2}, "length 2"),
-        ({"seed": -1}, "seed -1"),
+        ({"batch_size": 27}, "batch 27 does not fit a dataset of 26 pairs; use 1 to 26"),
+        ({"batch_size": 14, "shard": (0, 2)}, "batch 28 does not fit .*; use 1 to 26 over all"),
+        ({"batch_size": 0}, "batch 0 does not fit .*; use 1 to 26"),
+        ({"extra": ("boxes",)}, "field 'boxes' is unknown; use labels, regions, region_words"),
+        ({"max_tokens": 2}, "data.max_tokens must be >= 3, .* got 2, 10 and 3"),
+        ({"max_words": 0}, "data.max_words >= 1 .* got 16, 0 and 3"),
+        ({"seed": -1}, "seed >= 0; got 16, 10 and -1"),
     ],
 )
-def test_mistakes_are_named(batches, changed, message):
+def test_mistakes_are_named(make_batches, changes, message):
     with pytest.raises(UserError, match=message):
-        batches(**changed)
+        make_batches(**changes)
 
 
-def test_a_text_without_words_names_its_study(dataset, tokenizer):
-    odd = datasets.Dataset([schema.serialize(Record(np.zeros((8, 8), np.uint8), "..."))])
-    iterator = loader.train_batches(odd, tokenizer, batch=1, size=8, length=8, words=4, seed=0)
-    with pytest.raises(UserError, match="text 0 has no word"):
+def test_a_missing_annotation_names_its_column(dataset, tokenizer):
+    bare = Dataset(dataset.source, name="pairs")
+    for name, column in (("labels", "labels"), ("region_words", "regions")):
+        message = f"batches need {name}, which dataset 'pairs' does not .*columns=.*'{column}'"
+        with pytest.raises(UserError, match=message):
+            loader.train_batches(
+                bare,
+                tokenizer,
+                batch_size=1,
+                size=24,
+                max_tokens=16,
+                max_words=10,
+                seed=0,
+                extra=(name,),
+            )
+
+
+def test_a_text_without_words_names_its_study(tokenizer):
+    wordless = Dataset([schema.serialize(Record(np.zeros((8, 8), np.uint8), "..."))])
+    iterator = loader.train_batches(
+        wordless, tokenizer, batch_size=1, size=8, max_tokens=8, max_words=4, seed=0
+    )
+    with pytest.raises(UserError, match="text 0 has no word; drop that row"):
         next(iterator)
+
+
+# Records and speed --------------------------------------------------------------------------
 
 
 def test_records_are_read_for_evaluation(dataset):
-    found = loader.records(dataset, 3, size=32)
-    assert [r.image.shape for r in found] == [(32, 32, 1)] * 3
-    assert found[0].phrases[0].mask.shape == (32, 32)
-    assert len(loader.records(dataset)) == COUNT
-    with pytest.raises(UserError, match="0 records"):
-        loader.records(dataset, 0)
+    records = loader.read_records(dataset, 3, size=32)
+    assert [record.image.shape for record in records] == [(32, 32, 1)] * 3
+    assert records[0].phrases[0].mask.shape == (32, 32)
+    assert len(loader.read_records(dataset)) == NUM_RECORDS
+    with pytest.raises(UserError, match="0 records are too few .*; raise the limit"):
+        loader.read_records(dataset, 0)
 
 
-def test_the_step_hardly_waits(dataset, tokenizer):
-    """A kept batch of 32 at 96 px costs the consumer's thread far less than 5 ms of CPU."""
-    source = [schema.serialize(record(i, 96, 96)) for i in range(64)]
-    kept = datasets.Dataset(source, keep=True)
-    iterator = loader.train_batches(kept, tokenizer, batch=32, size=96, length=64, words=48, seed=0)
+def test_the_step_hardly_waits(tokenizer):
+    """A cached batch of 32 at 96 px costs the consumer's thread far less than 5 ms of CPU."""
+    source = [schema.serialize(make_record(number, 96, 96)) for number in range(64)]
+    cached = Dataset(source, cache=True)
+    iterator = loader.train_batches(
+        cached, tokenizer, batch_size=32, size=96, max_tokens=64, max_words=48, seed=0
+    )
     for _ in range(4):
         next(iterator)
-    spent = []
+    seconds = []
     for _ in range(10):
         start = time.thread_time()
         next(iterator)
-        spent.append(time.thread_time() - start)
+        seconds.append(time.thread_time() - start)
     iterator.close()
-    assert min(spent) < 5e-3
+    assert min(seconds) < 5e-3

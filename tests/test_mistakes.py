@@ -124,7 +124,10 @@ EVAL = {
 GROUND = {
     "nothing given": ("", "required: --checkpoint, --image, --text; --help shows how"),
     "no image": ("--image none.png --text effusion", "--image none.png cannot be read .No such"),
-    "no picture": ("--image text.png --text effusion", "--image text.png is no image; give a PNG"),
+    "no picture": (
+        "--image text.png --text effusion",
+        "--image text.png is not an image; give a PNG",
+    ),
     "no word": ("--image ok.png --text ...", "--text '...' has no word; write a phrase"),
     "kind": ("--image ok.png --text effusion --out heat.pgn", "heat.pgn is no picture's name"),
     "no folder": ("--image ok.png --text effusion --out no/h.png", "a folder that is not there"),

@@ -238,8 +238,8 @@ def test_builder_stores_what_is_drawn(tmp_path):
 
 def test_other_processes_draw_the_same():
     job, indices = (9, 48, Difficulty()), phantom.split_range("val", 40)
-    apart = list(builder._draw_apart(job, indices, processes=2))
-    here = list(builder._draw(job, indices))
+    apart = list(builder._draw_in_parallel(job, indices, num_processes=2))
+    here = list(builder._draw_examples(job, indices))
     assert len(apart) == len(here) == 40
     for a, b in zip(apart, here, strict=True):
         assert a["image"].getvalue() == b["image"].getvalue() and a["text"] == b["text"]

@@ -1,12 +1,11 @@
-"""The shipped vocabulary: made from the grammar, knows every phantom report, spells any word."""
+"""The vocabulary file: generated from the grammar, knows every phantom report, spells any word."""
 
 from importlib import resources
 
 import pytest
 from tokenizers import BertWordPieceTokenizer
 
-from plan_jax.data import phantom
-from plan_jax.data import vocabulary as phantom_vocabulary
+from plan_jax.data import phantom, vocabulary
 from plan_jax.data.phantom import report_text
 
 PATH = resources.files("plan_jax.data") / "vocabulary.txt"
@@ -17,14 +16,14 @@ def tokenizer() -> BertWordPieceTokenizer:
     return BertWordPieceTokenizer(str(PATH), lowercase=True)
 
 
-def test_shipped_file_is_what_the_grammar_gives(tmp_path):
-    count = phantom_vocabulary.write(tmp_path / "vocabulary.txt")
+def test_the_file_is_generated_from_the_grammar(tmp_path):
+    count = vocabulary.write_vocabulary(tmp_path / "vocabulary.txt")
     assert (tmp_path / "vocabulary.txt").read_bytes() == PATH.read_bytes()
     assert count == len(set(PATH.read_text().splitlines()))
 
 
-def test_special_pieces_come_first():
-    pieces = phantom_vocabulary.vocabulary()
+def test_special_tokens_come_first():
+    pieces = vocabulary.build_vocabulary()
     assert tuple(pieces[:5]) == ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -36,7 +35,7 @@ def test_reports_and_prompts_are_whole_words(tokenizer):
         for _, findings, _, _ in reports
         for finding in findings
     ]
-    texts += [t for both in phantom.PROMPTS.values() for side in both for t in side]
+    texts += [text for sides in phantom.PROMPTS.values() for side in sides for text in side]
     for text in texts:
         pieces = tokenizer.encode(text, add_special_tokens=False).tokens
         assert "[UNK]" not in pieces, text

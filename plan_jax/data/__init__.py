@@ -1,1 +1,1 @@
-"""Data: procedural phantoms, a user's own pairs, and the way from disk to device."""
+"""Data: procedural phantoms, a user's own pairs, and the pipeline from disk to device."""

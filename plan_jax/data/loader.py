@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import grain
 import numpy as np
@@ -12,150 +11,191 @@ from jaxtyping import Bool, Int
 from plan_jax.data import report_parser, transforms
 from plan_jax.data import tokenizer as tokenization
 from plan_jax.data.dataset import Dataset
-from plan_jax.types import Batch, Record, TextBatch, UserError
+from plan_jax.types import Batch, Record, UserError
 
-AHEAD = 4  # batches made ahead of the step
-_TEXT = ("tokens", "word_index", "word_id", "sentence")
-_ALWAYS = ("image", *_TEXT)
-_COLUMN = {"labels": "labels", "regions": "regions", "region_words": "regions"}  # of a manifest
+PREFETCHED_BATCHES = 4  # read ahead of the step, by each worker
+# What a batch can have in `extra` -> the column of a manifest that it needs.
+EXTRA_COLUMNS = {"labels": "labels", "regions": "regions", "region_words": "regions"}
 
 
 def train_batches(
     dataset: Dataset,
     tokenizer: tokenization.Tokenizer,
     *,
-    batch: int,
+    batch_size: int,
     size: int,
-    length: int,
-    words: int,
+    max_tokens: int,
+    max_words: int,
     seed: int,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     extra: Sequence[str] = (),
-    shift: int | None = None,
-) -> "Batches":
-    """Iterate for ever over this process's share of shuffled batches.
+    max_shift: int | None = None,
+) -> "BatchIterator":
+    """Returns an endless iterator over this process's part of shuffled batches.
 
     Each item is a `Batch` of numpy arrays: image UInt8[B size size 1], tokens and word_index
-    Int32[B L], word_id and sentence Int32[B W], and, in `extra`, those of labels Int8[B F], regions
-    Float32[B R 4] and region_words Bool[B R W] that are asked for (see `Batch`). Images are moved
-    by up to `shift` pixels (by default a sixteenth of `size`) and sentences are shuffled.
+    Int32[B L], word_id and sentence Int32[B W], and in `extra` the requested fields: labels
+    Int8[B F], regions Float32[B R 4], region_words Bool[B R W]. Images are shifted, and sentences
+    are shuffled.
 
-    An epoch is a permutation of its own; what is left of it after whole batches over all processes
-    is left out, so that no study comes twice in a batch. Item k of a global batch is that of
-    process k modulo the number of processes: the global batch does not depend on their number, nor
-    anything on `workers` (processes that read; 0: one thread does).
+    An epoch is a permutation of its own. The last incomplete global batch of an epoch is dropped,
+    so a study never appears twice in one batch. Item k of a global batch belongs to process k
+    modulo the number of processes. So the global batch depends neither on their number nor on
+    `workers`.
 
     Args:
-      batch: pairs a process.
-      shard: index and number of processes.
+      dataset: the split to train on.
+      tokenizer: the tokenizer of the text tower.
+      batch_size: pairs per process.
+      size: side of the square that images are fitted to, in pixels.
+      max_tokens: L, token positions per text.
+      max_words: W, word slots per text.
+      seed: seed of the order, the shifts and the sentences.
+      workers: processes that read batches (0: one thread of this process).
+      shard: index of this process, and number of processes.
+      extra: names of the additional fields, see `Batch`.
+      max_shift: largest shift of an image, in pixels (None: size / 16).
 
     Raises:
-      UserError: if the batch over all processes is larger than the dataset, or it lacks something
-        of `extra`.
+      UserError: if the global batch is larger than the dataset, if the dataset lacks a field of
+        `extra`, or if a number is out of range.
     """
-    total = batch * shard[1]
-    _check(dataset, total, length, words, seed, extra)
-    steps = _Steps(
-        dataset=dataset,
-        tokenizer=tokenizer,
-        positions=np.arange(batch) * shard[1] + shard[0],
-        total=total,
-        size=size,
-        length=length,
-        words=words,
-        seed=seed,
-        extra=tuple(extra),
-        shift=size // 16 if shift is None else shift,
-    )
-    order = {"seed": seed, "batch": total, "examples": len(dataset)}
-    return Batches(grain.MapDataset.source(steps), workers, order)
-
-
-def _check(dataset, total: int, length: int, words: int, seed: int, extra: Sequence[str]) -> None:
-    for name in extra:
-        if name not in _COLUMN:
-            known = ", ".join(_COLUMN)
-            raise UserError(f"extra {name!r} is unknown; the data can add {known}")
-        column = _COLUMN[name]
-        if not (dataset.findings if column == "labels" else dataset.region_names):
-            raise UserError(
-                f"batches need {name}, which dataset {dataset.name or 'given'} does not have; name "
-                f"the column that holds them: --config.data.builder.columns=\"{{'{column}': ..}}\""
-            )
-    if not 0 < total <= len(dataset):
+    shard_index, num_shards = shard
+    global_batch = batch_size * num_shards
+    _check_extra(dataset, extra)
+    if not 0 < global_batch <= len(dataset):
         raise UserError(
-            f"batch {total} does not fit a dataset of {len(dataset)} pairs; "
+            f"batch {global_batch} does not fit a dataset of {len(dataset)} pairs; "
             f"use 1 to {len(dataset)} over all processes"
         )
-    if length < 3 or words < 1 or seed < 0:
+    if max_tokens < 3 or max_words < 1 or seed < 0:
         raise UserError(
-            f"length {length}, words {words}, seed {seed} cannot be; use at least 3, 1 and 0"
+            "data.max_tokens must be >= 3, data.max_words >= 1 and seed >= 0; "
+            f"got {max_tokens}, {max_words} and {seed}"
         )
+    source = _BatchSource(
+        dataset=dataset,
+        tokenizer=tokenizer,
+        offsets=np.arange(batch_size) * num_shards + shard_index,
+        global_batch=global_batch,
+        size=size,
+        max_tokens=max_tokens,
+        max_words=max_words,
+        seed=seed,
+        extra=tuple(extra),
+        max_shift=size // 16 if max_shift is None else max_shift,
+    )
+    order = {"seed": seed, "batch": global_batch, "examples": len(dataset)}
+    return BatchIterator(grain.MapDataset.source(source), workers, order)
+
+
+def _check_extra(dataset: Dataset, extra: Sequence[str]) -> None:
+    """Raises UserError if a batch cannot have these additional fields."""
+    for name in extra:
+        if name not in EXTRA_COLUMNS:
+            raise UserError(f"batch field {name!r} is unknown; use {', '.join(EXTRA_COLUMNS)}")
+        column = EXTRA_COLUMNS[name]
+        if not (dataset.findings if column == "labels" else dataset.region_names):
+            raise UserError(
+                f"batches need {name}, which dataset {dataset.name!r} does not have; name its "
+                f"column with --config.data.builder.columns=\"{{'{column}': '...'}}\""
+            )
 
 
 @dataclass
-class _Steps:
-    """Batch k of this process as item k of an endless source: a pure function of (seed, k)."""
+class _BatchSource:
+    """Batch k of this process as item k of an endless source: a pure function of (seed, k).
+
+    `offsets` are the positions of this process's items within a global batch.
+    """
 
     dataset: Dataset
     tokenizer: tokenization.Tokenizer
-    positions: Int[np.ndarray, " B"]
-    total: int
+    offsets: Int[np.ndarray, " B"]
+    global_batch: int
     size: int
-    length: int
-    words: int
+    max_tokens: int
+    max_words: int
     seed: int
     extra: tuple[str, ...]
-    shift: int
+    max_shift: int
 
     def __len__(self) -> int:
-        return 2**60
+        return 2**60  # grain needs a length; no run reaches this one
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        items = [self._item(int(step) * self.total + int(at)) for at in self.positions]
-        whole = {name: np.stack([item[name] for item in items]) for name in items[0]}
-        return whole | {"extra": {name: whole.pop(name) for name in self.extra}}
-
-    def _item(self, position: int) -> dict[str, np.ndarray]:
-        count = len(self.dataset)
-        epoch, place = divmod(position, count // self.total * self.total)
-        study = int(_permutation(count, self.seed, epoch)[place])
-        rng = np.random.default_rng((self.seed, position))
-        row = self.dataset.image_text(study)
-        limits = {"length": self.length, "words": self.words}
-        flags = self._speaks_of if "region_words" in self.extra else None
-        item = tokenization.encode(
-            self.tokenizer, row.text, **limits, rng=rng, row=str(study), flags=flags
+    def __getitem__(self, step: int) -> Batch:
+        # As a Python int: an int64 of numpy overflows silently.
+        first = int(step) * self.global_batch
+        items = [self._load_item(first + int(offset)) for offset in self.offsets]
+        images, texts, extras = zip(*items, strict=True)
+        return Batch(
+            image=np.stack(images),
+            text=tokenization.stack_texts(texts),
+            extra={name: np.stack([extra[name] for extra in extras]) for name in self.extra},
         )
-        item["region_words"] = item.pop("flagged", None)
-        fitted = transforms.fit(row.image, self.size)
-        down, right = transforms.draw(rng, self.shift)
-        item["image"] = transforms.move(fitted, down, right)
-        item["labels"] = row.labels
+
+    def _load_item(
+        self, position: int
+    ) -> tuple[np.ndarray, tokenization.TokenizedText, dict[str, np.ndarray]]:
+        """Returns image [Y X 1], text and extra fields at a position of the endless sequence."""
+        count = len(self.dataset)
+        epoch_length = count // self.global_batch * self.global_batch
+        epoch, index = divmod(position, epoch_length)
+        study = int(_permutation(count, self.seed, epoch)[index])
+        pair = self.dataset.read_pair(study)
+        # The position seeds all that is random about an item, so that any step can be the first.
+        rng = np.random.default_rng((self.seed, position))
+        text = tokenization.tokenize(
+            self.tokenizer,
+            pair.text,
+            max_tokens=self.max_tokens,
+            max_words=self.max_words,
+            rng=rng,
+            name=str(study),
+        )
+        down, right = transforms.draw_shift(rng, self.max_shift)
+        image = transforms.shift_image(transforms.fit_image(pair.image, self.size), down, right)
+        extra = {}
+        if "labels" in self.extra:
+            extra["labels"] = pair.labels
         if "regions" in self.extra:
-            boxes = transforms.fit_boxes(row.regions, row.image.shape[:2], self.size)
-            item["regions"] = transforms.move_boxes(boxes, down, right, self.size) / self.size
-        return {name: item[name] for name in (*_ALWAYS, *self.extra)}
+            boxes = transforms.fit_boxes(pair.regions, pair.image.shape[:2], self.size)
+            extra["regions"] = transforms.shift_boxes(boxes, down, right, self.size) / self.size
+        if "region_words" in self.extra:
+            extra["region_words"] = self._mark_region_words(text)
+        return image, text, extra
 
-    def _speaks_of(self, sentence: str) -> Bool[np.ndarray, " R"]:
-        named = report_parser.regions(sentence)
-        return np.asarray([name in named for name in self.dataset.region_names], bool)
+    def _mark_region_words(self, text: tokenization.TokenizedText) -> Bool[np.ndarray, "R W"]:
+        """Returns which words are in a sentence about which region."""
+        topics = [report_parser.regions(sentence) for sentence in text.sentence_texts]
+        is_about_RS = np.asarray(
+            [[region in topic for topic in topics] for region in self.dataset.region_names], bool
+        )
+        # Padding has sentence -1, which indexes the last sentence: mask it afterwards.
+        return is_about_RS[:, text.sentence] & (text.sentence >= 0)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # batches read ahead can be of more than one epoch
 def _permutation(count: int, seed: int, epoch: int) -> Int[np.ndarray, " {count}"]:
     return np.random.default_rng((seed, epoch, count)).permutation(count)
 
 
-class Batches(grain.DatasetIterator):
-    """An endless iterator whose whole state is the number of batches taken.
+class BatchIterator(grain.DatasetIterator):
+    """An endless iterator whose whole state is the number of batches returned.
 
-    The state is a dict of a few integers, fit for JSON; it does not depend on the number of
-    readers or of processes.
+    The state is a dict of a few ints, fit for JSON. It does not depend on the number of workers or
+    of processes.
     """
 
     def __init__(self, batches: grain.MapDataset, workers: int, order: dict[str, int]):
+        """Initialises an iterator at step 0.
+
+        Args:
+          batches: batch k as item k.
+          workers: processes that read batches (0: one thread of this process).
+          order: the numbers that the order of the studies depends on.
+        """
         super().__init__()
         self._batches, self._workers, self._order = batches, workers, order
         self._step = 0
@@ -164,67 +204,76 @@ class Batches(grain.DatasetIterator):
     def __next__(self) -> Batch:
         self._assert_not_closed()
         if self._reader is None:
-            self._reader = self._read_from(self._step)
-        item = next(self._reader)
+            self._reader = self._open_reader(self._step)
+        batch = next(self._reader)
         self._step += 1
-        text = TextBatch(*(item[name] for name in _TEXT))
-        return Batch(item["image"], text, item["extra"])
+        return batch
 
     def get_state(self) -> dict[str, int]:
-        """Return the number of batches taken and what their order depends on."""
+        """Returns the number of batches returned, and the numbers that their order depends on."""
         return {"step": self._step} | self._order
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continue after `state["step"]` batches.
+        """Continues after `state["step"]` batches.
 
         Raises:
-          UserError: if the state is of another seed, batch over all processes, or dataset.
+          UserError: if the state is of another seed, global batch or size of the dataset.
         """
-        for name, ours in self._order.items():
-            if state.get(name) != ours:
+        for name, value in self._order.items():
+            if state.get(name) != value:
                 raise UserError(
-                    f"the checkpoint was trained with {name} {state.get(name)}, now it is {ours}; "
-                    "keep it or start in a new workdir"
+                    f"the checkpoint was trained with {name} {state.get(name)}, now it is {value}; "
+                    "restore that value or start in a new workdir"
                 )
-        self._stop()
+        self._close_reader()
         self._step = int(state["step"])
 
     def start_prefetch(self) -> None:
-        """Begin to read ahead."""
+        """Starts to read ahead, before the first batch is requested."""
         if self._reader is None:
-            self._reader = self._read_from(self._step)
+            self._reader = self._open_reader(self._step)
         self._reader.start_prefetch()
 
     def close(self) -> None:
-        """Stop reading ahead; the iterator gives nothing any more."""
-        self._stop()
+        """Stops reading ahead; a closed iterator returns no more batches."""
+        self._close_reader()
         super().close()
 
-    def _read_from(self, step: int) -> grain.DatasetIterator:
-        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
-        left = self._batches[step:].to_iter_dataset(reading)
+    def _open_reader(self, step: int) -> grain.DatasetIterator:
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
+        # The order is settled by `_BatchSource`; grain only runs it in the background.
+        reader = self._batches[step:].to_iter_dataset(options)
         if self._workers:
-            left = left.mp_prefetch(
+            reader = reader.mp_prefetch(
                 grain.MultiprocessingOptions(
-                    num_workers=self._workers, per_worker_buffer_size=AHEAD
+                    num_workers=self._workers, per_worker_buffer_size=PREFETCHED_BATCHES
                 )
             )
-        return iter(left)
+        return iter(reader)
 
-    def _stop(self) -> None:
+    def _close_reader(self) -> None:
         if self._reader is not None:
             self._reader.close()
         self._reader = None
 
 
-def records(dataset: Dataset, limit: int | None = None, size: int | None = None) -> list[Record]:
-    """Read the first `limit` studies (None: all), fitted to a square of `size` pixels if given.
+def read_records(
+    dataset: Dataset, limit: int | None = None, size: int | None = None
+) -> list[Record]:
+    """Reads the first `limit` studies, fitted to a square of `size` pixels.
+
+    Args:
+      dataset: the split to read.
+      limit: number of studies (None: all).
+      size: side of the square (None: images keep their size).
 
     Raises:
       UserError: if there are none.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     if count < 1:
-        raise UserError(f"{count} records are too few to evaluate; raise the limit")
-    found = [dataset[i] for i in range(count)]
-    return found if size is None else [transforms.fit_record(record, size) for record in found]
+        raise UserError(f"{count} records are too few to evaluate; raise the limit to at least 1")
+    records = [dataset[index] for index in range(count)]
+    if size is None:
+        return records
+    return [transforms.fit_record(record, size) for record in records]

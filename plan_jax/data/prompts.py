@@ -1,26 +1,25 @@
-"""Prompt sets for zero-shot classification: what is said of an image that has a finding, or not.
+"""Prompt sets for zero-shot classification: texts of images with a finding and without it.
 
-Structures are published, wordings are ours: a number obtained with these words is not one obtained
-with the original ones.
+Structures are published, wordings are ours: a figure obtained with these words is not comparable
+with one obtained with the original words.
 
 `gloria` (Huang et al., ICCV 2021): each class has severities, subtypes and locations; a prompt is
-one of each, in this order. The word lists are ours, common radiological sense; so are the negative
-prompts, of which the paper has none and scoring `max` reads none.
+one of each, in this order. The word lists are ours and are common radiological vocabulary. So are
+the negative prompts: the paper has none, and scoring `max` reads none.
 `chexzero` (Tiu et al., Nature BME 2022): "{}" against "no {}" for the 14 labels of CheXpert.
-`biovil` (Boecking et al., arXiv 2204.09817): pneumonia in several phrasings of either side.
-`covid`: normal, pneumonia, COVID-19; ours, no repository publishes its prompts for these.
+`biovil` (Boecking et al., arXiv 2204.09817): several phrasings of pneumonia and of its absence.
+`covid`: normal, pneumonia, COVID-19; ours, because no repository publishes its prompts for these.
 
 Deviation: an empty severity or location leaves no space behind (GLoRIA's code leaves it).
+Deviation: all prompts of a class are used (GLoRIA's code draws 5 of them).
 Deviation: the opposite of "no finding" is "abnormal finding" (CheXzero's template makes "no no
 finding" of it).
 """
 
 import itertools
-import random
 from collections.abc import Callable, Sequence
 
-from plan_jax.types import UserError
-
+# Class -> positive prompts, negative prompts.
 Prompts = dict[str, tuple[list[str], list[str]]]
 
 CHEXPERT = (
@@ -39,9 +38,9 @@ CHEXPERT = (
     "fracture",
     "support devices",
 )
-_DEGREE = ("", "mild", "moderate", "severe")
-_SIDE = ("", "on the right", "on the left", "on both sides")
-_ZONE = (
+_SEVERITIES = ("", "mild", "moderate", "severe")
+_SIDES = ("", "on the right", "on the left", "on both sides")
+_ZONES = (
     "",
     "in the right lung",
     "in the left lung",
@@ -65,10 +64,10 @@ TAXONOMY: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
             "compressive atelectasis",
             "partial collapse",
         ),
-        _ZONE,
+        _ZONES,
     ),
     "cardiomegaly": (
-        _DEGREE,
+        _SEVERITIES,
         ("cardiomegaly", "enlargement of the heart", "cardiac enlargement"),
         ("", "with prominence of the left ventricle", "with a widened mediastinum"),
     ),
@@ -80,10 +79,10 @@ TAXONOMY: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
             "lobar consolidation",
             "consolidation with air bronchograms",
         ),
-        _ZONE,
+        _ZONES,
     ),
     "edema": (
-        _DEGREE,
+        _SEVERITIES,
         (
             "pulmonary edema",
             "interstitial edema",
@@ -100,7 +99,7 @@ TAXONOMY: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
             "loculated pleural effusion",
             "pleural fluid with a blunted angle",
         ),
-        _SIDE,
+        _SIDES,
     ),
     "pneumonia": (
         ("", "early", "mild", "extensive"),
@@ -111,11 +110,11 @@ TAXONOMY: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
             "bronchopneumonia",
             "infectious infiltrate",
         ),
-        _ZONE,
+        _ZONES,
     ),
 }
-_NEGATIVE = ("no {}", "no sign of {}", "free of {}")
-BIOVIL: Prompts = {
+_NEGATIVE_TEMPLATES = ("no {}", "no sign of {}", "free of {}")
+_BIOVIL: Prompts = {
     "pneumonia": (
         [
             "There is pneumonia.",
@@ -131,7 +130,7 @@ BIOVIL: Prompts = {
         ],
     )
 }
-COVID: Prompts = {
+_COVID: Prompts = {
     "normal": (
         ["normal chest radiograph", "clear lungs", "no acute disease of the lungs"],
         ["abnormal chest radiograph", "opacities in the lungs", "acute disease of the lungs"],
@@ -155,69 +154,50 @@ COVID: Prompts = {
 }
 
 
-def combine(slots: Sequence[Sequence[str]]) -> list[str]:
-    """Say one word of each slot, in order, in every combination; the first slot changes slowest.
+def combine_words(slots: Sequence[Sequence[str]]) -> list[str]:
+    """Returns all combinations of one word of each slot, in order; the first slot changes slowest.
 
-    >>> combine([["", "mild"], ["edema"], ["", "on the left"]])
+    >>> combine_words([["", "mild"], ["edema"], ["", "on the left"]])
     ['edema', 'edema on the left', 'mild edema', 'mild edema on the left']
     """
+    # `filter` drops empty words, so that they leave no space.
     return [" ".join(filter(None, words)) for words in itertools.product(*slots)]
 
 
-def gloria() -> Prompts:
-    """Say every combination of severity, subtype and location of six classes."""
+def build_gloria() -> Prompts:
+    """Returns all combinations of severity, subtype and location of six classes."""
     return {
-        name: (combine(slots), [form.format(name) for form in _NEGATIVE])
+        name: (combine_words(slots), [template.format(name) for template in _NEGATIVE_TEMPLATES])
         for name, slots in TAXONOMY.items()
     }
 
 
-def chexzero() -> Prompts:
-    """Say each of the 14 labels of CheXpert, and that there is none."""
-    pairs = {name: ([name], [f"no {name}"]) for name in CHEXPERT}
-    return pairs | {"no finding": (["no finding"], ["abnormal finding"])}
+def build_chexzero() -> Prompts:
+    """Returns each of the 14 labels of CheXpert, and its negation."""
+    prompts = {name: ([name], [f"no {name}"]) for name in CHEXPERT}
+    return prompts | {"no finding": (["no finding"], ["abnormal finding"])}
 
 
-def biovil() -> Prompts:
-    """Say in four ways that there is pneumonia, and in four that there is none."""
-    return {name: (list(yes), list(no)) for name, (yes, no) in BIOVIL.items()}
+def build_biovil() -> Prompts:
+    """Returns four sentences that state pneumonia, and four that deny it."""
+    return _copy_prompts(_BIOVIL)
 
 
-def covid() -> Prompts:
-    """Say in three ways each of normal, pneumonia and COVID-19, and that it is not so."""
-    return {name: (list(yes), list(no)) for name, (yes, no) in COVID.items()}
+def build_covid() -> Prompts:
+    """Returns three prompts for each of normal, pneumonia and COVID-19, and three against it."""
+    return _copy_prompts(_COVID)
 
 
-SETS: dict[str, Callable[[], Prompts]] = {
-    "gloria": gloria,
-    "chexzero": chexzero,
-    "biovil": biovil,
-    "covid": covid,
-}
-
-
-def ensemble(name: str, n: int | None = None, seed: int = 0) -> Prompts:
-    """Give a set by name: for each class its positive and its negative prompts.
-
-    With `n`, so many positive prompts of each class are drawn by the seed, without repetition
-    (GLoRIA draws 5); what is drawn for a class does not depend on the others. Negative
-    prompts stay.
-
-    Raises:
-        UserError: if there is no such set, or a class of it has fewer than `n` prompts.
-    """
-    if name not in SETS:
-        raise UserError(f"prompt set {name!r} is unknown; use {', '.join(SETS)}")
-    made = SETS[name]()
-    if n is None:
-        return made
-    fewest = min(made, key=lambda key: len(made[key][0]))
-    if not 1 <= n <= len(made[fewest][0]):
-        raise UserError(
-            f"n is {n} and {name} has {len(made[fewest][0])} prompts for {fewest}; use 1 to that "
-            "many, or None for all"
-        )
+def _copy_prompts(prompts: Prompts) -> Prompts:
+    """Returns a copy, so that a caller who edits its prompts does not edit the constants."""
     return {
-        key: (random.Random(f"{seed} {name} {key}").sample(yes, n), no)
-        for key, (yes, no) in made.items()
+        name: (list(positive), list(negative)) for name, (positive, negative) in prompts.items()
     }
+
+
+PROMPT_SETS: dict[str, Callable[[], Prompts]] = {
+    "gloria": build_gloria,
+    "chexzero": build_chexzero,
+    "biovil": build_biovil,
+    "covid": build_covid,
+}

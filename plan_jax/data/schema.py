@@ -1,4 +1,4 @@
-"""The one TFDS schema of every dataset on disk: a record to an example, and back."""
+"""The TFDS schema that all datasets share on disk, and conversion of records to it and back."""
 
 import io
 from functools import cache
@@ -11,11 +11,17 @@ from PIL import Image
 
 from plan_jax.types import Phrase, Record
 
-_ENCODED = {"image": tfds.decode.SkipDecoding()}  # ours, with Pillow: TFDS's asks for OpenCV
+# Images are decoded here with Pillow, because TFDS decodes them with OpenCV or TensorFlow, neither
+# of which is a dependency.
+_DECODERS = {"image": tfds.decode.SkipDecoding()}
 
 
-class Row(NamedTuple):
-    """What training reads of a study."""
+class Pair(NamedTuple):
+    """The part of a record that training reads.
+
+    `labels` and the boxes `regions` (x0, y0, x1, y1; pixels) are in the order of the dataset's
+    `findings` and `region_names`.
+    """
 
     image: UInt8[np.ndarray, "Y X 1"]
     text: str
@@ -23,11 +29,11 @@ class Row(NamedTuple):
     regions: Float32[np.ndarray, "R 4"]
 
 
-def feature_dict() -> tfds.features.FeaturesDict:
-    """Return the schema that every builder declares; no size or class count is part of it.
+def record_features() -> tfds.features.FeaturesDict:
+    """Returns the schema that every builder declares; no image size or class count is part of it.
 
-    Masks are packed bits, `[n, Y, ceil(X / 8)]`, in the order of the phrases (or of `anatomy` in
-    the builder's metadata); n = 0 when there are none.
+    Masks are packed bits, `[N, Y, ceil(X / 8)]`, in the order of the phrases (or of `anatomy` in
+    the builder's metadata); N = 0 when there are none.
     """
     packed = {"shape": (None, None, None), "dtype": np.uint8, "encoding": "zlib"}
     return tfds.features.FeaturesDict(
@@ -47,6 +53,7 @@ def feature_dict() -> tfds.features.FeaturesDict:
                     "bare": tfds.features.Text(),
                 }
             ),
+            # The boxes of all phrases in one list; box_phrase is the index of each box's phrase.
             "boxes": tfds.features.Sequence(tfds.features.Tensor(shape=(4,), dtype=np.float32)),
             "box_phrase": tfds.features.Sequence(np.int32),
             "masks": tfds.features.Tensor(**packed),
@@ -62,33 +69,41 @@ def feature_dict() -> tfds.features.FeaturesDict:
     )
 
 
-def to_example(record: Record) -> dict[str, Any]:
-    """Turn a record into an example of `feature_dict()`, ready for `_generate_examples` to yield.
+# Encoding ---------------------------------------------------------------------------------------
 
-    The image may be UInt8[Y X] or UInt8[Y X 1]. If any phrase has a mask, every phrase gets one
-    (all False where the phrase has none). Anatomy is stored in the order of the record's mapping,
-    which has to be the order of `anatomy` in the builder's metadata, or empty.
+
+def to_example(record: Record) -> dict[str, Any]:
+    """Returns a record as an example of `record_features()`, for `_generate_examples` to yield.
+
+    The image may be UInt8[Y X] or UInt8[Y X 1]. If any phrase has a mask, every phrase is stored
+    with one (all False where the phrase has none). Anatomy is stored in the order of the record's
+    mapping, which must be the order of `anatomy` in the builder's metadata, or be empty.
     """
     image = record.image.reshape(record.image.shape[:2])
-    boxes = [(box, i) for i, phrase in enumerate(record.phrases) for box in phrase.boxes]
-    nothing = np.zeros(image.shape, bool)
-    masks = [nothing if phrase.mask is None else phrase.mask for phrase in record.phrases]
+    boxes = [(box, index) for index, phrase in enumerate(record.phrases) for box in phrase.boxes]
+    empty_mask = np.zeros(image.shape, bool)
+    masks = [empty_mask if phrase.mask is None else phrase.mask for phrase in record.phrases]
     if all(phrase.mask is None for phrase in record.phrases):
         masks = []
     return {
-        "image": _png(image),
+        "image": _encode_png(image),
         "text": record.text,
         "patient_id": record.patient_id,
         "labels": np.asarray(record.labels, np.int8),
         "regions": np.asarray(record.regions, np.float32).reshape(-1, 4),
         "phrases": [
-            {"text": p.text, "finding": p.finding, "key": p.key, "bare": p.bare}
-            for p in record.phrases
+            {
+                "text": phrase.text,
+                "finding": phrase.finding,
+                "key": phrase.key,
+                "bare": phrase.bare,
+            }
+            for phrase in record.phrases
         ],
         "boxes": np.asarray([box for box, _ in boxes], np.float32).reshape(-1, 4),
-        "box_phrase": np.asarray([i for _, i in boxes], np.int32),
-        "masks": pack(masks, image.shape),
-        "anatomy": pack(list(record.anatomy.values()), image.shape),
+        "box_phrase": np.asarray([index for _, index in boxes], np.int32),
+        "masks": pack_masks(masks, image.shape),
+        "anatomy": pack_masks(list(record.anatomy.values()), image.shape),
         "triplets": [
             {"region": region, "finding": finding, "existence": existence}
             for region, finding, existence in record.triplets
@@ -96,12 +111,17 @@ def to_example(record: Record) -> dict[str, Any]:
     }
 
 
-def pack(
-    masks: list[Bool[np.ndarray, "Y X"]], shape: tuple[int, int]
-) -> UInt8[np.ndarray, "n Y _"]:
-    """Pack boolean masks of one shape into bits along their rows.
+def serialize(record: Record) -> bytes:
+    """Returns a record as the bytes that are stored on disk."""
+    return _cached_features().serialize_example(to_example(record))
 
-    >>> pack([np.eye(2, dtype=bool)], (2, 2)).tolist()
+
+def pack_masks(
+    masks: list[Bool[np.ndarray, "Y X"]], shape: tuple[int, int]
+) -> UInt8[np.ndarray, "N Y _"]:
+    """Packs N boolean masks of one shape into bits along their rows.
+
+    >>> pack_masks([np.eye(2, dtype=bool)], (2, 2)).tolist()
     [[[128], [64]]]
     """
     if not masks:
@@ -109,95 +129,111 @@ def pack(
     return np.packbits(np.stack(masks).astype(bool), axis=-1)
 
 
-def unpack(packed: UInt8[np.ndarray, "n Y _"], width: int) -> Bool[np.ndarray, "n Y X"]:
-    """Undo `pack` for masks of the given width.
-
-    >>> unpack(np.asarray([[[128], [64]]], np.uint8), 2).astype(int).tolist()
-    [[[1, 0], [0, 1]]]
-    """
-    return np.unpackbits(packed, axis=-1, count=width).astype(bool)
-
-
-def _png(image: UInt8[np.ndarray, "Y X"]) -> io.BytesIO:
-    """Encode lightly: preparing is several times faster than at the default level."""
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "png", compress_level=1)
-    out.seek(0)
-    return out
+def _encode_png(image: UInt8[np.ndarray, "Y X"]) -> io.BytesIO:
+    """Returns an image as PNG."""
+    buffer = io.BytesIO()
+    # At the default level (6) preparing a dataset takes several times longer.
+    Image.fromarray(image).save(buffer, "png", compress_level=1)
+    buffer.seek(0)
+    return buffer
 
 
-def from_example(example: dict[str, Any], anatomy: tuple[str, ...] = ()) -> Record:
-    """Turn an example of `feature_dict()`, its image still encoded, back into a record."""
-    image = _image(example["image"])
-    phrases = _rows(example["phrases"])
-    masks = unpack(example["masks"], image.shape[1])
-    owner = np.asarray(example["box_phrase"])
+# Decoding ---------------------------------------------------------------------------------------
+
+
+def from_example(example: dict[str, Any], anatomy_names: tuple[str, ...] = ()) -> Record:
+    """Returns the record of an example of `record_features()` whose image is still encoded."""
+    image = _decode_png(example["image"])
+    width = image.shape[1]
+    phrases = _transpose_columns(example["phrases"])
+    masks_NYX = unpack_masks(example["masks"], width)
+    anatomy_NYX = unpack_masks(example["anatomy"], width)
+    box_phrase = np.asarray(example["box_phrase"])
     boxes = np.asarray(example["boxes"], np.float32).reshape(-1, 4)
-    regions = unpack(example["anatomy"], image.shape[1])
     return Record(
         image=image,
-        text=_string(example["text"]),
-        patient_id=_string(example["patient_id"]),
+        text=_decode_text(example["text"]),
+        patient_id=_decode_text(example["patient_id"]),
         labels=np.asarray(example["labels"], np.int8),
         regions=np.asarray(example["regions"], np.float32).reshape(-1, 4),
         phrases=tuple(
             Phrase(
-                text=_string(row["text"]),
-                finding=int(row["finding"]),
-                key=_string(row["key"]),
-                bare=_string(row["bare"]),
-                boxes=tuple(tuple(map(float, box)) for box in boxes[owner == i]),
-                mask=masks[i] if len(masks) and masks[i].any() else None,
+                text=_decode_text(phrase["text"]),
+                finding=int(phrase["finding"]),
+                key=_decode_text(phrase["key"]),
+                bare=_decode_text(phrase["bare"]),
+                boxes=tuple(tuple(map(float, box)) for box in boxes[box_phrase == index]),
+                # `to_example` stores a missing mask as an empty one.
+                mask=masks_NYX[index] if len(masks_NYX) and masks_NYX[index].any() else None,
             )
-            for i, row in enumerate(phrases)
+            for index, phrase in enumerate(phrases)
         ),
-        anatomy=dict(zip(anatomy, regions, strict=True)) if len(regions) else {},
+        anatomy=dict(zip(anatomy_names, anatomy_NYX, strict=True)) if len(anatomy_NYX) else {},
         triplets=tuple(
-            (_string(row["region"]), _string(row["finding"]), int(row["existence"]))
-            for row in _rows(example["triplets"])
+            (
+                _decode_text(triplet["region"]),
+                _decode_text(triplet["finding"]),
+                int(triplet["existence"]),
+            )
+            for triplet in _transpose_columns(example["triplets"])
         ),
     )
 
 
-def serialize(record: Record) -> bytes:
-    """Serialise a record as it lies on disk."""
-    return _schema().serialize_example(to_example(record))
+def deserialize(data: bytes, anatomy_names: tuple[str, ...] = ()) -> Record:
+    """Returns the record of serialised bytes.
+
+    Args:
+      anatomy_names: the names of the record's anatomy masks, in the order in which they are stored.
+    """
+    example = _cached_features().deserialize_example_np(data, decoders=_DECODERS)
+    return from_example(example, anatomy_names)
 
 
-def deserialize(data: bytes, anatomy: tuple[str, ...] = ()) -> Record:
-    """Undo `serialize`; `anatomy` names the record's anatomy masks, in order."""
-    return from_example(_schema().deserialize_example_np(data, decoders=_ENCODED), anatomy)
+def deserialize_pair(data: bytes) -> Pair:
+    """Returns image, text, labels and regions of a serialised record; decodes nothing else."""
+    example = _pair_features().deserialize_example_np(data, decoders=_DECODERS)
+    return Pair(
+        image=_decode_png(example["image"]),
+        text=_decode_text(example["text"]),
+        labels=example["labels"],
+        regions=np.asarray(example["regions"], np.float32).reshape(-1, 4),
+    )
 
 
-def deserialize_row(data: bytes) -> Row:
-    """Decode image, text, labels and regions of a serialised record, and nothing else."""
-    found = _brief().deserialize_example_np(data, decoders=_ENCODED)
-    regions = np.asarray(found["regions"], np.float32).reshape(-1, 4)
-    return Row(_image(found["image"]), _string(found["text"]), found["labels"], regions)
+def unpack_masks(packed: UInt8[np.ndarray, "N Y _"], width: int) -> Bool[np.ndarray, "N Y X"]:
+    """Inverts `pack_masks` for masks of `width` columns.
+
+    >>> unpack_masks(np.asarray([[[128], [64]]], np.uint8), 2).astype(int).tolist()
+    [[[1, 0], [0, 1]]]
+    """
+    # `count` drops the bits that pad a row to whole bytes.
+    return np.unpackbits(packed, axis=-1, count=width).astype(bool)
 
 
 @cache
-def _schema() -> tfds.features.FeaturesDict:
-    return feature_dict()
+def _cached_features() -> tfds.features.FeaturesDict:
+    return record_features()
 
 
 @cache
-def _brief() -> tfds.features.FeaturesDict:
-    return tfds.features.FeaturesDict({name: _schema()[name] for name in Row._fields})
+def _pair_features() -> tfds.features.FeaturesDict:
+    features = _cached_features()
+    return tfds.features.FeaturesDict({name: features[name] for name in Pair._fields})
 
 
-def _image(encoded: bytes) -> UInt8[np.ndarray, "Y X 1"]:
+def _decode_png(encoded: bytes) -> UInt8[np.ndarray, "Y X 1"]:
     with Image.open(io.BytesIO(encoded)) as image:
         return np.array(image, np.uint8)[..., None]
 
 
-def _string(value: bytes | str) -> str:
+def _decode_text(value: bytes | str) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def _rows(columns: dict[str, Any] | list) -> list[dict[str, Any]]:
-    """Turn TFDS's dict of columns back into rows."""
-    if isinstance(columns, list):
+def _transpose_columns(columns: dict[str, Any] | list) -> list[dict[str, Any]]:
+    """Returns the rows of a feature that TFDS reads as a dict of columns."""
+    if isinstance(columns, list):  # an example that has not been on disk
         return columns
     names = list(columns)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]

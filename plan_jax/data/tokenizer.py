@@ -1,272 +1,362 @@
-"""Text to tokens: tokenisers, sentences, and which word a piece belongs to."""
+"""Tokenisation: the sentences of a report, their WordPiece tokens, and the word of each token."""
 
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from jaxtyping import Bool, Int32, Shaped
+from jaxtyping import Int32
 
 from plan_jax.types import TextBatch, UserError
 from plan_jax.weights.sources import PACKAGE, find_in_package
 
-WORD_HASHES = 2**20  # ids of words of several pieces lie in [size, size + WORD_HASHES)
-CACHED = 2**15  # sentences and texts remembered; a report returns every epoch
+# Ids of words of several pieces lie in [vocab_size, vocab_size + WORD_HASHES). With 2^20 values, a
+# word among 3,000 of several pieces shares its hash with another in 0.3 % of cases.
+WORD_HASHES = 2**20
+# Sentences and texts to remember: a report returns every epoch.
+CACHE_SIZE = 2**15
 
-_BREAK = re.compile(
+# Where a sentence may end: after . ! or ? and a space; after a full stop between a small and a
+# capital letter ("effusion.Lungs", as de-identified reports have it); at a blank line; and before a
+# numbered item on a new line.
+_SENTENCE_BREAK = re.compile(
     r"(?<=[.!?])\s+|(?<=[a-z)\]][.!?])(?=[A-Z])|\n[ \t\r]*\n\s*|\n(?=[ \t]*\d{1,2}[.)]\s)"
 )
-_NO_END = re.compile(
+# What ends in a full stop without ending a sentence: an abbreviation, or the number of a list item.
+_NO_SENTENCE_END = re.compile(
     r"(?:(?:^|[\s(])(?:dr|mr|mrs|ms|prof|vs|cf|fig|approx|e\.g|i\.e|resp)\.|(?:^|:\s)\d{1,2}\.)$",
     re.IGNORECASE,
 )
 
 
+# Sentences --------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Pieces:
-    """One sentence in pieces: `word` is each piece's word within it, -1 for punctuation."""
+class Sentence:
+    """A sentence of n pieces and m words.
+
+    `word_index` is the number of each piece's word within the sentence, -1 for punctuation.
+    `word_id` names each word, see `TokenizedText`.
+    """
 
     text: str
     tokens: Int32[np.ndarray, " n"]
-    word: Int32[np.ndarray, " n"]
+    word_index: Int32[np.ndarray, " n"]
     word_id: Int32[np.ndarray, " m"]
 
 
-@dataclass
-class Tokenizer:
-    """A fast tokeniser and the ids that matter; 0 is padding.
-
-    `size` is the number of pieces: an embedding needs as many rows. A table over `word_id` needs
-    `size + WORD_HASHES`, or a hash of its own.
-    """
-
-    name: str
-    size: int
-    cls: int
-    sep: int
-    unknown: int
-    backend: tokenizers.Tokenizer
-    _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": {}}
-
-    def sentences(self, text: str) -> list[Pieces]:
-        """Cut a text into sentences in pieces; what has no letter and no digit is dropped."""
-        found = self._cache.get(text)
-        if found is None:
-            found = [p for p in map(self._pieces, split_sentences(text)) if len(p.word_id)]
-            if len(self._cache) >= CACHED:
-                self._cache.clear()
-            self._cache[text] = found
-        return found
-
-    def _pieces(self, sentence: str) -> Pieces:
-        coded = self.backend.encode(sentence, add_special_tokens=False)
-        words: dict[int, list[int]] = {}
-        for token, word, (start, end) in zip(coded.ids, coded.word_ids, coded.offsets, strict=True):
-            if word in words or any(c.isalnum() for c in sentence[start:end]):
-                words.setdefault(word, []).append(token)
-        slot = {word: i for i, word in enumerate(words)}
-        return Pieces(
-            sentence,
-            np.asarray(coded.ids, np.int32),
-            np.asarray([slot.get(word, -1) for word in coded.word_ids], np.int32),
-            np.asarray([self._word_id(pieces) for pieces in words.values()], np.int32),
-        )
-
-    def _word_id(self, pieces: list[int]) -> int:
-        if len(pieces) == 1:
-            return pieces[0]
-        return self.size + zlib.crc32(np.asarray(pieces, "<i4").tobytes()) % WORD_HASHES
-
-
 def split_sentences(text: str) -> list[str]:
-    """Split a report into sentences.
+    """Splits a report into sentences.
 
-    A full stop within a number, after `vs.` or the number of a list's item ends nothing; a blank
-    line or an item on a new line always begins a sentence, a line break alone never (reports are
-    wrapped).
+    A full stop within a number, after `vs.` or after the number of a list item ends nothing. A
+    blank line, or a list item on a new line, always begins a sentence. A single line break never
+    does, because reports are wrapped.
 
     >>> split_sentences("Heart is 5.2 cm, vs. 5.0 cm before. 1. No effusion.Lungs clear")
     ['Heart is 5.2 cm, vs. 5.0 cm before.', '1. No effusion.', 'Lungs clear']
     """
-    found, start = [], 0
-    for gap in _BREAK.finditer(text):
-        before = text[start : gap.start()].strip()
-        if gap.group().count("\n") < 2 and _NO_END.search(before):
+    sentences, start = [], 0
+    for gap in _SENTENCE_BREAK.finditer(text):
+        sentence = text[start : gap.start()].strip()
+        is_blank_line = gap.group().count("\n") >= 2
+        if not is_blank_line and _NO_SENTENCE_END.search(sentence):
             continue
-        found.append(text[start : gap.start()])
+        sentences.append(text[start : gap.start()])
         start = gap.end()
-    found.append(text[start:])
-    return [" ".join(sentence.split()) for sentence in found if any(map(str.isalnum, sentence))]
+    sentences.append(text[start:])
+    return [" ".join(sentence.split()) for sentence in sentences if any(map(str.isalnum, sentence))]
+
+
+# Tokenizers -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tokenizer:
+    """A fast WordPiece tokenizer and the ids of its special tokens; padding is 0.
+
+    `vocab_size` is the number of pieces, and so the number of rows that an embedding needs. A table
+    over `word_id` needs `vocab_size + WORD_HASHES` rows, or a hash of its own.
+    """
+
+    name: str
+    vocab_size: int
+    cls_id: int
+    sep_id: int
+    unknown_id: int
+    backend: tokenizers.Tokenizer
+    _cache: dict[str, list[Sentence]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process fills a cache of its own.
+        return self.__dict__ | {"_cache": {}}
+
+    def tokenize_sentences(self, text: str) -> list[Sentence]:
+        """Returns the tokenised sentences of a text; one without letters and digits is dropped."""
+        sentences = self._cache.get(text)
+        if sentences is None:
+            tokenized = [self._tokenize_sentence(sentence) for sentence in split_sentences(text)]
+            sentences = [sentence for sentence in tokenized if len(sentence.word_id)]
+            if len(self._cache) >= CACHE_SIZE:
+                self._cache.clear()
+            self._cache[text] = sentences
+        return sentences
+
+    def _tokenize_sentence(self, sentence: str) -> Sentence:
+        encoding = self.backend.encode(sentence, add_special_tokens=False)
+        # The backend counts punctuation as words; here a word has at least one letter or digit.
+        pieces_of_word: dict[int, list[int]] = {}
+        for token, word, (start, end) in zip(
+            encoding.ids, encoding.word_ids, encoding.offsets, strict=True
+        ):
+            if word in pieces_of_word or any(map(str.isalnum, sentence[start:end])):
+                pieces_of_word.setdefault(word, []).append(token)
+        slots = {word: slot for slot, word in enumerate(pieces_of_word)}
+        return Sentence(
+            text=sentence,
+            tokens=np.asarray(encoding.ids, np.int32),
+            word_index=np.asarray([slots.get(word, -1) for word in encoding.word_ids], np.int32),
+            word_id=np.asarray([self._name_word(p) for p in pieces_of_word.values()], np.int32),
+        )
+
+    def _name_word(self, pieces: list[int]) -> int:
+        """Returns the id of a word: that of its only piece, or a hash of its pieces."""
+        if len(pieces) == 1:
+            return pieces[0]
+        # Python's hash of a process differs from that of another; CRC-32 does not.
+        return self.vocab_size + zlib.crc32(np.asarray(pieces, "<i4").tobytes()) % WORD_HASHES
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Load a tokeniser: `phantom` (it ships with plan_jax), or one of BERT's kind from elsewhere.
+    """Loads a BERT-style WordPiece tokenizer.
 
-    That is a local folder or vocab.txt, a hub id, or `package:NAME`, an installed distribution.
+    Args:
+      name: `phantom` (part of plan_jax), a local folder or vocab.txt, a Hugging Face Hub id, or
+        `package:NAME`, an installed distribution.
 
     Raises:
       UserError: if there is none of this name, or it is not of BERT's kind ([CLS], [SEP], padding
         0, and a fast implementation that knows words).
     """
     if name == "phantom":
-        return from_vocab(str(resources.files("plan_jax.data") / "vocabulary.txt"), name)
+        return load_vocabulary(str(resources.files("plan_jax.data") / "vocabulary.txt"), name)
     path = find_in_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()
     if path.is_file():
-        return from_vocab(str(path), name)
-    bare = path.is_dir() and not any(
-        (path / known).exists() for known in ("tokenizer.json", "tokenizer_config.json")
-    )
-    if bare and (path / "vocab.txt").exists():
-        return from_vocab(str(path / "vocab.txt"), name)
-    return _from_hub(name, path)
+        return load_vocabulary(str(path), name)
+    # AutoTokenizer cannot tell the class of a tokenizer from a folder with nothing but vocab.txt.
+    has_config = any((path / file).exists() for file in ("tokenizer.json", "tokenizer_config.json"))
+    if (path / "vocab.txt").exists() and not has_config:
+        return load_vocabulary(str(path / "vocab.txt"), name)
+    return _load_pretrained(name, path)
 
 
-def from_vocab(path: str, name: str = "") -> Tokenizer:
-    """Make a lower-casing WordPiece tokeniser from a vocabulary file, one piece a line."""
+def load_vocabulary(path: str, name: str = "") -> Tokenizer:
+    """Loads a lower-casing WordPiece tokenizer from a vocabulary file with one piece per line.
+
+    Raises:
+      UserError: if the file is not a vocabulary of BERT's kind.
+    """
     pieces = Path(path).read_text("utf-8").splitlines()
     if not pieces or pieces[0] != "[PAD]":
         raise UserError(
-            f"vocabulary {path} does not begin with [PAD]; give a BERT vocabulary, one piece a line"
+            f"vocabulary {path} does not begin with [PAD]; "
+            "use a BERT vocabulary with one piece per line"
         )
     backend = tokenizers.BertWordPieceTokenizer(path, lowercase=True)
-    return _checked(name or path, backend._tokenizer, "[CLS]", "[SEP]", "[PAD]", "[UNK]")
+    # The class is a wrapper; only the object inside it has the interface of a loaded tokenizer.
+    return _build_tokenizer(name or path, backend._tokenizer, "[CLS]", "[SEP]", "[PAD]", "[UNK]")
 
 
-def _from_hub(name: str, path: Path) -> Tokenizer:
+def _load_pretrained(name: str, path: Path) -> Tokenizer:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is absent
-    from transformers import AutoTokenizer  # 1.3 s, and only here
+    from transformers import AutoTokenizer  # imported late: it takes 1.3 s
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+        pretrained = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
     except Exception as error:  # the hub raises many kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"tokenizer {name!r} is no folder with tokenizer.json or vocab.txt and could not be "
-            f"fetched from the hub ({reason}); give such a folder, or `phantom`"
+            f"tokenizer {name!r} is not a folder with tokenizer.json or vocab.txt and could not be "
+            f"fetched from the hub ({reason}); use such a folder, or `phantom`"
         ) from None
-    backend = getattr(loaded, "backend_tokenizer", None)
+    backend = getattr(pretrained, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
             f"tokenizer {name!r} has no fast implementation; save it with tokenizer.json first"
         )
+    # Lengths are limited here, in whole sentences.
     backend.no_truncation()
     backend.no_padding()
-    special = (loaded.cls_token, loaded.sep_token, loaded.pad_token, loaded.unk_token)
-    return _checked(name, backend, *special)
+    return _build_tokenizer(
+        name,
+        backend,
+        pretrained.cls_token,
+        pretrained.sep_token,
+        pretrained.pad_token,
+        pretrained.unk_token,
+    )
 
 
-def _checked(name: str, backend: tokenizers.Tokenizer, *special: str | None) -> Tokenizer:
-    cls, sep, pad, unknown = (backend.token_to_id(token or "") for token in special)
-    if pad != 0 or cls is None or sep is None or unknown is None:
+def _build_tokenizer(
+    name: str, backend: tokenizers.Tokenizer, *special_tokens: str | None
+) -> Tokenizer:
+    """Builds a tokenizer, and checks that it is of BERT's kind.
+
+    Args:
+      name: name of the tokenizer.
+      backend: the fast implementation.
+      *special_tokens: the tokens for the beginning, the end, padding and unknown pieces.
+    """
+    cls_id, sep_id, pad_id, unknown_id = (
+        backend.token_to_id(token or "") for token in special_tokens
+    )
+    if pad_id != 0 or cls_id is None or sep_id is None or unknown_id is None:
         raise UserError(
-            f"tokenizer {name!r} is not of BERT's kind (padding {pad}, [CLS] {cls}, [SEP] {sep}, "
-            f"unknown {unknown}); choose a WordPiece tokenizer that pads with 0"
+            f"tokenizer {name!r} is not of BERT's kind (padding {pad_id}, [CLS] {cls_id}, "
+            f"[SEP] {sep_id}, unknown {unknown_id}); use a WordPiece tokenizer that pads with 0"
         )
-    if set(backend.encode("no effusion", add_special_tokens=False).ids) <= {unknown}:
+    # A tokenizer.json without its vocabulary loads without an error, and knows nothing.
+    if set(backend.encode("no effusion", add_special_tokens=False).ids) <= {unknown_id}:
         raise UserError(
-            f"tokenizer {name!r} knows neither `no` nor `effusion`; its vocabulary did not load"
+            f"tokenizer {name!r} knows neither `no` nor `effusion`, so its vocabulary did not load;"
+            " use a folder with tokenizer.json or vocab.txt"
         )
-    return Tokenizer(name, backend.get_vocab_size(), cls, sep, unknown, backend)
+    return Tokenizer(name, backend.get_vocab_size(), cls_id, sep_id, unknown_id, backend)
 
 
-def encode(
+# Texts ------------------------------------------------------------------------------------------
+
+
+class TokenizedText(NamedTuple):
+    """One text of L token positions and W word slots.
+
+    `tokens` are [CLS], pieces, [SEP], then 0. `word_index` is the slot of each piece's word (-1:
+    special, padding, punctuation, or beyond W). `word_id` names the word in each slot: the id of
+    its only piece, else a stable hash of its pieces in [vocab_size, vocab_size + WORD_HASHES); 0 is
+    padding. `sentence` is the number of each word's sentence in `sentence_texts`, -1 for padding.
+    """
+
+    tokens: Int32[np.ndarray, " L"]
+    word_index: Int32[np.ndarray, " L"]
+    word_id: Int32[np.ndarray, " W"]
+    sentence: Int32[np.ndarray, " W"]
+    sentence_texts: tuple[str, ...]
+
+
+def tokenize(
     tokenizer: Tokenizer,
     text: str,
     *,
-    length: int,
-    words: int,
+    max_tokens: int,
+    max_words: int,
     rng: np.random.Generator | None = None,
-    row: str = "",
-    flags: Callable[[str], Bool[np.ndarray, " R"]] | None = None,
-) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Encode one text: `tokens` [L], `word_index` [L], `word_id` [W], `sentence` [W].
+    name: str = "",
+) -> TokenizedText:
+    """Tokenises one text of whole sentences.
 
-    Tokens are [CLS], pieces, [SEP], then 0. `word_index` is the slot of each piece's word (-1:
-    special, padding, punctuation, or beyond W); `word_id` names the word: the piece's id if it is
-    one piece, else a stable hash of its pieces in [size, size + WORD_HASHES), 0 is padding;
-    `sentence` counts from 0 in the order taken, -1 is padding. Whole sentences are taken, in order
-    or, given `rng`, shuffled, until one does not fit; if that is the first, it is cut.
-    `flags(sentence)` marks what a sentence speaks of; `flagged` Bool[R W] then marks its words.
+    Sentences are added until one does not fit. If that is the first, it is truncated.
+
+    Args:
+      tokenizer: the tokenizer.
+      text: the text.
+      max_tokens: L, the number of token positions, [CLS] and [SEP] included.
+      max_words: W, the number of word slots.
+      rng: generator that shuffles the sentences (None: they stay in order).
+      name: name of the text in messages.
 
     Raises:
-      UserError: if the text has no word; names `row`.
+      UserError: if the text has no word.
     """
-    found = tokenizer.sentences(text)
-    if not found:
-        raise UserError(f"text {row or repr(text[:9])} has no word; leave that row out")
-    if rng is not None and len(found) > 1:
-        found = [found[i] for i in rng.permutation(len(found))]
-    pieces = word = taken = 0
-    for sentence in found:
-        pieces, word = pieces + len(sentence.tokens), word + len(sentence.word_id)
-        if pieces > length - 2 or word > words:
+    sentences = tokenizer.tokenize_sentences(text)
+    if not sentences:
+        raise UserError(f"text {name or repr(text[:9])} has no word; drop that row")
+    if rng is not None and len(sentences) > 1:
+        sentences = [sentences[index] for index in rng.permutation(len(sentences))]
+    max_pieces = max_tokens - 2  # [CLS] and [SEP]
+    num_pieces = num_words = num_sentences = 0
+    for sentence in sentences:
+        num_pieces += len(sentence.tokens)
+        num_words += len(sentence.word_id)
+        if num_pieces > max_pieces or num_words > max_words:
             break
-        taken += 1
-    chosen = found[:taken] or [_cut(found[0], length - 2, words)]
-    out = _laid_out(tokenizer, chosen, length, words)
-    if flags is not None:
-        marked = np.stack([flags(sentence.text) for sentence in chosen], 1)
-        out["flagged"] = marked[:, out["sentence"]] & (out["sentence"] >= 0)
-    return out
+        num_sentences += 1
+    fitting = sentences[:num_sentences] or [_truncate(sentences[0], max_pieces, max_words)]
+    return _concatenate(tokenizer, fitting, max_tokens, max_words)
 
 
-def _cut(sentence: Pieces, room: int, words: int) -> Pieces:
-    """Cut a sentence to `room` pieces, between words where possible, and to `words` slots."""
-    word, kept = sentence.word, min(room, len(sentence.word))
-    while 0 < kept < len(word) and word[kept] >= 0 and word[kept] == word[kept - 1]:
-        kept -= 1
-    kept = kept or room  # the first word alone is too long
-    word = np.where(word[:kept] < words, word[:kept], -1)
-    ids = sentence.word_id[: int(word.max(initial=-1)) + 1]
-    return Pieces(sentence.text, sentence.tokens[:kept], word, ids)
+def _truncate(sentence: Sentence, max_pieces: int, max_words: int) -> Sentence:
+    """Truncates a sentence to `max_pieces`, between words where possible, and to `max_words`."""
+    word_index = sentence.word_index
+    end = min(max_pieces, len(word_index))
+    # Moves the end left while it is inside a word.
+    while (
+        0 < end < len(word_index)
+        and word_index[end] >= 0
+        and (word_index[end] == word_index[end - 1])
+    ):
+        end -= 1
+    end = end or max_pieces  # the first word alone is too long
+    word_index = np.where(word_index[:end] < max_words, word_index[:end], -1)
+    num_words = int(word_index.max(initial=-1)) + 1
+    return Sentence(sentence.text, sentence.tokens[:end], word_index, sentence.word_id[:num_words])
 
 
-def _laid_out(
-    tokenizer: Tokenizer, chosen: list[Pieces], length: int, words: int
-) -> dict[str, Int32[np.ndarray, " _"]]:
-    """Lay sentences that fit one after the other."""
-    counts = [len(sentence.word_id) for sentence in chosen]
-    starts = np.cumsum([0, *counts[:-1]], dtype=np.int32)
-    index = np.concatenate([sentence.word for sentence in chosen])
-    index = np.where(index < 0, -1, index + np.repeat(starts, [len(s.word) for s in chosen]))
-    end, known = len(index) + 1, sum(counts)
-    out = {
-        "tokens": np.zeros(length, np.int32),
-        "word_index": np.full(length, -1, np.int32),
-        "word_id": np.zeros(words, np.int32),
-        "sentence": np.full(words, -1, np.int32),
-    }
-    out["tokens"][0] = tokenizer.cls
-    out["tokens"][1:end] = np.concatenate([sentence.tokens for sentence in chosen])
-    out["tokens"][end] = tokenizer.sep
-    out["word_index"][1:end] = index
-    out["word_id"][:known] = np.concatenate([sentence.word_id for sentence in chosen])
-    out["sentence"][:known] = np.repeat(np.arange(len(counts)), counts)
-    return out
+def _concatenate(
+    tokenizer: Tokenizer, sentences: list[Sentence], max_tokens: int, max_words: int
+) -> TokenizedText:
+    """Returns the text of sentences that fit together, padded."""
+    words_per_sentence = [len(sentence.word_id) for sentence in sentences]
+    pieces_per_sentence = [len(sentence.tokens) for sentence in sentences]
+    num_words, end = sum(words_per_sentence), 1 + sum(pieces_per_sentence)
+
+    tokens = np.zeros(max_tokens, np.int32)
+    tokens[0] = tokenizer.cls_id
+    tokens[1:end] = np.concatenate([sentence.tokens for sentence in sentences])
+    tokens[end] = tokenizer.sep_id
+
+    # From the word's number within its sentence to its slot in the text.
+    first_slots = np.cumsum([0, *words_per_sentence[:-1]], dtype=np.int32)
+    local_index = np.concatenate([sentence.word_index for sentence in sentences])
+    slots = local_index + np.repeat(first_slots, pieces_per_sentence)
+    word_index = np.full(max_tokens, -1, np.int32)
+    word_index[1:end] = np.where(local_index < 0, -1, slots)
+
+    word_id = np.zeros(max_words, np.int32)
+    word_id[:num_words] = np.concatenate([sentence.word_id for sentence in sentences])
+    sentence_number = np.full(max_words, -1, np.int32)
+    sentence_number[:num_words] = np.repeat(np.arange(len(sentences)), words_per_sentence)
+    texts = tuple(sentence.text for sentence in sentences)
+    return TokenizedText(tokens, word_index, word_id, sentence_number, texts)
 
 
-def encode_many(tokenizer: Tokenizer, texts: Sequence[str], length: int, words: int) -> TextBatch:
-    """Encode texts in order of sentences and stack: see `encode`.
+def tokenize_batch(
+    tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, max_words: int
+) -> TextBatch:
+    """Tokenises texts with their sentences in order, see `tokenize`.
 
     Raises:
-      UserError: if a text has no word; names its place.
+      UserError: if a text has no word; names its position.
     """
-    rows = [
-        encode(tokenizer, text, length=length, words=words, row=str(i))
-        for i, text in enumerate(texts)
-    ]
-    sizes = {"tokens": length, "word_index": length, "word_id": words, "sentence": words}
-    arrays = {
-        name: np.stack([row[name] for row in rows]) if rows else np.zeros((0, size), np.int32)
-        for name, size in sizes.items()
-    }
-    return TextBatch(**arrays)
+    if not texts:
+        tokens, words = np.zeros((0, max_tokens), np.int32), np.zeros((0, max_words), np.int32)
+        return TextBatch(tokens=tokens, word_index=tokens, word_id=words, sentence=words)
+    return stack_texts(
+        [
+            tokenize(
+                tokenizer, text, max_tokens=max_tokens, max_words=max_words, name=str(position)
+            )
+            for position, text in enumerate(texts)
+        ]
+    )
+
+
+def stack_texts(texts: Sequence[TokenizedText]) -> TextBatch:
+    """Returns at least one tokenised text as a batch."""
+    names = [item.name for item in fields(TextBatch)]
+    return TextBatch(**{name: np.stack([getattr(text, name) for text in texts]) for name in names})

@@ -1,6 +1,6 @@
 """Writes the WordPiece vocabulary of the package: `python -m plan_jax.data.vocabulary`.
 
-It has every word of the phantom's grammar whole, common words of radiology reports, and enough
+It contains every word of the phantom's grammar, common words of radiology reports, and enough
 pieces (letters, digits, frequent syllables, punctuation) to spell any English word.
 """
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from plan_jax.data.phantom import report_text
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PUNCTUATION = ".,:;-/()[]'\"%+=<>?!&*#_@$°"
-COMMON = """
+COMMON_WORDS = """
 a abnormal abnormalities abnormality about above acute adequate adjacent after again age air
 airway airways all along also although an and angle angles aorta aortic apex apical appearance
 appearances appears are area areas artery as associated at atelectasis avf basal base bases be
@@ -62,28 +62,34 @@ st sub su ta te th ther ti tic tion to tra tri tro tu tur u ul um un up ur us ut
 """
 
 
-def vocabulary() -> list[str]:
-    """All pieces, the place of each its id: special, punctuation, letters, syllables, words."""
-    single = string.ascii_lowercase + string.digits
+def build_vocabulary() -> list[str]:
+    """Returns all pieces, each at the position of its id.
+
+    The order is: special tokens, punctuation, letters and digits, syllables, words. A piece that
+    continues a word begins with `##`.
+    """
+    characters = string.ascii_lowercase + string.digits
     syllables = SYLLABLES.split()
-    words = sorted(grammar_words() | set(COMMON.split()))
-    pieces = [*SPECIAL, *PUNCTUATION, *single, *("##" + c for c in single)]
+    words = sorted(list_grammar_words() | set(COMMON_WORDS.split()))
+    pieces = [*SPECIAL_TOKENS, *PUNCTUATION]
+    # Single characters, at the start of a word and inside it, spell any word of ASCII letters.
+    pieces += [*characters, *("##" + character for character in characters)]
     pieces += [*syllables, *("##" + syllable for syllable in syllables), *words]
     return list(dict.fromkeys(pieces))
 
 
-def grammar_words() -> set[str]:
-    """Every word that a phantom's report, phrase or prompt can contain, in lower case."""
+def list_grammar_words() -> set[str]:
+    """Returns every word that a phantom's report, phrase or prompt can contain, in lower case."""
     return set(re.findall(r"[a-z]+", " ".join(report_text.grammar_strings()).lower()))
 
 
-def write(path: Path) -> int:
-    """Write the vocabulary, one piece a line; return how many there are."""
-    pieces = vocabulary()
+def write_vocabulary(path: Path) -> int:
+    """Writes the vocabulary with one piece per line, and returns the number of pieces."""
+    pieces = build_vocabulary()
     path.write_text("\n".join(pieces) + "\n", "utf-8")
     return len(pieces)
 
 
 if __name__ == "__main__":
     target = Path(__file__).with_name("vocabulary.txt")
-    print(f"wrote {write(target)} pieces to {target.name}")
+    print(f"wrote {write_vocabulary(target)} pieces to {target.name}")

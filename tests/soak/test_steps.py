@@ -40,7 +40,7 @@ def dataset():
     drawn = {(record := phantom.draw_study(0, i, 32)).text: record for i in range(PAIRS + 8)}
     source = [schema.serialize(record) for record in list(drawn.values())[:PAIRS]]
     assert len(source) == PAIRS
-    return datasets.Dataset(source, phantom.FINDINGS, phantom.ANATOMY, phantom.ANATOMY, keep=True)
+    return datasets.Dataset(source, phantom.FINDINGS, phantom.ANATOMY, phantom.ANATOMY, cache=True)
 
 
 def prepared(name, devices):
@@ -55,12 +55,12 @@ def prepared(name, devices):
     stream = loader.train_batches(
         dataset(),
         system.tokenizer,
-        batch=PAIRS,
+        batch_size=PAIRS,
         size=32,
-        length=64,
-        words=48,
+        max_tokens=64,
+        max_words=48,
         seed=0,
-        shift=0,
+        max_shift=0,
         extra=METHODS[name].REQUIRES,
     )
     batch = next(stream)

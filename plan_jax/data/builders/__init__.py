@@ -1,1 +1,1 @@
-"""TFDS builders: one file a dataset, all in the schema of `plan_jax.data.dataset`."""
+"""TFDS builders, one file per dataset, all in the schema of `plan_jax.data.schema`."""

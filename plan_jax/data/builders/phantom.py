@@ -18,36 +18,54 @@ from plan_jax.data import phantom, schema
 from plan_jax.data.phantom.anatomy import Number
 from plan_jax.types import UserError
 
-_FEW = 600  # images that are drawn sooner than a second process has started
-_MOST = 8  # processes
-_WORK = "from plan_jax.data.builders.phantom import serve; serve()"
-Job = tuple[int, int, phantom.Difficulty]  # seed, size
+MIN_PARALLEL_IMAGES = 600  # fewer are drawn before a second process has started
+MAX_PROCESSES = 8
+_WORKER_CODE = "from plan_jax.data.builders.phantom import run_worker; run_worker()"
+
+Settings = tuple[int, int, phantom.Difficulty]  # seed, size, difficulty of all images
 
 
 @dataclasses.dataclass
 class PhantomConfig(tfds.core.BuilderConfig):
-    """Which world is drawn: `seed`, `size` in pixels, images a split, and `phantom.Difficulty`."""
+    """Which phantoms to draw; the last seven fields are those of `phantom.Difficulty`."""
 
+    # Seed of all patients and studies.
     seed: int = 0
+    # Side of an image, in pixels.
     size: int = 96
+    # Number of training images.
     train: int = 4096
+    # Number of validation images.
     val: int = 300
+    # Number of test images.
     test: int = 300
+    # Kinds of findings that occur, in the order of the labels.
     findings: tuple[str, ...] = phantom.FINDINGS
+    # Most findings per image, 0 to 4.
     max_findings: int = 4
+    # Factor of the image noise (0: none).
     noise: Number = 1.0
+    # Mean number of irrelevant sentences per report.
     filler: Number = 1.5
+    # Fraction of the mildest findings that a report states with doubt.
     hedged: Number = 0.3
+    # Mean number of absent kinds that a report rules out.
     negated: Number = 1.6
+    # Fraction of findings that a report states without their location.
     vague: Number = 0.2
 
     def difficulty(self) -> phantom.Difficulty:
-        """The part that `phantom.draw_study` takes; raises UserError if a value is out of range."""
+        """Returns the fields that are those of `phantom.Difficulty`.
+
+        Raises:
+          UserError: if a value is out of range.
+        """
         names = [field.name for field in dataclasses.fields(phantom.Difficulty)]
         values = {name: getattr(self, name) for name in names}
         return phantom.Difficulty(**values | {"findings": tuple(self.findings)})
 
     def __post_init__(self):
+        """Raises UserError if a value is out of range."""
         self.difficulty()
         for split in phantom.SPLITS:
             phantom.split_range(split, getattr(self, split))
@@ -57,7 +75,7 @@ class PhantomConfig(tfds.core.BuilderConfig):
 
 
 class Phantom(tfds.core.GeneratorBasedBuilder):
-    """Procedural frontal chest radiographs with reports, masks, boxes and triplets."""
+    """Builds a dataset of procedural chest radiographs with reports, masks, boxes and triplets."""
 
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Boxes of regions."}
@@ -66,91 +84,105 @@ class Phantom(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         anatomy = list(phantom.ANATOMY)
         findings = list(self.builder_config.findings)
+        # The region of an organ is the box around its mask, so both have the same names.
         names = {"findings": findings, "anatomy": anatomy, "regions": anatomy}
         return tfds.core.DatasetInfo(
             builder=self,
             description="Procedural frontal chest radiographs with reports and full truth.",
-            features=schema.feature_dict(),
+            features=schema.record_features(),
             metadata=tfds.core.MetadataDict(names),
             disable_shuffling=True,  # record i is the i-th index of its split
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         counts = {split: getattr(self.builder_config, split) for split in phantom.SPLITS}
         return {split: self._generate_examples(split, count) for split, count in counts.items()}
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
-        job = (config.seed, config.size, config.difficulty())
+        settings = (config.seed, config.size, config.difficulty())
         indices = phantom.split_range(split, count)
-        processes = min(_cores(), _MOST) if count > _FEW else 1
-        drawn = _draw_apart(job, indices, processes) if processes > 1 else _draw(job, indices)
-        yield from zip(range(count), drawn, strict=True)
+        num_processes = min(_count_cores(), MAX_PROCESSES) if count > MIN_PARALLEL_IMAGES else 1
+        if num_processes > 1:
+            examples = _draw_in_parallel(settings, indices, num_processes)
+        else:
+            examples = _draw_examples(settings, indices)
+        yield from zip(range(count), examples, strict=True)
 
 
-def _cores() -> int:
-    """Cores that this process may use; not every system can tell."""
-    known = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+def _count_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux; it honours the limits of a container
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _draw(job: Job, indices: range) -> Iterator[dict[str, Any]]:
-    """Draw the studies of `indices` and turn them into examples, in order."""
-    seed, size, difficulty = job
+def _draw_examples(settings: Settings, indices: range) -> Iterator[dict[str, Any]]:
+    """Yields the examples of `indices`, in order."""
+    seed, size, difficulty = settings
     for index in indices:
         yield schema.to_example(phantom.draw_study(seed, index, size, difficulty))
 
 
-def _draw_apart(job: Job, indices: range, processes: int) -> Iterator[dict[str, Any]]:
-    """The same in several processes: process k draws every `processes`-th study, from the k-th on.
+def _draw_in_parallel(
+    settings: Settings, indices: range, num_processes: int
+) -> Iterator[dict[str, Any]]:
+    """Yields the examples of `indices`, in order, drawn by several processes.
 
-    These are plain child processes that write a JSON line an example, not `multiprocessing`: that
-    would import the caller's main module again (or fork a process that may run JAX's threads).
+    Process k draws every `num_processes`-th study from the k-th on, and writes one line of JSON per
+    example. `multiprocessing` would import the caller's main module again, or fork a process that
+    may run JAX's threads.
     """
     root = str(Path(__file__).resolve().parents[3])
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    env = os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    started: list[subprocess.Popen] = []
+    python_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    # One process per core: the threads of numpy's BLAS would only get in each other's way.
+    single_thread = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | single_thread | {"PYTHONPATH": python_path}
+    seed, size, difficulty = settings
+    workers: list[subprocess.Popen] = []
     try:
-        for k in range(processes):
-            mine = indices[k::processes]
-            told = [job[0], job[1], dataclasses.asdict(job[2]), mine.start, mine.stop, mine.step]
-            command = [sys.executable, "-c", _WORK, json.dumps(told)]
-            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=env))
-        for i in range(len(indices)):
-            line = started[i % processes].stdout.readline()
+        for first in range(num_processes):
+            part = indices[first::num_processes]
+            arguments = json.dumps(
+                [seed, size, dataclasses.asdict(difficulty), part.start, part.stop, part.step]
+            )
+            command = [sys.executable, "-c", _WORKER_CODE, arguments]
+            workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment))
+        for position in range(len(indices)):
+            # A full pipe stops a worker that is ahead, so memory stays bounded.
+            line = workers[position % num_processes].stdout.readline()
             if not line:
-                raise RuntimeError("a process that drew phantoms ended early; it says why above")
-            yield json.loads(line, object_hook=_from_plain)
+                raise RuntimeError("a process that drew phantoms ended early; see its error above")
+            yield json.loads(line, object_hook=_from_json)
     finally:
-        for child in started:
-            child.kill()
-            child.wait()
-            child.stdout.close()
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+            worker.stdout.close()
 
 
-def serve() -> None:
-    """Be a child process of `_draw_apart`: draw what the command line says, write it to stdout."""
+def run_worker() -> None:
+    """Draws the studies that the command line names and writes them to stdout."""
     seed, size, difficulty, start, stop, step = json.loads(sys.argv[1])
     difficulty["findings"] = tuple(difficulty["findings"])
-    job = seed, size, phantom.Difficulty(**difficulty)
+    settings = seed, size, phantom.Difficulty(**difficulty)
     try:
-        for example in _draw(job, range(start, stop, step)):
-            print(json.dumps(example, default=_to_plain), flush=True)
-    except BrokenPipeError:  # the parent is gone, and there is nobody to tell
+        for example in _draw_examples(settings, range(start, stop, step)):
+            print(json.dumps(example, default=_to_json), flush=True)
+    except BrokenPipeError:  # the parent is gone; a normal exit would fail to flush stdout
         os._exit(1)
 
 
-def _to_plain(value: io.BytesIO | np.ndarray) -> dict[str, Any]:
-    """What JSON has no word for: bytes as {"bytes"}, an array as {"bytes", "dtype", "shape"}."""
+def _to_json(value: io.BytesIO | np.ndarray) -> dict[str, Any]:
+    """Encodes bytes as {"bytes"}, and an array as {"bytes", "dtype", "shape"}."""
     if isinstance(value, io.BytesIO):
         return {"bytes": base64.b64encode(value.getvalue()).decode()}
     data = base64.b64encode(value.tobytes()).decode()
     return {"bytes": data, "dtype": str(value.dtype), "shape": value.shape}
 
 
-def _from_plain(value: dict[str, Any]) -> io.BytesIO | np.ndarray | dict[str, Any]:
-    """Undo `_to_plain`."""
+def _from_json(value: dict[str, Any]) -> io.BytesIO | np.ndarray | dict[str, Any]:
+    """Inverts `_to_json`; returns any other dict unchanged."""
     if "bytes" not in value:
         return value
     data = base64.b64decode(value["bytes"])

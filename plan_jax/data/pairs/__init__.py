@@ -1,1 +1,1 @@
-"""Reading of a folder of images and reports with a manifest."""
+"""Reading of a user's own pairs: the rows of a manifest, and the annotations in its cells."""

@@ -1,206 +1,243 @@
-"""What the cells of a manifest say about an image: labels, and phrases with boxes or masks."""
+"""Annotations in the cells of a manifest: labels, boxes, masks, regions, and phrases made of them.
+
+The parsers raise ValueError for a malformed cell. The builder then skips and reports the row.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plan_jax.data.pairs.manifest import parsed
+from plan_jax.data.pairs.manifest import parse_json
 from plan_jax.types import Phrase
 
-_TRUTH = {"1": 1, "true": 1, "0": 0, "false": 0, "-1": -1, "none": -1, "": -1, "nan": -1}
+Box = tuple[float, ...]  # x0, y0, x1, y1 in pixels
+
+_LABEL_VALUES = {"1": 1, "true": 1, "0": 0, "false": 0, "-1": -1, "none": -1, "": -1, "nan": -1}
+
+
+# Labels ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Values of the names that a row gives, and the `rest`: that of names it does not give."""
+    """The labels of a row, 1 (present), 0 (absent) or -1 (unknown).
+
+    `default` is the value of a name that is not in `values`.
+    """
 
     values: Mapping[str, int]
-    rest: int = -1
+    default: int = -1
 
 
-def read_labels(value: Any, columns: Mapping[str, Any] | None = None, blank: int = -1) -> Labels:
-    """Read labels: JSON {name: 1, 0 or -1}, a JSON list of what is present, or `a; b`.
+def parse_labels(value: Any, columns: Mapping[str, Any] | None = None, blank: int = -1) -> Labels:
+    """Parses labels: JSON {name: 1, 0 or -1}, a JSON list of present names, or `a; b`.
 
-    A name that is not in a list is absent (0); one that is not in an object, unknown (-1), as all
-    are where the cell is empty. `columns` are names that have a cell each; an empty one is `blank`.
+    A name that is not in a list is absent (0). A name that is not in an object is unknown (-1), and
+    so are all names if the cell is empty.
 
-    >>> read_labels("oedema; effusion")
-    Labels(values={'oedema': 1, 'effusion': 1}, rest=0)
-    >>> read_labels('{"oedema": 0}')
-    Labels(values={'oedema': 0}, rest=-1)
-    >>> read_labels(None, {"Edema": "1.0", "Pneumonia": ""}, blank=0)
-    Labels(values={'Edema': 1, 'Pneumonia': 0}, rest=-1)
+    >>> parse_labels("oedema; effusion")
+    Labels(values={'oedema': 1, 'effusion': 1}, default=0)
+    >>> parse_labels('{"oedema": 0}')
+    Labels(values={'oedema': 0}, default=-1)
+    >>> parse_labels(None, {"Edema": "1.0", "Pneumonia": ""}, blank=0)
+    Labels(values={'Edema': 1, 'Pneumonia': 0}, default=-1)
+
+    Args:
+      value: the cell of the column of labels.
+      columns: name -> cell of the columns that contain one label each. They win over `value`.
+      blank: value of an empty cell of `columns`.
 
     Raises:
-      ValueError: if it is none of these.
+      ValueError: if a cell is none of these.
     """
-    found = parsed(value)
+    content = parse_json(value)
     if columns:
-        single = _read_values({n: blank if c in (None, "") else c for n, c in columns.items()})
-        several = read_labels(found) if found is not None else Labels({})
-        return Labels({**several.values, **single}, several.rest)
-    if found is None:
+        cells = {name: blank if cell in (None, "") else cell for name, cell in columns.items()}
+        labels = Labels({}) if content is None else parse_labels(content)
+        return Labels({**labels.values, **_parse_label_values(cells)}, labels.default)
+    if content is None:
         return Labels({})
-    if isinstance(found, Mapping):
-        return Labels(_read_values(found))
-    if isinstance(found, str | int | float):
-        found = [name.strip() for name in str(found).split(";")]
-    if not isinstance(found, Sequence) or not all(isinstance(name, str) for name in found):
-        raise ValueError("labels are no names")
-    return Labels({name: 1 for name in found if name}, rest=0)
+    if isinstance(content, Mapping):
+        return Labels(_parse_label_values(content))
+    if isinstance(content, str | int | float):
+        content = [name.strip() for name in str(content).split(";")]
+    if not isinstance(content, Sequence) or not all(isinstance(name, str) for name in content):
+        raise ValueError("labels are not names")
+    return Labels({name: 1 for name in content if name}, default=0)
 
 
-def _read_values(given: Mapping[str, Any]) -> dict[str, int]:
-    for name, value in given.items():
-        if _key(value) not in _TRUTH:
-            raise ValueError(f"label {name!r} is {value!r}, not 1, 0 or -1")
-    return {str(name): _TRUTH[_key(value)] for name, value in given.items()}
+def _parse_label_values(cells: Mapping[str, Any]) -> dict[str, int]:
+    for name, cell in cells.items():
+        if _label_text(cell) not in _LABEL_VALUES:
+            raise ValueError(f"label {name!r} is {cell!r}, not 1, 0 or -1")
+    return {str(name): _LABEL_VALUES[_label_text(cell)] for name, cell in cells.items()}
 
 
-def _key(value: Any) -> str:
-    if isinstance(value, str) and value.endswith(".0"):
-        value = value.removesuffix(".0")  # what pandas writes of a column with gaps
-    if isinstance(value, float) and value == int(value if math.isfinite(value) else 0):
-        value = int(value)
-    return str(value).strip().lower()
+def _label_text(cell: Any) -> str:
+    if isinstance(cell, str):
+        cell = cell.removesuffix(".0")  # pandas writes ints of a column with gaps as floats
+    if isinstance(cell, float) and math.isfinite(cell) and cell == int(cell):
+        cell = int(cell)
+    return str(cell).strip().lower()
 
 
-def read_boxes(value: Any, text: str) -> list[dict[str, Any]]:
-    """Read boxes: JSON [{"box": [x0, y0, x1, y1], "phrase": .., "label": ..}] or [[x0, ..], ..].
+# Boxes, masks and regions ---------------------------------------------------------------------
 
-    A box without a phrase is of the whole text. Other fields stay, for `box_where`.
 
-    >>> read_boxes("[[1, 2, 3, 4]]", "Effusion.")
+def parse_boxes(value: Any, text: str) -> list[dict[str, Any]]:
+    """Parses boxes: JSON [{"box": [x0, y0, x1, y1], "phrase": .., "label": ..}] or [[x0, ..], ..].
+
+    A box without a phrase belongs to the whole text. Additional fields are kept, for `box_where`.
+
+    >>> parse_boxes("[[1, 2, 3, 4]]", "Effusion.")
     [{'box': (1.0, 2.0, 3.0, 4.0), 'phrase': 'Effusion.', 'label': ''}]
 
     Raises:
-      ValueError: if it is none of these.
+      ValueError: if the cell is neither.
     """
-    found = parsed(value)
-    if found is None:
+    content = parse_json(value)
+    if content is None:
         return []
-    if isinstance(found, Mapping):
-        found = [found]
-    if isinstance(found, Sequence) and len(found) == 4 and all(map(_number, found)):
-        found = [found]
-    if isinstance(found, str) or not isinstance(found, Sequence):
-        raise ValueError("boxes are no list")
+    # A single box may stand without its list.
+    is_box = isinstance(content, Sequence) and len(content) == 4 and all(map(_is_number, content))
+    if is_box or isinstance(content, Mapping):
+        content = [content]
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        raise ValueError("boxes are not a list")
     boxes = []
-    for item in found:
-        item = dict(item) if isinstance(item, Mapping) else {"box": item}
-        phrase, label = str(item.get("phrase") or text), str(item.get("label") or "")
-        boxes.append(item | {"box": _box(item.get("box")), "phrase": phrase, "label": label})
+    for item in content:
+        fields = dict(item) if isinstance(item, Mapping) else {"box": item}
+        boxes.append(
+            fields
+            | {
+                "box": _parse_box(fields.get("box")),
+                "phrase": str(fields.get("phrase") or text),
+                "label": str(fields.get("label") or ""),
+            }
+        )
     return boxes
 
 
-def read_masks(value: Any, phrases: Sequence[str], text: str) -> dict[str, str]:
-    """Read masks, phrase -> path: JSON {phrase: path}, or one path, of the only phrase or the text.
+def parse_masks(value: Any, phrases: Sequence[str], text: str) -> dict[str, str]:
+    """Parses masks, phrase -> path: JSON {phrase: path}, or one path.
 
-    >>> read_masks("m.png", ["effusion"], "Left effusion.")
+    One path belongs to the only phrase, or to the whole text if there is no phrase.
+
+    >>> parse_masks("m.png", ["effusion"], "Left effusion.")
     {'effusion': 'm.png'}
 
     Raises:
-      ValueError: if it is none of these, or one path and several phrases.
+      ValueError: if the cell is neither, or is one path and there are several phrases.
     """
-    found = parsed(value)
-    if found is None:
+    content = parse_json(value)
+    if content is None:
         return {}
-    if isinstance(found, Mapping):
-        return {str(phrase): str(path) for phrase, path in found.items() if path}
+    if isinstance(content, Mapping):
+        return {str(phrase): str(path) for phrase, path in content.items() if path}
     names = list(dict.fromkeys(phrases)) or [text]
-    if not isinstance(found, str) or len(names) > 1:
+    if not isinstance(content, str) or len(names) > 1:
         raise ValueError("mask is neither one path for one phrase nor {phrase: path}")
-    return {names[0]: found}
+    return {names[0]: content}
 
 
-def organ_of(column: str) -> str:
-    """Name what the masks of a column show, where they are paths without a name.
+def organ_from_column(column: str) -> str:
+    """Returns the organ of a column of masks whose cells are paths without a name.
 
-    >>> organ_of("lung_mask"), organ_of("masks/heart")
+    >>> organ_from_column("lung_mask"), organ_from_column("masks/heart")
     ('lung', 'heart')
     """
     words = column.lower().replace("_", " ").replace("/", " ").split()
     return " ".join(word for word in words if word not in ("mask", "masks")) or "anatomy"
 
 
-def read_regions(value: Any) -> dict[str, tuple[float, ...]]:
-    """Read boxes of anatomical regions: JSON {region: [x0, y0, x1, y1]}, pixels of the image.
+def parse_regions(value: Any) -> dict[str, Box]:
+    """Parses boxes of anatomical regions: JSON {region: [x0, y0, x1, y1]}, pixels of the image.
 
-    >>> read_regions('{"left lung": [5, 1, 9, 8]}')
+    >>> parse_regions('{"left lung": [5, 1, 9, 8]}')
     {'left lung': (5.0, 1.0, 9.0, 8.0)}
 
     Raises:
-      ValueError: if it is something else.
+      ValueError: if the cell is something else.
     """
-    found = parsed(value)
-    if found is None:
+    content = parse_json(value)
+    if content is None:
         return {}
-    if not isinstance(found, Mapping):
+    if not isinstance(content, Mapping):
         raise ValueError("regions are not {region: [x0, y0, x1, y1]}")
-    return {str(name): _box(box) for name, box in found.items()}
+    return {str(name): _parse_box(box) for name, box in content.items()}
 
 
-def scale_box(
-    box: Sequence[float], shape: tuple[int, int], size: tuple[int, int]
-) -> tuple[float, ...]:
-    """Scale a box from an image of `shape` rows, columns to one of `size`, cut at its border.
+def _parse_box(value: Any) -> Box:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 4
+    if not is_list or not all(map(_is_number, value)):
+        raise ValueError(f"box {value!r} is not [x0, y0, x1, y1]")
+    return tuple(map(float, value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+# Phrases --------------------------------------------------------------------------------------
+
+
+def scale_box(box: Box, shape: tuple[int, int], new_shape: tuple[int, int]) -> Box:
+    """Scales a box from an image of `shape` (rows, columns) to `new_shape`, cut at its border.
 
     Raises:
-      ValueError: if it lies outside.
+      ValueError: if the box lies outside of the image.
     """
-    scale = (size[1] / shape[1], size[0] / shape[0]) * 2
-    limit = (size[1], size[0]) * 2
-    corners = zip(box, scale, limit, strict=True)
-    scaled = tuple(min(max(at * factor, 0.0), float(most)) for at, factor, most in corners)
+    scale = (new_shape[1] / shape[1], new_shape[0] / shape[0]) * 2
+    limits = (new_shape[1], new_shape[0]) * 2
+    scaled = tuple(
+        min(max(coordinate * factor, 0.0), float(limit))
+        for coordinate, factor, limit in zip(box, scale, limits, strict=True)
+    )
     if scaled[0] >= scaled[2] or scaled[1] >= scaled[3]:
         raise ValueError(f"box {tuple(box)} lies outside of its {shape[1]} x {shape[0]} image")
     return scaled
 
 
-def make_phrases(
+def build_phrases(
     boxes: Sequence[Mapping[str, Any]],
     masks: Mapping[str, Any],
     findings: Sequence[str],
     shape: tuple[int, int],
-    size: tuple[int, int],
+    new_shape: tuple[int, int],
 ) -> list[Phrase]:
-    """Gather boxes and masks by phrase, in order, and scale boxes from `shape` to `size`.
+    """Groups boxes and masks by phrase, in order of first occurrence.
 
-    Both are rows and columns; a mask is already of `size`. The label of a phrase is its `bare`
-    form, or it is itself where it is the name of a finding.
+    The label of a phrase is its `bare` form; without a label, the phrase is its own bare form if it
+    is the name of a finding.
+
+    Args:
+      boxes: as `parse_boxes` returns them.
+      masks: phrase -> mask of `new_shape`.
+      findings: names of the dataset's findings.
+      shape: rows and columns that the boxes refer to.
+      new_shape: rows and columns of the resized image.
 
     Raises:
       ValueError: if a box lies outside of its image.
     """
-    placed: dict[str, list[tuple[float, ...]]] = {}
-    labels: dict[str, str] = {}
+    boxes_of_phrase: dict[str, list[Box]] = {}
+    label_of_phrase: dict[str, str] = {}
     for item in boxes:
-        box = scale_box(item["box"], shape, size)
-        placed.setdefault(item["phrase"], []).append(box)
-        labels.setdefault(item["phrase"], item["label"])
+        box = scale_box(item["box"], shape, new_shape)
+        boxes_of_phrase.setdefault(item["phrase"], []).append(box)
+        label_of_phrase.setdefault(item["phrase"], item["label"])
     phrases = []
-    for text in dict.fromkeys([*placed, *masks]):
-        bare = labels.get(text) or (text if text in findings else "")
+    for text in dict.fromkeys([*boxes_of_phrase, *masks]):
+        bare = label_of_phrase.get(text) or (text if text in findings else "")
         phrases.append(
             Phrase(
                 text=text,
                 finding=findings.index(bare) if bare in findings else -1,
                 key=" ".join(text.lower().split()),
                 bare=bare,
-                boxes=tuple(placed.get(text, ())),
+                boxes=tuple(boxes_of_phrase.get(text, ())),
                 mask=masks.get(text),
             )
         )
     return phrases
-
-
-def _box(value: Any) -> tuple[float, ...]:
-    listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 4
-    if not listed or not all(map(_number, value)):
-        raise ValueError(f"box {value!r} is not [x0, y0, x1, y1]")
-    return tuple(map(float, value))
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

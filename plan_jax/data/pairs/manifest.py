@@ -1,4 +1,4 @@
-"""A user's manifest: reading its rows, choosing among them, and splitting them by patient."""
+"""A user's manifest: reading, matching of columns, filtering of rows, and splits by patient."""
 
 import csv
 import difflib
@@ -12,205 +12,249 @@ from typing import Any
 from plan_jax.types import UserError
 
 SPLITS = ("train", "val", "test")
-_SPELT = {"training": "train", "valid": "val", "validate": "val", "validation": "val", "dev": "val"}
+_SPLIT_SYNONYMS = {
+    "training": "train",
+    "valid": "val",
+    "validate": "val",
+    "validation": "val",
+    "dev": "val",
+}
 
-RowDict = dict[str, Any]
+Row = dict[str, Any]
+
+# Reading --------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> list[RowDict]:
-    """Read a manifest: CSV, JSONL or Parquet, by its suffix.
+def read_manifest(path: Path) -> list[Row]:
+    """Reads a manifest: CSV, JSON Lines or Parquet, by its suffix.
 
     Raises:
       UserError: if it is missing, of another kind, malformed or empty.
     """
     if not path.is_file():
         raise UserError(f"manifest {path} does not exist; give the path of a file")
-    readers = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise UserError(f"manifest {path} is not CSV, JSONL or Parquet; give one of {[*readers]}")
+        raise UserError(
+            f"manifest {path} is not CSV, JSONL or Parquet; use one of {', '.join(readers)}"
+        )
     try:
         rows = readers[path.suffix](path)
     except UnicodeDecodeError:
         raise UserError(f"manifest {path} is not UTF-8; save it as UTF-8") from None
     except (csv.Error, OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-        raise UserError(f"manifest {path} cannot be read: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"manifest {path} cannot be read: {reason}; fix the file") from None
     if not rows:
         raise UserError(f"manifest {path} has no rows; list at least one image and its text")
     return rows
 
 
-def _csv(path: Path) -> list[RowDict]:
-    csv.field_size_limit(2**31 - 1)  # boxes of one row can be long
+def _read_csv(path: Path) -> list[Row]:
+    csv.field_size_limit(2**31 - 1)  # the boxes of one row can be long; the default is 128 KiB
+    # `utf-8-sig` drops the mark that Excel writes at the start of a file.
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         rows = []
         for row in reader:
+            # DictReader stores surplus fields under None, and None for missing fields.
             if None in row or None in row.values():
-                raise ValueError(f"line {reader.line_num} has not as many fields as the header")
+                raise ValueError(
+                    f"line {reader.line_num} does not have as many fields as the header"
+                )
             rows.append(row)
     return rows
 
 
-def _jsonl(path: Path) -> list[RowDict]:
+def _read_jsonl(path: Path) -> list[Row]:
     rows = []
+    # Not `splitlines`, which also splits at separators that JSON allows inside a string.
     for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is no JSON: {error.msg}") from None
-            if not isinstance(rows[-1], dict):
-                raise ValueError(f"line {number} is no JSON object")
+                raise ValueError(f"line {number} is not JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            rows.append(row)
     return rows
 
 
-def _parquet(path: Path) -> list[RowDict]:
+def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
-def cell(row: RowDict, column: str | None) -> Any:
-    """Return a cell; None where the column or the value is missing, blank or not a number.
+# Cells ----------------------------------------------------------------------------------------
 
-    >>> [cell({"a": " x ", "b": " "}, column) for column in ("a", "b", "c", None)]
+
+def get_cell(row: Row, column: str | None) -> Any:
+    """Returns a cell, or None if the column or the value is missing, blank or not a number.
+
+    >>> [get_cell({"a": " x ", "b": " "}, column) for column in ("a", "b", "c", None)]
     ['x', None, None, None]
     """
     value = None if column is None else row.get(column)
-    if isinstance(value, float) and math.isnan(value):
+    if isinstance(value, float) and math.isnan(value):  # an empty cell of a numeric Parquet column
         return None
     if isinstance(value, str):
         return value.strip() or None
     return value
 
 
-def parsed(value: Any) -> Any:
-    """Parse a cell that holds JSON; anything else comes back as it is.
+def parse_json(value: Any) -> Any:
+    """Parses a cell that contains a JSON list or object; returns any other cell unchanged.
 
     Raises:
-      ValueError: if it begins like JSON and is not.
+      ValueError: if it begins like JSON and is not JSON.
     """
     if isinstance(value, str) and value[:1] in ("[", "{"):
         return json.loads(value)
     return value
 
 
-def pick_columns(
-    rows: Sequence[RowDict],
-    chosen: Mapping[str, str],
+# Columns --------------------------------------------------------------------------------------
+
+
+def match_columns(
+    rows: Sequence[Row],
+    columns: Mapping[str, str],
     required: Iterable[str],
     roles: Iterable[str],
 ) -> dict[str, str | None]:
-    """Say which column plays which role: the one chosen, else the one of the role's name, or None.
+    """Returns the column of each role, None for a role without one.
 
-    Choosing "" means that none does, whatever the columns are called.
+    Args:
+      rows: all rows.
+      columns: role -> column, where the column is not called like its role. "" means that no column
+        has the role, whatever the columns are called.
+      required: roles that must have a column.
+      roles: all roles.
 
     Raises:
-      UserError: for an unknown role, a chosen column that is missing, or a required role without.
+      UserError: for an unknown role, or a named or required column that is missing.
     """
-    present = {name for row in rows for name in row}
+    available = {name for row in rows for name in row}
     roles = tuple(roles)
-    for role in chosen:
+    for role in columns:
         if role not in roles:
-            raise UserError(
-                f"columns has the unknown role {role!r}; choose from {', '.join(roles)}"
-            )
-    found: dict[str, str | None] = {}
+            raise UserError(f"columns has the unknown role {role!r}; use {', '.join(roles)}")
+    matches: dict[str, str | None] = {}
     for role in roles:
-        name = chosen.get(role, role)
-        if role in chosen and not name:
-            found[role] = None
-        elif name in present:
-            found[role] = name
-        elif role in chosen or role in required:
+        name = columns.get(role, role)
+        is_ignored = role in columns and not name
+        if is_ignored:
+            matches[role] = None
+        elif name in available:
+            matches[role] = name
+        elif role in columns or role in required:
             raise UserError(
-                f"column {name!r} ({role}) is not in the manifest{_near(name, present)}"
+                f"column {name!r} ({role}) is not in the manifest; {_suggest(name, available)}"
             )
         else:
-            found[role] = None
-    return found
+            matches[role] = None
+    return matches
 
 
-def check_columns(conditions: Mapping[str, Any], items: Sequence[RowDict], what: str) -> None:
-    """Check that each column of `conditions` occurs and each condition is one.
+def _suggest(name: str, candidates: Iterable[str]) -> str:
+    candidates = sorted(candidates)
+    matches = difflib.get_close_matches(name, candidates, 1)
+    return f"did you mean {matches[0]!r}?" if matches else f"it has {', '.join(candidates)}"
 
-    Raises:
-      UserError: naming the first that is not.
+
+# Filters --------------------------------------------------------------------------------------
+
+
+def check_conditions(conditions: Mapping[str, Any], rows: Sequence[Row], name: str) -> None:
+    """Raises UserError for a condition on a column that does not exist, or of the wrong form.
+
+    Args:
+      conditions: see `filter_rows`.
+      rows: the rows to filter. If there are none, any column will do.
+      name: name of the conditions in messages.
     """
-    present = {name for item in items for name in item}
+    available = {column for row in rows for column in row}
     for column, condition in conditions.items():
-        if items and column not in present:
-            raise UserError(f"column {column!r} of {what} does not exist{_near(column, present)}")
-        lists = condition.values() if isinstance(condition, Mapping) else [condition]
-        kinds = set(condition) if isinstance(condition, Mapping) else {"in"}
-        if kinds - {"in", "not"} or any(isinstance(v, str | int | float | None) for v in lists):
+        if rows and column not in available:
             raise UserError(
-                f'{what} of {column!r} is {condition!r}; write {{"in": [..]}} or {{"not": [..]}}'
+                f"column {column!r} of {name} does not exist; {_suggest(column, available)}"
+            )
+        rules = condition if isinstance(condition, Mapping) else {"in": condition}
+        # A single string would be read as a list of its letters.
+        has_scalar = any(isinstance(value, str | int | float | None) for value in rules.values())
+        if set(rules) - {"in", "not"} or has_scalar:
+            raise UserError(
+                f'{name} of {column!r} is {condition!r}; write {{"in": [..]}} or {{"not": [..]}}'
             )
 
 
-def where(items: Iterable[RowDict], conditions: Mapping[str, Any]) -> list[RowDict]:
-    """Keep the items that fulfil all conditions: column -> {"in": [...]}, {"not": [...]} or [...].
+def filter_rows(rows: Iterable[Row], conditions: Mapping[str, Any]) -> list[Row]:
+    """Returns the rows that fulfil all conditions.
 
-    Values are compared as text; a missing one is "".
+    Conditions are column -> {"in": [...]}, {"not": [...]} or [...], which is short for "in". Values
+    are compared as text; a missing one is "".
 
-    >>> where([{"view": "PA"}, {"view": "L"}], {"view": {"not": ["L"]}})
+    >>> filter_rows([{"view": "PA"}, {"view": "L"}], {"view": {"not": ["L"]}})
     [{'view': 'PA'}]
     """
-    items = list(items)
+    rows = list(rows)
     for column, condition in conditions.items():
         rules = condition if isinstance(condition, Mapping) else {"in": condition}
-        for kind, values in rules.items():
-            listed = {str(value) for value in values}
-            items = [i for i in items if (_text(cell(i, column)) in listed) == (kind == "in")]
-    return items
+        for rule, values in rules.items():
+            texts = {str(value) for value in values}
+            rows = [row for row in rows if (_cell_text(row, column) in texts) == (rule == "in")]
+    return rows
 
 
-def _text(value: Any) -> str:
+def _cell_text(row: Row, column: str) -> str:
+    value = get_cell(row, column)
     return "" if value is None else str(value)
 
 
-def _near(name: str, names: Iterable[str]) -> str:
-    names = sorted(names)
-    near = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}"
+# Splits ---------------------------------------------------------------------------------------
 
 
-def split_of(given: Any, patient: str, fractions: tuple[float, float]) -> str:
-    """Name the split of a row: as given, or, for None, by a hash of the patient.
+def assign_split(split: Any, patient_id: str, fractions: tuple[float, float]) -> str:
+    """Returns the split of a row.
 
-    >>> split_of("Validation", "7", (0.1, 0.1)), split_of(None, "7", (0.0, 0.0))
+    >>> assign_split("Validation", "7", (0.1, 0.1)), assign_split(None, "7", (0.0, 0.0))
     ('val', 'train')
 
     Args:
-      fractions: shares of val and test.
+      split: the split that the row names. If it is None, a hash of the patient decides.
+      patient_id: id of the patient.
+      fractions: expected fractions of patients in val and in test.
 
     Raises:
-      UserError: if the given name is unknown.
+      UserError: if the row names an unknown split.
     """
-    if given is not None:
-        name = _SPELT.get(str(given).lower(), str(given).lower())
+    if split is not None:
+        name = _SPLIT_SYNONYMS.get(str(split).lower(), str(split).lower())
         if name not in SPLITS:
-            raise UserError(f"split {given!r} is unknown; write {', '.join(SPLITS)}")
+            raise UserError(f"split {split!r} is unknown; use {', '.join(SPLITS)}")
         return name
-    place = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2**64
-    val, test = fractions
-    return "val" if place < val else "test" if place < val + test else "train"
+    # Uniform in [0, 1) and the same in every run. So new rows do not move old patients.
+    digest = hashlib.sha256(patient_id.encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    val_fraction, test_fraction = fractions
+    if position < val_fraction:
+        return "val"
+    return "test" if position < val_fraction + test_fraction else "train"
 
 
-def check_leaks(pairs: Iterable[tuple[str, str]]) -> None:
-    """Check that no patient is in two splits.
+def check_patient_leaks(assignments: Iterable[tuple[str, str]]) -> None:
+    """Raises UserError if a patient is in two splits, with the first such patient.
 
     Args:
-      pairs: patient and split of each row.
-
-    Raises:
-      UserError: naming the first patient that is.
+      assignments: patient and split of each row.
     """
-    seen: dict[str, str] = {}
-    for patient, split in pairs:
-        if seen.setdefault(patient, split) != split:
+    split_of_patient: dict[str, str] = {}
+    for patient_id, split in assignments:
+        first_split = split_of_patient.setdefault(patient_id, split)
+        if first_split != split:
             raise UserError(
-                f"patient {patient!r} is in splits {seen[patient]!r} and {split!r}; "
+                f"patient {patient_id!r} is in splits {first_split!r} and {split!r}; "
                 "put all rows of a patient into one"
             )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from plan_jax.data.report_parser import cues as cues
 from plan_jax.data.report_parser import terms as terms
 from plan_jax.data.report_parser.places import Place, compiled, expanded, places, whole
-from plan_jax.data.tokenizer import CACHED
+from plan_jax.data.tokenizer import CACHE_SIZE
 
 LONGEST = 600  # characters read at a time: the rules compare every finding with every cue
 
@@ -231,7 +231,7 @@ def _pieces(sentence: str) -> list[str]:
     return re.findall(rf"\S.{{0,{LONGEST}}}(?!\S)|\S{{1,{LONGEST}}}", " ".join(sentence.split()))
 
 
-@lru_cache(CACHED)
+@lru_cache(CACHE_SIZE)
 def read(sentence: str) -> tuple[tuple[str, str, int], ...]:
     """Read one sentence: (region, finding, existence) in the order of its words.
 
@@ -261,7 +261,7 @@ def _claims(sentence: Sentence) -> list[tuple[str, str, int]]:
     return [claim[1:] for claim in sorted(claims, key=lambda claim: claim[0])]
 
 
-@lru_cache(CACHED)
+@lru_cache(CACHE_SIZE)
 def regions(sentence: str) -> tuple[str, ...]:
     """Name the regions with boxes (`ANATOMY` of the phantom) that a sentence speaks of, in order.
 

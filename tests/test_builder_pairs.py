@@ -1,0 +1,314 @@
+"""A user's manifest and images become a dataset; rows that cannot be used are reported."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from manifests import (
+    NUM_ROWS,
+    change_first_row,
+    make_image_folder,
+    make_rows,
+    number_of,
+    open_pairs,
+    write_mask,
+)
+
+from plan_jax.data import loader
+from plan_jax.data.dataset import open_dataset
+from plan_jax.data.pairs import manifest
+from plan_jax.types import UserError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_image_folder(tmp_path)
+
+
+# Rows and splits ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "manifest.jsonl", "manifest.parquet"])
+def test_a_manifest_of_any_kind_is_built(folder, name, capfd):
+    dataset = open_pairs(folder, make_rows(), name=name)
+    assert len(dataset) == 8
+    assert dataset[0].image.shape == (24, 32, 1)
+    record_of_text = {record.text: record for record in dataset}
+    assert record_of_text["Finding number 3. No effusion."].patient_id == "p1"
+    assert record_of_text["Finding number 3. No effusion."].image[0, 0, 0] == 60
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("preparing pairs in ") and output.err.count("\n") == 1
+    assert "train 8, val 2, test 2; " in output.err
+    assert len(open_pairs(folder, make_rows(), "test", name=name)) == 2
+    assert capfd.readouterr().err == "", "a prepared dataset was prepared again"
+
+
+def test_splits_by_hash_are_stable_and_keep_patients_together(folder):
+    rows = [{key: row[key] for key in ("image", "text", "patient_id")} for row in make_rows()]
+    fractions = {"val_fraction": 0.3, "test_fraction": 0.3}
+    split_of_patient = {}
+    for split in ("train", "val", "test"):
+        try:
+            dataset = open_pairs(folder, rows, split, **fractions)
+        except UserError:  # the hash put no patient into this split
+            continue
+        for record in dataset:
+            assert split_of_patient.setdefault(record.patient_id, split) == split
+            assert manifest.assign_split(None, record.patient_id, (0.3, 0.3)) == split
+    assert len(split_of_patient) == 6
+
+
+def test_a_column_of_splits_can_be_ignored(folder):
+    no_split = {"columns": {"split": ""}, "val_fraction": 0.0, "test_fraction": 0.0}
+    assert len(open_pairs(folder, make_rows(), **no_split)) == NUM_ROWS
+
+
+def test_without_patients_every_image_is_a_patient(folder):
+    rows = [{"image": row["image"], "text": row["text"]} for row in make_rows()]
+    dataset = open_pairs(folder, rows, val_fraction=0, test_fraction=0)
+    patients = {record.patient_id for record in dataset}
+    assert patients == {f"{number}.png" for number in range(NUM_ROWS)}
+
+
+def test_filters_select_rows(folder):
+    rows = make_rows(view="PA")
+    rows[0]["view"], rows[1]["text"] = "L", "short"
+    assert len(open_pairs(folder, rows, filters={"view": {"not": ["L"]}}, min_words=2)) == 6
+    assert len(open_pairs(folder, rows, filters={"view": ["L"]})) == 1
+
+
+# Annotations --------------------------------------------------------------------------------
+
+
+def test_labels_are_read_as_lists_and_objects(folder):
+    rows = make_rows(labels="")
+    rows[0]["labels"] = "oedema; effusion"
+    rows[1]["labels"] = json.dumps({"oedema": 0, "effusion": None})
+    rows[2]["labels"] = "[]"
+    dataset = open_pairs(folder, rows)
+    assert dataset.findings == ("effusion", "oedema")
+    labels_of_row = {number_of(record): record.labels.tolist() for record in dataset}
+    assert labels_of_row["0"] == [1, 1]
+    assert labels_of_row["1"] == [-1, 0]
+    assert labels_of_row["2"] == [0, 0]
+    assert labels_of_row["3"] == [-1, -1]
+    selected = open_pairs(folder, rows, findings=("oedema", "nodule"))
+    assert selected.findings == ("oedema", "nodule")
+    assert sorted(record.labels.tolist() for record in selected)[-1] == [1, -1]
+
+
+def test_boxes_and_masks_follow_the_resize(folder):
+    write_mask(folder / "mask.png")
+    rows = make_rows(boxes="", mask="")
+    rows[0]["boxes"] = json.dumps(
+        [
+            {"box": [4, 10, 12, 20], "phrase": "left effusion", "label": "effusion", "by": "a"},
+            {"box": [20, 0, 50, 15], "phrase": "left effusion", "label": "effusion", "by": "a"},
+            {"box": [1, 1, 2, 2], "phrase": "heart", "label": "heart", "by": "b"},
+        ]
+    )
+    rows[1]["mask"] = "mask.png"
+    rows[2]["mask"] = json.dumps({"oedema": "mask.png"})
+    rows[2]["boxes"] = "[[4, 10, 12, 20]]"
+    dataset = open_pairs(folder, rows, size=80, box_where={"by": {"not": ["b"]}})
+    phrases_of_row = {number_of(record): record.phrases for record in dataset}
+    (phrase,) = phrases_of_row["0"]
+    assert (phrase.text, phrase.bare, phrase.key) == ("left effusion", "effusion", "left effusion")
+    assert dataset.findings[phrase.finding] == "effusion"
+    assert phrase.boxes == ((8.0, 20.0, 24.0, 40.0), (40.0, 0.0, 80.0, 30.0))
+    (whole_text,) = phrases_of_row["1"]
+    assert whole_text.text == "Finding number 1. No effusion."
+    assert whole_text.mask.shape == (60, 80)
+    assert whole_text.mask[24:36, 12:20].all()
+    assert whole_text.mask.sum() == pytest.approx(20 * 16, rel=0.1)
+    with_box, with_mask = phrases_of_row["2"]
+    assert with_box.boxes == ((8.0, 20.0, 24.0, 40.0),) and with_box.mask is None
+    assert with_mask.text == "oedema" and with_mask.mask is not None
+    assert phrases_of_row["3"] == ()
+
+
+def test_images_without_text_have_labels_in_columns_and_masks_of_organs(folder):
+    write_mask(folder / "mask.png")
+    rows = make_rows(text="", Edema="1.0", Mass="", lung_mask="mask.png")
+    rows[0] |= {"Edema": "-1", "Mass": "0", "lung_mask": ""}
+    columns = {"columns": {"anatomy": "lung_mask"}, "label_columns": ("Edema", "Mass")}
+    dataset = open_pairs(folder, rows, size=80, text_optional=True, **columns)
+    assert dataset.findings == ("Edema", "Mass") and dataset.anatomy_names == ("lung",)
+    records = sorted(dataset, key=lambda record: record.labels.tolist())
+    assert [record.labels.tolist() for record in records] == [[-1, 0]] + [[1, -1]] * 7
+    assert records[0].anatomy == {} and records[0].text == ""
+    lung = records[1].anatomy["lung"]
+    assert lung.shape == (60, 80) and lung[24:36, 12:20].all()
+    blank_is_absent = open_pairs(folder, rows, text_optional=True, label_blank=0, **columns)
+    assert sorted(r.labels.tolist() for r in blank_is_absent) == [[-1, 0]] + [[1, 0]] * 7
+    with pytest.raises(UserError, match="12 of 12 rows cannot be used, .*its text is empty"):
+        open_pairs(folder, rows, **columns)
+    with pytest.raises(UserError, match="'Oedema' of label_columns does not exist; it has|did"):
+        open_pairs(folder, rows, text_optional=True, label_columns=("Oedema",))
+    without_text = [{key: row[key] for key in row if key != "text"} for row in rows]
+    assert len(open_pairs(folder, without_text, text_optional=True)) == 8
+
+
+# Mistakes -----------------------------------------------------------------------------------
+
+
+def test_unusable_rows_are_skipped_counted_and_named(folder, capfd):
+    rows = make_rows()
+    (folder / "0.png").write_bytes(b"not an image")
+    (folder / "1.png").write_bytes((folder / "2.png").read_bytes()[:60])
+    rows[2]["image"] = "absent.png"
+    rows[3]["text"] = " . "
+    assert len(open_pairs(folder, rows, max_bad=0.5)) == 4
+    output = capfd.readouterr().err
+    assert "skipped 4 of 12 rows: absent.png (does not exist), 3.png (its text is empty)" in output
+    assert "0.png (is not an image)" in output and "1.png (" in output
+    (list_of_skipped,) = (folder.parent / "data").rglob("skipped_rows.txt")
+    assert len(list_of_skipped.read_text().splitlines()) == 4
+    with pytest.raises(UserError, match=r"4 of 12 rows cannot be used.*absent.png.*max_bad"):
+        open_pairs(folder, rows, max_bad=0.3)
+    assert not list((folder.parent / "data").rglob("incomplete.*"))
+
+
+TWO_PHRASES = '[[1, 1, 9, 9], {"box": [1, 1, 9, 9], "phrase": "a"}]'
+MISTAKES = {
+    "image outside": (
+        change_first_row(image="../secret.png"),
+        {},
+        "path '../secret.png' of row 1 leaves the images folder .*; move it inside",
+    ),
+    "absolute path": (
+        change_first_row(image="/etc/hostname"),
+        {},
+        "path '/etc/hostname' of row 1 leaves the images folder .*; move it inside",
+    ),
+    "patient in two splits": (
+        change_first_row(split="val"),
+        {},
+        "patient 'p0' is in splits 'val' and 'train'; put all rows of a patient into one",
+    ),
+    "unknown split": (
+        change_first_row(split="held out"),
+        {},
+        "split 'held out' is unknown; use train, val, test",
+    ),
+    "empty split": (
+        change_first_row(split=""),
+        {},
+        "row 1 has no split in column 'split'; fill it or drop the column",
+    ),
+    "missing column": (
+        make_rows(),
+        {"columns": {"text": "report"}},
+        r"column 'report' \(text\) is not in the manifest; it has|did you mean",
+    ),
+    "unknown role": (
+        make_rows(),
+        {"columns": {"txt": "text"}},
+        "columns has the unknown role 'txt'; use image, text, ",
+    ),
+    "unknown column of filters": (
+        make_rows(),
+        {"filters": {"veiw": ["L"]}},
+        "column 'veiw' of filters does not exist; it has|did you mean",
+    ),
+    "condition is a string": (
+        make_rows(),
+        {"filters": {"text": "L"}},
+        "filters of 'text' is 'L'; write {\"in\": ",
+    ),
+    "unknown rule": (
+        make_rows(),
+        {"filters": {"text": {"is": ["L"]}}},
+        "filters of 'text' is .*; write {\"in\": ",
+    ),
+    "no rows": (make_rows(), {"min_words": 99}, "has no row left; loosen filters or min_words"),
+    "size": (make_rows(), {"size": 2}, "size 2 of .* is too small; use at least 8 pixels"),
+    "fraction": (make_rows(), {"max_bad": 3}, "max_bad 3.0 is not a fraction; use 0 to 1"),
+    "missing manifest": (
+        make_rows(),
+        {"manifest": "absent.csv"},
+        "manifest absent.csv does not exist; give the path of a file",
+    ),
+    "no manifest": (
+        make_rows(),
+        {"manifest": ""},
+        "dataset pairs has no manifest; give data.builder.manifest",
+    ),
+    "missing folder": (
+        make_rows(),
+        {"images": "absent"},
+        "images folder .*absent does not exist; give a folder",
+    ),
+    "no text": (
+        make_rows(text=""),
+        {},
+        "12 of 12 rows cannot be used, .*its text is empty.*; fix them or raise max_bad",
+    ),
+    "labels": (
+        make_rows(labels="{x"),
+        {},
+        "12 of 12 rows cannot be used, .*; fix them or raise max_bad",
+    ),
+    "boxes": (
+        make_rows(boxes="[[1, 2, 3]]"),
+        {},
+        r"12 of 12 rows cannot be used, .*is not \[x0, y0, x1, y1\].* raise max_bad",
+    ),
+    "box outside": (
+        make_rows(boxes="[[50, 2, 60, 4]]"),
+        {},
+        "rows cannot be used.*lies outside of its 40 x 30 image.*; fix them or raise max_bad",
+    ),
+    "mask of two phrases": (
+        make_rows(mask="0.png", boxes=TWO_PHRASES),
+        {},
+        "12 of 12 rows cannot be used, .*mask is neither one path for one phrase nor",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named_and_nothing_is_written(folder, mistake):
+    rows, config, message = MISTAKES[mistake]
+    with pytest.raises(UserError, match=message) as raised:
+        open_pairs(folder, rows, **config)
+    assert "\n" not in str(raised.value)
+    assert not list((folder.parent / "data").rglob("*.json"))
+
+
+# Real data ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"the real radiographs are not at {SHARED}")
+def test_real_radiographs_build(tmp_path):
+    config = {
+        "manifest": str(SHARED / "covid_cxr" / "manifest.csv"),
+        "size": 64,
+        "columns": {"text": "text_findings", "labels": "finding"},
+        "min_words": 4,
+        "filters": {"view": {"not": ["L"]}, "overlay_marks": {"in": ["0"]}},
+        "box_where": {"group": ["pathology"], "level": ["component", "whole"]},
+    }
+    train = open_dataset("pairs", "train", data_dir=str(tmp_path), **config)
+    val = open_dataset("pairs", "val", data_dir=str(tmp_path), **config)
+    assert (len(train), len(val)) == (104, 10)
+    assert not {record.patient_id for record in train} & {record.patient_id for record in val}
+    records = [*train, *val]
+    assert all(max(record.image.shape) == 64 for record in records)
+    assert all(np.ptp(record.image) > 100 for record in records)
+    grounded = [record for record in records if record.phrases]
+    assert len(grounded) == 34
+    for record in grounded:
+        rows, columns = record.image.shape[:2]
+        for box in (box for phrase in record.phrases for box in phrase.boxes):
+            assert 0 <= box[0] < box[2] <= columns and 0 <= box[1] < box[3] <= rows
+
+
+def test_cached_records_are_read_for_evaluation(folder):
+    dataset = open_pairs(folder, make_rows(), cache=True)
+    assert dataset.read_pair(2) is dataset.read_pair(2)
+    assert len(loader.read_records(dataset, size=32)) == 8

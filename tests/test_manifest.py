@@ -1,0 +1,89 @@
+"""Manifests of every kind are read, and their mistakes are named."""
+
+import pytest
+from manifests import NUM_ROWS, make_rows, write_manifest
+
+from plan_jax.data.pairs import manifest
+from plan_jax.types import UserError
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "manifest.jsonl", "manifest.parquet"])
+def test_a_manifest_of_any_kind_is_read(tmp_path, name):
+    rows = make_rows()
+    assert manifest.read_manifest(tmp_path / write_manifest(tmp_path, rows, name)) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.csv", b"image,text\n", "has no rows; list at least one image and its text"),
+        (
+            "m.csv",
+            b"image,text\na,b,c\n",
+            "line 2 does not have as many fields as the header; fix the",
+        ),
+        ("m.csv", b"image,text\na\n", "line 2 does not have as many fields as the header; fix the"),
+        ("m.csv", b"image,text\n\xff,b\n", "is not UTF-8; save it as UTF-8"),
+        ("m.jsonl", b'{"image": 1}\n{', "line 2 is not JSON: .*; fix the file"),
+        ("m.jsonl", b"[1]\n", "line 1 is not a JSON object; fix the file"),
+        ("m.parquet", b"nothing", "cannot be read: .*; fix the file"),
+        ("m.xlsx", b"", "is not CSV, JSONL or Parquet; use one of .csv, .jsonl, .parquet"),
+    ],
+)
+def test_a_malformed_manifest_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"manifest .*{name} .*{message}"):
+        manifest.read_manifest(tmp_path / name)
+
+
+def test_a_missing_manifest_is_named(tmp_path):
+    with pytest.raises(UserError, match="absent.csv does not exist; give the path of a file"):
+        manifest.read_manifest(tmp_path / "absent.csv")
+
+
+def test_columns_are_matched_by_name_unless_a_role_is_assigned():
+    rows = [{"image": "a.png", "report": "x", "split": "val"}]
+    roles = ("image", "text", "split", "labels")
+    columns = manifest.match_columns(rows, {"text": "report", "split": ""}, ("image",), roles)
+    assert columns == {"image": "image", "text": "report", "split": None, "labels": None}
+    with pytest.raises(UserError, match=r"column 'text' \(text\) is not in the manifest; it has"):
+        manifest.match_columns(rows, {}, ("image", "text"), roles)
+    with pytest.raises(UserError, match="column 'repot' .*; did you mean 'report'"):
+        manifest.match_columns(rows, {"text": "repot"}, (), roles)
+    with pytest.raises(UserError, match="unknown role 'txt'; use image, text, split, labels"):
+        manifest.match_columns(rows, {"txt": "report"}, (), roles)
+
+
+def test_conditions_are_checked_and_filter_rows():
+    rows = [{"view": "PA", "age": 40}, {"view": "L", "age": None}, {"view": "AP"}]
+    assert manifest.filter_rows(rows, {"view": ["PA", "L"]}) == rows[:2]
+    assert manifest.filter_rows(rows, {"view": {"not": ["L"]}, "age": {"in": [40, ""]}}) == [
+        rows[0],
+        rows[2],
+    ]
+    manifest.check_conditions({"view": {"in": ["PA"], "not": ["L"]}}, rows, "filters")
+    with pytest.raises(UserError, match="column 'veiw' of filters does not exist; did you mean"):
+        manifest.check_conditions({"veiw": ["L"]}, rows, "filters")
+    for condition in ("L", {"is": ["L"]}, {"in": "L"}):
+        with pytest.raises(UserError, match="filters of 'view' is .*; write {\"in\": "):
+            manifest.check_conditions({"view": condition}, rows, "filters")
+
+
+def test_splits_by_hash_have_the_requested_fractions():
+    splits = [manifest.assign_split(None, str(number), (0.2, 0.1)) for number in range(4000)]
+    assert abs(splits.count("val") / 4000 - 0.2) < 0.02
+    assert abs(splits.count("test") / 4000 - 0.1) < 0.02
+
+
+def test_an_unknown_split_is_named():
+    assert manifest.assign_split("Dev", "p0", (0.0, 0.0)) == "val"
+    with pytest.raises(UserError, match="split 'held out' is unknown; use train, val, test"):
+        manifest.assign_split("held out", "p0", (0.0, 0.0))
+
+
+def test_a_patient_in_two_splits_is_named():
+    assignments = [(row["patient_id"], row["split"]) for row in make_rows()]
+    assert len(assignments) == NUM_ROWS
+    manifest.check_patient_leaks(assignments)
+    with pytest.raises(UserError, match="'p0' is in splits 'train' and 'test'; put all rows of"):
+        manifest.check_patient_leaks([*assignments, ("p0", "test")])
