@@ -66,7 +66,7 @@ TRAIN = {
     "method": ("config.method=plam", "config.method is 'plam'; use one of convirt, gloria, "),
     "choice": ("config.hyper.negatives=tokens", "negatives is 'tokens'; use one of token, all"),
     "other choice": ("config.vision.pool=max", "vision.pool is 'max'; use one of mean, mean_max"),
-    "data that is not there": ("--config asg.py", "need labels, which dataset pairs .*columns="),
+    "data that is not there": ("--config asg.py", "need labels, which dataset 'pairs' .*columns="),
     "task": ("config.eval.tasks=retrievl", "retrievl.*; use some of grounding, retrieval"),
     "dataset": ("config.data.name=mimic", "config.data.name is 'mimic'; use one of phantom, pairs"),
     "tower": ("config.vision.name=vgg", "config.vision.name is 'vgg'; use one of resnet50"),
@@ -80,7 +80,7 @@ TRAIN = {
     "devices": ("config.parallel.devices=9", "parallel.devices is 9 but there are 8; use 1 to 8"),
     "huge batch": ("config.batch=4096", "batch 4096 does not fit a dataset of .* pairs; use 1 to"),
     "finding": ("config.data.builder.findings=gout", "finding 'gout' is unknown; use some of "),
-    "tokeniser": ("config.data.tokenizer=file", "vocabulary file does not begin with .PAD.; give"),
+    "tokeniser": ("config.data.tokenizer=file", "vocabulary file does not begin with .PAD.; use"),
     "frozen": ("config.optim.freeze=visoin", "optim.freeze 'visoin' names no parameter; there are"),
     "frozen layers": ("config.optim.freeze=text:9", "freeze is 'text:9'; use text:1 to text:1"),
     "no weights": (

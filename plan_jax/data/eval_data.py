@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from plan_jax.data import loader, phantom, prompts, report_parser
-from plan_jax.data.dataset import Dataset, open_dataset, split_names
+from plan_jax.data.dataset import Dataset, list_splits, open_dataset
 from plan_jax.types import EvalData, Record, UserError
 
 VALIDATION_SHARE = 0.2  # of the training patients, where no split validates
@@ -47,7 +47,7 @@ class DatasetEvalData(EvalData):
           limit: number of records that are evaluated, and of those in `validation`; None: all.
           max_fit_records: number of training records that heads are fitted to; 0: all.
           num_prior_records: number of training records for mean masks; 0: none.
-          prompt_set: a name of `prompts.SETS`, or empty for the dataset's own prompts.
+          prompt_set: a name of `prompts.PROMPT_SETS`, or empty for the dataset's own prompts.
           seed: selects the patients that validate where no split does.
         """
         self.name = name
@@ -66,7 +66,7 @@ class DatasetEvalData(EvalData):
         return open_dataset(self.name, split, cache=self._cache, **self._location)
 
     def _records(self, split: str, limit: int | None) -> list[Record]:
-        return loader.records(self.open(split), limit, self.size)
+        return loader.read_records(self.open(split), limit, self.size)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -81,7 +81,7 @@ class DatasetEvalData(EvalData):
     @cached_property
     def test(self) -> list[Record]:
         """The evaluated records: the first `limit` of the split."""
-        return loader.records(self.dataset, self.limit, self.size)
+        return loader.read_records(self.dataset, self.limit, self.size)
 
     @property
     def train(self) -> list[Record]:
@@ -100,7 +100,7 @@ class DatasetEvalData(EvalData):
         Thresholds that were chosen on the evaluated records would flatter a model.
         """
         is_evaluated = self.split.partition("[")[0] == "val"
-        if is_evaluated or "val" not in split_names(self.name, **self._location):
+        if is_evaluated or "val" not in list_splits(self.name, **self._location):
             return None
         return self._records("val", self.limit)
 
@@ -126,7 +126,7 @@ class DatasetEvalData(EvalData):
     def prompts(self) -> Mapping[str, tuple[Sequence[str], Sequence[str]]]:
         """The prompts of `prompt_set`; without it the phantoms' own, or one plain pair."""
         if self.prompt_set:
-            return prompts.SETS[self.prompt_set]()
+            return prompts.PROMPT_SETS[self.prompt_set]()
         if self.name == "phantom":
             return phantom.PROMPTS
         return {name: ([f"there is {name}"], [f"there is no {name}"]) for name in self.findings}
