@@ -72,7 +72,7 @@ def test_upsample_is_bilinear_between_pixel_centres(size):
 
 @given(st.integers(1, 20), st.integers(1, 40))
 def test_interpolation_keeps_constants_and_mirrors(inside, outside):
-    matrix = grounding_metrics.interpolation(inside, outside)
+    matrix = grounding_metrics.bilinear_matrix(inside, outside)
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(matrix, matrix[::-1, ::-1], atol=1e-5)
 

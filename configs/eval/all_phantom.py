@@ -2,15 +2,15 @@
 
 python -m plan_jax.main --config configs/eval/all_phantom.py --checkpoint runs/demo
 
-Heads are small and their fits short, so that all of it takes ten minutes on two cores; each is also
-fitted to the same tower with random weights.
+Heads are small and fits are short, so that everything takes ten minutes on two cores. Each head is
+also fitted to the same tower with random weights.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Return what differs from the run that is evaluated."""
+    """Returns the evaluation; the data are those of the checkpoint."""
     config = ConfigDict()
     config.eval = ConfigDict(
         {
@@ -29,33 +29,32 @@ def get_config() -> ConfigDict:
             "random": True,
         }
     )
-    config.eval.zero_shot = ConfigDict({"validate": True})
-    config.eval.classification = ConfigDict({"standardise": True, "learning_rate": 1e-2})
-    config.eval.segmentation = ConfigDict(
-        {
-            "targets": ("lungs", "heart", "findings"),
-            "unet_widths": (64, 32, 16, 8),
-            "max_train_records": 384,
-            "epochs": 6,
-            "learning_rate": 2e-3,
-        }
-    )
-    config.eval.detection = ConfigDict(
-        {"widths": (32, 16, 8), "max_train_records": 256, "epochs": 20, "learning_rate": 3e-3}
-    )
-    config.eval.report_generation = ConfigDict(
-        {
-            "width": 128,
-            "feed_forward": 256,
-            "heads": 4,
-            "encoder_layers": 0,
-            "layers": 2,
-            "summary": True,
-            "visual_dropout": 0.1,
-            "learning_rate": 2e-3,
-            "clip_norm": 1.0,
-            "epochs": 5,
-            "block": 0,
-        }
-    )
+    config.eval.zero_shot = {"validate": True}
+    config.eval.classification = {"standardise": True, "learning_rate": 1e-2}
+    config.eval.segmentation = {
+        "targets": ("lungs", "heart", "findings"),
+        "unet_widths": (64, 32, 16, 8),
+        "max_train_records": 384,
+        "epochs": 6,
+        "learning_rate": 2e-3,
+    }
+    config.eval.detection = {
+        "widths": (32, 16, 8),
+        "max_train_records": 256,
+        "epochs": 20,
+        "learning_rate": 3e-3,
+    }
+    config.eval.report_generation = {
+        "width": 128,
+        "feed_forward": 256,
+        "heads": 4,
+        "encoder_layers": 0,
+        "layers": 2,
+        "summary": True,
+        "visual_dropout": 0.1,
+        "learning_rate": 2e-3,
+        "clip_norm": 1.0,
+        "epochs": 5,
+        "block": 0,
+    }
     return config

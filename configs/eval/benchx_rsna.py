@@ -1,4 +1,4 @@
-"""RSNA pneumonia, the whole tower fine-tuned: BenchX's protocol.
+"""RSNA pneumonia, fine-tuning of the whole tower: BenchX's protocol.
 
 python -m plan_jax.main --config configs/eval/benchx_rsna.py --checkpoint runs/plan
 
@@ -8,20 +8,21 @@ The manifest is that of `rsna_linear.py`, with BenchX's split (arXiv 2410.21969)
 from ml_collections import ConfigDict
 
 from configs.eval import rsna_linear
+from configs.eval.benchmark import benchmark
 
 
 def get_config() -> ConfigDict:
-    """Return what differs from the run that is evaluated."""
-    config = rsna_linear.get_config()
-    config.eval.classification.update(
-        mode="finetune",
-        learning_rate=1e-4,
-        weight_decay=1e-5,
-        schedule="cosine",
-        warmup_steps=50,
-        steps=3000,
-        clip_norm=1.0,
-        batch=64,
-        epochs=200,
-    )
-    return config
+    """Returns the benchmark."""
+    options = {
+        "labels": ("pneumonia",),
+        "mode": "finetune",
+        "learning_rate": 1e-4,
+        "weight_decay": 1e-5,
+        "schedule": "cosine",
+        "warmup_steps": 50,
+        "steps": 3000,
+        "clip_norm": 1.0,
+        "batch": 64,
+        "epochs": 200,
+    }
+    return benchmark("classification", rsna_linear.DATA, limit=4003, options=options)

@@ -1,30 +1,21 @@
-"""CheXpert's five competition labels, linear probe at 1, 10 and 100 %: MGCA's protocol.
+"""CheXpert's five competition labels, linear probe on 1, 10 and 100 %: MGCA's protocol.
 
 python -m plan_jax.main --config configs/eval/chexpert_linear.py --checkpoint runs/plan
 
-The manifest is yours to make from train.csv and valid.csv, frontal images only: `image`,
+You create the manifest from train.csv and valid.csv, frontal images only. Its columns are `image`,
 `patient_id`, `split` (5,000 of train validate; the 202 of the official valid.csv are the test) and
-the label columns as they are; an empty cell is 0, an uncertain one becomes what MGCA makes of it.
+the label columns as published. An empty cell is 0. An uncertain one becomes what MGCA makes of it.
 """
 
 from ml_collections import ConfigDict
 
+from configs.eval.benchmark import benchmark, manifest
+
 LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+DATA = manifest("chexpert/manifest.csv", label_columns=LABELS, label_blank=0)
 
 
 def get_config() -> ConfigDict:
-    """Return what differs from the run that is evaluated."""
-    config = ConfigDict()
-    config.data = ConfigDict({"name": "pairs"})
-    config.data.builder = ConfigDict(
-        {
-            "manifest": "chexpert/manifest.csv",
-            "text_optional": True,
-            "size": 256,
-            "label_columns": LABELS,
-            "label_blank": 0,
-        }
-    )
-    config.eval = ConfigDict({"tasks": ("classification",), "split": "test", "limit": 5000})
-    config.eval.classification = ConfigDict({"labels": LABELS, "uncertain": "mgca"})
-    return config
+    """Returns the benchmark."""
+    options = {"labels": LABELS, "uncertain": "mgca"}
+    return benchmark("classification", DATA, limit=5000, options=options)

@@ -8,13 +8,12 @@ The manifest is that of `covidx_linear.py`. No repository publishes its prompts;
 from ml_collections import ConfigDict
 
 from configs.eval import covidx_linear
+from configs.eval.benchmark import benchmark
 
 
 def get_config() -> ConfigDict:
-    """Return what differs from the run that is evaluated."""
-    config = covidx_linear.get_config()
-    config.eval = ConfigDict(
-        {"tasks": ("zero_shot",), "split": "test", "limit": 10_000, "prompts": "covid"}
+    """Returns the benchmark."""
+    options = {"scoring": "max", "kind": "multiclass"}
+    return benchmark(
+        "zero_shot", covidx_linear.DATA, limit=10_000, prompts="covid", options=options
     )
-    config.eval.zero_shot = ConfigDict({"scoring": "max", "kind": "multiclass"})
-    return config

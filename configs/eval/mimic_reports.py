@@ -1,19 +1,18 @@
-"""MIMIC-CXR, report generation in R2Gen's harness: at most 100 tokens, words seen ten times.
+"""MIMIC-CXR, report generation: R2Gen's protocol, at most 100 tokens, words that occur 10 times.
 
 python -m plan_jax.main --config configs/eval/mimic_reports.py --checkpoint runs/plan
 
-The manifest is yours to make: `image`, `patient_id`, `split` (270,790 / 2,130 / 3,858) and `text`,
-the findings.
+You create the manifest. Its columns are `image`, `patient_id`, `split` (270,790 / 2,130 / 3,858)
+and `text`, the findings.
 """
 
 from ml_collections import ConfigDict
 
+from configs.eval.benchmark import benchmark, manifest
+
 
 def get_config() -> ConfigDict:
-    """Return what differs from the run that is evaluated."""
-    config = ConfigDict()
-    config.data = ConfigDict({"name": "pairs"})
-    config.data.builder = ConfigDict({"manifest": "mimic_cxr/manifest.csv", "size": 256})
-    config.eval = ConfigDict({"tasks": ("report_generation",), "split": "test", "limit": 3858})
-    config.eval.report_generation = ConfigDict({"max_length": 100, "min_count": 10, "epochs": 30})
-    return config
+    """Returns the benchmark."""
+    data = manifest("mimic_cxr/manifest.csv", has_text=True)
+    options = {"max_length": 100, "min_count": 10, "epochs": 30}
+    return benchmark("report_generation", data, limit=3858, options=options)

@@ -1,13 +1,15 @@
-"""NIH ChestX-ray14, linear probe of the 14 findings at 1, 10 and 100 %: ASG's protocol.
+"""NIH ChestX-ray14, linear probe of the 14 findings on 1, 10 and 100 %: ASG's protocol.
 
 python -m plan_jax.main --config configs/eval/nih_linear.py --checkpoint runs/plan
 
-The manifest is yours to make from Data_Entry_2017_v2020.csv: `image`, `patient_id`, `split` (the
-official test list has 25,596 images) and `labels`, the findings joined by semicolons, `No Finding`
-where there is none: an empty cell means that nothing is known.
+You create the manifest from Data_Entry_2017_v2020.csv. Its columns are `image`, `patient_id`,
+`split` (the official test list has 25,596 images) and `labels`, the findings joined by semicolons.
+It is `No Finding` where there is none: an empty cell means that nothing is known.
 """
 
 from ml_collections import ConfigDict
+
+from configs.eval.benchmark import benchmark, manifest
 
 LABELS = (
     "Atelectasis",
@@ -28,17 +30,6 @@ LABELS = (
 
 
 def get_config() -> ConfigDict:
-    """Return what differs from the run that is evaluated."""
-    config = ConfigDict()
-    config.data = ConfigDict({"name": "pairs"})
-    config.data.builder = ConfigDict(
-        {
-            "manifest": "nih/manifest.csv",
-            "text_optional": True,
-            "size": 256,
-            "findings": LABELS,
-        }
-    )
-    config.eval = ConfigDict({"tasks": ("classification",), "split": "test", "limit": 25_596})
-    config.eval.classification = ConfigDict({"labels": LABELS})
-    return config
+    """Returns the benchmark."""
+    data = manifest("nih/manifest.csv", findings=LABELS)
+    return benchmark("classification", data, limit=25_596, options={"labels": LABELS})

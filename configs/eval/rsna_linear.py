@@ -1,26 +1,19 @@
-"""RSNA pneumonia, linear probe at 1, 10 and 100 % of the labels: MGCA's protocol.
+"""RSNA pneumonia, linear probe on 1, 10 and 100 % of the labels: MGCA's protocol.
 
 python -m plan_jax.main --config configs/eval/rsna_linear.py --checkpoint runs/plan
 
-The manifest is yours to make: `image`, `patient_id`, `split` (MGCA: 18,678 / 4,003 / 4,003) and a
-column `pneumonia` of 1 and 0.
+You create the manifest. Its columns are `image`, `patient_id`, `split` (MGCA: 18,678 / 4,003 /
+4,003) and `pneumonia`, which is 1 or 0.
 """
 
 from ml_collections import ConfigDict
 
+from configs.eval.benchmark import benchmark, manifest
+
+DATA = manifest("rsna/manifest.csv", label_columns=("pneumonia",))
+
 
 def get_config() -> ConfigDict:
-    """Return what differs from the run that is evaluated."""
-    config = ConfigDict()
-    config.data = ConfigDict({"name": "pairs"})
-    config.data.builder = ConfigDict(
-        {
-            "manifest": "rsna/manifest.csv",
-            "text_optional": True,
-            "size": 256,
-            "label_columns": ("pneumonia",),
-        }
-    )
-    config.eval = ConfigDict({"tasks": ("classification",), "split": "test", "limit": 4003})
-    config.eval.classification = ConfigDict({"labels": ("pneumonia",)})
-    return config
+    """Returns the benchmark."""
+    options = {"labels": ("pneumonia",)}
+    return benchmark("classification", DATA, limit=4003, options=options)

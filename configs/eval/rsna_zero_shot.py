@@ -1,21 +1,18 @@
-"""RSNA pneumonia, zero-shot by prompts for and against: AUROC, and F1 and accuracy at a threshold.
+"""RSNA pneumonia, zero-shot: AUROC, and F1 and accuracy at a threshold.
 
 python -m plan_jax.main --config configs/eval/rsna_zero_shot.py --checkpoint runs/plan
 
-The manifest is that of `rsna_linear.py`; the threshold is chosen on its validation split. BioViL's
-way: four phrasings for and four against, their embeddings averaged.
+The manifest is that of `rsna_linear.py`; the threshold is chosen on its validation split. Prompts
+are BioViL's: four phrasings for pneumonia and four against, their embeddings averaged.
 """
 
 from ml_collections import ConfigDict
 
 from configs.eval import rsna_linear
+from configs.eval.benchmark import benchmark
 
 
 def get_config() -> ConfigDict:
-    """Return what differs from the run that is evaluated."""
-    config = rsna_linear.get_config()
-    config.eval = ConfigDict(
-        {"tasks": ("zero_shot",), "split": "test", "limit": 4003, "prompts": "biovil"}
-    )
-    config.eval.zero_shot = ConfigDict({"ensemble": "embeddings", "validate": True})
-    return config
+    """Returns the benchmark."""
+    options = {"ensemble": "embeddings", "validate": True}
+    return benchmark("zero_shot", rsna_linear.DATA, limit=4003, prompts="biovil", options=options)

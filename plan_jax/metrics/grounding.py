@@ -1,141 +1,161 @@
-"""Scores of a heat map against the region where its phrase is true.
+"""Metrics of a heat map against the region where its phrase is true.
 
-A map with NaN or infinity scores NaN. Cases that the papers leave open (a constant map, ties) are
-defined here, so that a model without an opinion cannot score by the order of its memory.
+A map with NaN or infinity scores NaN. Cases that the papers leave open, as a constant map and ties,
+are defined here such that a model cannot score by the order of its pixels in memory.
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+Normalisation = Literal["raw", "minmax", "z"]
+NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
-NORMALISATIONS = ("raw", "minmax", "z")
-_NOISE = 1e-6  # differences below this fraction of a map's largest value are rounding
+
+# Differences below this fraction of a map's largest value are rounding errors.
+_RELATIVE_NOISE = 1e-6
+# Smallest standard deviation in units of a map's range. Without it the CNR of a map that equals
+# the truth would be infinite, and one such map would dominate every mean.
+_MIN_DEVIATION = 1e-3
 
 
-def interpolation(inside: int, outside: int) -> Float[np.ndarray, "outside inside"]:
-    """Make the matrix that resizes a line of `inside` samples bilinearly to `outside` samples.
+def bilinear_matrix(num_inputs: int, num_outputs: int) -> Float[np.ndarray, "outputs inputs"]:
+    """Returns the matrix that resizes a line of samples bilinearly.
 
-    Samples are pixel centres (half-pixel convention: torch's `align_corners=False`), the ends are
-    held; every row sums to one.
+    Samples are pixel centres (half-pixel convention: torch's `align_corners=False`). Outputs beyond
+    the first or last input centre repeat that input. Every row sums to one.
 
-    >>> interpolation(2, 4).tolist()
+    >>> bilinear_matrix(2, 4).tolist()
     [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
     """
-    centre = (np.arange(outside) + 0.5) * inside / outside - 0.5
-    centre = np.clip(centre, 0, inside - 1)
-    low = np.floor(centre).astype(int)
-    high = np.minimum(low + 1, inside - 1)
-    matrix = np.zeros((outside, inside), np.float32)
-    np.add.at(matrix, (np.arange(outside), low), 1 - (centre - low))
-    np.add.at(matrix, (np.arange(outside), high), centre - low)
+    centre = (np.arange(num_outputs) + 0.5) * num_inputs / num_outputs - 0.5
+    centre = np.clip(centre, 0, num_inputs - 1)
+    lower = np.floor(centre).astype(int)
+    upper = np.minimum(lower + 1, num_inputs - 1)
+    matrix = np.zeros((num_outputs, num_inputs), np.float32)
+    # `add.at` sums both weights where lower and upper are the same input, at the last one.
+    np.add.at(matrix, (np.arange(num_outputs), lower), 1 - (centre - lower))
+    np.add.at(matrix, (np.arange(num_outputs), upper), centre - lower)
     return matrix
 
 
 def upsample(maps: Float[np.ndarray, "B y x"], size: tuple[int, int]) -> Float[np.ndarray, "B Y X"]:
-    """Resize maps bilinearly to `size` = (Y, X): one matrix product for each side."""
+    """Returns maps resized bilinearly to `size` = (Y, X), by one matrix product for each side."""
     if maps.shape[1:] == tuple(size):
         return maps
-    rows, columns = (interpolation(a, b) for a, b in zip(maps.shape[1:], size, strict=True))
+    rows, columns = (bilinear_matrix(*pair) for pair in zip(maps.shape[1:], size, strict=True))
     return rows @ (maps.astype(np.float32) @ columns.T)
 
 
 def contrast_to_noise(
     maps: Float[np.ndarray, "B P"], truth: Bool[np.ndarray, "B P"]
 ) -> Float[np.ndarray, " B"]:
-    """Measure how far a map stands out inside the truth, in units of its own spread.
+    """Computes how far a map stands out inside the truth, in units of its own spread.
 
-    *BioViL (arXiv 2204.09817): CNR = (mean_in - mean_out) / sqrt(var_in + var_out)*, with the rest
-    of the image as outside; signed here, the paper takes the absolute value. Any affine change of a
-    map with positive slope leaves it unchanged. A constant map scores 0. The denominator is at
-    least 1e-3 of the map's range: a map that is the truth itself scores 1000 and not infinity. A
-    truth that is empty or covers the whole map gives NaN.
+    *BioViL (arXiv 2204.09817): CNR = (mean_in - mean_out) / sqrt(var_in + var_out)*, where `in` are
+    the pixels of the truth and `out` the rest of the image. It is signed here; the paper takes the
+    absolute value. An affine change of a map with positive slope does not change it.
+
+    A constant map scores 0. The denominator is at least 1e-3 of the map's range, so a map that is
+    the truth itself scores 1000 and not infinity. A truth that is empty or covers the whole map
+    gives NaN.
     """
     low, high = maps.min(1), maps.max(1)
-    span = high - low
     inside = truth.astype(maps.dtype)
-    count = inside.sum(1)
-    rest = truth.shape[1] - count
+    count_in = inside.sum(1)
+    count_out = truth.shape[1] - count_in
     with np.errstate(invalid="ignore", divide="ignore"):
-        level = (maps - low[:, None]) / span[:, None]
+        # On the scale 0..1 the squares below neither overflow nor lose small contrasts.
+        level = (maps - low[:, None]) / (high - low)[:, None]
         total = level.sum(1)
-        within = np.einsum("bp,bp->b", level, inside)
-        mean_in, mean_out = within / count, (total - within) / rest
+        total_in = np.einsum("bp,bp->b", level, inside)
+        mean_in, mean_out = total_in / count_in, (total - total_in) / count_out
+        # In place: `level` becomes the squared deviation from the mean of its own side.
         level -= np.where(truth, mean_in[:, None], mean_out[:, None])
         level *= level
-        within = np.einsum("bp,bp->b", level, inside)
-        variance = within / count + (level.sum(1) - within) / rest
-        ratio = (mean_in - mean_out) / np.maximum(np.sqrt(variance), 1e-3)
-    ratio = np.where(_constant(low, high), 0.0, ratio)
-    undefined = (count == 0) | (rest == 0) | ~_finite(low, high)
+        total_in = np.einsum("bp,bp->b", level, inside)
+        variance = total_in / count_in + (level.sum(1) - total_in) / count_out
+        ratio = (mean_in - mean_out) / np.maximum(np.sqrt(variance), _MIN_DEVIATION)
+    ratio = np.where(_is_constant(low, high), 0.0, ratio)
+    undefined = (count_in == 0) | (count_out == 0) | ~_is_finite(low, high)
     return np.where(undefined, np.nan, ratio)
 
 
 def pointing(
     maps: Float[np.ndarray, "B P"], truth: Bool[np.ndarray, "B P"]
 ) -> Float[np.ndarray, " B"]:
-    """Say whether the map's highest pixel lies in the truth: 1 or 0, the share of hits among ties.
+    """Returns 1 where the highest pixel of a map lies in the truth, else 0; ties share the point.
 
-    *Pointing game (Zhang et al., arXiv 1608.00507), without tolerance around the truth.* Taking the
-    first of equal maxima would favour a corner; the expected value over them does not, so that a
+    *Pointing game (Zhang et al., arXiv 1608.00507), without tolerance around the truth.* The first
+    of several equal maxima would favour a corner. The expected value over them does not, so a
     constant map scores the truth's share of the image.
     """
     low, high = maps.min(1), maps.max(1)
-    margin = _NOISE * np.maximum(abs(low), abs(high))
+    margin = _RELATIVE_NOISE * np.maximum(abs(low), abs(high))
     with np.errstate(invalid="ignore"):
         peak = maps >= (high - margin)[:, None]
         share = (peak & truth).sum(1) / np.maximum(peak.sum(1), 1)
-    return np.where(_finite(low, high), share, np.nan)
+    return np.where(_is_finite(low, high), share, np.nan)
 
 
-def normalise(maps: Float[np.ndarray, "B P"], how: str) -> Float[np.ndarray, "B P"]:
-    """Bring maps to the scale on which thresholds are read.
+def normalise(
+    maps: Float[np.ndarray, "B P"], normalisation: Normalisation
+) -> Float[np.ndarray, "B P"]:
+    """Returns maps on the scale of the thresholds of `mean_iou`.
 
-    `raw`: max(S, 0), for maps that are cosines already; `minmax`: (S - min) / (max - min);
-    `z`: max(S - mean, 0) / its maximum. A constant map becomes 0 under `minmax` and `z`.
+    - `raw`: *max(S, 0)*, for maps S that are cosines already.
+    - `minmax`: *(S - min S) / (max S - min S)*.
+    - `z`: *max(S - mean S, 0) / max(S - mean S)*.
+
+    A constant map becomes 0 under `minmax` and `z`.
 
     >>> normalise(np.array([[-1.0, 0.0, 4.0]]), "minmax").tolist()
     [[0.0, 0.2, 1.0]]
     """
-    if how == "raw":
+    if normalisation == "raw":
         return np.maximum(maps, 0)
     low, high = maps.min(1, keepdims=True), maps.max(1, keepdims=True)
-    zero = {"minmax": low, "z": maps.mean(1, keepdims=True)}[how]
-    flat = _constant(low, high)
+    zero = low if normalisation == "minmax" else maps.mean(1, keepdims=True)
+    is_constant = _is_constant(low, high)
     with np.errstate(invalid="ignore", divide="ignore"):
-        level = np.maximum(maps - zero, 0) / np.where(flat, 1, high - zero)
-    return np.where(flat, 0, level)
+        level = np.maximum(maps - zero, 0) / np.where(is_constant, 1, high - zero)
+    return np.where(is_constant, 0, level)
 
 
 def mean_iou(
     maps: Float[np.ndarray, "B P"],
     truth: Bool[np.ndarray, "B P"],
-    how: str,
+    normalisation: Normalisation,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> Float[np.ndarray, " B"]:
-    """Average the overlap of {map > t} with the truth over thresholds t, after `normalise(how)`.
+    """Returns the overlap of a thresholded map with the truth, averaged over thresholds.
 
-    *IoU = |A and B| / |A or B|*, 0 to 1; the normalisation moves it a lot, so name it beside the
-    number. A map nowhere above a threshold scores 0 there (public code leaves such maps out, which
-    rewards silence). An empty truth gives NaN.
+    *IoU = |A and B| / |A or B|*, from 0 to 1, where A are the pixels above a threshold after
+    `normalise` and B is the truth. The normalisation changes the value a lot, so a report has to
+    name it.
+
+    A map without a pixel above a threshold scores 0 there; public code omits such maps, which
+    rewards flat maps. An empty truth gives NaN.
     """
-    finite = _finite(maps.min(1), maps.max(1))
-    level = normalise(maps, how)
+    is_finite = _is_finite(maps.min(1), maps.max(1))
+    level = normalise(maps, normalisation)
     inside = truth.astype(np.float32)
     size = inside.sum(1)
     total = np.zeros(len(maps))
     for threshold in thresholds:
         above = (level > threshold).astype(np.float32)
-        both = np.einsum("bp,bp->b", above, inside)
-        total += both / np.maximum(above.sum(1) + size - both, 1)
-    return np.where(finite & (size > 0), total / len(thresholds), np.nan)
+        overlap = np.einsum("bp,bp->b", above, inside)
+        total += overlap / np.maximum(above.sum(1) + size - overlap, 1)
+    return np.where(is_finite & (size > 0), total / len(thresholds), np.nan)
 
 
-def _finite(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _is_finite(low: Float[np.ndarray, "..."], high: Float[np.ndarray, "..."]) -> np.ndarray:
+    # NaN spreads to the minimum, and infinity is one of the two.
     return np.isfinite(low) & np.isfinite(high)
 
 
-def _constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _is_constant(low: Float[np.ndarray, "..."], high: Float[np.ndarray, "..."]) -> np.ndarray:
     with np.errstate(invalid="ignore"):
-        return high - low <= _NOISE * np.maximum(abs(low), abs(high))
+        return high - low <= _RELATIVE_NOISE * np.maximum(abs(low), abs(high))
