@@ -161,6 +161,9 @@ def report_labeller(findings: Sequence[str]) -> Callable[[str], Mapping[str, int
     without findings it labels all findings that it knows.
     """
     names = (
-        tuple(name for name in findings if report_parser.is_known(name)) or report_parser.FINDINGS
+        tuple(name for name in findings if report_parser.is_known_finding(name))
+        or report_parser.FINDINGS
     )
-    return lambda text: dict(zip(names, report_parser.tags(text, names).tolist(), strict=True))
+    return lambda text: dict(
+        zip(names, report_parser.label_findings(text, names).tolist(), strict=True)
+    )

@@ -168,7 +168,7 @@ class _BatchSource:
 
     def _mark_region_words(self, text: tokenization.TokenizedText) -> Bool[np.ndarray, "R W"]:
         """Returns which words are in a sentence about which region."""
-        topics = [report_parser.regions(sentence) for sentence in text.sentence_texts]
+        topics = [report_parser.find_regions(sentence) for sentence in text.sentence_texts]
         is_about_RS = np.asarray(
             [[region in topic for topic in topics] for region in self.dataset.region_names], bool
         )

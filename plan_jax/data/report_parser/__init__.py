@@ -1,13 +1,13 @@
-"""Raw English chest-radiograph reports to sentences and triplets: region, finding, existence.
+"""Turns raw English chest-radiograph reports into triplets: region, finding, existence.
 
-ASG (arXiv 2403.09294) aligns regions with the triplets of a report; its parser was never released,
-so this one is our own: tables (`report_terms.py`, `report_cues.py`, `report_places.py`) and rules
-(`report_sentences.py`) after NegEx (Chapman et al. 2001) and ConText (Harkema et al. 2009).
+ASG (arXiv 2403.09294) aligns regions with the triplets of a report. Its parser was never released,
+so this one is written for this project: tables (`terms.py`, `cues.py`, `places.py`) and rules
+(`sentences.py`) after NegEx (Chapman et al. 2001) and ConText (Harkema et al. 2009).
 
-Tried and not used: negspaCy has no third value for doubt, and medspaCy's ConText, the nearest fit,
-pins spaCy below 3.8 on Python 3.11 and by it numpy below 2, which this package excludes. Given the
-same findings, both were less precise with the cues that they ship with; neither says where a
-finding is, nor reads `the lungs are clear` as a denial.
+Alternatives that were tried: negspaCy has no third value for doubt. medspaCy's ConText, the nearest
+fit, pins spaCy below 3.8 on Python 3.11 and thereby numpy below 2, which this package excludes.
+With the same findings, both were less precise with their own cues. Neither locates a finding, nor
+reads `the lungs are clear` as a denial.
 """
 
 import re
@@ -18,14 +18,25 @@ import numpy as np
 from jaxtyping import Int8
 
 from plan_jax.data.report_parser import terms as terms
-from plan_jax.data.report_parser.sentences import read, regions
+from plan_jax.data.report_parser.sentences import find_regions, parse_sentence
 from plan_jax.data.report_parser.terms import ASG_TAGS
 from plan_jax.data.tokenizer import split_sentences
 from plan_jax.types import UserError
 
-__all__ = ["ASG_TAGS", "FINDINGS", "Statement", "parse", "regions", "sections", "tags", "triplets"]
+__all__ = [
+    "ASG_TAGS",
+    "FINDINGS",
+    "Statement",
+    "extract_triplets",
+    "find_regions",
+    "is_known_finding",
+    "label_findings",
+    "parse_report",
+    "split_sections",
+]
 
 FINDINGS = tuple(terms.TERMS)  # canonical names, those of the phantom among them
+# In capitals any words are a header; in mixed case only the usual ones, or "Note:" would be one.
 _HEADER = re.compile(
     r"(?:(?<=\s)|^)([A-Z][A-Z /&()-]{2,40}|(?:Findings|Impression|Indication|History|Comparison"
     r"|Technique|Conclusion|Clinical history|Examination|Exam))\s?:"
@@ -33,9 +44,9 @@ _HEADER = re.compile(
 
 
 class Statement(NamedTuple):
-    """One claim of a report: existence is 1 (stated), 0 (denied) or -1 (uncertain).
+    """A claim of a report: existence is 1 (stated), 0 (denied) or -1 (uncertain).
 
-    `index` counts the sentences that `split_sentences` makes of the text.
+    `index` counts the sentences of `split_sentences`.
     """
 
     index: int
@@ -45,115 +56,126 @@ class Statement(NamedTuple):
     existence: int
 
 
-def parse(text: str) -> tuple[Statement, ...]:
-    """Parse a report into what its sentences claim.
+def parse_report(text: str) -> tuple[Statement, ...]:
+    """Returns the claims of a report.
 
-    In a text with headers (`FINDINGS:`) the sections that are not about the image, such as the
-    indication, are passed over.
+    In a text with headers (`FINDINGS:`), sections that are not about the image, such as the
+    indication, are skipped.
 
-    >>> for statement in parse("Heart size is normal. Small left effusion without pneumothorax."):
+    >>> report = "Heart size is normal. Small left effusion without pneumothorax."
+    >>> for statement in parse_report(report):
     ...     print(statement.index, statement.region, statement.finding, statement.existence)
     0 heart cardiomegaly 0
     1 left lung pleural effusion 1
     1 both lungs pneumothorax 0
     """
-    out, about, doubt = [], True, ""
+    statements: list[Statement] = []
+    is_about_image, prefix = True, ""
     sentences = split_sentences(text)
     for index, sentence in enumerate(sentences):
-        asks = sentence.endswith(" ?") and "".join(sentences[index + 1 : index + 2])[:1].islower()
-        for name, piece in _pieces(sentence):
-            about = about if name is None else name not in terms.UNREAD
-            if about:
-                piece = doubt + (piece.removesuffix("?") if asks else piece)
-                out += [Statement(index, sentence, *claim) for claim in read(piece)]
-        doubt = "? " if asks else ""  # "opacity ? pneumonia" was cut behind the mark
-    return tuple(out)
+        # "opacity ? pneumonia" is split after the mark, which belongs to what follows.
+        following = "".join(sentences[index + 1 : index + 2])
+        is_cut = sentence.endswith(" ?") and following[:1].islower()
+        for section, piece in _split_at_headers(sentence):
+            # A section goes on until the next header, over many sentences.
+            if section is not None:
+                is_about_image = section not in terms.IGNORED_SECTIONS
+            if is_about_image:
+                piece = prefix + (piece.removesuffix("?") if is_cut else piece)
+                claims = parse_sentence(piece)
+                statements += [Statement(index, sentence, *claim) for claim in claims]
+        prefix = "? " if is_cut else ""
+    return tuple(statements)
 
 
-def _pieces(sentence: str) -> list[tuple[str | None, str]]:
-    """Cut at headers; what stands before the first belongs to the section before (None)."""
-    heads = list(_HEADER.finditer(sentence))
-    bounds = [*(h.start() for h in heads), len(sentence)]
-    pieces = [(None, sentence[: bounds[0]])]
-    pieces += [
-        (_section(h[1]), sentence[h.end() : end].strip())
-        for h, end in zip(heads, bounds[1:], strict=True)
-    ]
+def _split_at_headers(text: str) -> list[tuple[str | None, str]]:
+    """Returns (section, text) pairs; what precedes the first header has the section None."""
+    headers = list(_HEADER.finditer(text))
+    bounds = [*(header.start() for header in headers), len(text)]
+    pieces: list[tuple[str | None, str]] = [(None, text[: bounds[0]])]
+    for header, end in zip(headers, bounds[1:], strict=True):
+        pieces.append((_section_name(header[1]), text[header.end() : end].strip()))
     return [piece for piece in pieces if piece[1] or piece[0]] or [(None, "")]
 
 
-def _section(header: str) -> str:
+def _section_name(header: str) -> str:
+    """Returns the lower-case name of a section, one for all synonyms."""
     words = header.lower().split()
-    for i in range(len(words)):  # "FINAL REPORT INDICATION" where a line break was lost
-        name = terms.SAME_SECTION.get(name := " ".join(words[i:]), name)
-        if name in terms.READ or name in terms.UNREAD:
+    # "FINAL REPORT INDICATION", where a line break was lost, is an indication.
+    for i in range(len(words)):
+        name = " ".join(words[i:])
+        name = terms.SECTION_SYNONYMS.get(name, name)
+        if name in terms.PARSED_SECTIONS or name in terms.IGNORED_SECTIONS:
             return name
     return " ".join(words)
 
 
-def sections(text: str) -> dict[str, str]:
-    """Cut a raw report at its headers: lower-case name -> text, "" for what precedes the first.
+def split_sections(text: str) -> dict[str, str]:
+    """Returns the sections of a raw report by lower-case name, "" for what precedes the first.
 
-    >>> sections("INDICATION: Cough. FINDINGS: Clear lungs. CONCLUSION: Normal.")
+    >>> split_sections("INDICATION: Cough. FINDINGS: Clear lungs. CONCLUSION: Normal.")
     {'indication': 'Cough.', 'findings': 'Clear lungs.', 'impression': 'Normal.'}
     """
-    out: dict[str, str] = {}
-    for name, piece in _pieces(text):
-        piece = piece.strip()
+    sections: dict[str, str] = {}
+    for name, piece in _split_at_headers(text):
+        name, piece = name or "", piece.strip()
         if piece:
-            out[name or ""] = "\n\n".join(filter(None, (out.get(name or ""), piece)))
-    return out
+            sections[name] = f"{sections[name]}\n\n{piece}" if name in sections else piece
+    return sections
 
 
-def triplets(text: str) -> tuple[tuple[str, str, int], ...]:
-    """List what a report claims as (region, finding, existence), each once, in order.
+def extract_triplets(text: str) -> tuple[tuple[str, str, int], ...]:
+    """Returns the claims of a report as (region, finding, existence), each once, in order.
 
-    >>> triplets("No effusion or pneumothorax. Possible nodule in the right upper lobe.")
+    >>> extract_triplets("No effusion or pneumothorax. Possible nodule in the right upper lobe.")
     (('both lungs', 'pleural effusion', 0), ('both lungs', 'pneumothorax', 0),
      ('right upper zone', 'nodule', -1))
     """
-    return tuple(dict.fromkeys(statement[2:] for statement in parse(text)))
+    return tuple(dict.fromkeys(statement[2:] for statement in parse_report(text)))
 
 
-def tags(text: str, findings: Sequence[str]) -> Int8[np.ndarray, " F"]:
-    """Label a report Int8[F]: 1 stated, -1 uncertain, 0 denied or not mentioned.
+def label_findings(text: str, findings: Sequence[str]) -> Int8[np.ndarray, " F"]:
+    """Returns the labels Int8[F] of a report: 1 stated, -1 uncertain, 0 denied or not mentioned.
 
-    Names are those of `FINDINGS`, of `ASG_TAGS`, or a few others such as `lung opacity`, in any
-    case; a name may cover several (`atelectasis` covers `linear atelectasis`). The strongest claim
-    wins: 1, then -1, then 0.
+    The strongest claim of a finding counts: 1, then -1, then 0.
 
-    >>> tags("Linear atelectasis. Possible edema. No mass.", ("atelectasis", "edema", "mass"))
+    >>> names = ("atelectasis", "edema", "mass")
+    >>> label_findings("Linear atelectasis. Possible edema. No mass.", names)
     array([ 1, -1,  0], dtype=int8)
 
+    Args:
+      text: a raw report.
+      findings: names of `FINDINGS`, of `ASG_TAGS`, or one of a few others such as `lung opacity`,
+        in any case. A name may cover several findings: `atelectasis` covers `linear atelectasis`.
+
     Raises:
-      UserError: if a finding has no known name.
+      UserError: a finding has no known name.
     """
-    said: dict[str, set[int]] = {}
-    for _, finding, existence in triplets(text):
-        said.setdefault(finding, set()).add(existence)
-    out = np.zeros(len(findings), np.int8)
+    values: dict[str, set[int]] = {}
+    for _, finding, existence in extract_triplets(text):
+        values.setdefault(finding, set()).add(existence)
+    labels = np.zeros(len(findings), np.int8)
     for i, name in enumerate(findings):
-        found = set().union(*(said.get(covered, ()) for covered in _covered(name)))
-        out[i] = 1 if 1 in found else -1 if -1 in found else 0
-    return out
+        claims = set().union(*(values.get(finding, ()) for finding in _covered_findings(name)))
+        labels[i] = 1 if 1 in claims else -1 if -1 in claims else 0
+    return labels
 
 
-def is_known(name: str) -> bool:
-    """Say whether `tags` has a name for a finding.
+def is_known_finding(name: str) -> bool:
+    """Returns whether `label_findings` knows a finding.
 
-    >>> is_known("Pleural effusion"), is_known("COVID-19")
+    >>> is_known_finding("Pleural effusion"), is_known_finding("COVID-19")
     (True, False)
     """
-    plain = " ".join(name.lower().split())
-    return plain in terms.COVERS or plain in terms.TERMS
+    name = " ".join(name.lower().split())
+    return name in terms.COVERED_FINDINGS or name in terms.TERMS
 
 
-def _covered(name: str) -> tuple[str, ...]:
-    plain = " ".join(name.lower().split())
-    if plain in terms.COVERS:
-        return terms.COVERS[plain]
-    if plain in terms.TERMS:
-        return (plain,)
-    raise UserError(
-        f"finding {name!r} is unknown; use one of {', '.join([*terms.TERMS, *terms.COVERS])}"
-    )
+def _covered_findings(name: str) -> tuple[str, ...]:
+    normalised = " ".join(name.lower().split())
+    if normalised in terms.COVERED_FINDINGS:
+        return terms.COVERED_FINDINGS[normalised]
+    if normalised in terms.TERMS:
+        return (normalised,)
+    known = ", ".join([*terms.TERMS, *terms.COVERED_FINDINGS])
+    raise UserError(f"finding {name!r} is unknown; use one of {known}")

@@ -1,21 +1,23 @@
-"""The tables of the report parser that deny and doubt: cues, how far they reach, what stops them.
+"""Tables of negation and doubt of the report parser: cues, and the words that limit their scope.
 
 After NegEx (Chapman et al. 2001) and ConText (Harkema et al. 2009). Patterns are regular
 expressions over lower-case text; a space stands for spaces or a hyphen.
 """
 
-# Cues: what they do -> patterns. `deny`, `doubt` and `aside` reach forward to the next stop,
-# `denied` and `doubted` backward; `hint` is a doubt that a denial before it swallows ("no opacity
-# to suggest pneumonia"); `nothing` only keeps its words from being another cue; an `aside` is no
-# statement about the image at all.
-_SEEN = (
+# The patterns of each kind of cue:
+#   negation_before, doubt_before   act forward, up to the next stop
+#   negation_after, doubt_after     act backward
+#   weak_doubt                      acts forward; a negation before it absorbs it ("no opacity to
+#                                   suggest pneumonia")
+#   not_about_image                 what follows is no statement about the image
+#   no_cue                          its words are not another cue
+_VISIBLE = (
     r"(?:seen|identified|present|visuali[sz]ed|evident|appreciated|demonstrated|noted|detected"
     r"|apparent|found|visible)"
 )
 _EXCLUDED = r"(?:excluded|ruled out)"
-_NEVER = r"(?:not (?:be )?(?:\w+ )?|un|(?:difficult|hard) to (?:be )?)"
 CUES: dict[str, tuple[str, ...]] = {
-    "deny": (
+    "negation_before": (
         r"no",
         r"not",
         r"without",
@@ -49,8 +51,8 @@ CUES: dict[str, tuple[str, ...]] = {
         r"rules? out",
         r"excludes?",
     ),
-    "denied": (
-        rf"(?:not|never) (?:been |definitely |clearly |\w+ly )?{_SEEN}",
+    "negation_after": (
+        rf"(?:not|never) (?:been |definitely |clearly |\w+ly )?{_VISIBLE}",
         r"no longer \w+",
         r"(?:has|have) (?:\w+ly )?(?:resolved|cleared|disappeared)",
         r"resolved(?=\s*[.,;]?$)",
@@ -65,7 +67,7 @@ CUES: dict[str, tuple[str, ...]] = {
         r"(?:(?:is|are|was|were|appears?) )?within (?:normal )?limits(?: of normal)?",
         r"(?:is|are|appears?) (?:normal|unremarkable)",
     ),
-    "doubt": (
+    "doubt_before": (
         r"possible",
         r"possibly",
         r"probable",
@@ -92,7 +94,7 @@ CUES: dict[str, tuple[str, ...]] = {
         r"differential",
         r"query",
     ),
-    "hint": (
+    "weak_doubt": (
         r"(?:may|might|could|would) (?:also )?(?:represent|reflect|indicate|suggest|relate to"
         r"|be related to|be due to|be secondary to|suggesting)",
         r"suggest(?:s|ed|ing|ive of)?",
@@ -108,7 +110,7 @@ CUES: dict[str, tuple[str, ...]] = {
         r"consider",
         r"(?:is|are) (?:probably|likely)",
     ),
-    "doubted": (
+    "doubt_after": (
         rf"(?:can ?not|can't|could not|is not|are not|not)(?: be)?(?: \w+ly)?(?: be)? {_EXCLUDED}",
         r"(?:difficult|hard) to (?:\w+ly )?(?:exclude|rule out)",
         r"(?:is|are|was|were|be) (?:also )?(?:suspected|questioned|questionable|possible|probable"
@@ -121,7 +123,7 @@ CUES: dict[str, tuple[str, ...]] = {
         r"\?(?=\s*$)",
         r"questioned(?=\s*[.,;]?$)",
     ),
-    "aside": (
+    "not_about_image": (
         r"(?:history|hx) of",
         r"h/o",
         r"(?:to |please )?evaluat(?:e|ion) (?:for|of)",
@@ -138,7 +140,7 @@ CUES: dict[str, tuple[str, ...]] = {
         r"correlate (?:\w+ )?for",
         r"follow up (?:of|for)",
     ),
-    "nothing": (
+    "no_cue": (
         r"no (?:significant |interval |definite |substantial |appreciable |overall |short ?term )*"
         r"(?:interval )?(?:change|increase|decrease|progression|worsening|improvement)"
         r"(?: (?:in|of|from|since))?",
@@ -168,7 +170,7 @@ CUES: dict[str, tuple[str, ...]] = {
         r"not (?:an? )?new",
     ),
 }
-# Words that end the reach of every cue.
+# Words that end the scope of every cue.
 STOPS = (
     r"but",
     r"however",
@@ -196,7 +198,8 @@ STOPS = (
     r"status post",
     r"(?:seen|identified|noted|demonstrated|appreciated|present),",
 )
-# Words that begin a statement; a place before them still belongs to it.
+# Words that begin a statement and end the scope of earlier cues; a place before them still belongs
+# to the statement.
 OPENERS = (r"there (?:is|are|was|were|has|have)",)
-# A denial or an `and no` begins a statement of its own, with a place of its own.
-PARTS = (r"without", r"and no", r", no", r"but no", r"with no")
+# Words that begin a clause with a place of its own.
+CLAUSE_STARTS = (r"without", r"and no", r", no", r"but no", r"with no")

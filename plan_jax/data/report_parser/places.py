@@ -1,9 +1,10 @@
-"""Where in the chest a phrase of a report is: sides, zones and nouns to the phantom's regions."""
+"""Locations in a report: from sides, zones and nouns to the regions of the phantom."""
 
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+# What follows a word like `lower` if it is not a zone of the lung: "lower thoracic spine".
 _NOT_LUNG = (
     r"(?! (?:limits?|abdom\w+|lumbar|thoracic|cervical|extremit\w+|normal|quadrants?|ribs?|svc"
     r"|spine|mediastin\w+|esophag\w+|neck|dorsal|chest wall|vertebra\w*|t spine|clavic\w+))"
@@ -21,95 +22,116 @@ ZONES = {
     "lower": rf"lower{_NOT_LUNG}|bases?|basal|basilar|bibasilar|bibasal|retrocardiac|infrahilar"
     r"|hemi ?diaphragms?",
 }
-OWN_SIDE = {"lingula": "left", "lingular": "left", "retrocardiac": "left", "middle": "right"}
-# A noun without a side is a place if it is one of `_ALONE`; the others only lengthen a place.
-_ALONE = (
+# The side of words that imply one, unless the report names a side.
+IMPLIED_SIDES = {"lingula": "left", "lingular": "left", "retrocardiac": "left", "middle": "right"}
+
+# Nouns that are a location without a side; the others only extend a location.
+_STANDALONE_NOUNS = (
     r"lungs|hilum|hila|hilar|perihilar|parahilar|mediastin(?:um|al)|pleural spaces?"
     r"|(?:costo ?phrenic|cp) (?:angles?|sulc[ui]s?)"
 )
 _NOUNS = (
-    rf"{_ALONE}|lungs?|lobes?|zones?|fields?|hemi ?thorac?(?:x|es)|costo ?phrenic|cp"
+    rf"{_STANDALONE_NOUNS}|lungs?|lobes?|zones?|fields?|hemi ?thorac?(?:x|es)|costo ?phrenic|cp"
     r"|angles?|sulc[ui]s?|paratracheal|cardiophrenic"
 )
-_FILLING = (
+_CONNECTIVES = (
     r"the|of|and|or|to|sided|aspects?|portions?|regions?|areas?|segments?|medial|lateral|anterior"
     r"|posterior|/|&|inner|outer|more|chest|pulmonary|peripheral|central"
 )
 
 
 class Place(NamedTuple):
-    """A phrase that says where; `lung` if it names a part of the lung and not only a side."""
+    """A phrase that names a location.
+
+    `is_lung` tells a part of the lung from a mere side.
+    """
 
     start: int
     end: int
     regions: tuple[str, ...]
-    lung: bool
+    is_lung: bool
 
 
-def compiled(patterns: str | Iterable[str]) -> re.Pattern[str]:
-    """Compile patterns of the tables into one: whole words, a space or a hyphen between them."""
-    joined = patterns if isinstance(patterns, str) else "|".join(patterns)
-    spaced = re.sub(r"(?<!\[a-z) (\??)", r"[ -]+\1", joined).replace("[ -]+?", "[ -]?")
+def compile_patterns(patterns: str | Iterable[str]) -> re.Pattern[str]:
+    """Returns patterns of the tables as one: whole words, a space or a hyphen between them."""
+    union = patterns if isinstance(patterns, str) else "|".join(patterns)
+    # A space becomes "spaces or hyphens", except inside a character class like [a-z ].
+    spaced = re.sub(r"(?<!\[a-z) (\??)", r"[ -]+\1", union).replace("[ -]+?", "[ -]?")
+    # \b would not do: a pattern may begin or end with `?`, `/` or `.`.
     return re.compile(rf"(?:(?<!\w)|(?=\W))(?:{spaced})(?:(?!\w)|(?<=\W))")
 
 
-_ZONE = {zone: compiled(pattern) for zone, pattern in ZONES.items()}
-_ATOM = rf"{'|'.join(SIDES)}|{'|'.join(ZONES.values())}"
-_PHRASE = compiled(rf"(?:{_ATOM}|{_ALONE})(?: (?:{_ATOM}|{_NOUNS}|{_FILLING}))*")
-_UNEQUAL = compiled(
+_ZONE_PATTERNS = {zone: compile_patterns(pattern) for zone, pattern in ZONES.items()}
+_SIDE_OR_ZONE = rf"{'|'.join(SIDES)}|{'|'.join(ZONES.values())}"
+_PLACE_PATTERN = compile_patterns(
+    rf"(?:{_SIDE_OR_ZONE}|{_STANDALONE_NOUNS})(?: (?:{_SIDE_OR_ZONE}|{_NOUNS}|{_CONNECTIVES}))*"
+)
+# "Bilateral effusions, left greater than right" names both lungs.
+_UNEQUAL_PATTERN = compile_patterns(
     r"(?:left|right)(?: side)? (?:greater|larger|more|worse|slightly greater|bigger|smaller|less) "
     r"than(?: the)?(?: on the)? (?:left|right)"
     r"|(?:worse|greater|larger|worst|greatest) (?:on|in|at) the (?:left|right)(?: side| lung)?"
 )
-_WORD = compiled(rf"{_ATOM}|{_NOUNS}|and|or")
-_LUNG = compiled(_NOUNS)
+_WORD_PATTERN = compile_patterns(rf"{_SIDE_OR_ZONE}|{_NOUNS}|and|or")
+_NOUN_PATTERN = compile_patterns(_NOUNS)
 
 
-def places(text: str) -> list[Place]:
-    """Find the phrases of a lower-case sentence that say where, with their regions, in order.
+def find_places(text: str) -> list[Place]:
+    """Returns the phrases of a lower-case sentence that name a location, in order.
 
-    >>> [place.regions for place in places("in the left mid and lower zones, both lungs")]
+    >>> [place.regions for place in find_places("in the left mid and lower zones, both lungs")]
     [('left mid zone', 'left lower zone'), ('both lungs',)]
     """
-    found = [Place(m.start(), m.end(), ("both lungs",), False) for m in _UNEQUAL.finditer(text)]
-    for match in _PHRASE.finditer(text):
-        if any(match.start() < p.end and p.start < match.end() for p in found):
+    places = [
+        Place(match.start(), match.end(), ("both lungs",), False)
+        for match in _UNEQUAL_PATTERN.finditer(text)
+    ]
+    for match in _PLACE_PATTERN.finditer(text):
+        if any(match.start() < place.end and place.start < match.end() for place in places):
             continue
-        words = list(_WORD.finditer(text, match.start(), match.end()))
+        words = list(_WORD_PATTERN.finditer(text, match.start(), match.end()))
+        # "left lung and" reaches into the next phrase.
         while words[-1][0] in ("and", "or"):
             words.pop()
-        regions = tuple(dict.fromkeys(r for group in _groups(words, text) for r in _regions(group)))
-        said = any(_LUNG.fullmatch(w[0]) or _zone(w[0]) for w in words)
-        found.append(Place(match.start(), words[-1].end(), regions, said))
-    return sorted(found)
+        groups = _split_by_side([word[0] for word in words])
+        regions = tuple(dict.fromkeys(region for group in groups for region in _to_regions(group)))
+        is_lung = any(_NOUN_PATTERN.fullmatch(word[0]) or _to_zone(word[0]) for word in words)
+        places.append(Place(match.start(), words[-1].end(), regions, is_lung))
+    return sorted(places)
 
 
-def _zone(word: str) -> str:
-    return next((zone for zone, pattern in _ZONE.items() if pattern.fullmatch(word)), "")
+def _to_zone(word: str) -> str:
+    """Returns the zone that a word names, "" if it names none."""
+    zones = (zone for zone, pattern in _ZONE_PATTERNS.items() if pattern.fullmatch(word))
+    return next(zones, "")
 
 
-def _groups(words: list[re.Match[str]], text: str) -> list[list[str]]:
-    """Cut `left upper and right lower lobe` where a new side begins a new place."""
+def _split_by_side(words: list[str]) -> list[list[str]]:
+    """Returns the words in groups of one side: `left upper`, `right lower lobe`."""
     groups: list[list[str]] = [[]]
-    joined = False
+    after_conjunction = False
     for word in words:
-        here = groups[-1]
-        if word[0] in ("and", "or"):
-            joined = True
+        if word in ("and", "or"):
+            after_conjunction = True
             continue
-        begins = word[0] in SIDES and here and (joined or any(w in SIDES for w in here))
-        if begins and any(w not in SIDES for w in here):
+        group = groups[-1]
+        has_side = any(member in SIDES for member in group)
+        has_part = any(member not in SIDES for member in group)
+        # "left and right lower lobes" is one group: nothing has been named of the left yet.
+        if word in SIDES and has_part and (after_conjunction or has_side):
             groups.append([])
-        groups[-1].append(word[0])
-        joined = False
+        groups[-1].append(word)
+        after_conjunction = False
     return groups
 
 
-def _regions(group: list[str]) -> list[str]:
-    zones = list(dict.fromkeys(zone for zone in map(_zone, group) if zone))
-    named = [side for word in group for side in SIDES.get(word, ())]
-    named += [OWN_SIDE[word] for word in group if not named and word in OWN_SIDE]
-    sides = list(dict.fromkeys(named)) or ["left", "right"]
+def _to_regions(group: list[str]) -> list[str]:
+    """Returns the regions that the words of one side name."""
+    zones = list(dict.fromkeys(zone for zone in map(_to_zone, group) if zone))
+    sides = [side for word in group for side in SIDES.get(word, ())]
+    if not sides:
+        sides = [IMPLIED_SIDES[word] for word in group if word in IMPLIED_SIDES]
+    sides = list(dict.fromkeys(sides)) or ["left", "right"]
     if group and all(word.startswith("mediastin") for word in group):
         return ["chest"]
     if zones:
@@ -117,10 +139,10 @@ def _regions(group: list[str]) -> list[str]:
     return ["both lungs"] if len(sides) == 2 else [f"{sides[0]} lung"]
 
 
-def whole(regions: Iterable[str], part: str) -> tuple[str, ...]:
-    """Widen regions to the whole `lung` or `chest` of their sides.
+def widen_regions(regions: Iterable[str], part: str) -> tuple[str, ...]:
+    """Returns the whole `lung` or `chest` on the sides of the regions.
 
-    >>> whole(["left lower zone"], "lung"), whole(["both lungs"], "chest")
+    >>> widen_regions(["left lower zone"], "lung"), widen_regions(["both lungs"], "chest")
     (('left lung',), ('chest',))
     """
     sides = {word for region in regions for word in region.split() if word in ("left", "right")}
@@ -129,12 +151,12 @@ def whole(regions: Iterable[str], part: str) -> tuple[str, ...]:
     return ("both lungs",) if part == "lung" else ("chest",)
 
 
-def expanded(regions: Iterable[str]) -> tuple[str, ...]:
-    """Expand regions into those that have boxes: both lungs into two, a side's chest to its lung.
+def expand_regions(regions: Iterable[str]) -> tuple[str, ...]:
+    """Returns the regions with boxes: both lungs become two, a side of the chest its lung.
 
-    >>> expanded(["both lungs", "left chest", "chest", "heart"])
+    >>> expand_regions(["both lungs", "left chest", "chest", "heart"])
     ('left lung', 'right lung', 'heart')
     """
-    boxes = {"both lungs": ("left lung", "right lung"), "chest": ()}
+    boxes: dict[str, tuple[str, ...]] = {"both lungs": ("left lung", "right lung"), "chest": ()}
     boxes |= {f"{side} chest": (f"{side} lung",) for side in ("left", "right")}
-    return tuple(dict.fromkeys(box for r in regions for box in boxes.get(r, (r,))))
+    return tuple(dict.fromkeys(box for region in regions for box in boxes.get(region, (region,))))

@@ -1,8 +1,8 @@
-"""The tables of the report parser: findings and their synonyms, what may be normal, sections.
+"""Tables of findings of the report parser: synonyms, expressions of normality, section names.
 
 Patterns are regular expressions over lower-case text; a space stands for spaces or a hyphen.
-`reports.py` compiles and applies them; to teach the parser a word, add it here. What denies and
-doubts is in `report_cues.py`.
+`sentences.py` compiles and applies them. To add a synonym, add it here. Negation and doubt are in
+`cues.py`.
 """
 
 # The forty tags of ASG (arXiv 2403.09294), as its paper spells them.
@@ -49,6 +49,7 @@ ASG_TAGS = (
     "aspiration",
 )
 
+# Between a subject and its adjective: a verb, and adverbs.
 _IS = r"(?: (?:is|are|was|were|be|being|appears?|remains?|seems?|has|have|been|to|now|not|again))*"
 _HOW = r"(?: (?!and |or |but |with |normal)[a-z]+){0,3}?"  # "moderately", "slightly more"
 _HEART = r"(?:heart(?: size)?|cardiac (?:silhouette|shadow|size|contours?))"
@@ -58,7 +59,7 @@ _CARDIOMEDIASTINAL = r"cardio ?mediastinal (?:silhouettes?|contours?|shadow)"
 _MEDIASTINUM = r"(?:mediastinum|mediastinal (?:contours?|silhouettes?|shadow))"
 _ANGLE = r"(?:(?:costo ?phrenic|cardiophrenic|cp) (?:angles?|sulc[ui]s?|recess(?:es)?)|sulc[ui]s?)"
 
-# Canonical finding -> what reports call it; where two match, the longer match is taken.
+# What reports call each canonical finding. Where two patterns match, the longer match counts.
 TERMS: dict[str, tuple[str, ...]] = {
     "consolidation": (
         r"consolidat(?:ions?|ive (?:change|process|opacity|opacities)|ed)",
@@ -242,8 +243,8 @@ TERMS = {
     name: tuple(p.replace("{is}", _IS).replace("{how}", _HOW) for p in patterns)
     for name, patterns in TERMS.items()
 }
-# Words that look like a finding and are none.
-NO_FINDING = (
+# Words that look like a finding but are not one.
+NOT_FINDINGS = (
     r"(?:in|on|along) line",
     r"midline",
     r"baseline",
@@ -270,8 +271,8 @@ NO_FINDING = (
     r"(?:kerley )?b lines?",
 )
 
-# Names that a caller may ask for, besides those of TERMS -> the findings that they cover.
-COVERS: dict[str, tuple[str, ...]] = {
+# Further names of findings that `label_findings` accepts, and the findings that each covers.
+COVERED_FINDINGS: dict[str, tuple[str, ...]] = {
     "edema": ("pulmonary oedema",),
     "oedema": ("pulmonary oedema",),
     "pulmonary edema": ("pulmonary oedema",),
@@ -304,11 +305,11 @@ COVERS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Where a finding is looked for: in the heart, in a whole lung, on the chest wall or in its middle;
-# all others in a zone of a lung. `DIFFUSE` lies in both lungs where the report names no place.
-IN_HEART = {"cardiomegaly"}
-IN_A_LUNG = {"pleural effusion", "pneumothorax"}
-IN_CHEST = {
+# Where findings lie: in the heart, in a whole lung, on the wall or in the middle of the chest; all
+# others lie in a zone of a lung. Diffuse findings lie in both lungs if the report names no place.
+HEART_FINDINGS = {"cardiomegaly"}
+LUNG_FINDINGS = {"pleural effusion", "pneumothorax"}
+CHEST_FINDINGS = {
     "pacemaker",
     "tube",
     "tip",
@@ -325,10 +326,17 @@ IN_CHEST = {
     "shift",
     "dilation",
 }
-DIFFUSE = {"pulmonary oedema", "hyperinflate", "emphysema", "marking", "engorgement", "aerate"}
+DIFFUSE_FINDINGS = {
+    "pulmonary oedema",
+    "hyperinflate",
+    "emphysema",
+    "marking",
+    "engorgement",
+    "aerate",
+}
 
-# What may be called normal: subject -> findings that this denies (for the eight kinds of the
-# phantom as `phantom_text.NORMAL` has it: the first two of what it contradicts).
+# What may be called normal, and the findings that this denies. For the eight kinds of the phantom
+# these are the first two kinds that a sentence of `report_text.NORMAL` contradicts.
 NORMAL_SUBJECTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"heart(?: size)?|cardiac (?:silhouettes?|shadow|size|contours?)|cardiac", ("cardiomegaly",)),
     (_CARDIOMEDIASTINAL, ("cardiomegaly", "enlarged cardiomediastinum")),
@@ -365,7 +373,7 @@ NOT_NORMAL = (
     r"high normal",
     r"near normal",
 )
-# Sentences that clear the lungs as a whole -> the findings that they deny.
+# Sentences that call the lungs as a whole normal, and the findings that they deny.
 ALL_CLEAR: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         r"no (?:evidence of )?(?:active|acute) (?:lung )?disease of the lungs",
@@ -379,8 +387,8 @@ ALL_CLEAR: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
 )
 
-# Sections of a raw report that say nothing about this image, and names that mean the same.
-UNREAD = (
+# Sections of a raw report that are not about this image, sections that are, and synonyms of names.
+IGNORED_SECTIONS = (
     "indication",
     "technique",
     "comparison",
@@ -391,8 +399,8 @@ UNREAD = (
     "type",
     "date",
 )
-READ = ("findings", "impression")
-SAME_SECTION = {
+PARSED_SECTIONS = ("findings", "impression")
+SECTION_SYNONYMS = {
     "conclusion": "impression",
     "conclusions": "impression",
     "opinion": "impression",
