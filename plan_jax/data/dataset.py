@@ -71,7 +71,7 @@ class Dataset(Sequence):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         return schema.deserialize(self.source[index], self.anatomy_names)
@@ -200,8 +200,9 @@ def builder_fields(config_class: type) -> list[dataclasses.Field]:
 
 def _check_type(name: str, field: dataclasses.Field, value: Any) -> Any:
     """Returns a field's value, as a float where the field is one; raises if its type is wrong."""
-    has_factory = field.default_factory is not dataclasses.MISSING
-    default = field.default_factory() if has_factory else field.default
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    accepted: Any
     accepted, description = {
         bool: (bool, "true or false"),
         int: (int, "an int"),

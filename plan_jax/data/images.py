@@ -62,7 +62,7 @@ def read_mask(
                 f"its image {shape[0]} x {shape[1]}"
             )
         pixels = np.asarray(image)
-    mask = pixels.reshape(*shape, -1).any(axis=-1)  # any channel of a coloured mask
+    mask = np.any(pixels.reshape(*shape, -1), axis=-1)  # any channel of a coloured mask
     return transforms.resize_image(mask.astype(np.uint8) * 255, rows, columns) >= 128
 
 

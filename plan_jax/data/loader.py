@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import grain
 import numpy as np
@@ -129,11 +130,12 @@ class _BatchSource:
         first = int(step) * self.global_batch
         items = [self._load_item(first + int(offset)) for offset in self.offsets]
         images, texts, extras = zip(*items, strict=True)
-        return Batch(
-            image=np.stack(images),
-            text=tokenization.stack_texts(texts),
-            extra={name: np.stack([extra[name] for extra in extras]) for name in self.extra},
-        )
+        # Numpy arrays, until the batch is put on a device.
+        image: Any = np.stack(images)
+        extra: dict[str, Any] = {
+            name: np.stack([fields[name] for fields in extras]) for name in self.extra
+        }
+        return Batch(image=image, text=tokenization.stack_texts(texts), extra=extra)
 
     def _load_item(
         self, position: int

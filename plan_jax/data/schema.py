@@ -79,14 +79,14 @@ def to_example(record: Record) -> dict[str, Any]:
     with one (all False where the phrase has none). Anatomy is stored in the order of the record's
     mapping, which must be the order of `anatomy` in the builder's metadata, or be empty.
     """
-    image = record.image.reshape(record.image.shape[:2])
+    shape = rows, columns = record.image.shape[:2]
     boxes = [(box, index) for index, phrase in enumerate(record.phrases) for box in phrase.boxes]
-    empty_mask = np.zeros(image.shape, bool)
+    empty_mask = np.zeros(shape, bool)
     masks = [empty_mask if phrase.mask is None else phrase.mask for phrase in record.phrases]
     if all(phrase.mask is None for phrase in record.phrases):
         masks = []
     return {
-        "image": _encode_png(image),
+        "image": _encode_png(record.image.reshape(rows, columns)),
         "text": record.text,
         "patient_id": record.patient_id,
         "labels": np.asarray(record.labels, np.int8),
@@ -102,8 +102,8 @@ def to_example(record: Record) -> dict[str, Any]:
         ],
         "boxes": np.asarray([box for box, _ in boxes], np.float32).reshape(-1, 4),
         "box_phrase": np.asarray([index for _, index in boxes], np.int32),
-        "masks": pack_masks(masks, image.shape),
-        "anatomy": pack_masks(list(record.anatomy.values()), image.shape),
+        "masks": pack_masks(masks, shape),
+        "anatomy": pack_masks(list(record.anatomy.values()), shape),
         "triplets": [
             {"region": region, "finding": finding, "existence": existence}
             for region, finding, existence in record.triplets
@@ -162,7 +162,9 @@ def from_example(example: dict[str, Any], anatomy_names: tuple[str, ...] = ()) -
                 finding=int(phrase["finding"]),
                 key=_decode_text(phrase["key"]),
                 bare=_decode_text(phrase["bare"]),
-                boxes=tuple(tuple(map(float, box)) for box in boxes[box_phrase == index]),
+                boxes=tuple(
+                    (x0, y0, x1, y1) for x0, y0, x1, y1 in boxes[box_phrase == index].tolist()
+                ),
                 # `to_example` stores a missing mask as an empty one.
                 mask=masks_NYX[index] if len(masks_NYX) and masks_NYX[index].any() else None,
             )

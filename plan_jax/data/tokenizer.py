@@ -111,7 +111,7 @@ class Tokenizer:
     def _tokenize_sentence(self, sentence: str) -> Sentence:
         encoding = self.backend.encode(sentence, add_special_tokens=False)
         # The backend counts punctuation as words; here a word has at least one letter or digit.
-        pieces_of_word: dict[int, list[int]] = {}
+        pieces_of_word: dict[int | None, list[int]] = {}
         for token, word, (start, end) in zip(
             encoding.ids, encoding.word_ids, encoding.offsets, strict=True
         ):
@@ -344,7 +344,8 @@ def tokenize_batch(
       UserError: if a text has no word; names its position.
     """
     if not texts:
-        tokens, words = np.zeros((0, max_tokens), np.int32), np.zeros((0, max_words), np.int32)
+        tokens: Any = np.zeros((0, max_tokens), np.int32)
+        words: Any = np.zeros((0, max_words), np.int32)
         return TextBatch(tokens=tokens, word_index=tokens, word_id=words, sentence=words)
     return stack_texts(
         [
@@ -359,4 +360,8 @@ def tokenize_batch(
 def stack_texts(texts: Sequence[TokenizedText]) -> TextBatch:
     """Returns at least one tokenised text as a batch."""
     names = [item.name for item in fields(TextBatch)]
-    return TextBatch(**{name: np.stack([getattr(text, name) for text in texts]) for name in names})
+    # Numpy arrays, until the batch is put on a device.
+    arrays: dict[str, Any] = {
+        name: np.stack([getattr(text, name) for text in texts]) for name in names
+    }
+    return TextBatch(**arrays)

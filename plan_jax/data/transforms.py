@@ -74,9 +74,9 @@ def fit_record(record: Record, size: int) -> Record:
 
 def _fit_phrase_boxes(
     boxes: tuple[tuple[float, float, float, float], ...], shape: tuple[int, int], size: int
-) -> tuple[tuple[float, ...], ...]:
+) -> tuple[tuple[float, float, float, float], ...]:
     boxes_N4 = fit_boxes(np.asarray(boxes, np.float64).reshape(-1, 4), shape, size)
-    return tuple(tuple(map(float, box)) for box in boxes_N4)
+    return tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in boxes_N4.tolist())
 
 
 def _content_area(shape: tuple[int, int], size: int) -> tuple[int, int, int, int]:

@@ -167,7 +167,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         required = ("image",) if config.text_optional else ("image", "text")
         columns = manifest.match_columns(all_rows, config.columns, required, ROLES)
         manifest.check_conditions(config.filters, all_rows, "filters")
-        label_conditions = {name: [] for name in config.label_columns}
+        label_conditions: dict[str, Any] = {name: [] for name in config.label_columns}
         manifest.check_conditions(label_conditions, all_rows, "label_columns")
 
         def count_words(row: manifest.Row) -> int:

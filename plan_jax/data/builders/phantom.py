@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -140,6 +140,7 @@ def _draw_in_parallel(
     environment = os.environ | single_thread | {"PYTHONPATH": python_path}
     seed, size, difficulty = settings
     workers: list[subprocess.Popen] = []
+    streams: list[IO[bytes]] = []
     try:
         for first in range(num_processes):
             part = indices[first::num_processes]
@@ -148,17 +149,18 @@ def _draw_in_parallel(
             )
             command = [sys.executable, "-c", _WORKER_CODE, arguments]
             workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment))
+            streams.append(cast(IO[bytes], workers[-1].stdout))
         for position in range(len(indices)):
             # A full pipe stops a worker that is ahead, so memory stays bounded.
-            line = workers[position % num_processes].stdout.readline()
+            line = streams[position % num_processes].readline()
             if not line:
                 raise RuntimeError("a process that drew phantoms ended early; see its error above")
             yield json.loads(line, object_hook=_from_json)
     finally:
-        for worker in workers:
+        for worker, stream in zip(workers, streams, strict=True):
             worker.kill()
             worker.wait()
-            worker.stdout.close()
+            stream.close()
 
 
 def run_worker() -> None:

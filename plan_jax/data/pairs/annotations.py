@@ -11,7 +11,7 @@ from typing import Any
 from plan_jax.data.pairs.manifest import parse_json
 from plan_jax.types import Phrase
 
-Box = tuple[float, ...]  # x0, y0, x1, y1 in pixels
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
 _LABEL_VALUES = {"1": 1, "true": 1, "0": 0, "false": 0, "-1": -1, "none": -1, "": -1, "nan": -1}
 
@@ -172,7 +172,8 @@ def _parse_box(value: Any) -> Box:
     is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 4
     if not is_list or not all(map(_is_number, value)):
         raise ValueError(f"box {value!r} is not [x0, y0, x1, y1]")
-    return tuple(map(float, value))
+    x0, y0, x1, y1 = map(float, value)
+    return x0, y0, x1, y1
 
 
 def _is_number(value: Any) -> bool:
@@ -190,13 +191,13 @@ def scale_box(box: Box, shape: tuple[int, int], new_shape: tuple[int, int]) -> B
     """
     scale = (new_shape[1] / shape[1], new_shape[0] / shape[0]) * 2
     limits = (new_shape[1], new_shape[0]) * 2
-    scaled = tuple(
+    x0, y0, x1, y1 = (
         min(max(coordinate * factor, 0.0), float(limit))
         for coordinate, factor, limit in zip(box, scale, limits, strict=True)
     )
-    if scaled[0] >= scaled[2] or scaled[1] >= scaled[3]:
-        raise ValueError(f"box {tuple(box)} lies outside of its {shape[1]} x {shape[0]} image")
-    return scaled
+    if x0 >= x1 or y0 >= y1:
+        raise ValueError(f"box {box} lies outside of its {shape[1]} x {shape[0]} image")
+    return x0, y0, x1, y1
 
 
 def build_phrases(
