@@ -213,3 +213,19 @@ def test_a_finding_is_scored_where_its_label_is_known():
     truth = np.array([[True, True, False], [False, True, True]])
     mask = np.array([[True, True, False], [True, True, True]])
     assert classification_metrics.has_both_classes(truth, mask).tolist() == [True, False, False]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=30))
+def test_auroc_counts_pairs(items):
+    scores = np.array([float(score) for score, _ in items])
+    labels = np.array([label for _, label in items])
+    pairs = [
+        1.0 if a > b else 0.5 if a == b else 0.0 for a in scores[labels] for b in scores[~labels]
+    ]
+    area = classification_metrics.auroc(scores, labels)
+    assert area == pytest.approx(np.mean(pairs)) if pairs else np.isnan(area)
+
+
+def test_auroc_with_nan_is_nan():
+    scores, labels = np.array([NAN, 1.0]), np.array([True, False])
+    assert np.isnan(classification_metrics.auroc(scores, labels))
