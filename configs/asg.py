@@ -12,10 +12,9 @@ from configs import base
 
 
 def get_config(size: str = "paper") -> ConfigDict:
-    """Return the experiment; the constants are of github.com/ASGMVLP/ASGMVLP_CODE at 088e896."""
-    config = base.sized(size)
+    """Returns the experiment; constants from github.com/ASGMVLP/ASGMVLP_CODE at 088e896."""
+    config = base.get_sized_config(size)
     config.method = "asg"
-    config.fine = False
     if size == "phantom":
         config.hyper = ConfigDict({"layers": 2, "hidden": 128})
     else:
@@ -23,5 +22,5 @@ def get_config(size: str = "paper") -> ConfigDict:
         config.weights.vision = "timm/deit_base_patch16_224.fb_in1k"
         config.batch = 288  # 72 on each of 4 GPUs
         config.steps = 37_500
-        config.optim.rate = 4e-5
+        config.optim.learning_rate = 4e-5
     return config

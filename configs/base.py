@@ -1,136 +1,148 @@
-"""Every field of an experiment and its default; the other configs change some of them.
+"""Every field of an experiment with its default; the other configs change some of them.
 
-A number that belongs to a method lives in that method's `Hyper`; `hyper` here holds only what an
-experiment overrides.
+Constants of a method live in its `Hyper`, options of a task in its `Options`, and settings of a
+dataset in its builder; `hyper`, `eval.<task>` and `data.builder` hold only what an experiment
+overrides. `plan_jax/config.py` checks types and ranges.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Return the defaults: PLAN with small towers on the procedural phantoms."""
+    """Returns the defaults: ConVIRT with small encoders on phantoms."""
     config = ConfigDict()
     config.seed = 0
-    config.steps = 3000  # updates of the parameters; 0 evaluates what `weights` names
-    config.batch = 32  # pairs a step, over all devices and hosts
-    config.dtype = "float32"  # or "bfloat16": what the towers compute in
-    config.log_every = 20
-    config.data = data()
-    config.vision = ConfigDict(
-        {"name": "resnet_small", "position": True, "pool": "mean_max"}, allow_dotted_keys=False
-    )
-    config.text = ConfigDict({"name": "bert_small", "blocked": True, "pool": "attention"})
-    config.heads = ConfigDict(
-        {"image_global": "norm", "image_local": "mlp", "text_global": "norm", "text_local": "norm"}
-    )
-    config.dim = 64  # of the shared space
-    config.hidden = 128  # of the heads of kind mlp
-    config.standard = "image"  # grey values: each image to mean 0, variance 1; or "fixed"
-    config.channels = 1
-    config.fine = True  # also give the map one stage earlier, for the later rounds
-    config.method = "plan"
+    config.steps = 3000  # updates of the parameters; 0 evaluates what `weights` loads
+    config.batch = 32  # pairs per step over all devices; they are each other's negatives
+    config.dtype = "float32"  # bfloat16 halves the memory of the encoders on a TPU or GPU
+    config.log_every = 20  # steps
+    config.method = "convirt"
     config.hyper = ConfigDict()
-    # Where towers and heads start, instead of at random: a file, a folder, a hub id, package:NAME.
-    config.weights = ConfigDict({"vision": "", "text": "", "heads": ""})
-    config.optim = ConfigDict(
-        {
-            "rate": 3e-3,
-            "warmup": 0.1,
-            "end": 0.02,
-            "weight_decay": 1e-3,
-            "b1": 0.9,
-            "b2": 0.98,
-            "clip": 1.0,
-            "accumulate": 1,
-            "freeze": (),
-        }
-    )
-    config.ema = 0.0  # decay of a moving average of the parameters; 0 keeps none
-    config.parallel = ConfigDict(
-        {"implementation": "shard_map", "devices": 0, "cpu_devices": 1, "cache": ""}
-    )  # devices 0: all; cpu_devices: how many to make of a CPU that is alone; cache: the folder of
-    # compiled programs, by default `programs` beside the run
-    config.checkpoint = ConfigDict({"every": 500, "keep": 2, "best": "grounding/cnr_signed"})
-    config.eval = ConfigDict(
-        {
-            "every": 0,
-            "tasks": ("grounding", "retrieval", "zero_shot"),
-            "split": "test",
-            "limit": 300,
-            "prior": 1000,
-            "batch": 64,
-            "train": 0,
-            "random": False,
-            "prompts": "",
-        }
-    )
-    # eval.prior: training records whose mean masks are baselines of grounding (0: none);
-    # eval.train: records that heads are fitted to (0: all); eval.random: fit them to a tower of
-    # random weights as well; eval.prompts: a set of data/prompts.py. Options of a task, as
-    # eval.classification.epochs, are fields of its `Options`.
+
+    config.data = ConfigDict()
+    config.data.name = "phantom"
+    config.data.dir = "data"  # folder of prepared datasets
+    config.data.size = 96  # pixels; small findings vanish below about 64
+    config.data.max_shift = 3  # pixels; random translation, the only augmentation of images
+    config.data.max_tokens = 48  # word pieces with [CLS] and [SEP]; longer reports lose sentences
+    config.data.max_words = 40  # word slots; at most max_tokens - 2
+    config.data.tokenizer = "phantom"  # must be that of pretrained text weights, if any
+    config.data.workers = 0  # reader processes; use 4 to 8 for large images
+    config.data.cache = True  # keep decoded images in memory; turn off for large datasets
+    config.data.builder = ConfigDict()
+
+    config.vision = ConfigDict(allow_dotted_keys=False)
+    config.vision.name = "resnet_small"
+    config.vision.position = True  # a position embedding helps small encoders trained from scratch
+    config.vision.pool = "mean_max"  # maximum pooling keeps small findings visible
+    config.text = ConfigDict()
+    config.text.name = "bert_small"
+    config.text.blocked = True  # attention within sentences, whose order is random
+    config.text.pool = "attention"
+    config.heads = ConfigDict()  # kinds: linear, norm, mlp; shared uses the global head
+    config.heads.image_global = "norm"
+    config.heads.image_local = "mlp"
+    config.heads.text_global = "norm"
+    config.heads.text_local = "norm"
+    config.embed_dim = 64  # width of the shared space
+    config.head_hidden_dim = 128  # of heads of kind mlp
+    config.normalisation = "image"  # per image; `fixed` is what published encoders expect
+    config.channels = 1  # 3 for encoders pretrained on colour images
+    config.fine_map = False  # also project the map one stage earlier, for PLAN's later rounds
+    config.weights = ConfigDict()  # a file, a folder, a hub id or package:NAME; "" is random
+    config.weights.vision = ""
+    config.weights.text = ""
+    config.weights.heads = ""
+
+    config.optim = ConfigDict()
+    config.optim.learning_rate = 3e-3  # peak; use 2e-5 to 1e-4 for pretrained encoders
+    config.optim.warmup_fraction = 0.1  # of all steps; too short, and the first steps diverge
+    config.optim.end_lr_factor = 0.02  # last learning rate, relative to the peak
+    config.optim.weight_decay = 1e-3  # of matrices and kernels only
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.98  # 0.999 forgets too slowly for runs of a few thousand steps
+    config.optim.clip_norm = 1.0  # 0 does not clip
+    config.optim.accumulate_steps = 1  # batches per update; negatives stay within a batch
+    config.optim.freeze = ()  # `vision`, `text`, `text:6` (first layers), or paths of parameters
+    config.ema_decay = 0.0  # of a moving average of the parameters; 0 keeps none
+
+    config.parallel = ConfigDict()
+    config.parallel.implementation = "shard_map"  # or pmap; both give the same numbers
+    config.parallel.devices = 0  # 0 is all
+    config.parallel.cpu_devices = 1  # virtual devices of a lone CPU; its number of cores is best
+    config.parallel.cache = ""  # folder of compiled programs; "" is `programs` beside the run
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 500  # steps; what a crash costs at most
+    config.checkpoint.keep = 2  # newest checkpoints, beside the best one
+    config.checkpoint.best = "grounding/cnr_signed"  # validation metric; "" keeps no best one
+
+    config.eval = ConfigDict()
+    config.eval.every = 0  # steps between validations; 0 never validates
+    config.eval.tasks = ("grounding", "retrieval", "zero_shot")
+    config.eval.split = "test"
+    config.eval.limit = 300  # records
+    config.eval.batch = 64  # records encoded at a time; memory grows with it
+    config.eval.num_prior_records = 1000  # training records for the mean masks; 0 has none
+    config.eval.max_fit_records = 0  # training records that heads are fitted to; 0 is all
+    config.eval.random_baseline = False  # also fit heads to an image tower of random weights
+    config.eval.prompts = ""  # a prompt set of data/prompts.py; "" uses the dataset's own
     return config
 
 
-def sized(size: str) -> ConfigDict:
-    """Return where an experiment begins: `paper`, or `phantom`, the small towers of `get_config`.
+def get_sized_config(size: str) -> ConfigDict:
+    """Returns the start of an experiment: `paper`, or `phantom`, which is `get_config()`.
 
     Raises:
-      ValueError: for another size.
+      ValueError: another size.
     """
     if size not in ("paper", "phantom"):
         raise ValueError(f"size {size!r} is unknown; use paper or phantom")
-    return paper() if size == "paper" else get_config()
+    return get_paper_config() if size == "paper" else get_config()
 
 
-def paper() -> ConfigDict:
-    """Return what MGCA's code does with MIMIC-CXR, which ASG and others took over.
+def get_paper_config() -> ConfigDict:
+    """Returns the settings of MGCA's code on MIMIC-CXR, which ASG and others took over.
 
     Source: github.com/HKU-MedAI/MGCA at 680fe4a (argparse of its training, configs, datasets). The
-    manifest is yours to make from MIMIC-CXR-JPG: frontal images, impression and findings joined.
-    Deviations: its image is a random crop of 224 from 256 pixels, ours the whole image moved by up
-    to 16; it also decays biases and norms.
+    manifest has to be written from MIMIC-CXR-JPG: frontal images, impression and findings joined.
+
+    Deviation: the code crops 224 of 256 pixels at random; here the whole image is shifted by up to
+    16 pixels.
+    Deviation: the code also decays biases and norms.
     """
     config = get_config()
     config.steps = 75_000  # 50 epochs of 217,000 pairs
     config.batch = 144  # 72 on each of 2 GPUs
     config.log_every = 50
-    config.data.update(
-        name="pairs",
-        size=224,
-        shift=16,
-        length=112,
-        words=110,
-        workers=8,
-        cache=False,
-        tokenizer="emilyalsentzer/Bio_ClinicalBERT",
-        builder=ConfigDict({"manifest": "mimic_cxr/manifest.csv", "size": 256}),
-    )
+    config.data.name = "pairs"
+    config.data.size = 224
+    config.data.max_shift = 16
+    config.data.max_tokens = 112
+    config.data.max_words = 110
+    config.data.workers = 8
+    config.data.cache = False
+    config.data.tokenizer = "emilyalsentzer/Bio_ClinicalBERT"
+    config.data.builder = ConfigDict({"manifest": "mimic_cxr/manifest.csv", "size": 256})
     config.vision = ConfigDict({"name": "resnet50", "resize": 299}, allow_dotted_keys=False)
     config.text = ConfigDict({"name": "bert_base_6", "dropout": 0.1})
-    config.weights.update(vision="timm/resnet50.tv_in1k", text="emilyalsentzer/Bio_ClinicalBERT")
+    config.weights.vision = "timm/resnet50.tv_in1k"
+    config.weights.text = "emilyalsentzer/Bio_ClinicalBERT"
     for head in config.heads:
         config.heads[head] = "mlp"
-    config.dim, config.hidden = 128, 2048
-    config.standard, config.channels, config.fine = "fixed", 3, False
-    config.optim.update(rate=2e-5, warmup=0.4, end=5e-4, weight_decay=0.05, b2=0.999, clip=0.0)
-    config.checkpoint.update(every=1500, best="retrieval/i2t_r5")
-    config.eval.update(every=1500, tasks=("retrieval",), split="val")
+    config.embed_dim = 128
+    config.head_hidden_dim = 2048
+    config.normalisation = "fixed"
+    config.channels = 3
+    config.optim.learning_rate = 2e-5
+    config.optim.warmup_fraction = 0.4
+    config.optim.end_lr_factor = 5e-4
+    config.optim.weight_decay = 0.05
+    config.optim.b2 = 0.999
+    config.optim.clip_norm = 0.0
+    config.checkpoint.every = 1500
+    config.checkpoint.best = "retrieval/i2t_r5"
+    config.eval.every = 1500
+    config.eval.tasks = ("retrieval",)
+    config.eval.split = "val"
     return config
-
-
-def data() -> ConfigDict:
-    """Return where the pairs come from and how they become arrays."""
-    return ConfigDict(
-        {
-            "name": "phantom",
-            "dir": "data",
-            "size": 96,  # pixels of the square image a tower sees
-            "shift": 3,  # largest random shift in training, in pixels
-            "length": 48,  # word-pieces of a text, [CLS] and [SEP] included
-            "words": 40,
-            "tokenizer": "phantom",
-            "workers": 0,
-            "cache": True,  # keep decoded training rows in memory
-            "builder": ConfigDict(),  # settings of the dataset's builder
-        }
-    )

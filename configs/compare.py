@@ -1,4 +1,4 @@
-"""One of the runs behind docs/plan.md and docs/methods.md: equal data, steps and data order.
+"""One of the runs of docs/plan.md and docs/methods.md: equal data, steps and data order.
 
 python -m plan_jax.main --config configs/compare.py:plan --config.seed=1
 
@@ -31,7 +31,7 @@ ABLATION = {
     "plan_all_negatives": "PLAN, T = 1, same word is a negative too",
 }
 VARIANTS = METHODS | ABLATION
-_CHANGES = {
+_HYPER = {
     "plan_0": {"rounds": 0},
     "plan_2": {"rounds": 2},
     "plan_late": {"start": STEPS // 2},
@@ -46,14 +46,15 @@ _COARSE = ("plan_0", "plan_reading", "plan_same", "plan_same_pull")  # without t
 
 
 def get_config(variant: str = "plan") -> ConfigDict:
-    """Return the run called `variant`, a key of VARIANTS."""
+    """Returns the run called `variant`, a key of VARIANTS."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
-    makers = {"convirt": convirt, "gloria": gloria, "mgca": mgca, "asg": asg, "place": place}
-    config = makers.get(variant, plan).get_config("phantom")
+    modules = {"convirt": convirt, "gloria": gloria, "mgca": mgca, "asg": asg, "place": place}
+    config = modules.get(variant, plan).get_config("phantom")
     config.steps = STEPS
     config.checkpoint.every = 400
-    if variant in _CHANGES:
-        config.hyper = ConfigDict(_CHANGES[variant])
-    config.fine = config.fine and variant not in _COARSE
+    if variant in _HYPER:
+        config.hyper = ConfigDict(_HYPER[variant])
+    if variant in _COARSE:
+        config.fine_map = False
     return config

@@ -10,19 +10,23 @@ from configs import base
 
 
 def get_config(size: str = "paper") -> ConfigDict:
-    """Return the experiment; the constants are of arXiv 2010.00747, section 3.4 and appendix A.
+    """Returns the experiment; constants from arXiv 2010.00747, section 3.4 and appendix A.
 
-    Deviation: a whole report instead of one random sentence; a cosine instead of a plateau; MGCA's
-    heads and width instead of two layers to 512.
+    Deviation: the whole report instead of one random sentence.
+    Deviation: cosine decay instead of decay on a plateau.
+    Deviation: MGCA's heads and width instead of two layers to 512 dimensions.
     """
-    config = base.sized(size)
+    config = base.get_sized_config(size)
     config.method = "convirt"
-    config.fine = False
-    config.heads.image_local = config.heads.text_local = "shared"
+    # The class activation map of ConVIRT applies the global head to each pixel and word.
+    config.heads.image_local = "shared"
+    config.heads.text_local = "shared"
     if size == "phantom":
-        config.vision.pool = "mean"
+        config.vision.pool = "mean"  # the map is only meaningful for a mean over pixels
     else:
         config.text.name = "bert_base"
         config.batch = 32
-        config.optim.update(rate=1e-4, weight_decay=1e-6, warmup=0.01)
+        config.optim.learning_rate = 1e-4
+        config.optim.weight_decay = 1e-6
+        config.optim.warmup_fraction = 0.01
     return config

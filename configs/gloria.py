@@ -10,23 +10,30 @@ from configs import base
 
 
 def get_config(size: str = "paper") -> ConfigDict:
-    """Return the experiment; the constants are of github.com/marshuang80/gloria at 416466a.
+    """Returns the experiment; constants from github.com/marshuang80/gloria at 416466a.
 
-    Deviation: a whole report instead of one random sentence, whose vector is the mean of its pieces
-    instead of all slots; a cosine instead of a plateau; the text side has linear heads instead of
-    none.
+    Deviation: the whole report instead of one random sentence; its vector is the mean of its
+    pieces instead of all slots.
+    Deviation: cosine decay instead of decay on a plateau.
+    Deviation: linear heads on the text side, where the code has none.
     """
-    config = base.sized(size)
+    config = base.get_sized_config(size)
     config.method = "gloria"
-    config.fine = False
     if size == "phantom":
-        config.hyper = ConfigDict({"normalise": True})
+        config.hyper = ConfigDict({"normalise": True})  # raw products saturate in 64 dimensions
     else:
-        config.text.update(name="bert_base", pool="mean", last=4)
+        config.text.name = "bert_base"
+        config.text.pool = "mean"
+        config.text.last = 4
         for head in config.heads:
             config.heads[head] = "linear"
-        config.dim = 768
+        config.embed_dim = 768
         config.batch = 48
-        config.data.length, config.data.words = 97, 95
-        config.optim.update(rate=5e-5, weight_decay=1e-6, warmup=0.01, b1=0.5, clip=0.25)
+        config.data.max_tokens = 97
+        config.data.max_words = 95
+        config.optim.learning_rate = 5e-5
+        config.optim.weight_decay = 1e-6
+        config.optim.warmup_fraction = 0.01
+        config.optim.b1 = 0.5
+        config.optim.clip_norm = 0.25
     return config

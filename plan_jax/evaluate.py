@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from plan_jax import checkpoint, page
-from plan_jax import model as assembly
+from plan_jax import model as models
+from plan_jax.config import Config
 from plan_jax.data.dataset import Dataset, open_dataset
 from plan_jax.data.eval_data import DatasetEvalData, report_labeller
 from plan_jax.logger import read_rows, write_atomically
@@ -29,15 +30,13 @@ _DESCRIPTIONS = {
 }
 
 
-def open_split(config: Mapping[str, Any], split: str) -> Dataset:
+def open_split(config: Config, split: str) -> Dataset:
     """Returns a split of the config's dataset, which is prepared first if it is not on disk yet."""
-    data = config["data"]
-    return open_dataset(
-        data["name"], split, data_dir=data["dir"], cache=data["cache"], **data["builder"]
-    )
+    data = config.data
+    return open_dataset(data.name, split, data_dir=data.dir, cache=data.cache, **data.builder)
 
 
-def open_eval_data(config: Mapping[str, Any], split: str) -> DatasetEvalData:
+def open_eval_data(config: Config, split: str) -> DatasetEvalData:
     """Returns the evaluation data of a split, checked against every selected task.
 
     Called before training as well, so that a run does not end in data that cannot be evaluated.
@@ -45,38 +44,25 @@ def open_eval_data(config: Mapping[str, Any], split: str) -> DatasetEvalData:
     Raises:
       UserError: if the data lack something that a task needs; it names the task and the field.
     """
-    settings, evaluation = config["data"], config["eval"]
+    settings, evaluation = config.data, config.eval
     data = DatasetEvalData(
-        settings["name"],
+        settings.name,
         split,
-        size=settings["size"],
-        data_dir=settings["dir"],
-        builder=settings["builder"],
-        cache=settings["cache"],
-        limit=evaluation["limit"],
-        max_fit_records=evaluation["train"],
-        num_prior_records=evaluation["prior"],
-        prompt_set=evaluation["prompts"],
-        seed=config["seed"],
+        size=settings.size,
+        data_dir=settings.dir,
+        builder=settings.builder,
+        cache=settings.cache,
+        limit=evaluation.limit,
+        max_fit_records=evaluation.max_fit_records,
+        num_prior_records=evaluation.num_prior_records,
+        prompt_set=evaluation.prompts,
+        seed=config.seed,
     )
-    for task in evaluation["tasks"]:
-        options = task_options(task, config)
+    for task in evaluation.tasks:
+        options = config.eval.options[task]
         check_requirements(task, data, options)
         TASKS[task].check(data, options)
     return data
-
-
-def task_options(task: str, config: Mapping[str, Any]) -> Any:
-    """Returns the `Options` of a task, with the changes of the config's `eval.<task>`.
-
-    Raises:
-      UserError: if a value is out of its range.
-    """
-    changes = config["eval"].get(task, {})
-    hashable = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()
-    }
-    return TASKS[task].Options(**hashable)
 
 
 def check_requirements(task: str, data: EvalData, options: Any) -> None:
@@ -89,9 +75,7 @@ def check_requirements(task: str, data: EvalData, options: Any) -> None:
             )
 
 
-def evaluate_model(
-    model: Model, config: Mapping[str, Any], split: str, folder: Path | None = None
-) -> Result:
+def evaluate_model(model: Model, config: Config, split: str, folder: Path | None = None) -> Result:
     """Returns the metrics `<task>/...` of all selected tasks on a split, and their examples.
 
     Fitted heads are saved under `folder`, so that an interrupted evaluation resumes. With
@@ -103,18 +87,18 @@ def evaluate_model(
     """
     data = open_eval_data(config, split)
     context = TaskContext(
-        seed=config["seed"],
+        seed=config.seed,
         folder=folder and folder / "fits",
         label_report=report_labeller(data.findings),
     )
     metrics: dict[str, float] = {}
     examples: list[Any] = []
-    for name in config["eval"]["tasks"]:
-        task, options = TASKS[name], task_options(name, config)
+    for name in config.eval.tasks:
+        task, options = TASKS[name], config.eval.options[name]
         start = time.monotonic()
         result = task.evaluate(model, data, options, context)
         values = dict(result.metrics)
-        if task.FITS_HEAD and config["eval"]["random"]:
+        if task.FITS_HEAD and config.eval.random_baseline:
             baseline = task.evaluate(_with_random_tower(model, config), data, options, context)
             values |= {f"random/{key}": value for key, value in baseline.metrics.items()}
         values["seconds"] = time.monotonic() - start
@@ -123,15 +107,15 @@ def evaluate_model(
     return Result(metrics, examples)
 
 
-def _with_random_tower(model: Model, config: Mapping[str, Any]) -> Model:
+def _with_random_tower(model: Model, config: Config) -> Model:
     """Returns the model with an image tower of random weights: what a head learns without it."""
-    components = assembly.build_components(config)
-    tower = assembly.random_tower(components, config, config["seed"])
+    components = models.build_components(config)
+    tower = models.random_tower(components, config.data.size, config.seed)
     return dataclasses.replace(model, tower=tower)
 
 
 def write_results(
-    folder: Path, config: Mapping[str, Any], result: Result, history: Sequence[Mapping[str, Any]]
+    folder: Path, config: Config, result: Result, history: Sequence[Mapping[str, Any]]
 ) -> Path:
     """Writes `metrics.json`, `table.md` and `report.html` into a folder; returns the page."""
     metrics = result.metrics
@@ -139,7 +123,7 @@ def write_results(
     write_atomically(folder / "table.md", page.markdown(metrics, CATALOGUE, TITLES))
     return page.write_page(
         folder,
-        config=config,
+        config=config.to_dict(),
         metrics=metrics,
         catalogue=CATALOGUE,
         titles=TITLES,
@@ -148,16 +132,16 @@ def write_results(
     )
 
 
-def evaluate_checkpoint(config: Mapping[str, Any], folder: str | Path, out: Path) -> dict[str, Any]:
+def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[str, Any]:
     """Evaluates a checkpoint by the tasks of a config, and writes the results into `out`.
 
     Raises:
       UserError: if there is no complete checkpoint, or the data lack what a task needs.
     """
-    weights = assembly.read(folder)
-    model = assembly.make_model(assembly.build_components(config), config, weights)
+    weights = models.load_variables(folder)
+    model = models.make_model(models.build_components(config), config, weights)
     start = time.monotonic()
-    result = evaluate_model(model, config, config["eval"]["split"], out)
+    result = evaluate_model(model, config, config.eval.split, out)
     metrics = result.metrics | {
         "steps": float(weights["step"]),
         "evaluated_s": time.monotonic() - start,

@@ -1,16 +1,19 @@
-"""The command line: flags -> train or evaluate; a user's mistake is one sentence and exit code 2.
+"""The command line: trains a config, or evaluates a checkpoint.
 
     python -m plan_jax.main --config configs/demo.py
-    python -m plan_jax.main --config configs/demo.py --config.optim.rate=1e-3 --workdir runs/slow
+    python -m plan_jax.main --config configs/demo.py --config.seed=1 --workdir runs/seed_1
     python -m plan_jax.main --mode eval --checkpoint runs/demo --config.eval.split=val
     python -m plan_jax.main --config configs/eval/all_phantom.py --checkpoint runs/demo
 
-The same command again resumes a run that was stopped. SIGTERM saves and exits with 0.
+`--config.field=value` overrides a field. Re-run the same command to resume an interrupted run.
+SIGTERM saves and exits with 0. A mistake is one sentence on stderr and exit code 2.
 """
 
+import ast
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -18,27 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from plan_jax.types import UserError
 
 
-def define() -> flags.FlagValues:
-    """Make the flags, apart from the overrides `--config.field=value`."""
-    values = flags.FlagValues()
-    text = {"flag_values": values}
-    flags.DEFINE_string("config", None, "a file with get_config(), as those in configs/", **text)
-    flags.DEFINE_string("workdir", None, "folder of the run; by default runs/<config>", **text)
-    flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do", **text)
-    flags.DEFINE_string("checkpoint", None, "run, or one of its steps, to evaluate", **text)
-    flags.DEFINE_bool("help", False, "show this and exit", short_name="h", **text)
-    return values
-
-
 def run(argv: Sequence[str]) -> int:
-    """Do what the arguments say and return the exit code: 0, 2 for a mistake, 130 for Ctrl-C."""
+    """Runs the command and returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     try:
-        go(argv)
+        run_command(argv)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -48,197 +40,291 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def go(argv: Sequence[str]) -> None:
-    """Read the arguments, check all that can be checked, then train or evaluate.
+def run_command(argv: Sequence[str]) -> None:
+    """Parses the arguments, checks all that can be checked, then trains or evaluates.
 
     Raises:
       UserError: for a mistake of the user.
     """
-    given, changes = parse(argv)
-    if given.help:
-        print(__doc__, given.get_help(), sep="\n")
+    values, overrides = parse_arguments(argv)
+    if values.help:
+        print(__doc__, values.get_help(), sep="\n")
         return
-    loaded = load(given.config) if given.config else None
+    content = load_config_file(values.config) if values.config else None
 
-    from plan_jax import config, parallel  # after the arguments are read: imports take seconds
+    # Imported once the arguments are known to be sensible: JAX takes seconds.
+    from plan_jax import config, parallel
 
-    judges = config.is_evaluation(loaded or {})
-    if given.mode == "train" and given.checkpoint and not judges:
+    is_evaluation = config.is_evaluation(content or {})
+    if values.mode == "train" and values.checkpoint and not is_evaluation:
         raise UserError("--checkpoint is for --mode eval; a run is resumed by its --workdir")
-    if judges and not given.checkpoint:
-        raise UserError(f"{given.config} evaluates a checkpoint; give its folder as --checkpoint")
+    if is_evaluation and not values.checkpoint:
+        raise UserError(f"{values.config} evaluates a checkpoint; pass its folder as --checkpoint")
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain's workers read absl's own flags
+        flags.FLAGS.mark_as_parsed()  # grain's reader processes read absl's global flags
     parallel.initialize()
-    if given.mode == "eval" or judges:
-        folder = given.checkpoint or given.workdir or default(given.config)
-        evaluate(loaded, changes, folder, Path(default(given.config)).name if judges else "")
+    if values.mode == "eval" or is_evaluation:
+        folder = values.checkpoint or values.workdir or default_workdir(values.config)
+        name = Path(default_workdir(values.config)).name if is_evaluation else ""
+        evaluate(content, overrides, folder, name)
     else:
-        train(loaded, changes, given.workdir or default(given.config))
+        train(content, overrides, values.workdir or default_workdir(values.config))
 
 
-def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, str]]:
-    """Split arguments into flags and changes to the config, by the name of the field.
+def define_flags() -> flags.FlagValues:
+    """Returns the flags of the command, without the overrides `--config.field=value`."""
+    values = flags.FlagValues()
+    options: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_string(
+        "config", None, "a file with get_config(), such as configs/demo.py", **options
+    )
+    flags.DEFINE_string("workdir", None, "folder of the run; by default runs/<config>", **options)
+    flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do", **options)
+    flags.DEFINE_string("checkpoint", None, "run, or one of its steps, to evaluate", **options)
+    flags.DEFINE_bool("help", False, "show this and exit", short_name="h", **options)
+    return values
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, str]]:
+    """Splits the arguments into flags and overrides of config fields, by dotted name.
 
     Raises:
-      UserError: for a flag that there is not, or a value that it cannot have.
+      UserError: a flag does not exist or has a wrong value.
     """
-    rest, changes, waiting = ["main"], {}, ""
+    rest, overrides, pending = ["main"], dict[str, str](), ""
     for argument in argv:
-        name, is_set, value = argument.lstrip("-").partition("=")
-        if waiting:
-            changes[waiting], waiting = argument, ""
+        name, has_value, value = argument.lstrip("-").partition("=")
+        if pending:  # the value of `--config.field value`
+            overrides[pending], pending = argument, ""
         elif argument.startswith("-") and name.startswith("config."):
-            waiting = "" if is_set else name.removeprefix("config.")
-            if is_set:
-                changes[name.removeprefix("config.")] = value
+            field = name.removeprefix("config.")
+            pending = "" if has_value else field
+            if has_value:
+                overrides[field] = value
         else:
             rest.append(argument)
-    if waiting:
-        raise UserError(f"--config.{waiting} has no value; write --config.{waiting}=value")
-    values = define()
+    if pending:
+        raise UserError(f"--config.{pending} has no value; write --config.{pending}=value")
+    values = define_flags()
     try:
-        left = values(rest)[1:]
+        positional = values(rest)[1:]
     except flags.Error as error:
         raise UserError(f"{str(error).rstrip('.')}; --help shows the flags") from None
-    if left:
-        raise UserError(f"argument {left[0]!r} has no flag; write --config {left[0]}, say")
-    return values, changes
+    if positional:
+        raise UserError(f"argument {positional[0]!r} has no flag; did you mean --config?")
+    return values, overrides
 
 
-def load(path: str) -> dict[str, Any]:
-    """Read a config file, `file.py` or `file.py:argument`, as plain dicts.
+def load_config_file(path: str) -> dict[str, Any]:
+    """Loads a config file, `file.py` or `file.py:argument`, as nested dicts.
 
     Raises:
       UserError: the file is missing, or an error is in it.
     """
-    name = path.split(":", 1)[0]
+    name = path.partition(":")[0]
     if not Path(name).is_file():
-        near = ", ".join(sorted(str(p) for p in Path(name).absolute().parent.glob("*.py"))[:9])
-        there = f"there are {near}" if near else "give the path of a file"
-        raise UserError(f"config file {name} is not there; {there}")
+        siblings = ", ".join(sorted(str(p) for p in Path(name).absolute().parent.glob("*.py"))[:9])
+        remedy = f"there are {siblings}" if siblings else "pass the path of a file"
+        raise UserError(f"config file {name} does not exist; {remedy}")
     try:
-        made = config_flags.ConfigFileFlagParser(Path(name).stem, lock_config=False).parse(path)
-    except Exception as error:  # whatever a user's file can raise
-        place = getattr(error, "lineno", None) or _line(error, name)
-        what = (str(error).strip().splitlines() or [""])[-1]
-        where = f" line {place}" if place else ""
+        content = config_flags.ConfigFileFlagParser(Path(name).stem, lock_config=False).parse(path)
+    except Exception as error:  # a user's file can raise anything
+        line = getattr(error, "lineno", None) or _error_line(error, name)
+        message = (str(error).strip().splitlines() or [""])[-1]
+        place = f"{name} line {line}" if line else name
         raise UserError(
-            f"config file {name}{where} fails with {type(error).__name__}: {what}; correct it"
+            f"config file {place} raises {type(error).__name__}: {message}; correct it"
         ) from None
-    if not hasattr(made, "to_dict"):
+    if not hasattr(content, "to_dict"):
         raise UserError(
-            f"config file {name} returns {made!r}; let get_config() return a ConfigDict"
+            f"config file {name} returns {content!r}; get_config() must return a ConfigDict"
         )
-    return made.to_dict()
+    return content.to_dict()
 
 
-def train(loaded: dict[str, Any] | None, changes: dict[str, str], workdir: str) -> None:
-    """Check the config and the folder of the run, and train.
+def apply_overrides(content: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Returns a config's content with the fields that the command line sets.
+
+    ml_collections parses the values, by the types that the fields have. It can override only fields
+    that exist, so the content is completed with the defaults first: those of the method, encoders
+    and dataset that the command line chooses.
+
+    Raises:
+      UserError: a field does not exist, or its type cannot be parsed from the text.
+    """
+    from plan_jax import config
+
+    choices = ("method", "data.name", "vision.name", "text.name")
+    values = dict(content)
+    for name in choices:
+        section, _, field = name.rpartition(".")
+        if name in overrides and isinstance(values.get(section, {}), Mapping):
+            update = {field: overrides[name]}
+            values |= {section: {**values.get(section, {}), **update}} if section else update
+    values = config.fill_defaults(values)
+    if not overrides:
+        return values
+
+    fields = dict(config.flatten(values))
+    for name in overrides:
+        if name not in fields:
+            raise config.unknown_field(name, fields, _owner(name, values))
+    arguments = [
+        f"--config.{name}={_quote_items(text) if isinstance(fields[name], tuple) else text}"
+        for name, text in overrides.items()
+    ]
+    flag_values = flags.FlagValues()
+    config_flags.DEFINE_config_dict(
+        "config", ConfigDict(values), flag_values=flag_values, sys_argv=["main", *arguments]
+    )
+    try:
+        flag_values(["main", *arguments])
+    except (flags.Error, TypeError, ValueError) as error:
+        match = re.search(r"config\.([\w.]+)", str(error))
+        name = match.group(1) if match and match.group(1) in overrides else next(iter(overrides))
+        kind = config.KIND_NAMES.get(type(fields[name]), f"a {type(fields[name]).__name__}")
+        raise UserError(f"config.{name} is {overrides[name]!r}; must be {kind}") from None
+    return flag_values.config.to_dict()
+
+
+def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workdir: str) -> None:
+    """Checks the config and the folder of the run, then trains.
 
     Raises:
       UserError: for a mistake of the user.
     """
-    if loaded is None:
-        raise UserError("--config is not given; write --config configs/demo.py, say")
-    from plan_jax import config, parallel
+    if content is None:
+        raise UserError("--config is missing; pass --config configs/demo.py, for example")
+    from plan_jax import config as configs
+    from plan_jax import parallel
 
-    config.override(loaded, changes)
-    config.check(loaded)
-    settings = loaded["parallel"]
-    beside = Path(workdir).absolute().parent / "programs"
-    parallel.configure_backend(settings["cpu_devices"], settings["cache"] or beside)
-    held = held_by(Path(workdir))
-    if held and (differs := config.difference(held, loaded)):
-        raise UserError(
-            f"workdir {workdir} holds a run of {differs}; give another --workdir, or delete it"
-        )
-    from plan_jax.train import train as begin
+    config = configs.Config.from_dict(apply_overrides(content, overrides))
+    programs = Path(workdir).absolute().parent / "programs"
+    parallel.configure_backend(config.parallel.cpu_devices, config.parallel.cache or programs)
+    previous = read_run_config(Path(workdir))
+    if previous:
+        configs.check_version(previous, f"workdir {workdir}")
+        difference = configs.difference(configs.Config.from_dict(previous), config)
+        if difference:
+            raise UserError(
+                f"workdir {workdir} holds a run of {difference}; pass another --workdir, or "
+                "delete it"
+            )
+    from plan_jax.train import train as train_run
 
-    show(begin(loaded, workdir), Path(workdir) / "report.html")
+    print_results(train_run(config, workdir), Path(workdir) / "report.html")
 
 
 def evaluate(
-    loaded: dict[str, Any] | None, changes: dict[str, str], folder: str, name: str = ""
+    content: Mapping[str, Any] | None, overrides: Mapping[str, str], folder: str, name: str = ""
 ) -> None:
-    """Evaluate a checkpoint by its own config, with changes and the given config's `eval`.
+    """Evaluates a checkpoint by the config of its run, with overrides.
 
-    Of a config that only tells how to evaluate, its `data` count too; `name` is then that of the
-    folder beside the checkpoint where the page goes, else the split's.
+    Args:
+      content: a config of the same run; or one that describes only an evaluation, whose data and
+        tasks then count; None for the run's own.
+      overrides: fields set on the command line.
+      folder: the run, or one of its checkpoints.
+      name: name of an evaluation-only config, and of the folder for its results beside the
+        checkpoint; otherwise that folder is named after the split.
 
     Raises:
       UserError: for a mistake of the user.
     """
-    from plan_jax import checkpoint, config, parallel
+    from plan_jax import checkpoint, parallel
+    from plan_jax import config as configs
 
-    held = config.complete(checkpoint.read_config(folder))
-    given = config.for_evaluation(held, loaded or {}) if name or loaded is None else loaded
-    config.override(given, changes)
-    config.check(given)
-    if differs := config.difference(held, given, ("data.name", "data.builder") if name else ()):
+    stored = checkpoint.read_config(folder)
+    configs.check_version(stored, f"checkpoint {folder}")
+    run_config = configs.Config.from_dict(stored)
+    if name or content is None:
+        content = configs.merge_evaluation(run_config.to_dict(), content or {})
+    config = configs.Config.from_dict(apply_overrides(content, overrides))
+    ignore = ("data.name", "data.builder") if name else ()
+    if difference := configs.difference(run_config, config, ignore):
         raise UserError(
-            f"checkpoint {folder} is of {differs}; leave --config out to use the run's own"
+            f"checkpoint {folder} is of {difference}; leave --config out to use the run's own"
         )
-    from plan_jax.evaluate import evaluate_checkpoint as begin
+    from plan_jax.evaluate import evaluate_checkpoint
 
-    top = checkpoint.locate(folder)[0].parent
-    parallel.configure_backend(1, given["parallel"]["cache"] or top.absolute().parent / "programs")
-    out = top / "eval" / (name or given["eval"]["split"])
-    show(begin(given, folder, out), out / "report.html")
+    run_folder = checkpoint.locate(folder)[0].parent
+    programs = run_folder.absolute().parent / "programs"
+    parallel.configure_backend(1, config.parallel.cache or programs)
+    out = run_folder / "eval" / (name or config.eval.split)
+    print_results(evaluate_checkpoint(config, folder, out), out / "report.html")
 
 
-def show(metrics: Mapping[str, Any], page: Path) -> None:
-    """Print the table of the metrics that matter most, and where the page of all of them is."""
+def print_results(metrics: Mapping[str, Any], page: Path) -> None:
+    """Prints the headline metrics beside their baselines, and the path of the page."""
     from plan_jax import parallel
-    from plan_jax.metrics import headlines
+    from plan_jax.metrics import headlines, is_number
     from plan_jax.tasks import CATALOGUE
 
     if not metrics or not parallel.is_main():
-        return  # stopped before the end, or another process says it
-    shown = headlines(CATALOGUE, metrics)
-    wide = max(26, *(len(entry.key) for entry in shown)) + 2 if shown else 28
-    for entry in shown:
-        baselines = [f"{label} {value:.3g}" for label, value in entry.baselines.items()]
-        print(f"{entry.key:<{wide}}{entry.value:>8.3f}  {', '.join(baselines)}".rstrip())
+        return  # stopped before the end, or another process prints
+    entries = headlines(CATALOGUE, metrics)
+    width = max([26, *(len(entry.key) for entry in entries)]) + 2
+    for entry in entries:
+        baselines = ", ".join(f"{label} {value:.3g}" for label, value in entry.baselines.items())
+        print(f"{entry.key:<{width}}{entry.value:>8.3f}  {baselines}".rstrip())
     for key in ("images_per_s", "wall_s", "evaluated_s"):
-        if not math.isnan(metrics.get(key, math.nan)):
-            print(f"{key:<{wide}}{metrics[key]:>8.0f}")
+        if is_number(metrics.get(key)) and not math.isnan(metrics[key]):
+            print(f"{key:<{width}}{metrics[key]:>8.0f}")
     print(f"params_sha256 {metrics['params_sha256']}")
-    print(f"all of it, with pictures: {page}")
+    print(f"all metrics, with pictures: {page}")
 
 
-def held_by(workdir: Path) -> dict[str, Any]:
-    """Give the config of the run that a folder holds, {} if none, having checked the folder.
+def read_run_config(workdir: Path) -> dict[str, Any]:
+    """Returns the config of the run that a folder holds, or {}, having checked the folder.
 
     Raises:
-      UserError: the folder cannot be one, or nothing can be written there.
+      UserError: the folder cannot be created or written, or its config cannot be read.
     """
-    existing = next(at for at in (workdir, *workdir.absolute().parents) if at.exists())
+    existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     if not existing.is_dir():
-        raise UserError(f"workdir {workdir} is inside {existing}, a file; give another --workdir")
+        raise UserError(f"workdir {workdir} is inside {existing}, a file; pass another --workdir")
     if not os.access(existing, os.W_OK):
-        raise UserError(f"workdir {workdir} cannot be written; give another --workdir")
-    held = workdir / "config.json"
+        raise UserError(f"workdir {workdir} cannot be written; pass another --workdir")
+    path = workdir / "config.json"
     try:
-        return json.loads(held.read_text()) if held.exists() else {}
+        return json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError):
-        raise UserError(f"{held} cannot be read; give another --workdir, or delete it") from None
+        raise UserError(f"{path} cannot be read; pass another --workdir, or delete it") from None
 
 
-def default(config: str | None) -> str:
-    """Give the folder of a run whose config file is known.
+def default_workdir(config: str | None) -> str:
+    """Returns the folder of a run by the name of its config file.
 
     Raises:
-      UserError: it is not.
+      UserError: there is no config file.
     """
     if not config:
-        raise UserError("nothing to do; write --config configs/demo.py, or see --help")
+        raise UserError("--config is missing; pass --config configs/demo.py, or see --help")
     path, _, argument = config.partition(":")
     return str(Path("runs") / "_".join(filter(None, (Path(path).stem, argument.replace("/", "_")))))
 
 
-def _line(error: Exception, name: str) -> int | None:
-    """Give the line of the file where the error arose, if it did there."""
+def _quote_items(text: str) -> str:
+    """Returns a tuple's text as a literal: `a,b` becomes `('a', 'b')`, and `3` becomes `(3,)`."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
+    return repr(tuple(value) if isinstance(value, list | tuple) else (value,))
+
+
+def _owner(name: str, values: Mapping[str, Any]) -> str:
+    """Returns whose fields a section has, for an error: those of a method, encoder or dataset."""
+    section = name.rpartition(".")[0]
+    if section == "hyper":
+        return f" of {values.get('method')}"
+    source = {"vision": "vision", "text": "text", "data.builder": "data"}.get(section, "")
+    choice = values.get(source)
+    return f" of {choice.get('name')}" if isinstance(choice, Mapping) else ""
+
+
+def _error_line(error: Exception, name: str) -> int | None:
+    """Returns the last line of the file `name` in the error's traceback, if it is there."""
     path = Path(name).resolve()
     lines = [
         frame.lineno

@@ -1,4 +1,4 @@
-"""From a config or a checkpoint folder to towers, a method and a `Model` of verbs."""
+"""From a config or a checkpoint to a `Model`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from plan_jax import checkpoint
+from plan_jax.config import Config, check_version
 from plan_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenize_batch
 from plan_jax.encoders.bert import BERTS
 from plan_jax.encoders.dual_encoder import DualEncoder
@@ -18,180 +19,209 @@ from plan_jax.encoders.resnet import RESNETS
 from plan_jax.encoders.vit import VITS
 from plan_jax.heads.head_on_tower import map_chunks
 from plan_jax.methods import METHODS
-from plan_jax.types import Features, Model, Stages, Tower, UserError
+from plan_jax.types import Features, Method, Model, Stages, Tower, UserError
 
 
 class Components(NamedTuple):
-    """What a config describes, without any parameter: towers, method, its constants, tokeniser."""
+    """What a config describes, without any parameters."""
 
-    dual: DualEncoder
-    method: Any
+    encoder: DualEncoder
+    method: Method
     hyper: Any
     tokenizer: Tokenizer
 
 
-def build_components(config: Mapping[str, Any], axis: str | None = None) -> Components:
-    """Make towers, method and tokeniser of a config (as plain dicts or a ConfigDict)."""
-    method = METHODS[config["method"]]
-    hold = {side: num_frozen_layers(side, config) for side in ("vision", "text")}
-    tokenizer = load_tokenizer(config["data"]["tokenizer"])
-    dual = DualEncoder(
-        vision={**config["vision"], "hold": hold["vision"]},
-        text={**config["text"], "hold": hold["text"]},
-        heads=dict(config["heads"]),
-        vocab=tokenizer.vocab_size,
-        dim=config["dim"],
-        hidden=config["hidden"],
-        standard=config["standard"],
-        channels=config["channels"],
-        fine=config["fine"],
-        axis=axis,
-        dtype=jnp.dtype(config["dtype"]),
-    )
-    return Components(dual, method, make_hyper(method, config["hyper"]), tokenizer)
+def build_components(config: Config, axis: str | None = None) -> Components:
+    """Builds the encoders, the method and the tokenizer of a config.
 
-
-def num_frozen_layers(side: str, config: Mapping[str, Any]) -> int:
-    """Say how many first layers (of a ResNet: stages) of a tower `optim.freeze` freezes.
-
-    `text` freezes the whole tower, `text:6` embeddings and six layers.
+    Args:
+      config: the config.
+      axis: name of the device axis over which BatchNorm averages; None for one device.
 
     Raises:
-      UserError: the tower has not so many, or is named by its path.
+      UserError: the tokenizer cannot be loaded, or `optim.freeze` does not fit the encoders.
     """
-    table = BERTS if side == "text" else RESNETS | VITS
-    sizes = {**table[config[side]["name"]], **config[side]}
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    vision, text = (
+        {**getattr(config, side), "hold": num_frozen_layers(side, config)}
+        for side in ("vision", "text")
+    )
+    encoder = DualEncoder(
+        vision=vision,
+        text=text,
+        heads=dataclasses.asdict(config.heads),
+        vocab=tokenizer.vocab_size,
+        dim=config.embed_dim,
+        hidden=config.head_hidden_dim,
+        standard=config.normalisation,
+        channels=config.channels,
+        fine=config.fine_map,
+        axis=axis,
+        dtype=jnp.dtype(config.dtype),
+    )
+    return Components(encoder, METHODS[config.method], config.hyper, tokenizer)
+
+
+def num_frozen_layers(side: str, config: Config) -> int:
+    """Returns how many first layers (stages of a ResNet) of an encoder `optim.freeze` freezes.
+
+    `text` freezes the whole encoder, `text:6` the embeddings and six layers.
+
+    Raises:
+      UserError: the encoder has fewer layers, or is named by the path of its parameters.
+    """
+    table: Mapping[str, Any] = BERTS if side == "text" else RESNETS | VITS
+    options = getattr(config, side)
+    sizes = {**table[options["name"]], **options}
     layers = len(sizes["widths"]) if "widths" in sizes else sizes["depth"]
-    found = 0
-    for entry in config["optim"]["freeze"]:
+    frozen = 0
+    for entry in config.optim.freeze:
         name, _, count = str(entry).partition(":")
         if name == side:
             if count and not (count.isdecimal() and 1 <= int(count) <= layers):
                 raise UserError(f"optim.freeze is {entry!r}; use {side}:1 to {side}:{layers}")
-            found = max(found, int(count or layers))
-        elif name.startswith(f"encoders/{'read' if side == 'text' else 'see'}_tower"):
-            raise UserError(f"optim.freeze {entry!r} is in a tower; write {side} or {side}:N")
-    return found
+            frozen = max(frozen, int(count or layers))
+        elif name.startswith(f"encoders/{'text' if side == 'text' else 'image'}_tower"):
+            # By its path a tower would lose its updates only, and still pay for its gradient.
+            raise UserError(f"optim.freeze {entry!r} is in a tower; use {side} or {side}:N")
+    return frozen
 
 
-def make_hyper(method: Any, changes: Mapping[str, Any]) -> Any:
-    """Make a method's constants with some of them changed.
+def make_model(components: Components, config: Config, variables: Mapping[str, Any]) -> Model:
+    """Returns the `Model` of components with parameters.
 
-    Raises:
-      UserError: if the method has no such constant.
+    Args:
+      components: what `build_components` returns.
+      config: the config of the run.
+      variables: a dict that contains `params`, `batch_stats` and `memory`.
     """
-    known = [field.name for field in dataclasses.fields(method.Hyper)]
-    for name in changes:
-        if name not in known:
-            where = method.__name__.rpartition(".")[2]
-            raise UserError(f"hyper.{name} is not a constant of {where}; it has {', '.join(known)}")
-    return method.Hyper(**dict(changes))
+    encoder, method, hyper, tokenizer = components
+    names = ("params", "batch_stats", "memory")
+    # Copied to the device once, or every call would transfer all parameters again.
+    state = jax.device_put(jax.tree.map(np.asarray, {name: variables[name] for name in names}))
+    encoders = {"params": state["params"]["encoders"], "batch_stats": state["batch_stats"]}
+    params, memory = state["params"]["method"], state["memory"]
 
-
-def make_model(
-    system: Components, config: Mapping[str, Any], variables: Mapping[str, Any]
-) -> Model:
-    """Bind `params`, `batch_stats` and `memory` of a run, among `variables`, to the verbs."""
-    dual, method, hyper, tokenizer = system
-    data, batch = config["data"], config["eval"]["batch"]
-    held = {name: variables[name] for name in ("params", "batch_stats", "memory")}
-    variables = jax.device_put(jax.tree.map(np.asarray, held))
-    towers = {"params": variables["params"]["encoders"], "batch_stats": variables["batch_stats"]}
-    own, memory = variables["params"]["method"], variables["memory"]
-    shape = (1, data["size"], data["size"], 1)
-    seen = jax.eval_shape(
-        lambda: dual.apply(towers, jnp.zeros(shape, jnp.uint8), method="encode_image")
+    # No task reads the features before projection, which are the largest.
+    apply_image = jax.jit(
+        lambda variables, images: encoder.apply(variables, images, method="encode_image").replace(
+            raw=None
+        )
     )
-
-    def some(verb: str) -> Any:  # no task needs what the towers gave before their heads
-        return jax.jit(lambda towers, *a: dual.apply(towers, *a, method=verb).replace(raw=None))
-
-    see_some, read_some = some("encode_image"), some("encode_text")
-    compare = jax.jit(method.similarity, static_argnums=4)
-    draw = jax.jit(method.heatmap, static_argnums=4)
+    apply_text = jax.jit(
+        lambda variables, text: encoder.apply(variables, text, method="encode_text").replace(
+            raw=None
+        )
+    )
+    apply_similarity = jax.jit(method.similarity, static_argnums=4)
+    apply_heatmap = jax.jit(method.heatmap, static_argnums=4)
+    batch = config.eval.batch
 
     def encode_image(images: np.ndarray) -> Features:
-        return map_chunks(lambda a: see_some(towers, *a), (images,), batch)
+        return map_chunks(lambda some: apply_image(encoders, some), images, batch)
 
     def encode_text(texts: list[str]) -> Features:
-        rows = tokenize_batch(tokenizer, texts, data["length"], data["words"])
-        return map_chunks(lambda text: read_some(towers, text), rows, batch)
+        tokens = tokenize_batch(tokenizer, texts, config.data.max_tokens, config.data.max_words)
+        return map_chunks(lambda some: apply_text(encoders, some), tokens, batch)
 
     def similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
-        def columns(leaves: tuple[np.ndarray, ...]) -> dict[str, jax.Array]:
-            some = jax.tree.unflatten(jax.tree.structure(texts), leaves)
-            return {k: v.T for k, v in compare(own, memory, images, some, hyper).items()}
+        def compare(some: Features) -> dict[str, jax.Array]:
+            tables = apply_similarity(params, memory, images, some, hyper)
+            return {kind: table.T for kind, table in tables.items()}
 
-        found = map_chunks(columns, tuple(jax.tree.leaves(texts)), batch)
-        return {kind: table.T for kind, table in found.items()}
+        # A chunk of texts at a time, since a table of all words and all pixels would not fit.
+        tables = map_chunks(compare, texts, batch)
+        return {kind: table.T for kind, table in tables.items()}
 
     def heatmap(
         images: Features, texts: Features, rounds: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        chosen = hyper if rounds is None else dataclasses.replace(hyper, rounds=rounds)
-        return jax.device_get(draw(own, memory, images, texts, chosen))
+        chosen = hyper
+        if rounds is not None:
+            if not hasattr(hyper, "rounds"):
+                raise UserError(f"rounds is {rounds}, and {config.method} has none; leave it out")
+            chosen = dataclasses.replace(hyper, rounds=rounds)
+        return jax.device_get(apply_heatmap(params, memory, images, texts, chosen))
 
+    size = config.data.size
+    blank = jax.ShapeDtypeStruct((1, size, size, 1), jnp.uint8)
+    features = jax.eval_shape(apply_image, encoders, blank)
     return Model(
-        name=config["method"],
-        grid=seen.fine_grid or seen.grid,
-        size=data["size"],
+        name=config.method,
+        grid=features.fine_grid or features.grid,
         rounds=getattr(hyper, "rounds", 0),
-        config=config,
+        size=size,
         encode_image=encode_image,
         encode_text=encode_text,
         similarity=similarity,
         heatmap=heatmap,
-        tower=make_tower(dual, towers),
+        config=config,
+        tower=make_tower(encoder, encoders),
     )
 
 
-def make_tower(dual: DualEncoder, towers: Mapping[str, Any]) -> Tower:
-    """Bind the vision tower's part of the encoders' variables to a pure function."""
-    plain = dual.clone(axis=None, vision={**dual.vision, "hold": 0})
-    small = plain.clone(vision={k: v for k, v in plain.vision.items() if k != "resize"})
-    variables = {
-        kind: {part: held for part, held in tree.items() if part == "image_tower"}
-        for kind, tree in towers.items()
+def make_tower(encoder: DualEncoder, variables: Mapping[str, Any]) -> Tower:
+    """Returns the image tower of encoders, with its part of their variables."""
+    # Downstream heads may fine-tune all of it, whatever pre-training froze.
+    full = encoder.clone(axis=None, vision={**encoder.vision, "hold": 0})
+    native_vision = {name: x for name, x in full.vision.items() if name != "resize"}
+    native_encoder = full.clone(vision=native_vision)
+    tower_variables = {
+        kind: {name: tree for name, tree in part.items() if name == "image_tower"}
+        for kind, part in variables.items()
     }
 
     def apply(
         variables: Mapping[str, Any], images: Any, train: bool = False, native: bool = False
     ) -> tuple[Stages, PyTree]:
-        module, images = small if native else plain, jnp.asarray(images)
+        module, images = native_encoder if native else full, jnp.asarray(images)
         if not train:
             return module.apply(variables, images, method="stages"), variables["batch_stats"]
-        stages, changed = module.apply(
+        stages, updated = module.apply(
             variables, images, True, method="stages", mutable=["batch_stats"]
         )
-        return stages, changed.get("batch_stats", variables["batch_stats"])
+        return stages, updated.get("batch_stats", variables["batch_stats"])
 
-    return Tower(checkpoint.fingerprint(variables)[:12], variables, apply)
+    return Tower(checkpoint.fingerprint(tower_variables)[:12], tower_variables, apply)
 
 
-def random_tower(system: Components, config: Mapping[str, Any], seed: int = 0) -> Tower:
-    """Make the same tower with random weights: what downstream tasks compare with."""
-    size = config["data"]["size"]
-    dual = system.dual.clone(axis=None)
+def random_tower(components: Components, size: int, seed: int) -> Tower:
+    """Returns the image tower of components with random weights, a baseline of fitted heads.
+
+    Args:
+      components: the encoders.
+      size: side of the images that the tower will see, in pixels.
+      seed: seed of the weights.
+    """
+    encoder = components.encoder.clone(axis=None)
     images = jnp.zeros((2, size, size, 1), jnp.uint8)
-    made = jax.jit(lambda key: dual.init(key, images, method="stages"))(jax.random.key(seed))
-    return make_tower(dual, {"params": made["params"], "batch_stats": made.get("batch_stats", {})})
+    initialise = jax.jit(lambda key: encoder.init(key, images, method="stages"))
+    variables = initialise(jax.random.key(seed))
+    return make_tower(encoder, {"batch_stats": {}, **variables})
 
 
 def load(folder: str | Path) -> Model:
-    """Load the model of a run from its folder, or from one of its checkpoints.
+    """Loads the model of a run from its folder, or from one of its checkpoints.
 
     Raises:
-      UserError: if there is no whole checkpoint.
+      UserError: there is no complete checkpoint.
     """
-    held = read(folder)
-    return make_model(build_components(held["config"]), held["config"], held)
+    variables = load_variables(folder)
+    config = variables["config"]
+    return make_model(build_components(config), config, variables)
 
 
-def read(folder: str | Path) -> dict[str, Any]:
-    """Read the weights and config of a checkpoint; of a kept moving average, that.
+def load_variables(folder: str | Path) -> dict[str, Any]:
+    """Loads the weights, the config and the step of a checkpoint.
+
+    `params` are the moving average of the parameters if the run kept one.
 
     Raises:
-      UserError: if there is no whole checkpoint.
+      UserError: there is no complete checkpoint.
     """
-    held = checkpoint.load_weights(folder)
-    return held | {"params": held["average"] or held["params"]}
+    variables = checkpoint.load_weights(folder)
+    check_version(variables["config"], f"checkpoint {folder}")
+    return variables | {
+        "params": variables["ema_params"] or variables["params"],
+        "config": Config.from_dict(variables["config"]),
+    }

@@ -1,9 +1,9 @@
-"""Ground one phrase in one image: where does the model see what the words say?
+"""The heat map of a phrase in an image, on the command line.
 
     python -m plan_jax.predict --checkpoint runs/demo --image chest.png \\
         --text "consolidation in the left lower zone" --out heat.png
 
-Needs no network. Left and right are the patient's, as in a report.
+No network is needed. Left and right are the patient's, as in a report.
 """
 
 import argparse
@@ -11,28 +11,28 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from plan_jax.types import Model, UserError
 
-LARGEST = 1024  # pixels of the longer side of the picture
-KINDS = (".png", ".jpg", ".jpeg")
+MAX_SIDE = 1024  # pixels of the longer side of the picture: more does not fit a screen
+SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-class Arguments(argparse.ArgumentParser):
-    """A parser whose complaint is one sentence."""
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that raises its complaint as a UserError."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the complaint."""
-        raise UserError(f"{message}; --help shows how it is called")
+        """Raises the complaint."""
+        raise UserError(f"{message}; --help shows the usage")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Do what the arguments say and return the exit code: 0, or 2 for a user's mistake."""
-    parser = Arguments(
+    """Runs the command and returns the exit code: 0, or 2 for a user's mistake."""
+    parser = ArgumentParser(
         "plan_jax.predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -43,87 +43,94 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--out", default="heat.png", help="the picture to write: PNG or JPEG")
     parser.add_argument("--rounds", type=int, help="of refinement; by default as trained")
     try:
-        given = parser.parse_args(argv)
-        print(ground(given.checkpoint, given.image, given.text, given.out, given.rounds))
+        options = parser.parse_args(argv)
+        summary = write_heat_map(
+            options.checkpoint, options.image, options.text, options.out, options.rounds
+        )
+        print(summary)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def ground(checkpoint: str, image: str, text: str, out: str, rounds: int | None = None) -> str:
-    """Write the heat map of a text over an image, and say in a sentence where it is highest.
+def write_heat_map(
+    checkpoint: str, image: str, text: str, out: str, rounds: int | None = None
+) -> str:
+    """Writes the heat map of a text over an image; returns a sentence on where it is highest.
 
     Raises:
-      UserError: for an image or checkpoint that cannot be read, an empty text, a picture that
-        cannot be written.
+      UserError: the image or the checkpoint cannot be read, the text has no word, the method has no
+        rounds, or the picture cannot be written.
     """
-    target = Path(out)
-    if target.suffix.lower() not in KINDS:
-        raise UserError(f"--out {out} is no picture's name; end it with {' or '.join(KINDS)}")
-    if not target.absolute().parent.is_dir():
-        raise UserError(f"--out {out} lies in a folder that is not there; make it first")
+    path = Path(out)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {out} is not a PNG or JPEG; use one of {', '.join(SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--out {out} is in a folder that does not exist; create it first")
     if not any(map(str.isalnum, text)):
-        raise UserError(f"--text {text!r} has no word; write a phrase")
+        raise UserError(f"--text {text!r} has no word; pass a phrase")
     if rounds is not None and rounds < 0:
         raise UserError(f"--rounds is {rounds}; use 0 or more")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from plan_jax import model as assembly  # after the arguments are read: imports take seconds
+    # Imported once the arguments are known to be sensible: JAX takes seconds.
+    from plan_jax import model as models
     from plan_jax.page import figures
 
-    pixels = read(image)
-    model = assembly.load(checkpoint)
-    heat = heat_map(model, pixels, text, rounds)
+    pixels = read_image(image)
+    model = models.load(checkpoint)
+    heat = compute_heat_map(model, pixels, text, rounds)
     try:
-        kind = "PNG" if target.suffix.lower() == ".png" else "JPEG"
-        target.write_bytes(figures.encode_picture(figures.overlay_heat_map(pixels, heat), kind))
+        kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+        path.write_bytes(figures.encode_picture(figures.overlay_heat_map(pixels, heat), kind))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror})") from None
     y, x = np.unravel_index(int(heat.argmax()), heat.shape)
+    # The patient faces the viewer: the left half of the image is the patient's right.
     side = "right" if x < heat.shape[1] / 2 else "left"
     return f"{out}: highest at x {x}, y {y} of {heat.shape[1]} x {heat.shape[0]}, patient's {side}"
 
 
-def read(image: str) -> UInt8[np.ndarray, "Y X 1"]:
-    """Read an image as 8-bit grey [Y X 1], made smaller if it is larger than a screen.
+def read_image(image: str) -> UInt8[np.ndarray, "Y X 1"]:
+    """Reads an image as 8-bit grey [Y X 1], scaled down if it is larger than MAX_SIDE.
 
     Raises:
-      UserError: the file is missing, or is no image.
+      UserError: the file is missing, or is not an image.
     """
     from plan_jax.data import images
 
     try:
-        pixels, shape = images.read_image(Path(image), LARGEST)
-        if max(shape) < LARGEST:
+        pixels, shape = images.read_image(Path(image), MAX_SIDE)
+        if max(shape) < MAX_SIDE:  # never scaled up: read it again at its own size
             pixels, _ = images.read_image(Path(image), max(shape))
     except OSError as error:
         raise UserError(f"--image {image} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(f"--image {image} {error}; give a PNG, JPEG or DICOM file") from None
+        raise UserError(f"--image {image} {error}; pass a PNG, JPEG or DICOM file") from None
     return pixels[..., None]
 
 
-def heat_map(
+def compute_heat_map(
     model: Model, image: UInt8[np.ndarray, "Y X 1"], text: str, rounds: int | None = None
 ) -> Float[np.ndarray, "Y X"]:
-    """Give the text's heat on every pixel of the image: its words' maps, weighted, enlarged.
+    """Computes the heat map of a text: the weighted mean of its words' maps, at image size.
 
-    The model sees the image fitted to its square; the map of that square is cut back to the image.
+    The model sees the image padded to a square; the map of the square is cut back to the image.
     """
     from PIL import Image
 
     from plan_jax.data import transforms
 
-    seen: Any = model.encode_image(transforms.fit_image(image, model.size)[None])
-    similarity, weight = (
-        np.asarray(x[0], np.float32)
-        for x in model.heatmap(seen, model.encode_text([text]), rounds=rounds)
+    square = transforms.fit_image(image, model.size)[None]
+    maps, weights = model.heatmap(
+        model.encode_image(square), model.encode_text([text]), rounds=rounds
     )
-    heat = (weight @ similarity / max(float(weight.sum()), 1e-9)).reshape(model.grid)
-    longest = max(image.shape[:2])
-    square = Image.fromarray(heat).resize((longest, longest), Image.Resampling.BILINEAR)
-    top, left = ((longest - side) // 2 for side in image.shape[:2])
-    return np.asarray(square)[top : top + image.shape[0], left : left + image.shape[1]]
+    map_WP, weight_W = np.asarray(maps[0], np.float32), np.asarray(weights[0], np.float32)
+    heat = (weight_W @ map_WP / max(float(weight_W.sum()), 1e-9)).reshape(model.grid)
+    side = max(image.shape[:2])
+    enlarged = np.asarray(Image.fromarray(heat).resize((side, side), Image.Resampling.BILINEAR))
+    top, left = ((side - length) // 2 for length in image.shape[:2])
+    return enlarged[top : top + image.shape[0], left : left + image.shape[1]]
 
 
 if __name__ == "__main__":

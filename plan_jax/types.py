@@ -192,7 +192,8 @@ class Method(Protocol):
 
     `Hyper` is a frozen dataclass and the only home of the method's constants. `REQUIRES` names the
     entries of `Batch.extra` that the loss reads. `axis` is the name of the mapped device axis, None
-    on one device.
+    on one device. A method that needs features of the dataset's findings also has
+    `encode_tags(encode_names, findings)`, whose result becomes `MethodContext.tags`.
     """
 
     PAPER: str

@@ -236,12 +236,12 @@ def test_weights_are_loaded_without_the_optimiser(complete, monkeypatch):
     for folder in (complete, complete.parent, complete / "3"):
         monkeypatch.chdir(complete.parent.parent)
         weights = checkpoint.load_weights(folder.relative_to(complete.parent.parent))
-        assert set(weights) == {"params", "average", "batch_stats", "memory", "config", "step"}
+        assert set(weights) == {"params", "ema_params", "batch_stats", "memory", "config", "step"}
         assert is_identical(weights["params"], make_state(3).params) and is_identical(
             weights["memory"], make_state(3).memory
         )
         assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(weights["params"]))
-        assert weights["batch_stats"] == weights["average"] == {} and weights["step"] == 3
+        assert weights["batch_stats"] == weights["ema_params"] == {} and weights["step"] == 3
     assert checkpoint.load_weights(complete / "2")["step"] == 2
     assert checkpoint.read_config(complete)["optim"] == {
         "learning_rate": 1e-3,

@@ -1,6 +1,5 @@
 """From a config to judged tasks: options, splits, what is missing, the random tower beside."""
 
-import dataclasses
 import json
 
 import jax
@@ -8,26 +7,25 @@ import numpy as np
 import pytest
 
 from configs import testing
-from plan_jax import config, evaluate
+from plan_jax import evaluate
 from plan_jax import model as assembly
+from plan_jax.config import Config
 from plan_jax.data import dataset as datasets
 from plan_jax.data import eval_data, schema
 from plan_jax.types import Model, Record, UserError
 
-FITTED = ("classification", "segmentation", "detection", "report_generation")
-
 
 def settings(tmp_path, **changes):
-    made = testing.get_config().to_dict()
-    made["data"]["dir"] = str(tmp_path)
-    made["eval"].update(changes)
-    return made
+    content = testing.get_config().to_dict()
+    content["data"]["dir"] = str(tmp_path)
+    content["eval"].update(changes)
+    return Config.from_dict(content)
 
 
 def tower_only(made):
     """A model of which nothing but the tower, of random weights, can be used."""
     system = assembly.build_components(made)
-    tower = assembly.random_tower(system, made, seed=7)
+    tower = assembly.random_tower(system, 32, seed=7)
 
     def refuse(*_, **__):
         raise AssertionError("a task that fits a head needs the tower only")
@@ -41,8 +39,8 @@ def world(tmp_path_factory):
 
 
 def test_a_head_is_fitted_beside_that_of_random_weights_and_kept(world, tmp_path):
-    made = settings(world, tasks=("classification",), random=True)
-    made["eval"]["classification"] = {"fractions": [1.0], "epochs": 2, "bootstrap_samples": 20}
+    options = {"fractions": [1.0], "epochs": 2, "bootstrap_samples": 20}
+    made = settings(world, tasks=("classification",), random_baseline=True, classification=options)
     model = tower_only(made)
     scored = evaluate.evaluate_model(model, made, "test", tmp_path)
     values = scored.metrics
@@ -64,7 +62,7 @@ def test_a_head_is_fitted_beside_that_of_random_weights_and_kept(world, tmp_path
 def test_the_random_tower_depends_on_the_seed_alone(world):
     made = settings(world)
     system = assembly.build_components(made)
-    one, two, other = (assembly.random_tower(system, made, seed) for seed in (1, 1, 2))
+    one, two, other = (assembly.random_tower(system, 32, seed) for seed in (1, 1, 2))
     images = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 1)).astype(np.uint8)
     seen = [jax.device_get(t.apply(t.variables, images)[0].pooled) for t in (one, two, other)]
     np.testing.assert_array_equal(seen[0], seen[1])
@@ -72,8 +70,7 @@ def test_the_random_tower_depends_on_the_seed_alone(world):
 
 
 def test_where_no_split_validates_training_patients_do(world, monkeypatch):
-    made = settings(world)
-    made["eval"].update(split="val", limit=8)
+    made = settings(world, split="val", limit=8)
     truth = evaluate.open_eval_data(made, "val")
     parts = {split: getattr(truth, split) for split in ("train", "val", "test")}
     names = {split: {r.patient_id for r in some} for split, some in parts.items()}
@@ -120,29 +117,3 @@ def test_a_task_without_its_truth_says_which_field_is_missing(task, field, bare,
 def test_what_a_report_states_is_read_by_the_parser():
     read = eval_data.report_labeller(("pleural effusion", "COVID-19", "nodule"))
     assert read("Small left effusion. No nodule.") == {"pleural effusion": 1, "nodule": 0}
-
-
-def test_an_evaluation_changes_a_run_s_config_and_only_where_it_speaks(world):
-    held = settings(world)
-    del held["eval"]["train"], held["eval"]["random"], held["eval"]["prompts"]  # an older run's
-    given = {"data": {"name": "pairs", "builder": {"manifest": "m.csv"}}, "eval": {"limit": 5}}
-    made = config.for_evaluation(held, given)
-    assert config.is_evaluation(given) and not config.is_evaluation(held)
-    assert made["data"]["builder"] == {"manifest": "m.csv"} and made["data"]["size"] == 32
-    assert made["eval"]["limit"] == 5 and made["eval"]["random"] is False
-    assert made["method"] == held["method"]
-    config.check(made)
-    with pytest.raises(
-        UserError, match="eval.classification.learning_rat is not .* mean .*learning_rate"
-    ):
-        config.override(made, {"eval.classification.learning_rat": "1"})
-    config.override(made, {"eval.classification.fractions": "0.1,1.0", "eval.detection.batch": "4"})
-    assert evaluate.task_options("classification", made).fractions == (0.1, 1.0)
-    assert evaluate.task_options("detection", made).batch == 4
-
-
-def test_options_are_those_of_the_task(world):
-    for task in FITTED:
-        made = settings(world)
-        assert evaluate.task_options(task, made) == evaluate.TASKS[task].Options()
-        assert dataclasses.is_dataclass(evaluate.TASKS[task].Options)

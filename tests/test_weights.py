@@ -4,18 +4,17 @@ import json
 
 import jax
 import numpy as np
-import optax
 import pytest
 from flax import traverse_util
 from published import fill_randomly, publish
 from safetensors.numpy import save_file
-from test_train import batch
+from test_train import random_batch
 
 from configs import testing
-from plan_jax import config as configs
 from plan_jax import main
-from plan_jax import model as assembly
-from plan_jax.step import init_state
+from plan_jax.config import Config, flatten
+from plan_jax.model import build_components
+from plan_jax.state import init_state
 from plan_jax.types import UserError
 
 SIDES = {
@@ -25,23 +24,21 @@ SIDES = {
 HEAD_ENCODERS = {"image": "img_encoder_q", "text": "text_encoder_q"}
 
 
-def make_config(**weights):
-    """Returns the testing config with the towers and heads of MGCA."""
+def make_content(**weights):
+    """Returns the testing config with the towers and heads of MGCA, as dicts."""
     config = testing.get_config().to_dict()
     config["vision"] = {"name": "resnet_tiny"}
     config["text"] = {"name": "bert_tiny", "pool": "cls"}
     config["heads"] = dict.fromkeys(config["heads"], "mlp")
-    config |= {"method": "convirt", "hyper": {}, "fine": False, "steps": 0}
+    config |= {"method": "convirt", "hyper": {}, "fine_map": False, "steps": 0}
     config["weights"] |= weights
     return config
 
 
-def init_from(config, seed=0):
+def init_from(content, seed=0):
     """Returns the initial training state of a config."""
-    components = assembly.build_components(config)
-    return init_state(
-        components, batch(2), lambda _: optax.sgd(0.1), seed, False, weights=config["weights"]
-    )[0]
+    config = Config.from_dict(content | {"seed": seed})
+    return init_state(build_components(config), config, random_batch(2))[0]
 
 
 def publish_as_mgca(params, stats):
@@ -77,7 +74,7 @@ def publish_as_mgca(params, stats):
 @pytest.fixture(scope="module")
 def mgca(tmp_path_factory):
     """Trees that somebody else trained, and the file that they published."""
-    initial = init_from(make_config())
+    initial = init_from(make_content())
     trained = fill_randomly(
         {"params": initial.params["encoders"], "batch_stats": initial.batch_stats}
     )
@@ -89,14 +86,14 @@ def mgca(tmp_path_factory):
 
 def test_a_run_starts_from_published_weights(mgca):
     trained, path = mgca
-    state = init_from(make_config(vision=path, text=path, heads=path), seed=1)
+    state = init_from(make_content(vision=path, text=path, heads=path), seed=1)
     jax.tree.map(np.testing.assert_array_equal, state.params["encoders"], trained["params"])
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, trained["batch_stats"])
 
 
 def test_loading_one_tower_leaves_the_other_unchanged(mgca):
     trained, path = mgca
-    plain, loaded = init_from(make_config()), init_from(make_config(text=path))
+    plain, loaded = init_from(make_content()), init_from(make_content(text=path))
     for name, expected in (
         ("text_tower", trained["params"]),
         ("image_tower", plain.params["encoders"]),
@@ -107,27 +104,33 @@ def test_loading_one_tower_leaves_the_other_unchanged(mgca):
 def test_a_published_checkpoint_is_evaluated_without_training(mgca, tmp_path, monkeypatch):
     _, path = mgca
     monkeypatch.chdir(tmp_path)
-    config = make_config(vision=path, text=path, heads=path)
+    config = make_content(vision=path, text=path, heads=path)
     config["eval"]["tasks"] = ("retrieval",)
     prefixes = ("vision", "text", "heads", "weights")
-    flags = [f"--config.{k}={v}" for k, v in configs.flat(config) if v and k.startswith(prefixes)]
+    flags = [
+        f"--config.{name}={value}"
+        for name, value in flatten(config)
+        if value and name.startswith(prefixes)
+    ]
     (tmp_path / "mgca.py").write_text(
         "from configs import testing\n\n\ndef get_config():\n    config = testing.get_config()\n"
-        "    config.vision, config.text = {'name': ''}, {'name': ''}\n"
-        "    config.method, config.hyper, config.fine, config.steps = 'convirt', {}, False, 0\n"
+        "    config.vision, config.text = {}, {}\n"
+        "    config.method, config.hyper, config.fine_map, config.steps = 'convirt', {}, False, 0\n"
         "    config.eval.tasks = ('retrieval',)\n    return config\n"
     )
     assert main.run(["--config", "mgca.py", "--workdir", "run", *flags]) == 0
     trained_metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert main.run(["--mode", "eval", "--checkpoint", "run"]) == 0
     metrics = json.loads((tmp_path / "run" / "eval" / "test" / "metrics.json").read_text())
-    assert trained_metrics["steps"] == 0
-    assert trained_metrics["retrieval/i2t_r1"] == metrics["retrieval/i2t_r1"]
+    assert (
+        trained_metrics["retrieval/i2t_r1"] == metrics["retrieval/i2t_r1"]
+        and trained_metrics["steps"] == 0
+    )
     assert trained_metrics["params_sha256"] == metrics["params_sha256"]
 
 
 def test_heads_of_another_kind_are_refused(mgca):
-    config = make_config(heads=mgca[1])
+    config = make_content(heads=mgca[1])
     config["heads"]["text_local"] = "norm"
-    with pytest.raises(UserError, match="weights.heads is for heads of kind mlp"):
-        configs.check(config)
+    with pytest.raises(UserError, match="config.weights.heads .* set all four to mlp"):
+        Config.from_dict(config)

@@ -77,13 +77,14 @@ def require_quiet_machine(anyway: bool) -> None:
 
 def load_config(path: str, overrides: list[str]) -> Any:
     """Returns a checked config, with overrides such as `--config.batch=16`."""
-    from plan_jax import config, main
+    from plan_jax import main
+    from plan_jax.config import Config
 
-    loaded = main.load(path)
     fields = [override.removeprefix("--config.").partition("=") for override in overrides]
-    config.override(loaded, {name: value for name, _, value in fields})
-    config.check(loaded)
-    return loaded
+    content = main.apply_overrides(
+        main.load_config_file(path), {name: value for name, _, value in fields}
+    )
+    return Config.from_dict(content)
 
 
 def print_header() -> None:
@@ -104,13 +105,13 @@ def print_times(name: str, seconds: list[float], images: int, note: str = "") ->
 def measure_input(args: argparse.Namespace, config: Any) -> None:
     """Measures the loader alone, an upper bound of the images per second in training."""
     from plan_jax import evaluate, train
-    from plan_jax import model as assembly
+    from plan_jax.model import build_components
 
     dataset = evaluate.open_split(config, "train")
-    stream = iter(train.batches(config, assembly.build_components(config), dataset))
+    stream = train.iterate_batches(config, build_components(config), dataset)
     start = time.perf_counter()
     next(stream)
-    print(f"first batch after {time.perf_counter() - start:.1f} s; batch {config['batch']}")
+    print(f"first batch after {time.perf_counter() - start:.1f} s; batch {config.batch}")
     meter, seconds = LoadMeter(), []
     for _ in range(max(args.repeats, MIN_REPEATS)):
         start = time.perf_counter()
@@ -118,7 +119,7 @@ def measure_input(args: argparse.Namespace, config: Any) -> None:
             next(stream)
         seconds.append((time.perf_counter() - start) / args.steps)
     print_header()
-    print_times("loader", seconds, config["batch"])
+    print_times("loader", seconds, config.batch)
     meter.report()
 
 
@@ -136,18 +137,16 @@ def compile_step(config: Any, implementation: str) -> CompiledStep:
     import jax
 
     from plan_jax import evaluate, parallel, train
-    from plan_jax import model as assembly
-    from plan_jax.step import init_state, make_step, optimiser_of
+    from plan_jax.model import build_components
+    from plan_jax.state import init_state
+    from plan_jax.step import make_step
 
-    mesh = parallel.make_mesh(config["parallel"]["devices"] or None)
-    components = assembly.build_components(config, parallel.AXIS)
+    mesh = parallel.make_mesh(config.parallel.devices or None)
+    components = build_components(config, parallel.AXIS)
     dataset = evaluate.open_split(config, "train")
-    batch = next(iter(train.batches(config, components, dataset)))
-    make_optimiser = optimiser_of(config, components)
-    state, optimiser = init_state(
-        components, batch, make_optimiser, 0, config["ema"] > 0, dataset.findings
-    )
-    step = make_step(components, optimiser, config["ema"], parallel.AXIS)
+    batch = next(train.iterate_batches(config, components, dataset))
+    state, optimiser = init_state(components, config, batch, dataset.findings)
+    step = make_step(components, optimiser, config.ema_decay, parallel.AXIS)
     step = parallel.parallelise(step, mesh, implementation=implementation)
     state, batch = parallel.replicate(state, mesh), parallel.shard(batch, mesh)
     start = time.perf_counter()
@@ -188,11 +187,11 @@ def measure_step(args: argparse.Namespace, config: Any) -> None:
                 states[name], metrics = step.run(states[name], step.batch)
             jax.block_until_ready((states[name], metrics))
             seconds[name].append((time.perf_counter() - start) / args.steps)
-    print(f"{jax.device_count()} {jax.default_backend()} device(s), batch {config['batch']}")
+    print(f"{jax.device_count()} {jax.default_backend()} device(s), batch {config.batch}")
     print_header()
     for name, step in steps.items():
         note = f"first step with compilation: {step.first_seconds:.1f} s"
-        print_times(name, seconds[name], config["batch"], note)
+        print_times(name, seconds[name], config.batch, note)
     print(f"compilations after the first step: {len(compilations)}")
     meter.report()
 
@@ -206,26 +205,24 @@ def loss_memory(config: Any, batch_size: int) -> int:
     import jax
     import jax.numpy as jnp
 
-    from plan_jax import model as assembly
+    from plan_jax.model import build_components
     from plan_jax.types import Batch, MethodContext, TextBatch
 
-    components = assembly.build_components(config)
-    dual, method, hyper = components.dual, components.method, components.hyper
+    components = build_components(config)
+    encoder, method, hyper = components.encoder, components.method, components.hyper
     if method.REQUIRES:
         names = ", ".join(method.REQUIRES)
-        sys.exit(
-            f"config.method {config['method']} needs {names}; memory measures a method without"
-        )
-    data = config["data"]
-    image = jax.ShapeDtypeStruct((batch_size, data["size"], data["size"], 1), jnp.uint8)
-    pieces = jax.ShapeDtypeStruct((batch_size, data["length"]), jnp.int32)
-    words = jax.ShapeDtypeStruct((batch_size, data["words"]), jnp.int32)
+        sys.exit(f"config.method {config.method} needs {names}; memory measures a method without")
+    data = config.data
+    image = jax.ShapeDtypeStruct((batch_size, data.size, data.size, 1), jnp.uint8)
+    pieces = jax.ShapeDtypeStruct((batch_size, data.max_tokens), jnp.int32)
+    words = jax.ShapeDtypeStruct((batch_size, data.max_words), jnp.int32)
     text = TextBatch(tokens=pieces, word_index=pieces, word_id=words, sentence=words)
     (images, texts), _ = jax.eval_shape(
-        dual.init_with_output, jax.random.key(0), Batch(image, text)
+        encoder.init_with_output, jax.random.key(0), Batch(image, text)
     )
     params, memory = jax.eval_shape(
-        lambda key: method.init(key, MethodContext(dual.dim), hyper), jax.random.key(0)
+        lambda key: method.init(key, MethodContext(encoder.dim), hyper), jax.random.key(0)
     )
 
     # Masks and word ids are integers, which have no gradient: they travel apart from the features.
@@ -248,7 +245,7 @@ def loss_memory(config: Any, batch_size: int) -> int:
 
 def measure_memory(args: argparse.Namespace, config: Any) -> None:
     """Prints the memory of the loss by batch; a growth of 2.00 per doubling is linear."""
-    print(f"{config['method']}, loss and gradient from the encoders' outputs on")
+    print(f"{config.method}, loss and gradient from the encoders' outputs on")
     print(f"{'batch':>6}{'MiB':>10}{'MiB a pair':>14}{'growth':>10}")
     previous = None
     for batch_size in MEMORY_BATCHES:

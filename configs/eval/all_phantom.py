@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
             ),
             "split": "test",
             "limit": 300,
-            "prior": 1000,
-            "random": True,
+            "num_prior_records": 1000,
+            "random_baseline": True,
         }
     )
     config.eval.zero_shot = {"validate": True}

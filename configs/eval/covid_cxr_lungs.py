@@ -25,4 +25,6 @@ def get_config() -> ConfigDict:
         "learning_rate": 2e-3,
         "epochs": 30,
     }
-    return benchmark("segmentation", data, split="val", limit=1000, random=True, options=options)
+    return benchmark(
+        "segmentation", data, split="val", limit=1000, random_baseline=True, options=options
+    )

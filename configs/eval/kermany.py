@@ -22,4 +22,4 @@ def get_config() -> ConfigDict:
         test_fraction=0.2,
     )
     options = {"labels": ("pneumonia",), "standardise": True, "learning_rate": 1e-2}
-    return benchmark("classification", data, limit=1000, random=True, options=options)
+    return benchmark("classification", data, limit=1000, random_baseline=True, options=options)

@@ -18,4 +18,4 @@ def get_config() -> ConfigDict:
     data = manifest("ms_cxr/manifest.csv", size=512)
     # BioViL sees the central 448 of 512 pixels, and smooths its maps.
     options = {"crop": 448 / 512, "smooth": 1.5}
-    return benchmark("grounding", data, limit=1200, prior=0, options=options)
+    return benchmark("grounding", data, limit=1200, num_prior_records=0, options=options)

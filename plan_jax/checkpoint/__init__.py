@@ -49,7 +49,7 @@ __all__ = [
 
 # Raised whenever names of parameters or config fields change. Checkpoints of 0.1 have no number.
 FORMAT = 2
-WEIGHTS = ("params", "average", "batch_stats", "memory")
+WEIGHTS = ("params", "ema_params", "batch_stats", "memory")
 
 
 class Checkpoint(NamedTuple):
@@ -209,9 +209,9 @@ def read_config(folder: str | Path) -> dict:
 
 
 def load_weights(folder: str | Path) -> dict[str, Any]:
-    """Loads what a model needs: params, average, batch_stats, memory, config and step.
+    """Loads what a model needs: params, ema_params, batch_stats, memory, config and step.
 
-    The first four are nested dicts of numpy arrays, empty where the state had none; `average` is
+    The first four are nested dicts of numpy arrays, empty where the state had none; `ema_params` is
     the moving average of `params`. The optimiser's state is not read, so nothing need be known of
     it.
 

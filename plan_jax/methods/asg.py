@@ -26,6 +26,7 @@ Deviation: where the widths of tags and pixels differ, pixels are projected (the
 fits ViT only).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,17 @@ class TagDecoder(nn.Module):
 def decoder(hyper: Hyper) -> TagDecoder:
     """Make the tag decoder of these constants."""
     return TagDecoder(hyper.layers, hyper.heads, hyper.hidden, hyper.dropout)
+
+
+def encode_tags(
+    encode_names: Callable[[Sequence[str]], Features], findings: Sequence[str]
+) -> Float[Array, "F E"]:
+    """Returns the features of the dataset's findings as tags, before projection.
+
+    A tag is the mean over the words of its name.
+    """
+    names = encode_names(findings)
+    return jnp.sum(names.raw * names.mask[..., None], 1) / names.mask.sum(1, keepdims=True)
 
 
 def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:

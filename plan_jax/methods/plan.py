@@ -43,7 +43,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from plan_jax.methods import contrastive
-from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
+from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
 
 PAPER = "arXiv 2502.18047"
 REQUIRES: tuple[str, ...] = ()
@@ -104,6 +104,10 @@ def image_side(images: Features) -> ImageSide:
 
 def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
     """Make the learned temperature, and an empty history of words: Float[table] each."""
+    if hyper.progress == "ema" and not setting.ema_decay:
+        raise UserError(
+            "hyper.progress is ema, and config.ema_decay is 0; set config.ema_decay, to 0.99 say"
+        )
     memory = {"gap": jnp.zeros(hyper.table), "seen": jnp.zeros(hyper.table)}
     return {"log_scale": jnp.log(1 / hyper.tau)}, memory
 

@@ -10,13 +10,15 @@ import test_train
 from test_encoders import dual, images, words
 
 from configs import testing
-from plan_jax import model as assembly
 from plan_jax import optim, parallel
+from plan_jax.config import Config
 from plan_jax.encoders import bert as bert
 from plan_jax.encoders import resnet, vision
 from plan_jax.layers.resize import resize_align_corners
-from plan_jax.step import init_state, make_step, optimiser_of
-from plan_jax.types import UserError
+from plan_jax.model import build_components
+from plan_jax.state import init_state
+from plan_jax.step import make_step
+from plan_jax.types import TextBatch, UserError
 
 KEY = jax.random.key(0)
 BERT = {"depth": 3, "dropout": 0.3}
@@ -200,21 +202,20 @@ def test_a_dilated_tower_at_a_stride_is_the_strided_one():
 
 def frozen_step(freeze, vision_=None, **changes):
     """The state before and after two steps with some of it frozen, and the compiled step."""
-    config = testing.get_config().to_dict()
-    config |= {"method": "convirt", "hyper": {}, "fine": False, **changes}
-    config["text"] |= {"depth": 3}
-    config["vision"] = vision_ or config["vision"]
-    config["optim"] |= {"freeze": freeze, "weight_decay": 0.1}
-    system = assembly.build_components(config, parallel.AXIS)
+    content = testing.get_config().to_dict()
+    content |= {"method": "convirt", "hyper": {}, "fine_map": False, **changes}
+    content["text"] |= {"depth": 3}
+    content["vision"] = vision_ or content["vision"]
+    content["optim"] |= {"freeze": freeze, "weight_decay": 0.1}
+    config = Config.from_dict(content)
+    components = build_components(config, parallel.AXIS)
     mesh = parallel.make_mesh(1)
-    batch = test_train.batch()
-    tx_of = optimiser_of(config, system)
-    state, tx = init_state(system, batch, tx_of, 0, False)
-    step = parallel.parallelise(make_step(system, tx, 0.0, parallel.AXIS), mesh)
+    state, optimiser = init_state(components, config, test_train.random_batch())
+    step = parallel.parallelise(make_step(components, optimiser, 0.0, parallel.AXIS), mesh)
     state = parallel.replicate(state, mesh)
     before = parallel.to_host(state)
     for n in range(2):
-        state, _ = step(state, parallel.shard(test_train.batch(seed=n), mesh))
+        state, _ = step(state, parallel.shard(test_train.random_batch(seed=n), mesh))
     return before, parallel.to_host(state)
 
 
@@ -258,7 +259,7 @@ def test_what_is_frozen_stays_as_it_is(freeze, frozen, moved):
             assert is_changed, name
     held = [
         optim.path_name(path)
-        for path, _ in jax.tree_util.tree_flatten_with_path(before.optimiser)[0]
+        for path, _ in jax.tree_util.tree_flatten_with_path(before.opt_state)[0]
     ]
     assert not [name for name in held if any(part in name for part in frozen)]
     assert [name for name in held if "text_global_head" in name]
@@ -274,7 +275,8 @@ def test_what_is_frozen_gets_no_gradient_and_costs_none(side, name):
         sizes = {"name": name, "hold": hold} | ({} if name == "resnet_tiny" else {"depth": 2})
         model = dual(**{side: sizes, "fine": False})
         tokens, index, ids, sentence = words()
-        inputs = (images(),) if side == "vision" else (tokens, index, ids, sentence)
+        text = TextBatch(tokens, index, ids, sentence)
+        inputs = (images(),) if side == "vision" else (text,)
         verb = "encode_image" if side == "vision" else "encode_text"
         variables = model.init(KEY, *inputs, method=verb)
 

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from configs import testing
-from plan_jax import model as assembly
-from plan_jax import optim, parallel, train
+from plan_jax import parallel, train
+from plan_jax.config import Config
 from plan_jax.data import dataset as datasets
 from plan_jax.data import loader, phantom, schema
 from plan_jax.methods import METHODS
-from plan_jax.step import init_state, make_step
+from plan_jax.model import build_components
+from plan_jax.state import init_state
+from plan_jax.step import make_step
 
 PAIRS, STEPS = 16, 160
 HYPER = {
@@ -21,17 +23,7 @@ HYPER = {
     "asg": {"layers": 1, "heads": 2, "hidden": 8, "dropout": 0.0},
     "place": {"queries": 4},
 }
-OPTIMISER = {
-    "rate": 1e-2,
-    "warmup": 0.1,
-    "end": 0.1,
-    "weight_decay": 0.0,
-    "b1": 0.9,
-    "b2": 0.98,
-    "clip": 1.0,
-    "accumulate": 1,
-    "freeze": (),
-}
+OPTIM = {"learning_rate": 1e-2, "end_lr_factor": 0.1, "weight_decay": 0.0}
 
 
 @cache
@@ -45,16 +37,18 @@ def dataset():
 
 def prepared(name, devices):
     """The state, the step, the batch and what they are made of."""
-    config = testing.get_config().to_dict() | {"method": name, "hyper": HYPER.get(name, {})}
-    config["data"] |= {"length": 64, "words": 48}
+    content = testing.get_config().to_dict() | {"method": name, "hyper": HYPER.get(name, {})}
+    content |= {"steps": STEPS, "fine_map": name == "plan"}
+    content["data"] |= {"max_tokens": 64, "max_words": 48}
+    content["optim"] |= OPTIM
     if name == "convirt":
-        config["heads"] |= {"image_local": "shared", "text_local": "shared"}
-        config["vision"] |= {"pool": "mean"}
-    config["fine"] = name == "plan"
-    mesh, system = parallel.make_mesh(devices), assembly.build_components(config, parallel.AXIS)
+        content["heads"] |= {"image_local": "shared", "text_local": "shared"}
+        content["vision"] |= {"pool": "mean"}
+    config = Config.from_dict(content)
+    mesh, components = parallel.make_mesh(devices), build_components(config, parallel.AXIS)
     stream = loader.train_batches(
         dataset(),
-        system.tokenizer,
+        components.tokenizer,
         batch_size=PAIRS,
         size=32,
         max_tokens=64,
@@ -66,30 +60,27 @@ def prepared(name, devices):
     batch = next(stream)
     stream.close()
 
-    def tx_of(params):
-        return optim.make_optimiser(params, steps=STEPS, **OPTIMISER)
-
-    state, tx = init_state(system, batch, tx_of, 0, False, dataset().findings)
-    step = parallel.parallelise(make_step(system, tx, 0.0, parallel.AXIS), mesh)
-    return parallel.replicate(state, mesh), step, parallel.shard(batch, mesh), system
+    state, optimiser = init_state(components, config, batch, dataset().findings)
+    step = parallel.parallelise(make_step(components, optimiser, 0.0, parallel.AXIS), mesh)
+    return parallel.replicate(state, mesh), step, parallel.shard(batch, mesh), components
 
 
 def gradients(state):
     """Adam's first moments after the first step: a tenth of the clipped gradients."""
-    found = jax.tree_util.tree_flatten_with_path(state.optimiser)[0]
+    found = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
     return [leaf for path, leaf in found if "mu" in str(path)]
 
 
-def recognise(system, held, batch):
+def recognise(components, held, batch):
     """Scores of the batch in evaluation, with the statistics of BatchNorm from training."""
 
     @jax.jit
     def table(held, batch):
         params = held["params"]
         towers = {"params": params["encoders"], "batch_stats": held["batch_stats"]}
-        images, texts = system.dual.apply(towers, batch)
-        compare, own = system.method.similarity, (params["method"], held["memory"])
-        return compare(*own, images, texts, system.hyper)["global"]
+        images, texts = components.encoder.apply(towers, batch)
+        compare, own = components.method.similarity, (params["method"], held["memory"])
+        return compare(*own, images, texts, components.hyper)["global"]
 
     scores = np.asarray(table(held, batch))
     return scores, scores.T
@@ -99,7 +90,7 @@ def recognise(system, held, batch):
 def test_eight_devices_step_like_one_and_sixteen_pairs_are_learned_by_heart(name):
     first = {}
     for devices in (8, 1):
-        state, step, batch, system = prepared(name, devices)
+        state, step, batch, components = prepared(name, devices)
         state, seen = step(state, batch)
         first[devices] = parallel.to_host((state, seen))
     (one, seen_one), (eight, seen_eight) = first[1], first[8]
@@ -113,5 +104,5 @@ def test_eight_devices_step_like_one_and_sixteen_pairs_are_learned_by_heart(name
     for _ in range(STEPS - 1):
         state, seen = step(state, batch)
     assert step._cache_size() == 1, "compiled again after the first step"
-    for scores in recognise(system, train.weights(state), parallel.to_host(batch)):
+    for scores in recognise(components, train.model_variables(state), parallel.to_host(batch)):
         assert (scores.argmax(-1) == np.arange(PAIRS)).all(), float(seen["loss"])

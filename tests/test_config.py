@@ -1,0 +1,102 @@
+"""The typed config: conversion, defaults, differences and evaluation-only configs."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs import testing
+from plan_jax import config as configs
+from plan_jax.config import Config
+from plan_jax.tasks import TASKS
+from plan_jax.types import UserError
+
+
+@pytest.fixture
+def content():
+    return testing.get_config().to_dict()
+
+
+def test_a_config_survives_json(content):
+    config = Config.from_dict(content)
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_missing_fields_have_their_defaults():
+    config = Config.from_dict({"method": "gloria"})
+    assert config.optim.learning_rate == configs.OptimConfig.learning_rate
+    assert config.hyper.__class__.__module__ == "plan_jax.methods.gloria"
+    assert config.eval.options == {name: task.Options() for name, task in TASKS.items()}
+
+
+def test_filled_defaults_change_nothing(content):
+    assert Config.from_dict(configs.fill_defaults(content)).method == "plan"
+    filled = Config.from_dict(configs.fill_defaults(content))
+    assert configs.difference(filled, Config.from_dict(filled.to_dict())) == ""
+    plain = Config.from_dict(content)
+    assert dataclasses.replace(
+        filled, vision=plain.vision, text=plain.text, data=plain.data
+    ) == dataclasses.replace(plain)
+
+
+def test_ints_become_floats_and_lists_tuples(content):
+    content["optim"] |= {"clip_norm": 1, "freeze": ["text"]}
+    config = Config.from_dict(content)
+    assert isinstance(config.optim.clip_norm, float) and config.optim.freeze == ("text",)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "remedy"),
+    [
+        ("optim", "b1", 1.0, "below 1"),
+        ("optim", "warmup_fraction", 1.5, "use 0 to 1"),
+        ("optim", "accumulate_steps", 0, "use at least 1"),
+        ("data", "size", 7, "use at least 8"),
+        ("data", "workers", True, "must be an int"),
+        ("data", "builder", 3, "must be a dict"),
+        ("eval", "limit", 1, "use at least 2"),
+        ("checkpoint", "keep", 0, "use at least 1"),
+        ("heads", "text_local", "cubic", "use one of linear, norm, mlp, shared"),
+        ("text", "pool", 3, "use one of cls, mean, attention"),
+        ("", "ema_decay", 1.0, "below 1"),
+        ("", "batch", 1, "use at least 2"),
+        ("", "channels", 4, "use 1 to 3"),
+    ],
+)
+def test_values_out_of_range_are_refused(content, section, field, value, remedy):
+    (content[section] if section else content)[field] = value
+    with pytest.raises(UserError) as error:
+        Config.from_dict(content)
+    name = f"config.{section}.{field}" if section else f"config.{field}"
+    assert str(error.value).startswith(f"{name} is {value!r}; ") and remedy in str(error.value)
+
+
+def test_difference_names_the_first_field_that_matters(content):
+    old = Config.from_dict(content)
+    content["log_every"] = 7
+    content["eval"]["limit"] = 4
+    assert configs.difference(old, Config.from_dict(content)) == ""
+    content["optim"]["b1"] = 0.5
+    new = Config.from_dict(content)
+    assert configs.difference(old, new) == "config.optim.b1 0.9, not 0.5"
+    assert configs.difference(old, new, ("optim",)) == ""
+
+
+def test_an_evaluation_changes_only_what_it_names(content):
+    run = Config.from_dict(content)
+    evaluation = {
+        "data": {"name": "pairs", "builder": {"manifest": "m.csv"}},
+        "eval": {"limit": 5, "classification": {"fractions": (0.1, 1.0)}},
+    }
+    assert configs.is_evaluation(evaluation) and not configs.is_evaluation(content)
+    merged = Config.from_dict(configs.merge_evaluation(run.to_dict(), evaluation))
+    assert merged.data.builder == {"manifest": "m.csv"} and merged.data.size == 32
+    assert merged.eval.limit == 5 and not merged.eval.random_baseline
+    assert merged.method == run.method
+    assert merged.eval.options["classification"].fractions == (0.1, 1.0)
+    assert merged.eval.options["detection"] == run.eval.options["detection"]
+
+
+def test_a_stored_config_of_0_1_is_refused():
+    with pytest.raises(UserError, match="run was written by plan_jax 0.1 .*train it again"):
+        configs.check_version({"seed": 0, "ema": 0.0}, "run")

@@ -1,0 +1,55 @@
+"""The heat map of a phrase on the command line."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from plan_jax import model as models
+from plan_jax import predict
+from plan_jax.types import Features, Model
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def toy_model():
+    """Returns a model whose only hot cell is row 1, column 3 of 4 x 4, unless a word is padding."""
+    grid = np.zeros((4, 4), np.float32)
+    grid[1, 3] = 1
+    maps = np.stack([grid.ravel(), np.full(16, 9, np.float32)])[None]
+
+    def features(count):
+        return Features(np.zeros((count, 2)), np.zeros((count, 2, 2)), np.ones((count, 2), bool))
+
+    return Model(
+        name="toy",
+        grid=(4, 4),
+        rounds=0,
+        size=32,
+        encode_image=lambda images: features(len(images)),
+        encode_text=lambda texts: features(len(texts)),
+        similarity=lambda images, texts: {},
+        heatmap=lambda images, texts, rounds=None: (maps, np.asarray([[1.0, 0.0]])),
+    )
+
+
+@pytest.mark.parametrize(("shape", "top", "left"), [((64, 64), 16, 48), ((40, 80), 0, 60)])
+def test_the_heat_map_has_the_image_s_own_shape(shape, top, left):
+    heat = predict.compute_heat_map(toy_model(), np.zeros((*shape, 1), np.uint8), "effusion")
+    assert heat.shape == shape
+    y, x = np.unravel_index(heat.argmax(), shape)
+    cell = max(shape) // 4
+    assert top <= y < top + cell and left <= x < left + cell
+
+
+@pytest.mark.parametrize("name", ["heat.png", "heat.JPG"])
+def test_a_heat_map_is_written(name, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load", lambda folder: toy_model())
+    Image.fromarray(np.full((50, 40), 90, np.uint8)).save("chest.png")
+    argv = ["--checkpoint", "x", "--image", "chest.png", "--text", "effusion", "--out", name]
+    assert predict.run(argv) == 0
+    assert capsys.readouterr().out == f"{name}: highest at x 39, y 18 of 40 x 50, patient's left\n"
+    with Image.open(name) as picture:
+        assert picture.mode == "RGB" and picture.height / picture.width == 50 / 40
