@@ -90,7 +90,8 @@ def test_an_evaluation_changes_only_what_it_names(content):
     }
     assert configs.is_evaluation(evaluation) and not configs.is_evaluation(content)
     merged = Config.from_dict(configs.merge_evaluation(run.to_dict(), evaluation))
-    assert merged.data.builder == {"manifest": "m.csv"} and merged.data.size == 32
+    assert merged.data.builder["manifest"] == "m.csv" and "train" not in merged.data.builder
+    assert merged.data.size == 32
     assert merged.eval.limit == 5 and not merged.eval.random_baseline
     assert merged.method == run.method
     assert merged.eval.options["classification"].fractions == (0.1, 1.0)
