@@ -45,6 +45,8 @@ CATALOGUE = {
             headline=True,
         ),
         "{share}/{finding}/auroc": Metric("AUROC, {share} % of labels", ""),
+        "i2t_p{k}": Metric("precision, image to report", ""),
+        "t2i_p{k}": Metric("precision, report to image", ""),
     },
 }
 TITLES = {"grounding": "Phrase grounding", "classification": "Classification"}
@@ -70,6 +72,10 @@ METRICS = {
     "classification/100/auroc": 0.9,
     "classification/100/nodule/auroc": 0.85,
     "classification/100/comment": "not a number",
+    "classification/i2t_p5": 0.4,
+    "classification/i2t_p5_low": 0.3,
+    "classification/i2t_p5_high": 0.5,
+    "classification/t2i_p5": 0.45,
     "uncatalogued/value": 3.0,
 }
 
@@ -79,7 +85,7 @@ def entry(key, metrics=METRICS):
     return found
 
 
-def test_keys_of_baselines_are_not_metrics_of_a_group():
+def test_baselines_and_bounds_are_not_metrics_of_a_group():
     keys = [entry.key for entry in entries(CATALOGUE, METRICS)]
     # `{finding}/cnr` matches all three of these, which are baselines of `cnr`.
     assert not {"grounding/prior/cnr", "grounding/random/cnr", "grounding/mean_finding/cnr"} & set(
@@ -97,6 +103,8 @@ def test_keys_of_baselines_are_not_metrics_of_a_group():
         "classification/1/auroc",
         "classification/100/auroc",
         "classification/100/nodule/auroc",
+        "classification/i2t_p5",
+        "classification/t2i_p5",
     ]
 
 
@@ -185,13 +193,20 @@ def test_groups_become_pivot_tables():
 
 
 def test_two_placeholders_make_two_columns_of_labels():
-    by_share, by_both = tables.task_tables(CATALOGUE, "classification", METRICS)
+    by_share, by_both, _ = tables.task_tables(CATALOGUE, "classification", METRICS)
     assert by_share.columns == ("share", "AUROC") and by_share.num_labels == 1
     assert texts(by_share) == [["1", "0.700"], ["100", "0.900"]]
     assert by_share.rows[0][1].notes == (("random encoder 0.600", "muted"),)
     assert by_both.title == "By share and finding" and by_both.num_labels == 2
     assert by_both.columns == ("share", "finding", "AUROC")
     assert texts(by_both) == [["100", "nodule", "0.850"]]
+
+
+def test_groups_of_one_name_share_a_table():
+    *_, by_depth = tables.task_tables(CATALOGUE, "classification", METRICS)
+    assert by_depth.title == "By k"
+    assert by_depth.columns == ("k", "precision, image to report", "precision, report to image")
+    assert texts(by_depth) == [["5", "0.400", "0.450"]]
 
 
 def test_a_task_without_metrics_has_no_tables():

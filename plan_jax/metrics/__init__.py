@@ -84,7 +84,8 @@ def lookup(catalogue: Catalogue, key: str) -> tuple[str, tuple[str, ...], Metric
 def entries(catalogue: Catalogue, values: Mapping[str, Any]) -> Iterator[Entry]:
     """Yields every measured metric that the catalogue knows, in the catalogue's order.
 
-    Keys that serve as baselines are yielded only if the catalogue names them without placeholders.
+    Keys that serve as baselines or bounds of an interval are yielded only if the catalogue names
+    them without placeholders.
     """
     matches = {
         key: match
@@ -97,12 +98,15 @@ def entries(catalogue: Catalogue, values: Mapping[str, Any]) -> Iterator[Entry]:
         for key, (_, _, metric) in matches.items()
         for baseline in metric.baselines.values()
     }
+    # And `i2t_p{k}` matches the bound `i2t_p5_low`.
+    bound_keys = {f"{key}_{bound}" for key in values for bound in ("low", "high")}
+    derived_keys = baseline_keys | bound_keys
     for task, metrics in catalogue.items():
         order = {pattern: position for position, pattern in enumerate(metrics)}
         keys = [
             key
             for key, (_, group, _) in matches.items()
-            if key.startswith(f"{task}/") and not (group and key in baseline_keys)
+            if key.startswith(f"{task}/") and not (group and key in derived_keys)
         ]
         # Sorting is stable: the keys of one pattern stay in the order of `values`.
         for key in sorted(keys, key=lambda key: order[matches[key][0]]):

@@ -68,9 +68,12 @@ def training_panels(
                 panels.append(Panel(f"{titles.get(task, task)}: {metric.label}", lines, levels))
 
     # Of a task's metrics only headlines are drawn: there may be hundreds.
-    others = [key for key in keys if key not in losses and not set(key.split("/")) & set(catalogue)]
-    others = [key for key in others if key.count("/") < 2]
-    return panels + [Panel(key, {key: key}) for key in others[:MAX_LINES]]
+    further = [
+        key
+        for key in keys
+        if key not in losses and key.count("/") < 2 and not set(key.split("/")) & set(catalogue)
+    ]
+    return panels + [Panel(key, {key: key}) for key in further[:MAX_LINES]]
 
 
 def training_chart(

@@ -170,11 +170,11 @@ def task_tables(catalogue: Catalogue, task: str, metrics: Mapping[str, Any]) -> 
     plain: list[Entry] = []
     grouped: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries({task: catalogue[task]}, metrics):
-        segments = tuple(part for part in entry.pattern.split("/") if "{" in part)
-        (grouped.setdefault(segments, []) if segments else plain).append(entry)
+        names = tuple(_group_name(part) for part in entry.pattern.split("/") if "{" in part)
+        (grouped.setdefault(names, []) if names else plain).append(entry)
     tables = [_metric_table(plain)] if plain else []
     return tables + [
-        _pivot_table(segments, members, catalogue[task]) for segments, members in grouped.items()
+        _pivot_table(names, members, catalogue[task]) for names, members in grouped.items()
     ]
 
 
@@ -248,7 +248,7 @@ def _metric_table(measured: Sequence[Entry]) -> Table:
 
 
 def _pivot_table(
-    segments: Sequence[str], measured: Sequence[Entry], task_metrics: Mapping[str, Any]
+    names: tuple[str, ...], measured: Sequence[Entry], task_metrics: Mapping[str, Any]
 ) -> Table:
     """Returns a table with a row for each value of the placeholders and a column for each metric.
 
@@ -263,7 +263,6 @@ def _pivot_table(
             text = f"{strongest[0]} {format_number(strongest[1], entry.metric.digits)}"
             notes = (Note(text, _baseline_css(entry, strongest[1])),)
         cells.setdefault(entry.group, {})[entry.pattern] = _value_cell(entry, notes)
-    names = tuple(_segment_name(segment) for segment in segments)
     rows = tuple(
         (
             *(Cell(value.replace("_", " ")) for value in group),
@@ -275,14 +274,14 @@ def _pivot_table(
     return Table(f"By {' and '.join(names)}", columns, rows, num_labels=len(names))
 
 
-def _segment_name(segment: str) -> str:
+def _group_name(segment: str) -> str:
     """Returns what the placeholder of a path segment stands for.
 
-    >>> _segment_name("{finding}"), _segment_name("round{t}")
-    ('finding', 'round')
+    >>> _group_name("{finding}"), _group_name("round{t}"), _group_name("i2t_p{k}")
+    ('finding', 'round', 'k')
     """
-    literal = re.sub(r"{\w+}", "", segment).strip("_")
-    return literal or segment.strip("{}")
+    word = re.sub(r"{\w+}", "", segment)
+    return word if word.isalpha() else re.findall(r"{(\w+)}", segment)[0]
 
 
 def _column_label(label: str) -> str:

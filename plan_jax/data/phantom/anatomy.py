@@ -32,7 +32,7 @@ _NUM_ANGLES = 1024  # entries of a table over the full angle
 
 @dataclass(frozen=True)
 class Patient:
-    """What stays the same between two studies of a patient; lengths in half-images."""
+    """The anatomy of a patient, the same in all studies; lengths in half-images."""
 
     width: float
     apex: float

@@ -43,7 +43,7 @@ _DRAWING_ORDER = (
 
 @dataclass(frozen=True)
 class Difficulty:
-    """What makes a phantom hard.
+    """The settings that make a phantom hard to read.
 
     Attributes:
       findings: the kinds that occur; labels follow this order.

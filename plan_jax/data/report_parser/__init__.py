@@ -177,5 +177,5 @@ def _covered_findings(name: str) -> tuple[str, ...]:
         return terms.COVERED_FINDINGS[normalised]
     if normalised in terms.TERMS:
         return (normalised,)
-    known = ", ".join([*terms.TERMS, *terms.COVERED_FINDINGS])
-    raise UserError(f"finding {name!r} is unknown; use one of {known}")
+    names = ", ".join([*terms.TERMS, *terms.COVERED_FINDINGS])
+    raise UserError(f"finding {name!r} is unknown; use one of {names}")

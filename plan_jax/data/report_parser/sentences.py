@@ -85,10 +85,10 @@ def _find_longest(text: str, patterns: LabelledPatterns) -> list[Span]:
     longest: list[Span] = []
     for span in spans:
         if all(
-            span.end <= other.start
-            or other.end <= span.start
-            or span[:2] == other[:2] != span  # the same words with another label
-            for other in longest
+            span.end <= longer.start
+            or longer.end <= span.start
+            or span[:2] == longer[:2] != span  # the same words with another label
+            for longer in longest
         ):
             longest.append(span)
     return sorted(span for span in longest if span.label)
