@@ -1,4 +1,4 @@
-"""What has to hold before any test imports jax: devices, caches, offline, shapes checked."""
+"""Settings to make before any test imports jax: devices, caches, offline, shape checks."""
 
 import os
 from pathlib import Path
@@ -7,27 +7,32 @@ ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # Compiling is most of the time of these tests: LLVM may spare itself some trouble.
-    flags_of_xla = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags_of_xla}".strip()
+    # Tests spend most of their time in compilation, so LLVM optimises as little as possible.
+    xla_flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers warns when a process with threads forks
 
 from absl import flags  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+# grain's workers read absl flags, which only an absl app parses.
 if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which only absl's app parses
+    flags.FLAGS.mark_as_parsed()
 
-settings.register_profile("house", deadline=None, max_examples=25, derandomize=True, database=None)
-settings.load_profile("house")
+# Compilation breaks any deadline. Without randomness, a failure on one machine is one on all.
+settings.register_profile(
+    "plan_jax", deadline=None, max_examples=25, derandomize=True, database=None
+)
+settings.load_profile("plan_jax")
 
-SLOW = (
+# Measured; the order among them does not matter.
+SLOW_FILES = (
     "test_resume.py",
     "test_steps.py",
     "test_train.py",
@@ -41,8 +46,9 @@ SLOW = (
 
 
 def pytest_collection_modifyitems(items):
-    """Take the slowest files first, so that two processes end together."""
-    items.sort(key=lambda item: item.path.name not in SLOW)
+    """Runs the slowest files first, so that two processes end together."""
+    items.sort(key=lambda item: item.path.name not in SLOW_FILES)
 
 
+# Every array of the package is checked against its annotated shape, at each call.
 install_import_hook("plan_jax", "shape_checks.check")

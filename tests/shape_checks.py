@@ -1,4 +1,4 @@
-"""The type checker that tests wrap around every annotated function of the library."""
+"""The type checker that tests put around every annotated function of the library."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ from beartype import beartype
 
 
 def check(function: Callable) -> Callable:
-    """Returns a function that checks arguments and results at each call, except for constructors.
+    """Returns a function that checks its arguments and its result at each call.
 
-    jax constructs the dataclasses that it maps over itself, from whatever the map returned: shapes,
-    shardings or placeholders as well as arrays.
+    Constructors of dataclasses are not checked: jax constructs the dataclasses that it maps over
+    with whatever the map returned, which may be shapes, shardings or placeholders.
     """
     return function if function.__name__ == "__init__" else beartype(function)

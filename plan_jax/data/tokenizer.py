@@ -129,7 +129,7 @@ class Tokenizer:
         """Returns the id of a word: that of its only piece, or a hash of its pieces."""
         if len(pieces) == 1:
             return pieces[0]
-        # Python's hash of a process differs from that of another; CRC-32 does not.
+        # CRC-32 is the same in every process and every version of Python; `hash` is not.
         return self.vocab_size + zlib.crc32(np.asarray(pieces, "<i4").tobytes()) % WORD_HASHES
 
 
@@ -156,7 +156,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     return _load_pretrained(name, path)
 
 
-def load_vocabulary(path: str, name: str = "") -> Tokenizer:
+def load_vocabulary(path: str, name: str) -> Tokenizer:
     """Loads a lower-casing WordPiece tokenizer from a vocabulary file with one piece per line.
 
     Raises:
@@ -170,7 +170,7 @@ def load_vocabulary(path: str, name: str = "") -> Tokenizer:
         )
     backend = tokenizers.BertWordPieceTokenizer(path, lowercase=True)
     # The class is a wrapper; only the object inside it has the interface of a loaded tokenizer.
-    return _build_tokenizer(name or path, backend._tokenizer, "[CLS]", "[SEP]", "[PAD]", "[UNK]")
+    return _build_tokenizer(name, backend._tokenizer, "[CLS]", "[SEP]", "[PAD]", "[UNK]")
 
 
 def _load_pretrained(name: str, path: Path) -> Tokenizer:

@@ -79,7 +79,7 @@ class Phantom(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Boxes of regions."}
-    BUILDER_CONFIGS = [PhantomConfig(name="default")]
+    builder_config: PhantomConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
         anatomy = list(phantom.ANATOMY)
