@@ -1,4 +1,4 @@
-"""A small record with every kind of annotation, for tests of the data pipeline."""
+"""A small record with every kind of annotation, and the comparison of two records."""
 
 import numpy as np
 
@@ -28,3 +28,25 @@ def make_record(number, rows=20, columns=24):
         # The last region is unknown.
         regions=np.asarray([[12, 2, 20, 18], [8, 9, 16, 17], [0, 0, 0, 0]], np.float32),
     )
+
+
+def are_equal(first, second):
+    """Returns whether two records agree in every field, bit for bit."""
+    phrases_agree = len(first.phrases) == len(second.phrases) and all(
+        (a.text, a.key, a.bare, a.finding, a.boxes) == (b.text, b.key, b.bare, b.finding, b.boxes)
+        and np.array_equal(a.mask, b.mask)
+        for a, b in zip(first.phrases, second.phrases, strict=True)
+    )
+    anatomy_agrees = list(first.anatomy) == list(second.anatomy) and all(
+        np.array_equal(first.anatomy[name], second.anatomy[name]) for name in first.anatomy
+    )
+    texts_agree = (first.text, first.patient_id, first.triplets) == (
+        second.text,
+        second.patient_id,
+        second.triplets,
+    )
+    arrays_agree = all(
+        np.array_equal(getattr(first, name), getattr(second, name))
+        for name in ("image", "labels", "regions")
+    )
+    return texts_agree and phrases_agree and anatomy_agrees and arrays_agree

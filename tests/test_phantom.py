@@ -1,18 +1,13 @@
 """Phantom radiographs: image, masks, boxes, labels and patients agree."""
 
 import dataclasses
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from records import are_equal
 
-from plan_jax.data import dataset as datasets
 from plan_jax.data import phantom
-from plan_jax.data.builders import phantom as builder
+from plan_jax.data.builders.phantom import PhantomConfig
 from plan_jax.data.phantom import Difficulty, draw_study, rendering, report_text
 from plan_jax.data.phantom.anatomy import ANATOMY, SIDES, ZONES, draw_patient
 from plan_jax.types import Record, UserError
@@ -21,25 +16,6 @@ from plan_jax.types import Record, UserError
 @pytest.fixture(scope="module")
 def studies() -> list[Record]:
     return [draw_study(11, index) for index in range(100)]
-
-
-def are_equal(first: Record, second: Record) -> bool:
-    """Returns whether two records agree in every field, bit for bit."""
-    phrases_agree = all(
-        (a.text, a.key, a.bare, a.finding, a.boxes) == (b.text, b.key, b.bare, b.finding, b.boxes)
-        and np.array_equal(a.mask, b.mask)
-        for a, b in zip(first.phrases, second.phrases, strict=True)
-    )
-    anatomy_agrees = all(
-        np.array_equal(first.anatomy[name], second.anatomy[name]) for name in ANATOMY
-    )
-    texts_agree = (first.text, first.patient_id, first.triplets) == (
-        second.text,
-        second.patient_id,
-        second.triplets,
-    )
-    images_agree = np.array_equal(first.image, second.image)
-    return texts_agree and phrases_agree and anatomy_agrees and images_agree
 
 
 def test_a_record_has_the_documented_shapes(studies):
@@ -191,7 +167,7 @@ def test_wrong_difficulty_is_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         Difficulty(**wrong)
     with pytest.raises(UserError, match=message):
-        builder.PhantomConfig(name="x", **wrong)
+        PhantomConfig(name="x", **wrong)
 
 
 @pytest.mark.parametrize(
@@ -222,42 +198,3 @@ def test_patients_have_one_anatomy_and_one_split():
     assert last[0] < phantom.patient_and_study(phantom.split_range("val", 1)[0])[0]
     with pytest.raises(UserError, match="train count 3000001 is out of range; use 0 to 3000000"):
         phantom.split_range("train", phantom.SPLIT_SIZE + 1)
-
-
-CONFIG = {"seed": 9, "size": 48, "train": 7, "val": 4, "test": 5}
-
-
-def test_builder_stores_what_is_drawn(tmp_path):
-    for split in phantom.SPLITS:
-        dataset = datasets.open_dataset("phantom", split, data_dir=str(tmp_path), **CONFIG)
-        assert len(dataset) == CONFIG[split]
-        assert dataset.findings == phantom.FINDINGS and dataset.anatomy_names == ANATOMY
-        for i, index in enumerate(phantom.split_range(split, CONFIG[split])):
-            assert are_equal(dataset[i], draw_study(9, index, 48))
-
-
-def test_other_processes_draw_the_same():
-    job, indices = (9, 48, Difficulty()), phantom.split_range("val", 40)
-    apart = list(builder._draw_in_parallel(job, indices, num_processes=2))
-    here = list(builder._draw_examples(job, indices))
-    assert len(apart) == len(here) == 40
-    for a, b in zip(apart, here, strict=True):
-        assert a["image"].getvalue() == b["image"].getvalue() and a["text"] == b["text"]
-        assert np.array_equal(a["masks"], b["masks"]) and a["triplets"] == b["triplets"]
-
-
-def test_a_killed_preparation_is_not_taken_for_whole(tmp_path):
-    config = {"seed": 1, "size": 32, "train": 150, "val": 1, "test": 1}
-    code = f"from plan_jax.data import dataset as r; r.open_dataset('phantom', 'train', **{config},"
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"{code} data_dir={str(tmp_path)!r})"],
-        cwd=Path(__file__).parent.parent,
-        stderr=subprocess.DEVNULL,
-    )
-    while not list(tmp_path.glob("phantom/*/incomplete.*/*")) and child.poll() is None:
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert not list(tmp_path.glob("phantom/*/1.0.0/dataset_info.json"))
-    dataset = datasets.open_dataset("phantom", "train", data_dir=str(tmp_path), **config)
-    assert len(dataset) == 150 and are_equal(dataset[149], draw_study(1, 149, 32))
