@@ -113,6 +113,15 @@ METRICS = {
             f"{label}, {{similarity}} similarity", meaning, baselines=nulls
         )
         for key, (label, meaning, nulls) in _MACRO.items()
+        if key != "accuracy"
+    },
+    # By name, since `{finding}/accuracy` would match `{similarity}/accuracy`.
+    **{
+        f"{similarity}/accuracy": Metric(
+            f"accuracy, {similarity} similarity", meaning, baselines=nulls
+        )
+        for similarity in ("global", "local", "both")
+        for _, meaning, nulls in (_MACRO["accuracy"],)
     },
 }
 
