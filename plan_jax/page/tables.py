@@ -14,6 +14,7 @@ from plan_jax.metrics import Catalogue, Entry, entries, headlines, is_number
 CARDS_PER_TASK = 2
 STRIP_WIDTH = 240
 STRIP_MARGIN = 8  # space for the radius of a mark
+BAR = r"\|"  # a bar inside a cell of a Markdown table
 
 
 class Mark(NamedTuple):
@@ -85,12 +86,14 @@ def format_interval(entry: Entry) -> str:
 def verdict(entry: Entry) -> str:
     """Returns a sentence that names the nearest baseline on either side of a value.
 
-    The nearest beaten baseline is the strongest of those beaten, the nearest unbeaten one the
-    weakest of the others.
+    >>> from plan_jax.types import Metric
+    >>> baselines = {"chance": 0.5, "lung prior": 0.6, "mean mask": 0.8}
+    >>> verdict(Entry("", "", "", (), Metric("", ""), 0.7, baselines, (0.6, 0.8)))
+    'Better than lung prior (0.60), not better than mean mask (0.80)'
     """
-    finite = {label: x for label, x in entry.baselines.items() if math.isfinite(x)}
     if math.isnan(entry.value):
         return ""
+    finite = {label: x for label, x in entry.baselines.items() if math.isfinite(x)}
     beaten = [label for label, x in finite.items() if entry.beats(x)]
     unbeaten = [label for label in finite if label not in beaten]
     parts = []
@@ -149,14 +152,16 @@ def summary_table(
     catalogue: Catalogue, titles: Mapping[str, str], metrics: Mapping[str, Any]
 ) -> Table | None:
     """Returns one table of the headline metrics of all tasks, or None for fewer than two tasks."""
+    measured = headlines(catalogue, metrics)
+    if len({entry.task for entry in measured}) < 2:
+        return None
     rows, last_task = [], ""
-    for entry in headlines(catalogue, metrics):
+    for entry in measured:
+        # The name of a task stands only in its first row.
         task = titles.get(entry.task, entry.task) if entry.task != last_task else ""
         last_task = entry.task
-        name, baselines = Cell(entry.metric.label), Cell(_format_baselines(entry), "muted")
-        rows.append((Cell(task), name, baselines, _value_cell(entry)))
-    if len({entry.task for entry in headlines(catalogue, metrics)}) < 2:
-        return None
+        label, baselines = Cell(entry.metric.label), Cell(_format_baselines(entry), "muted")
+        rows.append((Cell(task), label, baselines, _value_cell(entry)))
     return Table("", ("task", "metric", "baselines", "model"), tuple(rows), num_labels=3)
 
 
@@ -191,22 +196,18 @@ def markdown(metrics: Mapping[str, Any], catalogue: Catalogue, titles: Mapping[s
     | Detection | mAP | 0.500 |  | prior 0.250 |
     <BLANKLINE>
     """
-    rows = [("task", "metric", "model", "95 % interval", "baselines"), ("---",) * 5]
+    lines = ["| task | metric | model | 95 % interval | baselines |", "|---|---|---|---|---|"]
     for entry in headlines(catalogue, metrics):
-        rows.append(
-            (
-                titles.get(entry.task, entry.task),
-                entry.metric.label,
-                format_number(entry.value, entry.metric.digits),
-                format_interval(entry),
-                _format_baselines(entry),
-            )
+        cells = (
+            titles.get(entry.task, entry.task),
+            entry.metric.label,
+            format_number(entry.value, entry.metric.digits),
+            format_interval(entry),
+            _format_baselines(entry),
         )
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "".join(
-        "|---|---|---|---|---|\n" if i == 1 else f"| {' | '.join(row)} |\n"
-        for i, row in enumerate(escaped)
-    )
+        # A bar in a label would begin a new cell.
+        lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _format_baselines(entry: Entry) -> str:
@@ -232,16 +233,17 @@ def _metric_table(measured: Sequence[Entry]) -> Table:
     labels = tuple(dict.fromkeys(label for entry in measured for label in entry.baselines))
     rows = []
     for entry in measured:
-        baselines = [entry.baselines.get(label) for label in labels]
+        baselines = []
+        for label in labels:
+            baseline = entry.baselines.get(label)
+            text = "" if baseline is None else format_number(baseline, entry.metric.digits)
+            baselines.append(Cell(text, _baseline_css(entry, baseline)))
         rows.append(
             (
                 Cell(entry.metric.label, notes=(Note(entry.metric.meaning, "meaning"),)),
                 _value_cell(entry),
                 Cell("", "strip-cell", marks=strip_marks(entry.value, entry.baselines)),
-                *(
-                    Cell("" if x is None else format_number(x, entry.metric.digits), css)
-                    for x, css in ((x, _baseline_css(entry, x)) for x in baselines)
-                ),
+                *baselines,
             )
         )
     return Table("", ("metric", "model", "", *labels), tuple(rows))
@@ -262,6 +264,7 @@ def _pivot_table(
         if strongest:
             text = f"{strongest[0]} {format_number(strongest[1], entry.metric.digits)}"
             notes = (Note(text, _baseline_css(entry, strongest[1])),)
+        # A group may lack some of the metrics; their cells stay empty.
         cells.setdefault(entry.group, {})[entry.pattern] = _value_cell(entry, notes)
     rows = tuple(
         (
