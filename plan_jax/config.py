@@ -284,7 +284,9 @@ class Config(Section):
         """Returns nested dicts from which `from_dict` builds the same config."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         nested = {
-            name: _plain(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
+            name: _plain(dataclasses.asdict(value))
+            if dataclasses.is_dataclass(value) and not isinstance(value, type)
+            else _plain(value)
             for name, value in values.items()
         }
         nested["eval"] |= nested["eval"].pop("options")

@@ -142,7 +142,7 @@ def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[s
     model = models.make_model(models.build_components(config), config, weights)
     start = time.monotonic()
     result = evaluate_model(model, config, config.eval.split, out)
-    metrics = result.metrics | {
+    metrics: dict[str, Any] = result.metrics | {
         "steps": float(weights["step"]),
         "evaluated_s": time.monotonic() - start,
         "params_sha256": checkpoint.fingerprint(weights["params"]),

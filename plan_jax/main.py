@@ -234,9 +234,7 @@ def evaluate(
     from plan_jax import checkpoint, parallel
     from plan_jax import config as configs
 
-    stored = checkpoint.read_config(folder)
-    configs.check_version(stored, f"checkpoint {folder}")
-    run_config = configs.Config.from_dict(stored)
+    run_config = configs.Config.from_dict(checkpoint.read_config(folder))
     if name or content is None:
         content = configs.merge_evaluation(run_config.to_dict(), content or {})
     config = configs.Config.from_dict(apply_overrides(content, overrides))

@@ -1,6 +1,7 @@
 """From a config or a checkpoint to a `Model`."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from plan_jax import checkpoint
-from plan_jax.config import Config, check_version
+from plan_jax.config import Config
 from plan_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenize_batch
 from plan_jax.encoders.bert import BERTS
 from plan_jax.encoders.dual_encoder import DualEncoder
@@ -103,16 +104,12 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
     params, memory = state["params"]["method"], state["memory"]
 
     # No task reads the features before projection, which are the largest.
-    apply_image = jax.jit(
-        lambda variables, images: encoder.apply(variables, images, method="encode_image").replace(
-            raw=None
-        )
-    )
-    apply_text = jax.jit(
-        lambda variables, text: encoder.apply(variables, text, method="encode_text").replace(
-            raw=None
-        )
-    )
+    def encode(method: str, variables: PyTree, inputs: PyTree) -> Features:
+        features: Any = encoder.apply(variables, inputs, method=method)
+        return features.replace(raw=None)
+
+    apply_image = jax.jit(functools.partial(encode, "encode_image"))
+    apply_text = jax.jit(functools.partial(encode, "encode_text"))
     apply_similarity = jax.jit(method.similarity, static_argnums=4)
     apply_heatmap = jax.jit(method.heatmap, static_argnums=4)
     batch = config.eval.batch
@@ -176,7 +173,8 @@ def make_tower(encoder: DualEncoder, variables: Mapping[str, Any]) -> Tower:
     ) -> tuple[Stages, PyTree]:
         module, images = native_encoder if native else full, jnp.asarray(images)
         if not train:
-            return module.apply(variables, images, method="stages"), variables["batch_stats"]
+            stages: Any = module.apply(variables, images, method="stages")
+            return stages, variables["batch_stats"]
         stages, updated = module.apply(
             variables, images, True, method="stages", mutable=["batch_stats"]
         )
@@ -220,7 +218,6 @@ def load_variables(folder: str | Path) -> dict[str, Any]:
       UserError: there is no complete checkpoint.
     """
     variables = checkpoint.load_weights(folder)
-    check_version(variables["config"], f"checkpoint {folder}")
     return variables | {
         "params": variables["ema_params"] or variables["params"],
         "config": Config.from_dict(variables["config"]),

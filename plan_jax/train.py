@@ -194,7 +194,12 @@ def finish(run: Run, state: State, logger: Logger) -> dict[str, Any]:
     logger.info("evaluating")
     model = make_model(run.components, run.config, variables)
     result = evaluate.evaluate_model(model, run.config, run.config.eval.split, logger.folder)
-    metrics = {**result.metrics, **summary, **logger.summary, "wall_s": logger.elapsed()}
+    metrics: dict[str, Any] = {
+        **result.metrics,
+        **summary,
+        **logger.summary,
+        "wall_s": logger.elapsed(),
+    }
     result = dataclasses.replace(result, metrics=metrics)
     evaluate.write_results(logger.folder, run.config, result, logger.history)
     parallel.barrier("evaluated")

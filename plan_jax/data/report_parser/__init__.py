@@ -46,10 +46,10 @@ _HEADER = re.compile(
 class Statement(NamedTuple):
     """A claim of a report: existence is 1 (stated), 0 (denied) or -1 (uncertain).
 
-    `index` counts the sentences of `split_sentences`.
+    `sentence_index` counts the sentences of `split_sentences`.
     """
 
-    index: int
+    sentence_index: int
     sentence: str
     region: str
     finding: str
@@ -63,8 +63,8 @@ def parse_report(text: str) -> tuple[Statement, ...]:
     indication, are skipped.
 
     >>> report = "Heart size is normal. Small left effusion without pneumothorax."
-    >>> for statement in parse_report(report):
-    ...     print(statement.index, statement.region, statement.finding, statement.existence)
+    >>> for index, _, region, finding, existence in parse_report(report):
+    ...     print(index, region, finding, existence)
     0 heart cardiomegaly 0
     1 left lung pleural effusion 1
     1 both lungs pneumothorax 0
