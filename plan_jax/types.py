@@ -8,10 +8,11 @@ width; K prototypes, queries or sampled words; F findings; R regions or boxes; N
 Masks are Bool and True means real.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, get_args, get_origin, runtime_checkable
 
 import numpy as np
 from flax import struct
@@ -326,6 +327,22 @@ class Task(Protocol):
     def evaluate(self, model: Model, data: EvalData, options: Any, context: TaskContext) -> Result:
         """Returns the metrics of a model, with keys below the task, and examples for the page."""
         ...
+
+
+def check_options(task: str, options: Any, minima: Mapping[str, int | float]) -> None:
+    """Raises UserError if an option of a task is not among its choices, or below its minimum.
+
+    The choices of an option are those of its `Literal` type; `minima` maps options to numbers.
+    """
+    for option in dataclasses.fields(options):
+        value = getattr(options, option.name)
+        choices = get_args(option.type) if get_origin(option.type) is Literal else ()
+        if choices and value not in choices:
+            names = ", ".join(str(choice) for choice in choices)
+            raise UserError(f"{task}.{option.name} is {value!r}; use one of {names}")
+        # Written as `not >=`, so that NaN is refused too.
+        if option.name in minima and not value >= minima[option.name]:
+            raise UserError(f"{task}.{option.name} is {value}; use at least {minima[option.name]}")
 
 
 # Examples for the page ----------------------------------------------------------------------

@@ -55,6 +55,6 @@ def get_config() -> ConfigDict:
         "learning_rate": 2e-3,
         "clip_norm": 1.0,
         "epochs": 5,
-        "block": 0,
+        "no_repeat_ngram": 0,
     }
     return config

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
         "weight_decay": 1e-5,
         "schedule": "cosine",
         "warmup_steps": 50,
-        "steps": 3000,
+        "decay_steps": 3000,
         "clip_norm": 1.0,
         "batch": 64,
         "epochs": 200,

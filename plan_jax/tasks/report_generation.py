@@ -1,24 +1,33 @@
-"""Report generation: a decoder on the tower's patches, judged by words and by what it states.
+"""Report generation: a Transformer decoder on the patches of the image tower, fitted to reports.
 
-After R2Gen (Chen et al., arXiv 2010.16056) by its published code, without its relational memory,
-which is a method and not a harness: a Transformer of the last map's patches, cross-entropy, Adam
-with AMSGrad and L2, gradients clipped by value, beam search. One image for each report (R2Gen
-joins two views on IU X-ray).
+The protocol is that of R2Gen (Chen et al., arXiv 2010.16056), by its published code, without its
+relational memory, which is a method and not a protocol: a Transformer of the last map's patches,
+cross-entropy, Adam with AMSGrad and L2, gradients clipped by value, beam search. One image for each
+report (R2Gen joins two views on IU X-ray).
 
-Each report is scored twice. `r2gen/`: the reference loses its rare words to `<unk>` and its end, as
-there, which rewards saying `<unk>` and not finishing. `strict/`: the reference whole, in real
-words. `ce/`: the findings that both state, which word overlap hardly sees (a missing `no`).
+Keys of the metrics, each computed for the generated reports and for two baselines:
+
+- `strict/...` compares with the whole reference, in real words; `r2gen/...` with the reference
+  after its rare words became `<unk>` and its end was cut, as R2Gen does, which rewards `<unk>` and
+  reports without an end. The names are those of `metrics.text.overlap_scores`.
+- `ce/...` compares the findings that both state, which word overlap hardly notices (a missing
+  `no`). The names are those of `metrics.text.finding_scores`.
+- `retrieval/...` is the report of the training image that is nearest by the cosine of the tower's
+  pooled features; `common/...` is the most frequent training report (the first among equals).
+- `n_train`, `n_test` and `epochs` are counts; `reports_empty` counts the reports without words,
+  which are left out of all splits; `vocabulary` is the number of words that can be generated,
+  `words` the mean length of the generated reports, `distinct` the share of different ones.
 
 Deviation: R2Gen flips training images, which swaps left and right under an unchanged report; here
-none is. Ours: BatchNorm and tower as `mode` says, patience 10 instead of 50, the epoch chosen by
-validation loss (`select="bleu4"` is R2Gen's). Trigram blocking: see `heads.beam_search`.
+none is flipped. Ours: BatchNorm and tower as `mode` says, patience 10 instead of 50, the epoch
+selected by validation loss (`select_by="bleu4"` is R2Gen's). For repeated trigrams see
+`heads.beam_search`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -26,11 +35,16 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
-from plan_jax.heads import vocabulary as report_vocabulary
 from plan_jax.heads.fit import FittedHead, fit_head
 from plan_jax.heads.head_on_tower import HeadOnTower, Mode, attach_head, map_chunks, require_tower
 from plan_jax.heads.report_decoder import ReportDecoder, generate, token_loss
-from plan_jax.heads.vocabulary import Cleaning, Vocabulary
+from plan_jax.heads.vocabulary import (
+    Cleaning,
+    Vocabulary,
+    build_vocabulary,
+    clean_report,
+    to_sentences,
+)
 from plan_jax.metrics import text as text_metrics
 from plan_jax.types import (
     EvalData,
@@ -42,6 +56,7 @@ from plan_jax.types import (
     TaskContext,
     Tower,
     UserError,
+    check_options,
 )
 
 TITLE = "Report generation"
@@ -49,41 +64,47 @@ FITS_HEAD = True
 
 
 def _text_metric(key: str, label: str, meaning: str, headline: bool = False) -> tuple[str, Metric]:
-    """Returns a key and its catalogue entry with the three baselines of generated reports."""
-    nulls = {
+    """Returns a key and its catalogue entry, with the three baselines of generated reports."""
+    baselines = {
         "random encoder": f"random/{key}",
         "nearest image's report": f"retrieval/{key}",
         "most frequent report": f"common/{key}",
     }
-    return key, Metric(label, meaning, baselines=nulls, headline=headline)
+    return key, Metric(label, meaning, baselines=baselines, headline=headline)
 
 
-_WORD_OVERLAP = {
+_OVERLAP_METRICS = {
     "bleu4": ("BLEU-4", "Shared word sequences of length 1 to 4, over the whole test set."),
     "bleu3": ("BLEU-3", "Shared word sequences of length 1 to 3, over the whole test set."),
     "bleu2": ("BLEU-2", "Shared words and pairs of words, over the whole test set."),
     "bleu1": ("BLEU-1", "Shared words, over the whole test set."),
     "rouge_l": ("ROUGE-L", "F1 of the longest common subsequence of words, mean over reports."),
-    "cider": ("CIDEr-D", "Shared word sequences weighted by their rarity, from 0 to 10."),
+    "cider": (
+        "CIDEr-D",
+        "Shared word sequences, weighted by their rarity, mean over reports; 0 to 10.",
+    ),
     "meteor_no_synonyms": (
         "METEOR without synonyms",
-        "Aligned words and stems, mean over reports.",
+        "Aligned words and stems, with a penalty for their order, mean over reports.",
     ),
 }
-_STATED = {
-    "f1": ("F1", "Harmonic mean of their precision and recall."),
-    "precision": ("precision", "Share of the generated reports' findings that are true."),
-    "recall": ("recall", "Share of the reference reports' findings that are generated."),
+_FINDING_METRICS = {
+    "f1": ("F1", "Harmonic mean of precision and recall of the stated findings"),
+    "precision": (
+        "precision",
+        "Share of the findings in generated reports that the references state",
+    ),
+    "recall": ("recall", "Share of the findings in reference reports that are generated"),
 }
 METRICS = dict(
     [
         _text_metric(
             f"ce/{key}_{mean}",
             f"{label} of findings, {mean}",
-            f"Findings stated in generated and reference reports, {over}. {meaning}",
+            f"{meaning}, {over}.",
             headline=key == "f1",
         )
-        for key, (label, meaning) in _STATED.items()
+        for key, (label, meaning) in _FINDING_METRICS.items()
         for mean, over in (("micro", "over all statements"), ("macro", "mean over findings"))
     ]
     + [
@@ -94,40 +115,63 @@ METRICS = dict(
             headline=group == "strict" and key in ("bleu4", "rouge_l", "cider"),
         )
         for group, references in (("strict", "whole references"), ("r2gen", "as R2Gen counts"))
-        for key, (label, meaning) in _WORD_OVERLAP.items()
+        for key, (label, meaning) in _OVERLAP_METRICS.items()
     ]
-) | {"distinct": Metric("Distinct reports", "Share of different reports among the generated.")}
-SPLITS = ("train", "val", "test")
-WRITTEN = 32  # reports that are written at once
-LEAST = {
-    "max_length": 2,
-    "width": 1,
-    "feed_forward": 1,
-    "heads": 1,
-    "encoder_layers": 0,
-    "layers": 1,
-    "clip_norm": 0,
-    "batch": 1,
-    "epochs": 1,
-    "beam": 1,
-    "block": 0,
-    "length_penalty": 0,
+) | {
+    "distinct": Metric(
+        "Distinct reports", "Share of different reports among the generated ones; 1 is the most."
+    )
 }
+SPLITS = ("train", "val", "test")
+CHUNK_SIZE = 32  # reports that are generated at once
+
 Labeller = Callable[[str], Mapping[str, int]]
-Writer = Callable[[PyTree, PyTree, Mapping[str, PyTree]], Int[np.ndarray, "N L"]]
+# generate_ids(params, stats, examples) returns the ids [N L] of a report for each example.
+Generator = Callable[[PyTree, PyTree, Mapping[str, PyTree]], Int[np.ndarray, "N L"]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """The constants of the protocol, with R2Gen's values for IU X-ray unless it says `ours`.
+    """The constants of the protocol: R2Gen's values for IU X-ray, except those marked as ours.
 
-    For MIMIC-CXR R2Gen has `max_length` 100, `min_count` 10, 30 epochs, `rate_step` 1 and
-    `rate_factor` 0.8: every so many epochs `learning_rate` is multiplied by it.
-    `visual_learning_rate` is a tuned tower's. `block` words in a row must not come twice, although
-    true reports may repeat them (0: any may, as in R2Gen's beam search). Ours: that, `cleaning`,
-    `positions`, `summary`, `patience`, `select`, `mode`. `native` is that of `Tower.apply`: False
-    sees images as in pre-training. The limits choose so many reports at random, 0 all of them;
-    `num_examples` reports go to the page.
+    For MIMIC-CXR R2Gen has `max_length` 100, `min_count` 10, `epochs` 30, `decay_epochs` 1 and
+    `decay_factor` 0.8.
+
+    Attributes:
+      max_length: the largest number of tokens of a report, its end included.
+      min_count: occurrences in training from which a word is in the vocabulary.
+      width: channels of all layers; a multiple of `heads`.
+      feed_forward: hidden channels of the feed-forward layers.
+      heads: attention heads.
+      encoder_layers: layers over the patches.
+      layers: layers over the words.
+      dropout: rate of dropout in the layers and of the embedded words.
+      visual_dropout: rate of dropout of the embedded patches.
+      positions: whether patches have positions (ours: True).
+      summary: whether the tower's vector for the whole image is read as well (ours).
+      learning_rate: of the decoder.
+      visual_learning_rate: of the tower, in the mode `finetune`.
+      decay_epochs: the learning rates are multiplied by `decay_factor` every so many epochs; 0 for
+        never.
+      decay_factor: see `decay_epochs`.
+      weight_decay: the L2 penalty.
+      clip_norm: the largest absolute value of a gradient's entry; 0 for no bound. R2Gen clips by
+        value, not by norm.
+      batch: examples in a batch.
+      epochs: the largest number of epochs.
+      patience: epochs without a better validation score after which the fit stops (ours).
+      select_by: the validation score that selects the epoch (ours: `loss`). `bleu4` generates all
+        validation reports after every epoch.
+      beam_size: beams of the search; 1 is greedy.
+      no_repeat_ngram: so many words in a row are not generated twice, although true reports may
+        repeat them (ours); 0 allows it, as R2Gen's beam search does.
+      length_penalty: that of `heads.beam_search`.
+      cleaning: that of `heads.vocabulary` (ours: `fixed`).
+      mode: what is fitted, see `heads.head_on_tower` (ours: `frozen`).
+      native: that of `Tower.apply`; False shows the tower images as in pre-training.
+      max_train_records: so many random reports to fit to; 0 for all.
+      max_test_records: so many random reports to test; 0 for all.
+      num_examples: reports on the page.
     """
 
     max_length: int = 60
@@ -143,16 +187,16 @@ class Options:
     summary: bool = False
     learning_rate: float = 1e-4
     visual_learning_rate: float = 5e-5
-    rate_step: int = 50
-    rate_factor: float = 0.1
+    decay_epochs: int = 50
+    decay_factor: float = 0.1
     weight_decay: float = 5e-5
     clip_norm: float = 0.1
     batch: int = 16
     epochs: int = 100
     patience: int = 10
-    select: Literal["loss", "bleu4"] = "loss"
-    beam: int = 3
-    block: int = 3
+    select_by: Literal["loss", "bleu4"] = "loss"
+    beam_size: int = 3
+    no_repeat_ngram: int = 3
     length_penalty: float = 0.0
     cleaning: Cleaning = "fixed"
     mode: Mode = "frozen"
@@ -161,13 +205,51 @@ class Options:
     max_test_records: int = 0
     num_examples: int = 6
 
+    def __post_init__(self) -> None:
+        non_negative = (
+            "encoder_layers",
+            "dropout",
+            "visual_dropout",
+            "learning_rate",
+            "visual_learning_rate",
+            "decay_epochs",
+            "decay_factor",
+            "weight_decay",
+            "clip_norm",
+            "no_repeat_ngram",
+            "length_penalty",
+            "max_train_records",
+            "max_test_records",
+            "num_examples",
+        )
+        positive = (
+            "min_count",
+            "width",
+            "feed_forward",
+            "heads",
+            "layers",
+            "batch",
+            "epochs",
+            "patience",
+            "beam_size",
+        )
+        minima = dict.fromkeys(non_negative, 0) | dict.fromkeys(positive, 1)
+        # A word and its end.
+        check_options("report_generation", self, minima | {"max_length": 2})
+        if self.width % self.heads:
+            lower = self.width // self.heads * self.heads
+            raise UserError(
+                f"report_generation.width {self.width} is not divisible by {self.heads} heads; use "
+                f"{lower or self.heads} or {lower + self.heads}"
+            )
 
-class Split(NamedTuple):
-    """Images and their cleaned reports, none empty; how many were empty and are left out."""
+
+class ReportSplit(NamedTuple):
+    """Images and their cleaned reports, none empty, and how many empty reports are left out."""
 
     images: UInt8[np.ndarray, "N Y X 1"]
     texts: list[str]
-    empty: int
+    num_empty: int
 
 
 def requirements(options: Options) -> tuple[str, ...]:
@@ -176,274 +258,309 @@ def requirements(options: Options) -> tuple[str, ...]:
 
 
 def check(data: EvalData, options: Options) -> None:
-    """See that there are reports to learn from, to choose by and to compare with.
-
-    Raises:
-      UserError: a split has no report with a word in it; an option is out of its range.
-    """
-    for name, low in LEAST.items():
-        if (value := getattr(options, name)) < low:
-            raise UserError(f"report_generation.{name} is {value}; use {low} or more")
-    if options.width % options.heads:
-        raise UserError(
-            f"report_generation.width is {options.width}, which {options.heads} heads do not "
-            "divide; use a multiple of heads"
-        )
+    """Raises UserError if no record of a split has a report with a word in it."""
     for split in SPLITS:
         texts = [record.text for record in getattr(data, split)]
-        if not any(report_vocabulary.clean_report(text, options.cleaning) for text in texts):
+        if not any(clean_report(text, options.cleaning) for text in texts):
             raise UserError(
-                f"task report_generation needs text in {split}, and none of its {len(texts)} "
-                "records has any; give reports, or leave the task out"
+                f"task report_generation needs text in split {split}, and none of its {len(texts)} "
+                "records has any; add reports, or leave report_generation out of eval.tasks"
             )
 
 
 def evaluate(model: Model, data: EvalData, options: Options, context: TaskContext) -> Result:
-    """Fit a decoder to `train`, choose its epoch on `val`, and judge what it writes of `test`.
+    """Fits a decoder to `data.train`, selects its epoch on `data.val`, and scores test reports.
 
-    `context.label_report(text)` reads from a report which findings it states (1) and denies (0).
-    Keys: those of `text_metrics.overlap_scores` under `strict/` and `r2gen/`, those of
-    `finding_scores` under `ce/`; the same under `retrieval/` for the report of the training
-    image nearest by the cosine of the tower's pooled features, and under `common/` for the most
-    frequent training report (the first among equals). `n_train`, `n_test`, `reports_empty` (left
-    out of all splits), `vocabulary` and `words` (known; mean number written), `epochs`, `distinct`
-    (share of different reports). In `context.folder` the fit is kept, so that a stopped call goes
-    on. The rows are some test images.
+    The examples are random test images.
 
     Raises:
-      UserError: what `check` says; the model has no tower, or one whose features are not finite;
-        `min_count` leaves no word.
+      UserError: see `check`; `min_count` leaves no word; the model has no tower, or one whose
+        features are not finite.
     """
     check(data, options)
-    folder, seed = context.folder, context.seed
-    tower = require_tower(model)
-    splits = {split: gather(getattr(data, split), split, options, seed) for split in SPLITS}
-    vocabulary = report_vocabulary.build_vocabulary(splits["train"].texts, options.min_count)
-    tokens = _encoded(splits, vocabulary, options.max_length)
-    head, probe = _attached(
-        tower, splits["train"].images, tokens["train"], vocabulary, options, seed
-    )
-    written, labeller = _writer(probe, head, options), cache(context.label_report)
-    rows = {split: probe.examples(splits[split].images) for split in SPLITS}
-    about = f"{tower.name} {options} {vocabulary.words}"
-    fit = _fitted(
-        probe, written, rows, tokens, splits["val"].texts, vocabulary, options, about, folder, seed
-    )
-    said = [vocabulary.decode(row) for row in written(fit.params, fit.stats, rows["test"])]
-    truth, train = splits["test"].texts, splits["train"].texts
-    near = nearest(*(_pooled(probe, rows[split]) for split in ("test", "train")))
-    usual = Counter(train).most_common(1)[0][0]
-    others = {"retrieval": [train[i] for i in near], "common": [usual] * len(truth)}
-    values = _scored(said, truth, vocabulary, options, labeller)
-    for name, texts in others.items():
-        found = _scored(texts, truth, vocabulary, options, labeller)
-        values |= {f"{name}/{key}": value for key, value in found.items()}
-    values |= {
-        "n_train": len(train),
-        "n_test": len(truth),
-        "vocabulary": len(vocabulary.words),
-        "reports_empty": sum(part.empty for part in splits.values()),
-        "epochs": len(fit.history),
-        "words": np.mean([len(text.split()) for text in said]),
-        "distinct": len(set(said)) / len(said),
+    tower, seed = require_tower(model), context.seed
+    splits = {
+        "train": read_reports(data.train, options, options.max_train_records, seed),
+        "val": read_reports(data.val, options, 0, seed),
+        "test": read_reports(data.test, options, options.max_test_records, seed),
     }
-    shown = _rows(splits["test"].images, said, truth, labeller, options.num_examples, seed)
-    return Result({key: float(value) for key, value in values.items()}, shown)
+    train_texts, test_texts = splits["train"].texts, splits["test"].texts
+    vocabulary = build_vocabulary(train_texts, options.min_count)
+    tokens = _encode_reports(splits, vocabulary, options.max_length)
+    decoder = _build_decoder(vocabulary, options)
+    attached = _attach_decoder(tower, decoder, splits["train"].images, tokens, options, seed)
+    generate_ids = _generator(attached, decoder, options)
+    examples = {split: attached.examples(splits[split].images) for split in SPLITS}
+    description = f"{tower.name} {options} {vocabulary.words}"
+    score = None
+    if options.select_by == "bleu4":
+        score = _bleu4_score(
+            generate_ids, examples["val"], splits["val"].texts, vocabulary, options
+        )
+    fitted = _fit_decoder(attached, examples, tokens, score, options, description, context)
+    ids = generate_ids(fitted.params, fitted.stats, examples["test"])
+    generated = [vocabulary.decode(row) for row in ids]
+    nearest = nearest_rows(
+        _pooled_features(attached, examples["test"]), _pooled_features(attached, examples["train"])
+    )
+    most_frequent = Counter(train_texts).most_common(1)[0][0]
+    texts = {
+        "": generated,
+        "retrieval/": [train_texts[i] for i in nearest],
+        "common/": [most_frequent] * len(test_texts),
+    }
+    # Reports repeat, and labelling is slow.
+    label_report = cache(context.label_report)
+    metrics: dict[str, float] = {}
+    for prefix, candidates in texts.items():
+        values = _report_scores(candidates, test_texts, vocabulary, options, label_report)
+        metrics |= {f"{prefix}{key}": value for key, value in values.items()}
+    metrics |= {
+        "n_train": len(train_texts),
+        "n_test": len(test_texts),
+        "vocabulary": len(vocabulary.words),
+        "reports_empty": sum(split.num_empty for split in splits.values()),
+        "epochs": len(fitted.history),
+        "words": float(np.mean([len(text.split()) for text in generated])),
+        "distinct": len(set(generated)) / len(generated),
+    }
+    rows = _select_examples(splits["test"], generated, label_report, options.num_examples, seed)
+    return Result({key: float(value) for key, value in metrics.items()}, rows)
 
 
-def gather(records: Sequence[Record], split: str, options: Options, seed: int) -> Split:
-    """Take the records that have a report, at most the split's limit of them, and clean it."""
-    cleaned = [report_vocabulary.clean_report(record.text, options.cleaning) for record in records]
-    kept = np.flatnonzero([bool(text) for text in cleaned])
-    empty = len(cleaned) - len(kept)
-    limit = {"train": options.max_train_records, "test": options.max_test_records}.get(split, 0)
-    if 0 < limit < len(kept):
-        kept = np.sort(np.random.default_rng(seed).permutation(kept)[:limit])
-    return Split(np.stack([records[i].image for i in kept]), [cleaned[i] for i in kept], empty)
+def read_reports(
+    records: Sequence[Record], options: Options, max_records: int, seed: int
+) -> ReportSplit:
+    """Returns the records that have a report, cleaned; `max_records` random ones, 0 for all."""
+    cleaned = [clean_report(record.text, options.cleaning) for record in records]
+    indices = np.flatnonzero([bool(text) for text in cleaned])
+    num_empty = len(cleaned) - len(indices)
+    if 0 < max_records < len(indices):
+        indices = np.sort(np.random.default_rng(seed).permutation(indices)[:max_records])
+    images = np.stack([records[i].image for i in indices])
+    return ReportSplit(images, [cleaned[i] for i in indices], num_empty)
 
 
-def nearest(
-    asked: Float[np.ndarray, "N E"], held: Float[np.ndarray, "M E"]
+def nearest_rows(
+    queries: Float[np.ndarray, "N E"], candidates: Float[np.ndarray, "M E"]
 ) -> Int[np.ndarray, " N"]:
-    """Find for each row the held row of largest cosine, the first one among equals.
+    """Returns the candidate of largest cosine for each query, the first one among equals.
 
-    >>> nearest(np.array([[0.0, 2.0]]), np.array([[9.0, 9.0], [0.0, 1.0]])).tolist()
+    >>> nearest_rows(np.array([[0.0, 2.0]]), np.array([[9.0, 9.0], [0.0, 1.0]])).tolist()
     [1]
     """
-    one, other = (
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (asked, held)
+    # At least 1e-12: a tower may return zeros.
+    queries, candidates = (
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        for x in (queries, candidates)
     )
-    return (one @ other.T).argmax(1)
+    return (queries @ candidates.T).argmax(1)
 
 
-def optimiser(options: Options, steps: int) -> optax.GradientTransformation:
-    """Make Adam with AMSGrad as torch has it: clipped by value, then L2, then scaled.
+def build_optimiser(options: Options, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Builds Adam with AMSGrad as torch has it: gradients are clipped by value, then L2 is added.
 
-    `steps` are those of an epoch. The head has `learning_rate`, a tower that is tuned
-    `visual_learning_rate`.
+    The decoder has `learning_rate`, a fitted tower `visual_learning_rate`.
     """
-    falls = options.epochs // options.rate_step if options.rate_step > 0 else 0
-    marks = {n * options.rate_step * steps: options.rate_factor for n in range(1, falls + 1)}
+    num_decays = options.epochs // options.decay_epochs if options.decay_epochs else 0
+    factors = {
+        n * options.decay_epochs * steps_per_epoch: options.decay_factor
+        for n in range(1, num_decays + 1)
+    }
 
-    def chain(rate: float) -> optax.GradientTransformation:
+    def amsgrad(learning_rate: float) -> optax.GradientTransformation:
+        schedule = optax.piecewise_constant_schedule(learning_rate, factors)
         return optax.chain(
             optax.clip(options.clip_norm) if options.clip_norm else optax.identity(),
+            # Before the moments, as torch's Adam: an L2 penalty, not AdamW's decoupled decay.
             optax.add_decayed_weights(options.weight_decay),
             optax.scale_by_amsgrad(),
-            optax.scale_by_learning_rate(optax.piecewise_constant_schedule(rate, marks)),
+            optax.scale_by_learning_rate(schedule),
         )
 
-    parts = {"head": chain(options.learning_rate), "tower": chain(options.visual_learning_rate)}
+    parts = {"head": amsgrad(options.learning_rate), "tower": amsgrad(options.visual_learning_rate)}
     return optax.multi_transform(parts, {"head": "head", "tower": "tower"})
 
 
-def _encoded(
-    data: Mapping[str, Split], vocabulary: Vocabulary, most: int
+def _encode_reports(
+    splits: Mapping[str, ReportSplit], vocabulary: Vocabulary, max_length: int
 ) -> dict[str, Int[np.ndarray, "N T"]]:
-    """Turn reports into ids, T as long as the longest with its end, but at most `most`."""
-    longest = 1 + max(len(text.split()) for part in data.values() for text in part.texts)
-    length = min(longest, most)
+    """Returns reports as ids; T is the length of the longest with its end, at most `max_length`."""
+    longest = 1 + max(len(text.split()) for split in splits.values() for text in split.texts)
+    length = min(longest, max_length)
     return {
-        split: np.stack([vocabulary.encode(text, length) for text in part.texts])
-        for split, part in data.items()
+        name: np.stack([vocabulary.encode(text, length) for text in split.texts])
+        for name, split in splits.items()
     }
 
 
-def _attached(
+def _build_decoder(vocabulary: Vocabulary, options: Options) -> ReportDecoder:
+    return ReportDecoder(
+        vocabulary=len(vocabulary),
+        length=options.max_length,
+        width=options.width,
+        feed_forward=options.feed_forward,
+        heads=options.heads,
+        encoder_layers=options.encoder_layers,
+        layers=options.layers,
+        dropout=options.dropout,
+        visual_dropout=options.visual_dropout,
+        positions=options.positions,
+        summary=options.summary,
+    )
+
+
+def _attach_decoder(
     tower: Tower,
-    images: np.ndarray,
-    tokens: np.ndarray,
-    vocabulary: Vocabulary,
+    decoder: ReportDecoder,
+    images: UInt8[np.ndarray, "N Y X 1"],
+    tokens: Mapping[str, Int[np.ndarray, "N T"]],
     options: Options,
     seed: int,
-) -> tuple[ReportDecoder, HeadOnTower]:
-    """Put the decoder for images [N Y X 1] and tokens [N T] on the tower."""
-    head = ReportDecoder(
-        len(vocabulary),
-        options.max_length,
-        options.width,
-        options.feed_forward,
-        options.heads,
-        options.encoder_layers,
-        options.layers,
-        options.dropout,
-        options.visual_dropout,
-        options.positions,
-        options.summary,
-    )
-    probe = attach_head(
+) -> HeadOnTower:
+    return attach_head(
         tower,
-        head,
-        lambda logits, rows: token_loss(logits, rows["tokens"]),
-        {"image": images[:2], "tokens": tokens[:2]},
+        decoder,
+        lambda logits, examples: token_loss(logits, examples["tokens"]),
+        {"image": images[:2], "tokens": tokens["train"][:2]},
         mode=options.mode,
         native=options.native,
         select_features=lambda stages: {"map": stages.maps[-1], "pooled": stages.pooled},
         seed=seed,
     )
-    return head, probe
 
 
-def _writer(probe: HeadOnTower, head: ReportDecoder, options: Options) -> Writer:
-    """Make what writes reports, as ids, of any number of rows."""
-    how = {"beam_size": options.beam, "no_repeat_ngram": options.block}
-    how["length_penalty"] = options.length_penalty
+def _generator(attached: HeadOnTower, decoder: ReportDecoder, options: Options) -> Generator:
+    """Returns a function that generates reports, as ids, for any number of examples."""
 
     @jax.jit
-    def some(params: PyTree, stats: PyTree, rows: Mapping[str, PyTree]) -> Int[Array, "B L"]:
-        return generate(head, params["head"], probe.features(params, stats, rows), **how).tokens
+    def generate_chunk(
+        params: PyTree, stats: PyTree, examples: Mapping[str, PyTree]
+    ) -> Int[Array, "B L"]:
+        sequences = generate(
+            decoder,
+            params["head"],
+            attached.features(params, stats, examples),
+            beam_size=options.beam_size,
+            no_repeat_ngram=options.no_repeat_ngram,
+            length_penalty=options.length_penalty,
+        )
+        return sequences.tokens
 
-    return lambda params, stats, rows: map_chunks(lambda r: some(params, stats, r), rows, WRITTEN)
+    def generate_ids(
+        params: PyTree, stats: PyTree, examples: Mapping[str, PyTree]
+    ) -> Int[np.ndarray, "N L"]:
+        return map_chunks(lambda chunk: generate_chunk(params, stats, chunk), examples, CHUNK_SIZE)
+
+    return generate_ids
 
 
-def _fitted(
-    probe: HeadOnTower,
-    written: Writer,
-    rows: Mapping[str, PyTree],
-    tokens: Mapping[str, np.ndarray],
-    texts: Sequence[str],
+def _bleu4_score(
+    generate_ids: Generator,
+    examples: Mapping[str, PyTree],
+    references: Sequence[str],
     vocabulary: Vocabulary,
     options: Options,
-    about: str,
-    folder: Path | None,
-    seed: int,
+) -> Callable[[PyTree, PyTree], float]:
+    """Returns the validation score of R2Gen: BLEU-4 against its shortened references."""
+    references = [vocabulary.mask_unknown(text, options.max_length - 1) for text in references]
+
+    def score(params: PyTree, stats: PyTree) -> float:
+        ids = generate_ids(params, stats, examples)
+        return text_metrics.bleu([vocabulary.decode(row) for row in ids], references)["bleu4"]
+
+    return score
+
+
+def _fit_decoder(
+    attached: HeadOnTower,
+    examples: Mapping[str, dict[str, PyTree]],
+    tokens: Mapping[str, Int[np.ndarray, "N T"]],
+    score: Callable[[PyTree, PyTree], float] | None,
+    options: Options,
+    description: str,
+    context: TaskContext,
 ) -> FittedHead:
-    """Fit to rows and tokens [N T] of `train`; `texts` are the cleaned reports of `val`."""
-    cut = [vocabulary.mask_unknown(text, options.max_length - 1) for text in texts]
-
-    def judge(params: PyTree, stats: PyTree) -> float:
-        said = [vocabulary.decode(row) for row in written(params, stats, rows["val"])]
-        return text_metrics.bleu(said, cut)["bleu4"]
-
-    train, val = (rows[split] | {"tokens": tokens[split]} for split in ("train", "val"))
+    train, val = (examples[split] | {"tokens": tokens[split]} for split in ("train", "val"))
     count = len(train["tokens"])
     return fit_head(
-        probe.loss,
-        probe.params,
-        probe.stats,
+        attached.loss,
+        attached.params,
+        attached.stats,
         train,
         val,
-        optimiser(options, count // min(options.batch, count)),
+        build_optimiser(options, count // min(options.batch, count)),
         batch=options.batch,
         epochs=options.epochs,
         patience=options.patience,
-        seed=seed,
+        seed=context.seed,
+        score=score,
         name="report_generation",
-        score=judge if options.select == "bleu4" else None,
-        description=about,
-        folder=folder,
+        description=description,
+        folder=context.folder,
     )
 
 
-def _pooled(probe: HeadOnTower, rows: Mapping[str, Any]) -> Float[np.ndarray, "N E"]:
-    """See rows by the tower as it was before the fit: its pooled features."""
-    if "features" in rows:
-        return np.asarray(rows["features"]["pooled"])
-    return map_chunks(lambda some: probe.features(probe.params, probe.stats, some)["pooled"], rows)
+def _pooled_features(
+    attached: HeadOnTower, examples: Mapping[str, Any]
+) -> Float[np.ndarray, "N E"]:
+    """Returns the pooled features of examples, by the tower before the fit."""
+    if "features" in examples:  # cached
+        return np.asarray(examples["features"]["pooled"])
+
+    def pooled(chunk: PyTree) -> Float[Array, "B E"]:
+        return attached.features(attached.params, attached.stats, chunk)["pooled"]
+
+    return map_chunks(pooled, examples)
 
 
-def _scored(
-    said: Sequence[str],
-    truth: Sequence[str],
+def _report_scores(
+    generated: Sequence[str],
+    references: Sequence[str],
     vocabulary: Vocabulary,
     options: Options,
-    labeller: Labeller,
+    label_report: Labeller,
 ) -> dict[str, float]:
-    """Score cleaned texts in all three ways."""
-    # R2Gen's references hold one word less than may be written: the first place is the beginning.
-    cut = [
-        [vocabulary.mask_unknown(text, options.max_length - 1) for text in x] for x in (said, truth)
-    ]
-    labels = [
-        [labeller(report_vocabulary.to_sentences(text)) for text in texts]
-        for texts in (said, truth)
-    ]
+    """Computes all metrics of cleaned reports."""
+    # R2Gen's references hold one word less than may be generated: its first place is the beginning.
+    max_words = options.max_length - 1
+    shortened = (
+        [vocabulary.mask_unknown(text, max_words) for text in texts]
+        for texts in (generated, references)
+    )
+    findings = (
+        [label_report(to_sentences(text)) for text in texts] for texts in (generated, references)
+    )
     groups = {
-        "strict": text_metrics.overlap_scores(said, truth),
-        "r2gen": text_metrics.overlap_scores(*cut),
-        "ce": text_metrics.finding_scores(*labels),
+        "strict": text_metrics.overlap_scores(generated, references),
+        "r2gen": text_metrics.overlap_scores(*shortened),
+        "ce": text_metrics.finding_scores(*findings),
     }
     return {
         f"{name}/{key}": value for name, group in groups.items() for key, value in group.items()
     }
 
 
-def _rows(
-    images: np.ndarray,
-    said: Sequence[str],
-    truth: Sequence[str],
-    labeller: Labeller,
-    number: int,
-    seed: int,
+def _select_examples(
+    test: ReportSplit, generated: Sequence[str], label_report: Labeller, count: int, seed: int
 ) -> list[ReportExample]:
-    """Show some images [N Y X 1] at random with what was written and what is stated."""
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(said))[:number])
-    rows = []
-    for i in chosen.tolist():
-        texts = [report_vocabulary.to_sentences(x[i]) for x in (truth, said)]
-        there, claimed = (
-            {name for name, value in labeller(text).items() if value == 1} for text in texts
+    """Returns random test images with both reports, and how their findings compare."""
+    indices = np.sort(np.random.default_rng(seed).permutation(len(generated))[:count])
+    examples = []
+    for i in indices.tolist():
+        reference, text = (to_sentences(report) for report in (test.texts[i], generated[i]))
+        true, stated = (
+            {name for name, value in label_report(report).items() if value == 1}
+            for report in (reference, text)
         )
-        lists = (there & claimed, there - claimed, claimed - there)
-        rows.append(ReportExample(images[i], *texts, *(tuple(sorted(names)) for names in lists)))
-    return rows
+        examples.append(
+            ReportExample(
+                test.images[i],
+                reference,
+                text,
+                correct=tuple(sorted(true & stated)),
+                missed=tuple(sorted(true - stated)),
+                invented=tuple(sorted(stated - true)),
+            )
+        )
+    return examples

@@ -1,10 +1,19 @@
-"""Segmentation: a decoder fitted on the tower's maps says of each pixel what it belongs to.
+"""Segmentation: a decoder on the maps of the image tower, fitted to masks.
 
-Protocol: MGCA (Wang et al., arXiv 2210.06044) by its code, github.com/HKU-MedAI/MGCA
+The protocol is MGCA's (Wang et al., arXiv 2210.06044), by its code, github.com/HKU-MedAI/MGCA
 (mgca/models/ssl_segmenter.py, mgca/models/mgca/mgca_segmenter.py): a frozen tower, a U-Net decoder
 on the stages of a ResNet and SETR-PUP on the patches of a ViT, focal loss and log of the soft Dice;
-the epoch with the lowest validation loss is tested. What is segmented are the option `targets`, all
-of them classes of one decoder, a sigmoid each (several classes are ours).
+the epoch with the lowest validation loss is tested. The option `targets` names what is segmented;
+all targets are classes of one decoder, with a sigmoid each (several classes are ours).
+
+Keys of the metrics, for each target:
+
+- `<target>/dice` (an image without a true mask scores 1 if its predicted mask is empty, else 0),
+  with its 95 % bootstrap interval over images in `<target>/dice_low`, `<target>/dice_high`;
+  `<target>/iou` with the same convention; `<target>/dice_positive` over the images that have a true
+  mask (NaN if none has).
+- `mean_mask/<target>/...` is the mean mask of training, the same for every image (ours).
+- `n_train`, `n_test` and `epochs` are counts.
 
 Deviation: BatchNorm of the frozen tower is in evaluation mode; MGCA leaves it in training mode,
 which is `frozen_train_norm`. Deviation: no augmentation, so that features are computed once (MGCA
@@ -14,7 +23,6 @@ Deviation: Dice is a mean of images, not of batches.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,7 +35,14 @@ from scipy.special import logit
 
 from plan_jax.heads import setr, unet
 from plan_jax.heads.fit import FittedHead, fit_head, take_examples
-from plan_jax.heads.head_on_tower import HeadOnTower, attach_head, require_finite, require_tower
+from plan_jax.heads.head_on_tower import (
+    HeadOnTower,
+    Mode,
+    attach_head,
+    require_finite,
+    require_tower,
+)
+from plan_jax.heads.pyramid import last_of_each_size
 from plan_jax.metrics import intervals, slug
 from plan_jax.metrics import masks as mask_metrics
 from plan_jax.tasks.grounding_targets import truth_mask
@@ -41,6 +56,7 @@ from plan_jax.types import (
     TaskContext,
     Tower,
     UserError,
+    check_options,
 )
 
 TITLE = "Segmentation"
@@ -59,41 +75,61 @@ METRICS = {
         (
             "dice",
             "Dice",
-            "Overlap of the predicted and the true mask, mean over images; an image without truth "
-            "scores 1 if nothing is predicted in it.",
+            "Overlap of predicted and true mask, mean over images; an image without a true mask "
+            "scores 1 if its predicted mask is empty, else 0.",
         ),
         (
             "iou",
             "IoU",
-            "Intersection over union of the predicted and the true mask, mean over images.",
+            "Intersection over union of predicted and true mask, mean over images; an image "
+            "without a true mask scores 1 if its predicted mask is empty, else 0.",
         ),
-        ("dice_positive", "Dice of positive images", "Dice of the images that have a truth."),
+        (
+            "dice_positive",
+            "Dice of positive images",
+            "Overlap of predicted and true mask, mean over the images that have a true mask.",
+        ),
     )
 }
 SPLITS = ("train", "val", "test")
 LUNGS, FINDINGS = "lungs", "findings"
-PART = 256  # test images whose features and logits are in memory at once
+CHUNK_SIZE = 256  # test images whose features and logits are in memory at once
 
 
 @dataclass(frozen=True)
 class Options:
-    """Constants of the protocol; the defaults are those of MGCA's RSNA task.
+    """The constants of the protocol; the defaults are those of MGCA's RSNA task.
 
-    A target is `lungs` (all anatomy with `lung` in its name), the name of an anatomy, `findings`
-    (masks of all phrases, filled boxes where there is no mask: RSNA's convention) or the name of a
-    finding. `decoder` is by default `setr` for towers with maps of one size, else `unet`. `balance`
-    trains on all images that have any target and as many without (SIIM, where `batch` is 8).
-    `max_train_records` images are drawn for training (0: all). `learning_rate` is that of MGCA's
-    shell scripts (2e-4 in its code). `focal` is the weight of the focal loss, `bootstrap_samples`
-    draws make an interval, and `num_examples` images a target become rows of the page.
+    Attributes:
+      targets: what is segmented. A target is `lungs` (all anatomy with `lung` in its name), the
+        name of an anatomy, `findings` (masks of all phrases, filled boxes where there is no mask:
+        RSNA's convention) or the name of a finding.
+      mode: what is fitted, see `heads.head_on_tower`.
+      decoder: `auto` is `setr` for towers whose maps have one size, else `unet`.
+      unet_widths: channels of the U-Net's blocks, deepest first.
+      setr_widths: channels of SETR's blocks.
+      focal_weight: weight of the focal loss.
+      gamma: exponent of the focal loss.
+      smooth: added to both sides of the soft Dice.
+      learning_rate: of AdamW; that of MGCA's shell scripts (2e-4 in its code).
+      weight_decay: of AdamW.
+      batch: examples in a batch.
+      epochs: the largest number of epochs.
+      patience: epochs without a lower validation loss after which the fit stops.
+      threshold: the probability from which a pixel belongs to the mask.
+      balance: train on all images that have any target and as many without (SIIM, where `batch` is
+        8).
+      max_train_records: so many records are drawn for training; 0 for all.
+      bootstrap_samples: resamples of an interval.
+      num_examples: images of each target on the page.
     """
 
     targets: tuple[str, ...] = (FINDINGS,)
-    mode: Literal["frozen", "finetune", "frozen_train_norm"] = "frozen"
+    mode: Mode = "frozen"
     decoder: Literal["auto", "unet", "setr"] = "auto"
     unet_widths: tuple[int, ...] = unet.WIDTHS
     setr_widths: tuple[int, ...] = setr.WIDTHS
-    focal: float = 10.0
+    focal_weight: float = 10.0
     gamma: float = 2.0
     smooth: float = 1.0
     learning_rate: float = 5e-4
@@ -107,275 +143,324 @@ class Options:
     bootstrap_samples: int = 1000
     num_examples: int = 6
 
+    def __post_init__(self) -> None:
+        non_negative = (
+            "focal_weight",
+            "gamma",
+            "smooth",
+            "learning_rate",
+            "weight_decay",
+            "max_train_records",
+            "num_examples",
+        )
+        positive = ("batch", "epochs", "patience", "bootstrap_samples")
+        minima = dict.fromkeys(non_negative, 0) | dict.fromkeys(positive, 1)
+        check_options("segmentation", self, minima)
+        if not 0 < self.threshold < 1:
+            raise UserError(
+                f"segmentation.threshold is {self.threshold}; use a number between 0 and 1"
+            )
+        if not self.targets or len({slug(name) for name in self.targets}) < len(self.targets):
+            raise UserError(
+                f"segmentation.targets is {self.targets}; name at least one target, and each once"
+            )
 
-class Split(NamedTuple):
-    """Images and the masks of every target in them, 0 to 1."""
+
+class MaskSplit(NamedTuple):
+    """Images, and the masks of every target in them, 0 to 1."""
 
     images: UInt8[np.ndarray, "N Y X 1"]
     masks: Shaped[np.ndarray, "N Y X K"]
 
 
 def requirements(options: Options) -> tuple[str, ...]:
-    """Returns `anatomy` if the lungs are segmented; `check` looks for the other targets."""
+    """Returns `anatomy` if the lungs are a target; `check` looks for the other targets."""
     return ("anatomy",) if LUNGS in options.targets else ()
 
 
 def check(data: EvalData, options: Options) -> None:
-    """See that every target is known, and that the records have its masks.
+    """Checks that every target is known, and that the records have its masks.
 
-    An image without boxes or masks of a finding is one without it; anatomy is in every image.
+    A finding without boxes or masks is absent from an image; anatomy is present in every image.
 
     Raises:
-      UserError: there are no targets, or two of one name; a target is neither finding nor anatomy;
-        a split has no records; train lacks a target, or one record an anatomy others have.
+      UserError: a target is neither a finding nor an anatomy; a split has no records; no training
+        record has a target; or one record lacks an anatomy that others have.
     """
-    targets, findings = options.targets, data.findings
-    splits = {split: getattr(data, split) for split in SPLITS}
-    if not targets or len({slug(target) for target in targets}) < len(targets):
-        raise UserError(f"segmentation.targets is {targets}; name at least one, and each once")
     for split in SPLITS:
-        if not len(splits[split]):
-            raise UserError(f"task segmentation needs records in {split}, which has none; add some")
-    anatomy = {name: 0 for split in SPLITS for one in splits[split] for name in one.anatomy}
-    for target in targets:
+        if not len(getattr(data, split)):
+            raise UserError(f"task segmentation has no records in split {split}; add some")
+    records = [record for split in SPLITS for record in getattr(data, split)]
+    anatomy = list(dict.fromkeys(name for record in records for name in record.anatomy))
+    for target in options.targets:
         if target in anatomy or target == LUNGS:
-            _every_record_has(target, splits)
-        elif target in (FINDINGS, *findings):
-            if not any(mask_of(record, target, findings).any() for record in splits["train"]):
+            _check_anatomy(target, data)
+        elif target in (FINDINGS, *data.findings):
+            if not any(target_mask(r, target, data.findings).any() for r in data.train):
                 raise UserError(
-                    f"task segmentation needs masks or boxes of {target!r}, and no train record "
-                    "has any; give some, or leave it out of segmentation.targets"
+                    f"task segmentation needs masks or boxes of {target!r}, and no training record "
+                    f"has any; add some, or drop {target!r} from segmentation.targets"
                 )
         else:
-            known = ", ".join(dict.fromkeys([LUNGS, FINDINGS, *findings, *anatomy]))
-            raise UserError(f"segmentation.targets names {target!r}; use some of {known}")
+            choices = ", ".join(dict.fromkeys([LUNGS, FINDINGS, *data.findings, *anatomy]))
+            raise UserError(f"segmentation.targets names {target!r}; choose from {choices}")
 
 
 def evaluate(model: Model, data: EvalData, options: Options, context: TaskContext) -> Result:
-    """Fit a decoder to `train`, choose its epoch on `val`, and judge the masks it finds in `test`.
+    """Fits a decoder to `data.train`, selects its epoch on `data.val`, and scores its test masks.
 
-    Keys, for each target: `<target>/dice` (an image without truth counts 1 if nothing is found in
-    it, else 0), with its 95 % bootstrap interval over images in `.../dice_low`, `.../dice_high`;
-    `.../iou` in the same way; `.../dice_positive` over images that have a truth (NaN if none has).
-    `mean_mask/<target>/...` is what the mean mask of training scores, the same for every image
-    (ours). `n_train`, `n_test`, `epochs`. In `context.folder` the fit is kept, so that a stopped
-    call goes on. The rows are the best, some random and the worst images of each target.
+    The examples are the best, some random and the worst images of each target.
 
     Raises:
-      UserError: what `check` says; too few widths for the tower; `max_train_records` leaves no
+      UserError: see `check`; there are too few widths for the tower; `max_train_records` leaves no
         mask; the model has no tower, or one whose features are not finite.
     """
     check(data, options)
-    findings, folder, seed = data.findings, context.folder, context.seed
-    tower = require_tower(model)
-    splits = {split: gather(getattr(data, split), options.targets, findings) for split in SPLITS}
-    chosen = draw(splits["train"].masks.any((1, 2, 3)), options, seed)
-    splits["train"] = take_examples(splits["train"], chosen)
-    if not (there := splits["train"].masks.any((0, 1, 2))).all():
+    tower, seed = require_tower(model), context.seed
+    splits = {
+        split: read_masks(getattr(data, split), options.targets, data.findings) for split in SPLITS
+    }
+    has_target = splits["train"].masks.any((1, 2, 3))
+    splits["train"] = take_examples(splits["train"], draw_training(has_target, options, seed))
+    train, test = splits["train"], splits["test"]
+    is_present = train.masks.any((0, 1, 2))
+    if not is_present.all():
         raise UserError(
-            f"train has no mask of {options.targets[int(np.argmin(there))]!r} to learn from, with "
-            f"segmentation.max_train_records {options.max_train_records}; give more records"
+            f"no training record has a mask of {options.targets[int(np.argmin(is_present))]!r} "
+            f"with segmentation.max_train_records {options.max_train_records}; use more records"
         )
-    probe = _attached(tower, splits["train"], options, seed)
-    about = f"{tower.name} {options} {tuple(findings)}"
-    fit = _fitted(probe, splits, options, about, folder, seed)
-    found = _found(probe, fit, splits["test"].images, options.threshold)
-    truth = splits["test"].masks > 0.5
-    usual = np.broadcast_to(splits["train"].masks.mean(0, dtype=np.float32) > 0.5, truth.shape)
-    values, rows = {}, []
-    for n, target in enumerate(options.targets):
-        scores, dice = _scores(found[..., n], truth[..., n])
-        null, _ = _scores(usual[..., n], truth[..., n])
+    attached = _attach_decoder(tower, train, options, seed)
+    description = f"{tower.name} {options} {tuple(data.findings)}"
+    fitted = _fit_decoder(attached, splits, options, description, context)
+    predicted = _predict_masks(attached, fitted, test.images, options.threshold)
+    truth = test.masks > 0.5
+    mean_mask = np.broadcast_to(train.masks.mean(0, dtype=np.float32) > 0.5, truth.shape)
+    metrics: dict[str, float] = {}
+    examples = []
+    for k, target in enumerate(options.targets):
+        key, true_masks = slug(target), truth[..., k]
+        values, dice = _mask_scores(predicted[..., k], true_masks)
+        baseline, _ = _mask_scores(mean_mask[..., k], true_masks)
         low, high = intervals.bootstrap(dice, n=options.bootstrap_samples, seed=seed)
-        values |= {f"{slug(target)}/{key}": value for key, value in scores.items()}
-        values |= {f"{slug(target)}/dice_low": low, f"{slug(target)}/dice_high": high}
-        values |= {f"mean_mask/{slug(target)}/{key}": value for key, value in null.items()}
-        for i in pick_rows(dice, truth[..., n].any((1, 2)), options.num_examples, seed):
-            image, masks = splits["test"].images[i], (truth[i, ..., n], found[i, ..., n])
-            rows.append(MaskExample(target, image, *masks, float(dice[i])))
-    counts = {"n_train": len(chosen), "n_test": len(truth), "epochs": len(fit.history)}
-    return Result(values | {key: float(count) for key, count in counts.items()}, rows)
+        metrics |= {f"{key}/{name}": value for name, value in values.items()}
+        metrics |= {f"{key}/dice_low": low, f"{key}/dice_high": high}
+        metrics |= {f"mean_mask/{key}/{name}": value for name, value in baseline.items()}
+        for i in select_examples(dice, true_masks.any((1, 2)), options.num_examples, seed):
+            pair = true_masks[i], predicted[i, ..., k]
+            examples.append(MaskExample(target, test.images[i], *pair, float(dice[i])))
+    counts = {"n_train": len(train.images), "n_test": len(truth), "epochs": len(fitted.history)}
+    return Result(metrics | {key: float(count) for key, count in counts.items()}, examples)
 
 
 def mixed_loss(
     logits: Float[Array, "B Y X K"],
     masks: Shaped[Array, "B Y X K"],
     *,
-    focal: float = 10.0,
+    focal_weight: float = 10.0,
     gamma: float = 2.0,
     smooth: float = 1.0,
 ) -> Float[Array, ""]:
-    """Add the focal loss of pixels and minus the log of the soft Dice of the whole batch.
+    """Computes the focal loss of pixels, minus the log of the soft Dice of the whole batch.
 
-    *With x logits, p = sigmoid(x), t masks from 0 to 1: focal mean[sigmoid(-x (2t - 1))^gamma
-    BCE(x, t)] - mean_K log[(2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth)]*, in MGCA's code for
-    one class. For 0 or 1 the factor is 1 minus the probability of the truth; between them t pulls
-    it to sigmoid(0) (theirs). Masks may be Bool.
+    *focal_weight mean[sigmoid(-x (2t - 1))^gamma BCE(x, t)]
+    - mean_K log[(2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth)]*, with x the logits,
+    p = sigmoid(x), t the masks from 0 to 1 and BCE the binary cross-entropy; in MGCA's code for one
+    class. For t of 0 or 1 the factor of BCE is 1 minus the probability of the truth; between them t
+    pulls it to sigmoid(0) (theirs). Masks may be Bool.
     """
     x, t = logits.astype(jnp.float32), masks.astype(jnp.float32)
-    weight = jnp.exp(gamma * jax.nn.log_sigmoid(-x * (2 * t - 1)))
-    pixels = (weight * optax.sigmoid_binary_cross_entropy(x, t)).mean()
+    # The power as an exponential: finite, with its gradient, also where the sigmoid underflows.
+    modulation = jnp.exp(gamma * jax.nn.log_sigmoid(-x * (2 * t - 1)))
+    focal = (modulation * optax.sigmoid_binary_cross_entropy(x, t)).mean()
     p = jax.nn.sigmoid(x)
-    both, each = ((part).sum((0, 1, 2)) for part in (p * t, p + t))
-    return focal * pixels - jnp.log((2 * both + smooth) / (each + smooth)).mean()
+    intersection, total = (part.sum((0, 1, 2)) for part in (p * t, p + t))
+    soft_dice = (2 * intersection + smooth) / (total + smooth)
+    return focal_weight * focal - jnp.log(soft_dice).mean()
 
 
-def mask_of(record: Record, target: str, findings: Sequence[str]) -> Shaped[np.ndarray, "Y X"]:
-    """Draw where a target is in a record: Bool, or 0 to 1 where an anatomy mask is soft.
+def target_mask(record: Record, target: str, findings: Sequence[str]) -> Shaped[np.ndarray, "Y X"]:
+    """Returns where a target is in a record: Bool, or 0 to 1 where an anatomy mask is soft.
 
-    What is neither anatomy of the record nor a finding is nowhere.
+    A target that is neither an anatomy of the record nor a finding has an empty mask.
     """
-    if names := _anatomy(record, target):
+    if names := _anatomy_names(record, target):
         masks = [np.asarray(record.anatomy[name]) for name in names]
-        kind = bool if all(mask.dtype == bool for mask in masks) else np.float32
-        return np.max([mask.astype(kind) for mask in masks], axis=0)
+        dtype = bool if all(mask.dtype == bool for mask in masks) else np.float32
+        return np.max([mask.astype(dtype) for mask in masks], axis=0)
     union = np.zeros(record.image.shape[:2], bool)
     for phrase in record.phrases:
-        named = 0 <= phrase.finding < len(findings) and findings[phrase.finding] == target
-        if named or target == FINDINGS:
+        is_finding = 0 <= phrase.finding < len(findings) and findings[phrase.finding] == target
+        if is_finding or target == FINDINGS:
             union |= truth_mask(phrase, union.shape)
     return union
 
 
-def gather(records: Sequence[Record], targets: Sequence[str], findings: Sequence[str]) -> Split:
-    """Stack images, and masks with one channel for each target."""
-    masks = [np.stack([mask_of(one, name, findings) for name in targets], -1) for one in records]
-    return Split(np.stack([record.image for record in records]), np.stack(masks))
+def read_masks(
+    records: Sequence[Record], targets: Sequence[str], findings: Sequence[str]
+) -> MaskSplit:
+    """Returns the images, and the masks with one channel for each target."""
+    masks = [
+        np.stack([target_mask(record, target, findings) for target in targets], -1)
+        for record in records
+    ]
+    return MaskSplit(np.stack([record.image for record in records]), np.stack(masks))
 
 
-def draw(positive: Bool[np.ndarray, " N"], options: Options, seed: int) -> Int[np.ndarray, " M"]:
-    """Choose the rows to train on, in order: balanced first, then limited (MGCA's order).
+def draw_training(
+    positive: Bool[np.ndarray, " N"], options: Options, seed: int
+) -> Int[np.ndarray, " M"]:
+    """Returns the indices of the examples to train on: balanced first, then limited (as MGCA).
 
-    >>> few = np.array([True, False, False, False])
-    >>> len(draw(few, Options(balance=True), 0)), draw(few, Options(), 0).tolist()
-    (2, [0, 1, 2, 3])
+    >>> positive = np.array([True, False, False, False])
+    >>> len(draw_training(positive, Options(balance=True), 0))
+    2
+    >>> draw_training(positive, Options(), 0).tolist()
+    [0, 1, 2, 3]
     """
-    random, chosen = np.random.default_rng(seed), np.arange(len(positive))
+    random, indices = np.random.default_rng(seed), np.arange(len(positive))
     if options.balance:
-        absent = random.permutation(chosen[~positive])[: positive.sum()]
-        chosen = np.sort(np.concatenate([chosen[positive], absent]))
-    if 0 < options.max_train_records < len(chosen):
-        chosen = np.sort(random.permutation(chosen)[: options.max_train_records])
-    return chosen
+        negatives = random.permutation(indices[~positive])[: positive.sum()]
+        indices = np.sort(np.concatenate([indices[positive], negatives]))
+    if 0 < options.max_train_records < len(indices):
+        indices = np.sort(random.permutation(indices)[: options.max_train_records])
+    return indices
 
 
-def pick_rows(
-    dice: Float[np.ndarray, " N"], positive: Bool[np.ndarray, " N"], number: int, seed: int
+def select_examples(
+    dice: Float[np.ndarray, " N"], positive: Bool[np.ndarray, " N"], count: int, seed: int
 ) -> list[int]:
-    """Choose `number` images to show, best first: a third each best, worst and random.
+    """Returns `count` images for the page, best first: a third each best, random and worst.
 
-    Only images that have a truth, if there are any.
+    Only images with a true mask are selected, if there are any.
 
-    >>> pick_rows(np.array([0.1, 0.9, 0.5, 1.0]), np.array([True, True, True, False]), 2, 0)
+    >>> positive = np.array([True, True, True, False])
+    >>> select_examples(np.array([0.1, 0.9, 0.5, 1.0]), positive, 2, 0)
     [1, 0]
     """
-    able = np.flatnonzero(positive) if positive.any() else np.arange(len(dice))
-    order = able[np.argsort(-dice[able], kind="stable")]
-    if len(order) <= number:
-        return order.tolist()
-    best = -(-number // 3)
-    worst = -(-(number - best) // 2)
-    ends = np.r_[np.arange(best), np.arange(len(order) - worst, len(order))]
-    middle = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(len(order)), ends))
-    return order[np.sort(np.r_[ends, middle[: number - len(ends)]])].tolist()
+    candidates = np.flatnonzero(positive) if positive.any() else np.arange(len(dice))
+    ranking = candidates[np.argsort(-dice[candidates], kind="stable")]
+    if len(ranking) <= count:
+        return ranking.tolist()
+    num_best = -(-count // 3)
+    num_worst = -(-(count - num_best) // 2)
+    ends = np.r_[np.arange(num_best), np.arange(len(ranking) - num_worst, len(ranking))]
+    middle = np.setdiff1d(np.arange(len(ranking)), ends)
+    middle = np.random.default_rng(seed).permutation(middle)[: count - len(ends)]
+    return ranking[np.sort(np.r_[ends, middle])].tolist()
 
 
-def _anatomy(record: Record, target: str) -> list[str]:
-    """List the anatomy of a record that a target consists of."""
+def _anatomy_names(record: Record, target: str) -> list[str]:
+    """Returns the anatomy of a record that a target consists of."""
     if target == LUNGS:
         return [name for name in record.anatomy if "lung" in name.lower()]
     return [target] if target in record.anatomy else []
 
 
-def _every_record_has(target: str, splits: Mapping[str, Sequence[Record]]) -> None:
-    """See that all records have a mask of an anatomy."""
-    if not any(_anatomy(record, target) for record in splits["train"]):
+def _check_anatomy(target: str, data: EvalData) -> None:
+    """Raises UserError unless every record has a mask of an anatomy."""
+    if not any(_anatomy_names(record, target) for record in data.train):
         raise UserError(
-            f"task segmentation needs masks of {target!r}, and no train record has one; give "
-            "some, or leave it out of segmentation.targets"
+            f"task segmentation needs masks of {target!r}, and no training record has one; add "
+            f"some, or drop {target!r} from segmentation.targets"
         )
     for split in SPLITS:
-        for n, record in enumerate(splits[split]):
-            if not _anatomy(record, target):
+        for n, record in enumerate(getattr(data, split)):
+            if not _anatomy_names(record, target):
                 raise UserError(
-                    f"record {n} of {split} (patient {record.patient_id!r}) has no mask of "
-                    f"{target!r}, which others have; leave out the record, or the target"
+                    f"record {n} of split {split} (patient {record.patient_id!r}) has no mask of "
+                    f"{target!r}, and others have; add the mask, or remove the record or the target"
                 )
 
 
-def _decoder(tower: Tower, images: np.ndarray, classes: int, options: Options) -> nn.Module:
-    """Choose the decoder that suits the tower's maps."""
+def _build_decoder(tower: Tower, images: np.ndarray, classes: int, options: Options) -> nn.Module:
+    """Builds the decoder of the options, or the one that suits the tower's maps."""
     stages = jax.eval_shape(lambda v, x: tower.apply(v, x, False, True)[0], tower.variables, images)
-    kind = options.decoder
-    if kind == "auto":
-        kind = "unet" if len({one.shape[1:3] for one in stages.maps}) > 1 else "setr"
+    decoder = options.decoder
+    if decoder == "auto":
+        decoder = "unet" if len({x.shape[1:3] for x in stages.maps}) > 1 else "setr"
     size = images.shape[1:3]
-    if kind == "setr":
+    if decoder == "setr":
         return setr.SETR(classes, size, tuple(options.setr_widths))
     return unet.UNet(classes, size, tuple(options.unet_widths))
 
 
-def _attached(tower: Tower, train: Split, options: Options, seed: int) -> HeadOnTower:
-    head = _decoder(tower, train.images[:2], train.masks.shape[-1], options)
+def _attach_decoder(tower: Tower, train: MaskSplit, options: Options, seed: int) -> HeadOnTower:
+    decoder = _build_decoder(tower, train.images[:2], train.masks.shape[-1], options)
 
-    def criterion(logits: Float[Array, "B Y X K"], rows: Mapping[str, Any]) -> Float[Array, ""]:
-        weights = {"focal": options.focal, "gamma": options.gamma, "smooth": options.smooth}
-        return mixed_loss(logits, rows["mask"], **weights)
+    def criterion(logits: Float[Array, "B Y X K"], examples: Mapping[str, Any]) -> Float[Array, ""]:
+        return mixed_loss(
+            logits,
+            examples["mask"],
+            focal_weight=options.focal_weight,
+            gamma=options.gamma,
+            smooth=options.smooth,
+        )
 
-    used = slice(-1, None) if isinstance(head, setr.SETR) else slice(None)
+    # SETR reads the last map only; caching the others would cost memory.
+    used = slice(-1, None) if isinstance(decoder, setr.SETR) else slice(None)
     return attach_head(
         tower,
-        head,
+        decoder,
         criterion,
         {"image": train.images[:2]},
+        select_features=lambda stages: last_of_each_size(stages.maps)[used],
         mode=options.mode,
         seed=seed,
-        select_features=lambda stages: unet.last_of_each_size(stages.maps)[used],
     )
 
 
-def _fitted(
-    probe: HeadOnTower,
-    data: Mapping[str, Split],
+def _fit_decoder(
+    attached: HeadOnTower,
+    splits: Mapping[str, MaskSplit],
     options: Options,
-    about: str,
-    folder: Path | None,
-    seed: int,
+    description: str,
+    context: TaskContext,
 ) -> FittedHead:
     train, val = (
-        probe.examples(data[split].images) | {"mask": data[split].masks}
+        attached.examples(splits[split].images) | {"mask": splits[split].masks}
         for split in ("train", "val")
     )
     return fit_head(
-        probe.loss,
-        probe.params,
-        probe.stats,
+        attached.loss,
+        attached.params,
+        attached.stats,
         train,
         val,
         optax.adamw(options.learning_rate, weight_decay=options.weight_decay),
         batch=options.batch,
         epochs=options.epochs,
         patience=options.patience,
-        seed=seed,
+        seed=context.seed,
         name="segmentation",
-        description=about,
-        folder=folder,
+        description=description,
+        folder=context.folder,
     )
 
 
-def _found(probe: HeadOnTower, fit: FittedHead, images: np.ndarray, threshold: float) -> np.ndarray:
-    """See in images [N Y X 1] the masks [N Y X K]."""
+def _predict_masks(
+    attached: HeadOnTower,
+    fitted: FittedHead,
+    images: UInt8[np.ndarray, "N Y X 1"],
+    threshold: float,
+) -> Bool[np.ndarray, "N Y X K"]:
     parts = []
-    for start in range(0, len(images), PART):
-        rows = probe.examples(images[start : start + PART])
-        parts.append(require_finite(probe.predict(fit.params, fit.stats, rows)) > logit(threshold))
+    for start in range(0, len(images), CHUNK_SIZE):
+        examples = attached.examples(images[start : start + CHUNK_SIZE])
+        logits = require_finite(attached.predict(fitted.params, fitted.stats, examples))
+        # Logits are compared with the threshold's: their sigmoid would only cost time.
+        parts.append(logits > logit(threshold))
     return np.concatenate(parts)
 
 
-def _scores(
-    found: Bool[np.ndarray, "N Y X"], truth: Bool[np.ndarray, "N Y X"]
+def _mask_scores(
+    predicted: Bool[np.ndarray, "N Y X"], truth: Bool[np.ndarray, "N Y X"]
 ) -> tuple[dict[str, float], Float[np.ndarray, " N"]]:
-    """Give the means over images, and the Dice of each."""
-    pair = [masks.reshape(len(masks), -1) for masks in (found, truth)]
-    each = {name: getattr(mask_metrics, name)(*pair) for name in ("dice", "iou", "dice_positive")}
-    return {name: mask_metrics.nan_mean(values) for name, values in each.items()}, each["dice"]
+    """Returns the means over images, and the Dice of each image."""
+    pair = [masks.reshape(len(masks), -1) for masks in (predicted, truth)]
+    dice = mask_metrics.dice(*pair)
+    values = {
+        "dice": dice,
+        "iou": mask_metrics.iou(*pair),
+        "dice_positive": mask_metrics.dice_positive(*pair),
+    }
+    return {name: mask_metrics.nan_mean(value) for name, value in values.items()}, dice
