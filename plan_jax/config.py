@@ -185,7 +185,7 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class EvalConfig(Section):
-    """What is evaluated, on which records."""
+    """The evaluated tasks, and the records they are evaluated on."""
 
     PREFIX: ClassVar[str] = "eval."
 
@@ -293,23 +293,6 @@ class Config(Section):
         return nested
 
 
-OPTION_MINIMA = {
-    "batch": 1,
-    "epochs": 1,
-    "patience": 1,
-    "bootstrap_samples": 2,
-    "weight_decay": 0,
-    "clip_norm": 0,
-    "max_train_records": 0,
-    "max_test_records": 0,
-    "num_examples": 0,
-    "bins": 1,
-    "candidates": 1,
-    "per_class": 1,
-    "beam": 1,
-    "max_length": 2,
-    "min_count": 1,
-}
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "heads": HeadsConfig,
@@ -581,10 +564,6 @@ def _nest_options(values: Any) -> Any:
         name: build(module.Options, values.get(name, {}), f"eval.{name}.")
         for name, module in TASKS.items()
     }
-    for task, values_of_task in options.items():
-        for name, low in OPTION_MINIMA.items():
-            value = getattr(values_of_task, name, low)
-            check_that(value >= low, f"eval.{task}.{name}", value, f"use at least {low}")
     return plain | {"options": options}
 
 

@@ -24,7 +24,7 @@ from plan_jax.types import Features, Method, Model, Stages, Tower, UserError
 
 
 class Components(NamedTuple):
-    """What a config describes, without any parameters."""
+    """The parts that a config describes, without any parameters."""
 
     encoder: DualEncoder
     method: Method

@@ -27,7 +27,7 @@ from plan_jax.types import Batch, Metrics
 
 
 class Run(NamedTuple):
-    """What does not change while a run trains."""
+    """The parts of a run that do not change while it trains."""
 
     config: Config
     components: Components

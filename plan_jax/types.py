@@ -50,7 +50,7 @@ class Batch:
 
     `extra` holds what a method names in its REQUIRES: `labels` Int8[B F] in {-1, 0, 1} (-1:
     unknown), `regions` Float[B R 4] (x0, y0, x1, y1 as fractions of the image, after augmentation;
-    zeros where a region is absent) and `region_words` Bool[B R W], the words of the sentences about
+    a box without area where a region is absent) and `region_words` Bool[B R W], the words of the sentences about
     each region.
     """
 
@@ -174,7 +174,7 @@ class Record:
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method needs to know to initialise its own parameters.
+    """Facts that a method needs to initialise its own parameters.
 
     `dim` is D, the width of the shared space; `width` is E, the width of an image's `raw` pixels;
     `tags` are the features of the names of the dataset's F findings, encoded by the text tower at
@@ -263,7 +263,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Result:
-    """What a task measured: flat metrics, and examples for the page."""
+    """The outcome of a task: flat metrics, and examples for the page."""
 
     metrics: dict[str, float]
     rows: Sequence[Any] = ()
@@ -292,7 +292,7 @@ class EvalData:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a task may know of the run: the seed, the folder for fitted heads, a report labeller.
+    """Facts about the run: the seed, the folder for fitted heads, and a report labeller.
 
     `label_report` maps a report to the findings it states (1) or denies (0).
     """

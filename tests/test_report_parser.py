@@ -224,7 +224,9 @@ def test_sections_that_are_not_about_the_image_are_skipped():
         "pneumothorax": 0,
     }
     sentences = split_sentences(RAW_REPORT)
-    assert all(sentences[statement.sentence_index] == statement.sentence for statement in statements)
+    assert all(
+        sentences[statement.sentence_index] == statement.sentence for statement in statements
+    )
     assert split_sections("No header at all.") == {"": "No header at all."}
     assert split_sections("Findings: Mass. CONCLUSION: Mass. OPINION: Scar.") == {
         "findings": "Mass.",
