@@ -50,8 +50,8 @@ class Batch:
 
     `extra` holds what a method names in its REQUIRES: `labels` Int8[B F] in {-1, 0, 1} (-1:
     unknown), `regions` Float[B R 4] (x0, y0, x1, y1 as fractions of the image, after augmentation;
-    a box without area where a region is absent) and `region_words` Bool[B R W], the words of the sentences about
-    each region.
+    a box without area where a region is absent) and `region_words` Bool[B R W], the words of the
+    sentences about each region.
     """
 
     image: UInt8[Array, "B Y X 1"]
