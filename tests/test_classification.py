@@ -97,9 +97,9 @@ def fits(monkeypatch):
     recorded, fit_head = [], classification.fit_head
 
     def recording_fit_head(loss, params, stats, train, *args, **options):
-        fitted = fit_head(loss, params, stats, train, *args, **options)
-        recorded.append((fitted, train, stats))
-        return fitted
+        fit_result = fit_head(loss, params, stats, train, *args, **options)
+        recorded.append((fit_result, train, stats))
+        return fit_result
 
     monkeypatch.setattr(classification, "fit_head", recording_fit_head)
     return recorded
@@ -110,17 +110,17 @@ def evaluate(splits, options=QUICK, model=None, **context):
     return run_task(classification, model or make_model(), splits, options, **context)
 
 
-def literal_logits(fitted, records, tower=None):
+def literal_logits(fit_result, records, tower=None):
     """Logits by a loop over images and features, in float64."""
-    tower, dense = tower or make_tower(), fitted.params["head"]["Dense_0"]
+    tower, dense = tower or make_tower(), fit_result.params["head"]["Dense_0"]
     kernel, bias = np.float64(dense["kernel"]), np.float64(dense["bias"])
-    variables = {"params": tower.variables["params"], "batch_stats": fitted.stats["tower"]}
-    if fitted.params["tower"]:
-        variables["params"] = fitted.params["tower"]
+    variables = {"params": tower.variables["params"], "batch_stats": fit_result.stats["tower"]}
+    if fit_result.params["tower"]:
+        variables["params"] = fit_result.params["tower"]
     stages, _ = tower.apply(variables, np.stack([r.image for r in records]))
     logits = []
     for features in np.float64(stages.pooled):
-        x = (features - fitted.stats["head"]["mean"]) / fitted.stats["head"]["std"]
+        x = (features - fit_result.stats["head"]["mean"]) / fit_result.stats["head"]["std"]
         logits.append([sum(x[e] * kernel[e, f] for e in range(6)) + bias[f] for f in range(3)])
     return np.array(logits)
 
@@ -142,15 +142,17 @@ def binary_cross_entropy(logits, labels):
 def test_multilabel_learns_and_its_metrics_are_those_of_literal_loops(fits):
     splits = make_splits(unknown=0.2)
     values, curves = evaluate(splits)
-    fitted, train, _ = fits[-1]
+    fit_result, train, _ = fits[-1]
     labels = {split: stack_labels(records) for split, records in splits.items()}
-    logits = {split: literal_logits(fitted, splits[split]) for split in ("val", "test")}
+    logits = {split: literal_logits(fit_result, splits[split]) for split in ("val", "test")}
     val_loss = binary_cross_entropy(logits["val"], labels["val"])
-    assert -fitted.score == pytest.approx(val_loss, rel=1e-4)
-    assert "features" in train and not fitted.params["tower"]
-    assert not fitted.stats["tower"]["mean"].any()
-    assert (fitted.stats["head"]["std"] == 1).all() and not fitted.stats["head"]["mean"].any()
-    assert fitted.score == max(epoch["score"] for epoch in fitted.history)
+    assert -fit_result.score == pytest.approx(val_loss, rel=1e-4)
+    assert "features" in train and not fit_result.params["tower"]
+    assert not fit_result.stats["tower"]["mean"].any()
+    assert (fit_result.stats["head"]["std"] == 1).all() and not fit_result.stats["head"][
+        "mean"
+    ].any()
+    assert fit_result.score == max(epoch["score"] for epoch in fit_result.history)
     assert values["100/auroc_macro"] > 0.9 > 0.5 == values["chance/100/auroc_macro"]
     expected = {name: [] for name in ("auroc", "auprc", "f1", "accuracy", "chance_f1", "frequent")}
     for i, name in enumerate(("pleural_effusion", "mass", "edema")):
@@ -199,14 +201,14 @@ def test_multiclass_learns_and_scores_the_likeliest_class(fits):
     splits = single_class_splits(make_splits())
     options = dataclasses.replace(QUICK, kind="multiclass", fractions=(1.0,))
     values, curves = evaluate(splits, options)
-    fitted = fits[0][0]
-    logits = {split: literal_logits(fitted, splits[split]) for split in ("val", "test")}
+    fit_result = fits[0][0]
+    logits = {split: literal_logits(fit_result, splits[split]) for split in ("val", "test")}
     truth = {split: stack_labels(splits[split]).argmax(1) for split in splits}
     losses = [
         math.log(sum(math.exp(x) for x in z)) - z[y]
         for z, y in zip(logits["val"], truth["val"], strict=True)
     ]
-    assert -fitted.score == pytest.approx(np.mean(losses), rel=1e-4)
+    assert -fit_result.score == pytest.approx(np.mean(losses), rel=1e-4)
     predicted, y = logits["test"].argmax(1), truth["test"]
     assert values["100/accuracy"] == pytest.approx(np.mean(predicted == y))
     assert values["100/f1_macro"] == pytest.approx(sk.f1_score(y, predicted, average="macro"))
@@ -223,14 +225,14 @@ def test_finetuning_fits_the_tower_and_its_norm(fits):
     splits = make_splits((48, 16, 20))
     options = dataclasses.replace(QUICK, epochs=3, fractions=(1.0,), learning_rate=0.02)
     evaluate(splits, dataclasses.replace(options, mode="finetune"))
-    fitted, train, _ = fits[0]
+    fit_result, train, _ = fits[0]
     assert "image" in train and len(train["image"]) == 48
     initial = make_tower().variables["params"]["kernel"]
-    assert np.abs(fitted.params["tower"]["kernel"] - initial).max()
-    assert np.abs(fitted.stats["tower"]["mean"]).max() > 0
-    logits = literal_logits(fitted, splits["val"])
+    assert np.abs(fit_result.params["tower"]["kernel"] - initial).max()
+    assert np.abs(fit_result.stats["tower"]["mean"]).max() > 0
+    logits = literal_logits(fit_result, splits["val"])
     val_loss = binary_cross_entropy(logits, stack_labels(splits["val"]))
-    assert -fitted.score == pytest.approx(val_loss, rel=1e-4)
+    assert -fit_result.score == pytest.approx(val_loss, rel=1e-4)
 
 
 def test_standardised_features_do_not_depend_on_their_scale(fits):
@@ -239,10 +241,10 @@ def test_standardised_features_do_not_depend_on_their_scale(fits):
     values, _ = evaluate(splits, options)
     scaled_values, _ = evaluate(splits, options, make_model(make_tower(1000.0)))
     assert values == pytest.approx(scaled_values, abs=1e-4)
-    fitted, train, stats = fits[0]
+    fit_result, train, stats = fits[0]
     np.testing.assert_allclose(stats["head"]["mean"], train["features"].mean(0), atol=1e-6)
     np.testing.assert_allclose(stats["head"]["std"], train["features"].std(0), rtol=1e-5)
-    np.testing.assert_array_equal(fitted.stats["head"]["std"], stats["head"]["std"])
+    np.testing.assert_array_equal(fit_result.stats["head"]["std"], stats["head"]["std"])
 
 
 def test_findings_with_one_class_are_skipped_and_counted():
@@ -367,7 +369,7 @@ def test_data_that_cannot_be_classified_are_refused_before_any_fit(
         ({"fractions": (0.1, 2.0)}, r"fractions is \(0.1, 2.0\); use numbers above 0, at most 1"),
         ({"fractions": ()}, r"fractions is \(\); use numbers"),
         ({"batch": 0}, "classification.batch is 0; use at least 1"),
-        ({"bootstrap_samples": 0}, "classification.bootstrap_samples is 0; use at least 1"),
+        ({"bootstrap_samples": 1}, "classification.bootstrap_samples is 1; use at least 2"),
         ({"learning_rate": -1.0}, "classification.learning_rate is -1.0; use at least 0"),
         ({"weight_decay": math.nan}, "classification.weight_decay is nan; use at least 0"),
         ({"mode": "frozen"}, "classification.mode is 'frozen'; use one of linear, finetune"),

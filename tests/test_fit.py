@@ -83,18 +83,20 @@ def test_patience_stops_a_fit_and_the_best_epoch_is_returned():
         scored_params.append(params)
         return next(scores)
 
-    fitted = fit_scalar_head(attach_scalar_head(), epochs=20, patience=3, score=score)
-    assert len(fitted.history) == 5 and fitted.score == 3.0
-    assert fitted.params is scored_params[1]
+    fit_result = fit_scalar_head(attach_scalar_head(), epochs=20, patience=3, score=score)
+    assert len(fit_result.history) == 5 and fit_result.score == 3.0
+    assert fit_result.params is scored_params[1]
 
 
 def test_the_validation_loss_is_the_mean_over_all_examples():
     attached = attach_scalar_head()
     images, labels = labelled_images(30, 2)
-    fitted = fit_scalar_head(attached, epochs=1)
+    fit_result = fit_scalar_head(attached, epochs=1)
     examples = attached.examples(images) | {"label": labels}
-    value, _ = attached.loss(fitted.params, fitted.stats, examples, jax.random.key(0), False)
-    assert fitted.score == pytest.approx(-float(value), rel=1e-5)
+    value, _ = attached.loss(
+        fit_result.params, fit_result.stats, examples, jax.random.key(0), False
+    )
+    assert fit_result.score == pytest.approx(-float(value), rel=1e-5)
 
 
 def test_no_examples_and_a_loss_that_is_not_finite_are_mistakes():

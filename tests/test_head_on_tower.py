@@ -12,14 +12,14 @@ from plan_jax.types import UserError
 
 def test_a_head_on_frozen_features_learns_and_leaves_the_tower_alone():
     attached = attach_scalar_head()
-    fitted = fit_scalar_head(attached)
+    fit_result = fit_scalar_head(attached)
     images, labels = labelled_images(50, 9)
-    logits = attached.predict(fitted.params, fitted.stats, attached.examples(images))
+    logits = attached.predict(fit_result.params, fit_result.stats, attached.examples(images))
     assert ((logits > 0) == (labels > 0)).mean() > 0.9
-    assert fitted.history[-1]["loss"] < 0.8 * fitted.history[0]["loss"]
-    assert fitted.score == max(epoch["score"] for epoch in fitted.history)
-    assert not jax.tree.leaves(fitted.params["tower"])
-    chex.assert_trees_all_equal(fitted.stats["tower"], attached.stats["tower"])
+    assert fit_result.history[-1]["loss"] < 0.8 * fit_result.history[0]["loss"]
+    assert fit_result.score == max(epoch["score"] for epoch in fit_result.history)
+    assert not jax.tree.leaves(fit_result.params["tower"])
+    chex.assert_trees_all_equal(fit_result.stats["tower"], attached.stats["tower"])
 
 
 def test_cached_features_are_the_computed_ones():
@@ -30,16 +30,16 @@ def test_cached_features_are_the_computed_ones():
     features = computed.features(computed.params, computed.stats, {"image": images})
     np.testing.assert_allclose(examples["features"], features, rtol=1e-6)
     fits = fit_scalar_head(cached), fit_scalar_head(computed)
-    losses = [[epoch["loss"] for epoch in fitted.history] for fitted in fits]
+    losses = [[epoch["loss"] for epoch in fit_result.history] for fit_result in fits]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_finetuning_changes_the_tower_and_its_statistics():
     attached = attach_scalar_head("finetune")
-    fitted = fit_scalar_head(attached, epochs=3)
+    fit_result = fit_scalar_head(attached, epochs=3)
     for final, initial in (
-        (fitted.params["tower"], attached.params["tower"]),
-        (fitted.stats["tower"], attached.stats["tower"]),
+        (fit_result.params["tower"], attached.params["tower"]),
+        (fit_result.stats["tower"], attached.stats["tower"]),
     ):
         unchanged = jax.tree.leaves(jax.tree.map(np.array_equal, final, initial))
         assert not any(unchanged)
@@ -47,9 +47,9 @@ def test_finetuning_changes_the_tower_and_its_statistics():
 
 def test_frozen_train_norm_changes_statistics_only():
     attached = attach_scalar_head("frozen_train_norm")
-    fitted = fit_scalar_head(attached, epochs=2)
-    assert not jax.tree.leaves(fitted.params["tower"])
-    unchanged = jax.tree.map(np.array_equal, fitted.stats["tower"], attached.stats["tower"])
+    fit_result = fit_scalar_head(attached, epochs=2)
+    assert not jax.tree.leaves(fit_result.params["tower"])
+    unchanged = jax.tree.map(np.array_equal, fit_result.stats["tower"], attached.stats["tower"])
     assert not any(jax.tree.leaves(unchanged))
 
 

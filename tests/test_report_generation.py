@@ -142,11 +142,11 @@ def test_a_tower_is_finetuned_and_the_epoch_selected_by_bleu(monkeypatch):
     splits = make_splits((30, 6, 9))
     splits["train"][3:7] = [dataclasses.replace(r, text=" \n.") for r in splits["train"][3:7]]
     values, _ = run(splits, options)
-    fitted, (_, _, _, train, *_) = fits[0]
+    fit_result, (_, _, _, train, *_) = fits[0]
     assert train["tokens"].shape == (20, 15) and "image" in train
-    assert len(fitted.history) == 2
-    assert all(0 <= epoch["score"] <= 1 for epoch in fitted.history)
-    change = np.abs(fitted.params["tower"]["scale"] - 1)
+    assert len(fit_result.history) == 2
+    assert all(0 <= epoch["score"] <= 1 for epoch in fit_result.history)
+    change = np.abs(fit_result.params["tower"]["scale"] - 1)
     assert 1e-4 < change.max() < 4e-3  # as far as two steps of visual_learning_rate reach
     assert values["n_train"] == 20 and values["n_test"] == 5 and values["reports_empty"] == 4
     assert values["retrieval/ce/f1_micro"] == 1  # by the tower before the fit

@@ -161,8 +161,8 @@ def test_a_candidate_without_a_report_is_retrieved_but_is_no_query():
     [
         ({"classes": ("normal", "oedema")}, "class oedema is not in the data; use .*normal"),
         ({"classes": ("Pleural Effusion",)}, "no record has exactly one of Pleural Effusion"),
-        ({"per_class": 0}, r"per_class and retrieval.cuts must be >= 1; got 0"),
-        ({"cuts": (1, 0)}, r"per_class and retrieval.cuts must be >= 1; got 200 and \(1, 0\)"),
+        ({"per_class": 0}, "retrieval.per_class is 0; use at least 1"),
+        ({"cuts": (1, 0)}, r"retrieval.cuts is \(1, 0\); use numbers of at least 1"),
     ],
 )
 def test_mistakes_name_the_option_and_the_remedy(changes, message):

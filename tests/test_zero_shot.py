@@ -299,7 +299,7 @@ def test_prompts_that_do_not_fit_the_data_are_refused(prompts, message):
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"scoring": "maximum"}, "scoring is 'maximum'; use contrast, max, pair"),
+        ({"scoring": "maximum"}, "scoring is 'maximum'; use one of contrast, max, pair"),
         ({"scoring": "max", "records": make_class_records([0])}, "compares images and got 1"),
         (
             {"kind": "multiclass", "records": [make_numbered_record(0, [1, 1, 0])]},

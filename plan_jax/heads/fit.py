@@ -24,7 +24,7 @@ from plan_jax.types import UserError
 HISTORY = ("losses", "scores")  # lists of a fit's state: one number for each epoch
 
 
-class FittedHead(NamedTuple):
+class FitResult(NamedTuple):
     """The parameters and statistics of the best epoch on validation, and the course of the fit.
 
     `score` is that of the best epoch; `history` has `epoch`, `loss` and `score` of each epoch.
@@ -52,7 +52,7 @@ def fit_head(
     name: str = "head",
     description: str = "",
     folder: Path | None = None,
-) -> FittedHead:
+) -> FitResult:
     """Fits a head (or a whole model) to examples, and returns the best epoch on validation.
 
     An epoch visits the examples in an order drawn from (seed, epoch), in batches; the last
@@ -127,7 +127,7 @@ def fit_head(
             bar.update()
     values = zip(state["losses"], state["scores"], strict=True)
     history = [{"epoch": n + 1, "loss": a, "score": b} for n, (a, b) in enumerate(values)]
-    return FittedHead(state["best_params"], state["best_stats"], state["best_score"], history)
+    return FitResult(state["best_params"], state["best_stats"], state["best_score"], history)
 
 
 def take_examples(examples: PyTree, indices: Int[np.ndarray, " N"]) -> PyTree:

@@ -36,7 +36,7 @@ import optax
 from jaxtyping import Bool, Float, Int, PyTree
 from scipy.special import expit, log_softmax
 
-from plan_jax.heads.fit import FittedHead, fit_head, take_examples
+from plan_jax.heads.fit import FitResult, fit_head, take_examples
 from plan_jax.heads.head_on_tower import HeadOnTower, attach_head, map_chunks, require_tower
 from plan_jax.heads.linear import LOSSES, Linear, feature_statistics
 from plan_jax.metrics import classification as classification_metrics
@@ -161,8 +161,9 @@ class Options:
 
     def __post_init__(self) -> None:
         non_negative = ("learning_rate", "weight_decay", "warmup_steps", "decay_steps", "clip_norm")
-        positive = ("batch", "epochs", "patience", "bins", "bootstrap_samples")
+        positive = ("batch", "epochs", "patience", "bins")
         minima = dict.fromkeys(non_negative, 0) | dict.fromkeys(positive, 1)
+        minima["bootstrap_samples"] = 2
         check_options("classification", self, minima)
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise UserError(
@@ -234,9 +235,11 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         indices = draw_share(len(labels["train"].mask), fraction, context.seed)
         train = take_examples(examples["train"], indices)
         name = f"classification_{share}"
-        fitted = _fit_share(attached, train, examples["val"], options, context, name, description)
+        fit_result = _fit_share(
+            attached, train, examples["val"], options, context, name, description
+        )
         val, test = (
-            Predictions(_score(attached, fitted, examples[split], options.kind), *labels[split])
+            Predictions(_score(attached, fit_result, examples[split], options.kind), *labels[split])
             for split in ("val", "test")
         )
         share_labels = Labels(*take_examples(labels["train"], indices))
@@ -349,7 +352,7 @@ def _fit_share(
     context: TaskContext,
     name: str,
     description: str,
-) -> FittedHead:
+) -> FitResult:
     """Fits the head to the examples of a share."""
     stats, count = attached.stats, len(train["labels"])
     if options.standardise:
@@ -360,7 +363,7 @@ def _fit_share(
     steps = options.epochs * (count // min(options.batch, count))
     loss = LOSSES[options.kind]
     # These options do not change the fit, so changing them must not repeat it.
-    description += repr(replace(options, fractions=(1.0,), bootstrap_samples=1, bins=1))
+    description += repr(replace(options, fractions=(1.0,), bootstrap_samples=2, bins=1))
     return fit_head(
         attached.loss,
         attached.params,
@@ -381,13 +384,13 @@ def _fit_share(
 
 
 def _score(
-    attached: HeadOnTower, fitted: FittedHead, examples: dict, kind: str
+    attached: HeadOnTower, fit_result: FitResult, examples: dict, kind: str
 ) -> Float[np.ndarray, "N F"]:
     """Returns logits (multilabel) or log-probabilities (multiclass).
 
     Probabilities would saturate at 1, and distinct logits become ties.
     """
-    logits = np.asarray(attached.predict(fitted.params, fitted.stats, examples), np.float64)
+    logits = np.asarray(attached.predict(fit_result.params, fit_result.stats, examples), np.float64)
     return log_softmax(logits, axis=1) if kind == "multiclass" else logits
 
 

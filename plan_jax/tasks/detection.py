@@ -157,8 +157,9 @@ class Options:
             "max_train_records",
             "num_examples",
         )
-        positive = ("batch", "epochs", "patience", "num_candidates", "bootstrap_samples")
+        positive = ("batch", "epochs", "patience", "num_candidates")
         minima = dict.fromkeys(non_negative, 0) | dict.fromkeys(positive, 1)
+        minima["bootstrap_samples"] = 2
         check_options("detection", self, minima)
         if len(self.widths) != 3:
             raise UserError(
@@ -213,7 +214,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         for split in ("train", "val")
     )
     detect_boxes = _detector(attached, images["test"].shape[1:3], options)
-    fitted = fit_head(
+    fit_result = fit_head(
         attached.loss,
         attached.params,
         attached.stats,
@@ -229,13 +230,13 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         description=f"{tower.name} {options} {tuple(data.findings)}",
         folder=context.folder,
     )
-    detected = detect_boxes(fitted.params, fitted.stats, attached.examples(images["test"]))
+    detected = detect_boxes(fit_result.params, fit_result.stats, attached.examples(images["test"]))
     baseline = [typical_boxes(truth["train"], options.nms_iou)] * len(detected)
     metrics = _box_scores(detected, truth["test"], options, seed) | {
         "prior/map_strict": box_metrics.map_strict(baseline, truth["test"]),
         "n_train": float(len(records["train"])),
         "n_test": float(len(records["test"])),
-        "epochs": float(len(fitted.history)),
+        "epochs": float(len(fit_result.history)),
         "boxes_dropped": float(num_dropped),
     }
     if options.classes == "each":

@@ -55,6 +55,7 @@ from plan_jax.types import (
     Result,
     TaskContext,
     UserError,
+    check_options,
 )
 
 TITLE = "Phrase grounding"
@@ -167,6 +168,7 @@ class Options:
     num_examples: int = 4
 
     def __post_init__(self) -> None:
+        check_options("grounding", self, {"bootstrap_samples": 2, "num_examples": 0})
         if not (0 < self.crop <= 1 and 0 <= self.smooth < np.inf):
             raise UserError(
                 f"grounding.crop must be above 0 and at most 1, and grounding.smooth at least 0; "

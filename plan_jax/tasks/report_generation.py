@@ -35,7 +35,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
-from plan_jax.heads.fit import FittedHead, fit_head
+from plan_jax.heads.fit import FitResult, fit_head
 from plan_jax.heads.head_on_tower import HeadOnTower, Mode, attach_head, map_chunks, require_tower
 from plan_jax.heads.report_decoder import ReportDecoder, generate, token_loss
 from plan_jax.heads.vocabulary import (
@@ -297,8 +297,8 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         score = _bleu4_score(
             generate_ids, examples["val"], splits["val"].texts, vocabulary, options
         )
-    fitted = _fit_decoder(attached, examples, tokens, score, options, description, context)
-    ids = generate_ids(fitted.params, fitted.stats, examples["test"])
+    fit_result = _fit_decoder(attached, examples, tokens, score, options, description, context)
+    ids = generate_ids(fit_result.params, fit_result.stats, examples["test"])
     generated = [vocabulary.decode(row) for row in ids]
     nearest = nearest_rows(
         _pooled_features(attached, examples["test"]), _pooled_features(attached, examples["train"])
@@ -320,7 +320,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         "n_test": len(test_texts),
         "vocabulary": len(vocabulary.words),
         "reports_empty": sum(split.num_empty for split in splits.values()),
-        "epochs": len(fitted.history),
+        "epochs": len(fit_result.history),
         "words": float(np.mean([len(text.split()) for text in generated])),
         "distinct": len(set(generated)) / len(generated),
     }
@@ -480,7 +480,7 @@ def _fit_decoder(
     options: Options,
     description: str,
     context: TaskContext,
-) -> FittedHead:
+) -> FitResult:
     train, val = (examples[split] | {"tokens": tokens[split]} for split in ("train", "val"))
     count = len(train["tokens"])
     return fit_head(

@@ -42,6 +42,7 @@ from plan_jax.types import (
     RetrievalExample,
     TaskContext,
     UserError,
+    check_options,
 )
 
 TITLE = "Image-text retrieval"
@@ -100,7 +101,7 @@ class Options:
       num_examples: number of images on the page, drawn with the seed.
 
     Raises:
-      UserError: if a number is below 1.
+      UserError: if a number is out of its range.
     """
 
     classes: tuple[str, ...] = ()
@@ -110,11 +111,10 @@ class Options:
     num_examples: int = 4
 
     def __post_init__(self) -> None:
-        if self.per_class < 1 or any(cutoff < 1 for cutoff in self.cuts):
-            raise UserError(
-                f"retrieval.per_class and retrieval.cuts must be >= 1; got {self.per_class} and "
-                f"{self.cuts}"
-            )
+        minima = {"per_class": 1, "bootstrap_samples": 2, "num_examples": 0}
+        check_options("retrieval", self, minima)
+        if any(cutoff < 1 for cutoff in self.cuts):
+            raise UserError(f"retrieval.cuts is {self.cuts}; use numbers of at least 1")
 
 
 def requirements(options: Options) -> tuple[str, ...]:

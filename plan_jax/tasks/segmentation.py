@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from scipy.special import logit
 
 from plan_jax.heads import setr, unet
-from plan_jax.heads.fit import FittedHead, fit_head, take_examples
+from plan_jax.heads.fit import FitResult, fit_head, take_examples
 from plan_jax.heads.head_on_tower import (
     HeadOnTower,
     Mode,
@@ -153,8 +153,9 @@ class Options:
             "max_train_records",
             "num_examples",
         )
-        positive = ("batch", "epochs", "patience", "bootstrap_samples")
+        positive = ("batch", "epochs", "patience")
         minima = dict.fromkeys(non_negative, 0) | dict.fromkeys(positive, 1)
+        minima["bootstrap_samples"] = 2
         check_options("segmentation", self, minima)
         if not 0 < self.threshold < 1:
             raise UserError(
@@ -231,8 +232,8 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         )
     attached = _attach_decoder(tower, train, options, seed)
     description = f"{tower.name} {options} {tuple(data.findings)}"
-    fitted = _fit_decoder(attached, splits, options, description, context)
-    predicted = _predict_masks(attached, fitted, test.images, options.threshold)
+    fit_result = _fit_decoder(attached, splits, options, description, context)
+    predicted = _predict_masks(attached, fit_result, test.images, options.threshold)
     truth = test.masks > 0.5
     mean_mask = np.broadcast_to(train.masks.mean(0, dtype=np.float32) > 0.5, truth.shape)
     metrics: dict[str, float] = {}
@@ -248,7 +249,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         for i in select_examples(dice, true_masks.any((1, 2)), options.num_examples, seed):
             pair = true_masks[i], predicted[i, ..., k]
             examples.append(MaskExample(target, test.images[i], *pair, float(dice[i])))
-    counts = {"n_train": len(train.images), "n_test": len(truth), "epochs": len(fitted.history)}
+    counts = {"n_train": len(train.images), "n_test": len(truth), "epochs": len(fit_result.history)}
     return Result(metrics | {key: float(count) for key, count in counts.items()}, examples)
 
 
@@ -415,7 +416,7 @@ def _fit_decoder(
     options: Options,
     description: str,
     context: TaskContext,
-) -> FittedHead:
+) -> FitResult:
     train, val = (
         attached.examples(splits[split].images) | {"mask": splits[split].masks}
         for split in ("train", "val")
@@ -439,14 +440,14 @@ def _fit_decoder(
 
 def _predict_masks(
     attached: HeadOnTower,
-    fitted: FittedHead,
+    fit_result: FitResult,
     images: UInt8[np.ndarray, "N Y X 1"],
     threshold: float,
 ) -> Bool[np.ndarray, "N Y X K"]:
     parts = []
     for start in range(0, len(images), CHUNK_SIZE):
         examples = attached.examples(images[start : start + CHUNK_SIZE])
-        logits = require_finite(attached.predict(fitted.params, fitted.stats, examples))
+        logits = require_finite(attached.predict(fit_result.params, fit_result.stats, examples))
         # Logits are compared with the threshold's: their sigmoid would only cost time.
         parts.append(logits > logit(threshold))
     return np.concatenate(parts)

@@ -41,7 +41,7 @@ Deviation: a constant column of scores is 0 after standardisation (GLoRIA's code
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import numpy as np
@@ -59,6 +59,7 @@ from plan_jax.types import (
     Result,
     TaskContext,
     UserError,
+    check_options,
 )
 
 TITLE = "Zero-shot classification"
@@ -138,7 +139,7 @@ class Options:
       bootstrap_samples: number of resamples of an interval.
 
     Raises:
-      UserError: if a choice is unknown.
+      UserError: if a choice is unknown or a number out of its range.
     """
 
     scoring: Scoring = "contrast"
@@ -148,10 +149,7 @@ class Options:
     bootstrap_samples: int = 1000
 
     def __post_init__(self) -> None:
-        choices = {"scoring": Scoring, "kind": Kind, "ensemble": Ensemble}
-        for name, choice in choices.items():
-            if (value := getattr(self, name)) not in get_args(choice):
-                raise UserError(f"zero_shot.{name} is {value!r}; use {', '.join(get_args(choice))}")
+        check_options("zero_shot", self, {"bootstrap_samples": 2})
 
 
 def requirements(options: Options) -> tuple[str, ...]:
