@@ -73,7 +73,7 @@ Kind = Literal["multilabel", "multiclass"]
 Ensemble = Literal["scores", "embeddings"]
 
 _AUROC = "How often an image with the finding scores above one without it, by prompts alone."
-_MACRO = {
+_MEANS = {
     "auroc_macro": (
         "AUROC",
         f"{_AUROC} Mean over findings; 0.5 is chance.",
@@ -100,30 +100,35 @@ _MACRO = {
         {"most frequent answer": "majority/accuracy_macro"},
     ),
 }
+
+
+def _describe(key: str, similarity: str = "") -> dict[str, Metric]:
+    """Returns the catalogue entry of a mean, for the primary or for another similarity."""
+    label, meaning, nulls = _MEANS[key]
+    prefix, suffix = (f"{similarity}/", f", {similarity} similarity") if similarity else ("", "")
+    is_headline = not similarity and key in ("auroc_macro", "f1_macro")
+    metric = Metric(f"{label}{suffix}", meaning, baselines=nulls, headline=is_headline)
+    return {f"{prefix}{key}": metric}
+
+
 METRICS = {
-    **{
-        key: Metric(label, meaning, baselines=nulls, headline=key in ("auroc_macro", "f1_macro"))
-        for key, (label, meaning, nulls) in _MACRO.items()
-    },
+    **_describe("auroc_macro"),
+    **_describe("auprc_macro"),
+    **_describe("accuracy"),
+    **_describe("f1_macro"),
+    **_describe("accuracy_macro"),
+    # By name, since `{similarity}/accuracy` would match the keys of `{finding}/accuracy`.
+    **_describe("accuracy", "global"),
+    **_describe("accuracy", "local"),
+    **_describe("accuracy", "both"),
+    **_describe("auroc_macro", "{similarity}"),
+    **_describe("auprc_macro", "{similarity}"),
+    **_describe("f1_macro", "{similarity}"),
+    **_describe("accuracy_macro", "{similarity}"),
     "{finding}/auroc": Metric("AUROC, {finding}", _AUROC),
     "{finding}/auprc": Metric("AUPRC, {finding}", "Average precision."),
     "{finding}/f1": Metric("F1, {finding}", "Harmonic mean of precision and recall."),
     "{finding}/accuracy": Metric("accuracy, {finding}", "Share of correct answers."),
-    **{
-        f"{{similarity}}/{key}": Metric(
-            f"{label}, {{similarity}} similarity", meaning, baselines=nulls
-        )
-        for key, (label, meaning, nulls) in _MACRO.items()
-        if key != "accuracy"
-    },
-    # By name, since `{finding}/accuracy` would match `{similarity}/accuracy`.
-    **{
-        f"{similarity}/accuracy": Metric(
-            f"accuracy, {similarity} similarity", meaning, baselines=nulls
-        )
-        for similarity in ("global", "local", "both")
-        for _, meaning, nulls in (_MACRO["accuracy"],)
-    },
 }
 
 
