@@ -68,6 +68,7 @@ def open_eval_data(config: Config, split: str) -> DatasetEvalData:
 def check_requirements(task: str, data: EvalData, options: Any) -> None:
     """Raises UserError if no evaluated record has a field of `Record` that a task needs."""
     for field in TASKS[task].requirements(options):
+        # One record is enough: a field may be empty where nothing is known or present.
         if not any(len(getattr(record, field)) for record in data.test):
             raise UserError(
                 f"task {task} needs {_DESCRIPTIONS[field]}, and no evaluated record of dataset "
@@ -99,6 +100,7 @@ def evaluate_model(model: Model, config: Config, split: str, folder: Path | None
         result = task.evaluate(model, data, options, context)
         values = dict(result.metrics)
         if task.FITS_HEAD and config.eval.random_baseline:
+            # The same options and seed, so that only the weights of the tower differ.
             baseline = task.evaluate(_with_random_tower(model, config), data, options, context)
             values |= {f"random/{key}": value for key, value in baseline.metrics.items()}
         values["seconds"] = time.monotonic() - start

@@ -110,6 +110,7 @@ class DatasetEvalData(EvalData):
             raise UserError(
                 f"eval.split is {self.split}, and heads are fitted to train; use val or test"
             )
+        # Patients are divided after the limit, so that the limit bounds what is read.
         train = self._records("train", self.max_fit_records or None)
         if self.validation is not None:
             return train, self.validation
@@ -142,6 +143,7 @@ def split_by_patient(
     Raises:
       UserError: if there are too few patients for two sides.
     """
+    # Sorted, since the order of a set differs between processes.
     names = sorted({record.patient_id for record in records})
     order = np.random.default_rng(seed).permutation(names)
     selected = set(order[: max(1, round(share * len(names)))].tolist())

@@ -69,6 +69,7 @@ def lookup(catalogue: Catalogue, key: str) -> tuple[str, tuple[str, ...], Metric
     """
     task, _, rest = key.partition("/")
     metrics = catalogue.get(task, {})
+    # Sorting is stable: first the exact keys, then the patterns in their order.
     for pattern in sorted(metrics, key=lambda name: "{" in name):
         names = re.findall(r"{(\w+)}", pattern)
         match = re.fullmatch(re.sub(r"{\w+}", r"([^/]+)", pattern), rest)
@@ -76,6 +77,7 @@ def lookup(catalogue: Catalogue, key: str) -> tuple[str, tuple[str, ...], Metric
             values = dict(zip(names, match.groups(), strict=True))
             metric = metrics[pattern]
             baselines = {k: v.format(**values) for k, v in metric.baselines.items()}
+            # Slugs have underscores instead of spaces; a label is for people, a key is not.
             label = metric.label.format(**{k: v.replace("_", " ") for k, v in values.items()})
             return pattern, match.groups(), replace(metric, label=label, baselines=baselines)
     return None

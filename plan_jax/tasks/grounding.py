@@ -97,7 +97,7 @@ _NULL_LABELS = {
 }
 
 
-def _describe(
+def _describe_scores(
     prefix: str,
     suffix: str,
     nulls: str = "",
@@ -128,16 +128,16 @@ def _describe(
 _ROUND_KEYS = (*PRIMARY_KEYS, "miou_z")
 # `micro` and `round{t}` come before `{finding}`, which would match them as well.
 METRICS = {
-    **_describe("", "", "NULL/", headlines=_ROUND_KEYS),
-    **_describe("bare/", ", bare phrases", "bare/NULL/", headlines=PRIMARY_KEYS),
-    **_describe("micro/", ", mean over phrases", keys=PRIMARY_KEYS),
-    **_describe("bare/micro/", ", mean over bare phrases", keys=PRIMARY_KEYS),
+    **_describe_scores("", "", "NULL/", headlines=_ROUND_KEYS),
+    **_describe_scores("bare/", ", bare phrases", "bare/NULL/", headlines=PRIMARY_KEYS),
+    **_describe_scores("micro/", ", mean over phrases", keys=PRIMARY_KEYS),
+    **_describe_scores("bare/micro/", ", mean over bare phrases", keys=PRIMARY_KEYS),
     "n": Metric("phrases", "Number of scored phrases.", digits=0),
     "skipped": Metric("skipped phrases", "Phrases without a usable truth.", digits=0),
-    **_describe("round{t}/", ", round {t}", keys=_ROUND_KEYS),
-    **_describe("bare/round{t}/", ", bare phrases, round {t}", keys=_ROUND_KEYS),
-    **_describe("{finding}/", ", {finding}", "NULL/{finding}/", keys=PRIMARY_KEYS),
-    **_describe(
+    **_describe_scores("round{t}/", ", round {t}", keys=_ROUND_KEYS),
+    **_describe_scores("bare/round{t}/", ", bare phrases, round {t}", keys=_ROUND_KEYS),
+    **_describe_scores("{finding}/", ", {finding}", "NULL/{finding}/", keys=PRIMARY_KEYS),
+    **_describe_scores(
         "bare/{finding}/", ", bare phrases, {finding}", "bare/NULL/{finding}/", keys=PRIMARY_KEYS
     ),
 }
@@ -145,7 +145,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What the model sees, and how its maps are processed; the defaults change nothing.
+    """The crop of the images and the smoothing of the maps; the defaults change nothing.
 
     BioViL's protocol for MS-CXR (arXiv 2204.09817, and its code) is `crop` 448 / 512 and `smooth`
     1.5.
@@ -292,6 +292,7 @@ def illustrate(
     """
     options = options or Options()
     count = options.num_examples
+    # NaN sorts last, so the phrases of a model that diverged are shown as the worst.
     order = np.argsort([-phrase.cnr for phrase in phrases], kind="stable").tolist()
     best = _spread_over_findings(order, phrases, count)
     worst = _spread_over_findings([i for i in order[::-1] if i not in best], phrases, count)

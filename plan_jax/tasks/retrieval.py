@@ -54,7 +54,7 @@ EXAMPLE_TEXTS = 5  # ranked reports of an example on the page
 DIRECTIONS = ("i2t", "t2i")
 
 
-def _describe(direction: str, route: str) -> dict[str, Metric]:
+def _describe_direction(direction: str, route: str) -> dict[str, Metric]:
     """Returns the catalogue entries of one direction, for the primary and for other kinds."""
     metrics = {}
     for prefix, suffix in (("", ""), ("{similarity}/", ", {similarity} similarity")):
@@ -82,8 +82,8 @@ def _describe(direction: str, route: str) -> dict[str, Metric]:
 
 
 METRICS = {
-    **_describe("i2t", "image to report"),
-    **_describe("t2i", "report to image"),
+    **_describe_direction("i2t", "image to report"),
+    **_describe_direction("t2i", "report to image"),
     "n": Metric("studies", "Number of candidates.", digits=0),
     "duplicates": Metric("duplicates", "Studies that share their words with another.", digits=0),
 }
@@ -141,6 +141,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     check(data, options)
     records, seed = data.test, context.seed
     texts = [record.text for record in records]
+    # Case and white space do not make two reports different.
     normalised = [" ".join(text.lower().split()) for text in texts]
     _, label, count = np.unique(normalised, return_inverse=True, return_counts=True)
     hits = label[:, None] == label[None]

@@ -102,7 +102,7 @@ _MEANS = {
 }
 
 
-def _describe(key: str, similarity: str = "") -> dict[str, Metric]:
+def _describe_mean(key: str, similarity: str = "") -> dict[str, Metric]:
     """Returns the catalogue entry of a mean, for the primary or for another similarity."""
     label, meaning, nulls = _MEANS[key]
     prefix, suffix = (f"{similarity}/", f", {similarity} similarity") if similarity else ("", "")
@@ -112,19 +112,19 @@ def _describe(key: str, similarity: str = "") -> dict[str, Metric]:
 
 
 METRICS = {
-    **_describe("auroc_macro"),
-    **_describe("auprc_macro"),
-    **_describe("accuracy"),
-    **_describe("f1_macro"),
-    **_describe("accuracy_macro"),
+    **_describe_mean("auroc_macro"),
+    **_describe_mean("auprc_macro"),
+    **_describe_mean("accuracy"),
+    **_describe_mean("f1_macro"),
+    **_describe_mean("accuracy_macro"),
     # By name, since `{similarity}/accuracy` would match the keys of `{finding}/accuracy`.
-    **_describe("accuracy", "global"),
-    **_describe("accuracy", "local"),
-    **_describe("accuracy", "both"),
-    **_describe("auroc_macro", "{similarity}"),
-    **_describe("auprc_macro", "{similarity}"),
-    **_describe("f1_macro", "{similarity}"),
-    **_describe("accuracy_macro", "{similarity}"),
+    **_describe_mean("accuracy", "global"),
+    **_describe_mean("accuracy", "local"),
+    **_describe_mean("accuracy", "both"),
+    **_describe_mean("auroc_macro", "{similarity}"),
+    **_describe_mean("auprc_macro", "{similarity}"),
+    **_describe_mean("f1_macro", "{similarity}"),
+    **_describe_mean("accuracy_macro", "{similarity}"),
     "{finding}/auroc": Metric("AUROC, {finding}", _AUROC),
     "{finding}/auprc": Metric("AUPRC, {finding}", "Average precision."),
     "{finding}/f1": Metric("F1, {finding}", "Harmonic mean of precision and recall."),
@@ -178,6 +178,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
       UserError: see `check`; or the options do not fit the model or the records.
     """
     names, prompts = _select_prompts(data.prompts, data.findings, options)
+    # Findings without prompts are ignored, also as classes of `multiclass`.
     columns = [data.findings.index(name) for name in names]
     records = list(data.test)
     labels = np.stack([record.labels for record in records])[:, columns]
@@ -281,7 +282,7 @@ def _score_findings(
                 f"similarity, and {model.name} has {', '.join(tables)}; use contrast and scores"
             )
         tables = {PRIMARY_KIND: tables[PRIMARY_KIND]}
-    ends = np.cumsum(counts)
+    ends = np.cumsum(counts)  # of the columns of each side
     scores_of_kind = {}
     for kind, table in tables.items():
         parts = np.split(np.asarray(table, np.float64), ends[:-1], axis=1)
@@ -443,6 +444,7 @@ def _by_finding(
 ) -> list[float | None]:
     """Returns a measure of each finding over the images with a known label; None for one class."""
     values: list[float | None] = []
+    # Column by column, since each finding is unknown in other images.
     for score, label in zip(scores.T, labels.T, strict=True):
         known = label >= 0
         positive = label[known] == 1
