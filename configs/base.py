@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.vision.pool = "mean_max"  # maximum pooling keeps small findings visible
     config.text = ConfigDict()
     config.text.name = "bert_small"
-    config.text.blocked = True  # attention within sentences, whose order is random
+    config.text.block_diagonal = True  # attention within sentences, whose order is random
     config.text.pool = "attention"
     config.heads = ConfigDict()  # kinds: linear, norm, mlp; shared uses the global head
     config.heads.image_global = "norm"

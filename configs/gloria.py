@@ -24,7 +24,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     else:
         config.text.name = "bert_base"
         config.text.pool = "mean"
-        config.text.last = 4
+        config.text.sum_last_layers = 4
         for head in config.heads:
             config.heads[head] = "linear"
         config.embed_dim = 768

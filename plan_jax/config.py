@@ -519,12 +519,12 @@ def tower_class(name: Any) -> tuple[type, Mapping[str, Any], tuple[str, ...]]:
     Raises:
       KeyError: there is no such encoder.
     """
-    internal = ("dtype", "axis", "hold", "parent", "name")
+    internal = ("dtype", "axis", "frozen_layers", "parent", "name")
     if name in RESNETS:
         return ResNet, RESNETS[name], internal
     if name in VITS:
         return ViT, VITS[name], internal
-    return Bert, BERTS[name], (*internal, "vocab")
+    return Bert, BERTS[name], (*internal, "vocab_size")
 
 
 def _builder_kinds(dataset: str) -> dict[str, dataclasses.Field]:

@@ -44,19 +44,19 @@ def build_components(config: Config, axis: str | None = None) -> Components:
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     vision, text = (
-        {**getattr(config, side), "hold": num_frozen_layers(side, config)}
+        {**getattr(config, side), "frozen_layers": num_frozen_layers(side, config)}
         for side in ("vision", "text")
     )
     encoder = DualEncoder(
         vision=vision,
         text=text,
         heads=dataclasses.asdict(config.heads),
-        vocab=tokenizer.vocab_size,
-        dim=config.embed_dim,
-        hidden=config.head_hidden_dim,
-        standard=config.normalisation,
+        vocab_size=tokenizer.vocab_size,
+        embed_dim=config.embed_dim,
+        head_hidden_dim=config.head_hidden_dim,
+        normalisation=config.normalisation,
         channels=config.channels,
-        fine=config.fine_map,
+        fine_map=config.fine_map,
         axis=axis,
         dtype=jnp.dtype(config.dtype),
     )
@@ -160,7 +160,7 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
 def make_tower(encoder: DualEncoder, variables: Mapping[str, Any]) -> Tower:
     """Returns the image tower of encoders, with its part of their variables."""
     # Downstream heads may fine-tune all of it, whatever pre-training froze.
-    full = encoder.clone(axis=None, vision={**encoder.vision, "hold": 0})
+    full = encoder.clone(axis=None, vision={**encoder.vision, "frozen_layers": 0})
     native_vision = {name: x for name, x in full.vision.items() if name != "resize"}
     native_encoder = full.clone(vision=native_vision)
     tower_variables = {
@@ -173,10 +173,10 @@ def make_tower(encoder: DualEncoder, variables: Mapping[str, Any]) -> Tower:
     ) -> tuple[Stages, PyTree]:
         module, images = native_encoder if native else full, jnp.asarray(images)
         if not train:
-            stages: Any = module.apply(variables, images, method="stages")
+            stages: Any = module.apply(variables, images, method="extract_stages")
             return stages, variables["batch_stats"]
         stages, updated = module.apply(
-            variables, images, True, method="stages", mutable=["batch_stats"]
+            variables, images, True, method="extract_stages", mutable=["batch_stats"]
         )
         return stages, updated.get("batch_stats", variables["batch_stats"])
 
@@ -193,7 +193,7 @@ def random_tower(components: Components, size: int, seed: int) -> Tower:
     """
     encoder = components.encoder.clone(axis=None)
     images = jnp.zeros((2, size, size, 1), jnp.uint8)
-    initialise = jax.jit(lambda key: encoder.init(key, images, method="stages"))
+    initialise = jax.jit(lambda key: encoder.init(key, images, method="extract_stages"))
     variables = initialise(jax.random.key(seed))
     return make_tower(encoder, {"batch_stats": {}, **variables})
 

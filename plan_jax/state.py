@@ -71,7 +71,7 @@ def init_state(
     encode_names = functools.partial(_encode_names, components, variables)
     encode_tags = getattr(method, "encode_tags", None)
     context = MethodContext(
-        dim=encoder.dim,
+        dim=encoder.embed_dim,
         width=images.raw.shape[-1],
         tags=encode_tags(encode_names, findings) if encode_tags else None,
         ema_decay=config.ema_decay,

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from plan_jax.encoders.bert import make_text_tower
-from plan_jax.encoders.vision import make_image_tower
+from plan_jax.encoders.dual_encoder import make_image_tower, make_text_tower
 
 TORCH_LEAVES = {
     "kernel": "weight",
@@ -15,11 +14,12 @@ TORCH_LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+QKV = ("query", "key", "value")
 BERT_MODULES = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "out": "attention.output.dense",
+    "attention/query": "attention.self.query",
+    "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value",
+    "attention/out": "attention.output.dense",
     "norm1": "attention.output.LayerNorm",
     "fc1": "intermediate.dense",
     "fc2": "output.dense",
@@ -32,7 +32,7 @@ def tower_template(kind, size=32, channels=3, **options):
     image = jnp.zeros((1, size, size, channels))
     if kind == "bert":
         tokens = jnp.zeros((1, 4), jnp.int32)
-        options = {"depth": 2, "positions": 16, "vocab": 30} | options
+        options = {"depth": 2, "positions": 16, "vocab_size": 30} | options
         tower, inputs = make_text_tower("bert_tiny", dtype=jnp.float32, **options), (tokens,) * 3
     else:
         options |= {"bottleneck": True} if kind == "bottleneck" else {}
@@ -51,7 +51,7 @@ def fill_randomly(template, seed=0):
 
 def publish(kind, trees, prefix=""):
     """Returns the original's state dict, written independently of the tables under test."""
-    state_dict = {}
+    state_dict, qkv_parts = {}, {}
     for name, value in traverse_util.flatten_dict(trees, sep="/").items():
         _, *path, leaf = name.split("/")
         index = path[0].removeprefix("layer") if path else ""
@@ -71,19 +71,27 @@ def publish(kind, trees, prefix=""):
         elif kind == "vit":
             top = {"token": "cls_token", "position": "pos_embed"}
             top |= {"embed_bias": "patch_embed.proj.bias"}
-            modules = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+            modules = {"attention/out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+            # timm has one projection to queries, keys and values, in this order.
+            modules |= dict.fromkeys([f"attention/{part}" for part in QKV], "attn.qkv")
             if not path:
                 key = top[leaf]
             elif len(path) == 1:
                 key = {"embed": "patch_embed.proj"}.get(path[0], path[0]) + f".{leaf}"
             else:
-                key = f"blocks.{index}.{modules.get(path[1], path[1])}.{leaf}"
+                module = "/".join(path[1:])
+                key = f"blocks.{index}.{modules.get(module, module)}.{leaf}"
+                if path[-1] in QKV:
+                    qkv_parts.setdefault(key, {})[path[-1]] = value
+                    value = np.concatenate([qkv_parts[key].get(part, value[:0]) for part in QKV])
         elif not path or path[0] == "token":
             table = {"position": "position", "type": "token_type"}.get(leaf, "word")
             key = f"embeddings.{table}_embeddings.weight"
         else:
             module = "embeddings.LayerNorm" if path[0] == "norm" else ""
-            key = (module or f"encoder.layer.{index}.{BERT_MODULES[path[1]]}") + f".{leaf}"
+            key = (
+                module or f"encoder.layer.{index}.{BERT_MODULES['/'.join(path[1:])]}"
+            ) + f".{leaf}"
         state_dict[prefix + key] = np.ascontiguousarray(value)
     return state_dict
 

@@ -141,13 +141,18 @@ def test_the_decoder_is_pre_norm_attention_layer_by_layer():
     assert "project" not in params, "equal widths need no projection"
     p = jax.tree.map(np.asarray, params)
 
-    def norm(x, name):
+    layer = p["layer0"]
+
+    def norm(x, affine):
         scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-        return scaled * p[name]["scale"] + p[name]["bias"]
+        return scaled * affine["scale"] + affine["bias"]
+
+    def dense(x, affine):
+        return x @ affine["kernel"] + affine["bias"]
 
     def attend(x, y, name):
         q, k, v = (
-            np.einsum("ne,ehd->nhd", z, p[name][part]["kernel"]) + p[name][part]["bias"]
+            dense(z, layer[name][part]).reshape(len(z), HYPER.heads, -1)
             for z, part in ((x, "query"), (y, "key"), (y, "value"))
         )
         out = np.zeros_like(q)
@@ -155,15 +160,15 @@ def test_the_decoder_is_pre_norm_attention_layer_by_layer():
             for n in range(len(q)):
                 share = softmax(k[:, head] @ q[n, head] / np.sqrt(q.shape[-1]))
                 out[n, head] = share @ v[:, head]
-        return np.einsum("nhd,hde->ne", out, p[name]["out"]["kernel"]) + p[name]["out"]["bias"]
+        return dense(out.reshape(len(out), -1), layer[name]["out"])
 
     x = np.asarray(tags)
-    y = norm(x, "norm0_1")
-    x = x + attend(y, y, "self0")
-    x = x + attend(norm(x, "norm0_2"), np.asarray(pixels), "cross0")
-    y = norm(x, "norm0_3") @ p["fc0_1"]["kernel"] + p["fc0_1"]["bias"]
-    x = x + np.maximum(y, 0) @ p["fc0_2"]["kernel"] + p["fc0_2"]["bias"]
-    want = norm(x, "norm") @ p["logit"]["kernel"] + p["logit"]["bias"]
+    y = norm(x, layer["norm1"])
+    x = x + attend(y, y, "attention")
+    x = x + attend(norm(x, layer["norm_cross"]), np.asarray(pixels), "cross")
+    y = dense(norm(x, layer["norm2"]), layer["fc1"])
+    x = x + dense(np.maximum(y, 0), layer["fc2"])
+    want = dense(norm(x, p["norm"]), p["logit"])
     got = asg.decoder(HYPER).apply({"params": params}, tags, pixels, False)
     np.testing.assert_allclose(got, want[:, 0], rtol=1e-3, atol=1e-4)
 

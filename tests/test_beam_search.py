@@ -11,7 +11,7 @@ import pytest
 
 from plan_jax.heads import report_decoder
 from plan_jax.heads.beam_search import beam_search, greedy_search, repeats_ngram
-from plan_jax.heads.report_decoder import ReportDecoder, attend, generate, places, token_loss
+from plan_jax.heads.report_decoder import ReportDecoder, generate, places, token_loss
 
 END = 0
 
@@ -288,25 +288,6 @@ def test_positions_are_row_major_sinusoids():
     for p, (y, x) in enumerate(itertools.product(range(2), range(3))):
         expected = [f(z * r) for z in (y, x) for r in (1, 0.01) for f in (math.sin, math.cos)]
         np.testing.assert_allclose(table[p], expected)
-
-
-@pytest.mark.parametrize("size", [5, 40])
-def test_attention_is_that_of_jax_whichever_way_it_runs(size):
-    random = np.random.default_rng(7)
-    q, k, v = (jnp.asarray(random.normal(size=(2, size, 3, 4)), jnp.float32) for _ in range(3))
-    mask = jnp.tril(jnp.ones((size, size), bool))
-    assert (size * size >= report_decoder.LARGE) == (size == 40)
-
-    def total(function, q, k, v):
-        return jnp.sin(function(q, k, v)).sum()
-
-    ours, theirs = (
-        jax.jit(jax.value_and_grad(partial(total, f), (0, 1, 2)))(q, k, v)
-        for f in (lambda *a: attend(*a, mask), partial(jax.nn.dot_product_attention, mask=mask))
-    )
-    assert ours[0] == pytest.approx(float(theirs[0]), abs=1e-4)
-    for one, other in zip(ours[1], theirs[1], strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_the_loss_is_the_mean_over_real_tokens():

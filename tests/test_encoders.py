@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from plan_jax.encoders import bert as bert_module
-from plan_jax.encoders import resnet, vision
-from plan_jax.encoders.dual_encoder import DualEncoder, Head
+from plan_jax.encoders import dual_encoder
+from plan_jax.encoders.dual_encoder import DualEncoder, ProjectionHead
+from plan_jax.layers.batch_norm import BatchNorm
 from plan_jax.types import TextBatch
 
 KEY = jax.random.key(0)
@@ -17,14 +18,14 @@ HEADS = {"image_global": "norm", "image_local": "mlp", "text_global": "norm", "t
 def dual(**changes):
     settings = {
         "vision": {"name": "resnet_tiny", "position": True, "pool": "mean_max"},
-        "text": {"name": "bert_tiny", "blocked": True, "pool": "attention"},
+        "text": {"name": "bert_tiny", "block_diagonal": True, "pool": "attention"},
         "heads": HEADS,
-        "vocab": 30,
-        "dim": 8,
-        "hidden": 16,
-        "standard": "image",
+        "vocab_size": 30,
+        "embed_dim": 8,
+        "head_hidden_dim": 16,
+        "normalisation": "image",
         "channels": 1,
-        "fine": True,
+        "fine_map": True,
     }
     return DualEncoder(**settings | changes)
 
@@ -47,7 +48,7 @@ def images(pairs=3, size=32):
     [("resnet_tiny", (4, 4), (8, 8), 16), ("vit_tiny", (4, 4), None, 16)],
 )
 def test_towers_give_a_map_and_a_vector(name, grid, fine, width):
-    tower = vision.make_image_tower(name, None, jnp.float32)
+    tower = dual_encoder.make_image_tower(name, None, jnp.float32)
     x = jnp.zeros((2, 32, 32, 1))
     seen, _ = tower.init_with_output(KEY, x)
     assert seen.pooled.shape == (2, width) and seen.local.shape == (2, *grid, width)
@@ -62,16 +63,16 @@ def test_paper_sizes_have_the_published_numbers_of_parameters():
         return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
     x = jnp.zeros((1, 224, 224, 3))
-    assert count(vision.make_image_tower("resnet50", None, jnp.float32), x) == 23_508_032
-    assert count(vision.make_image_tower("vit_b16", None, jnp.float32), x) == 85_798_656
-    bert = bert_module.make_text_tower("bert_base", 30522, jnp.float32)
+    assert count(dual_encoder.make_image_tower("resnet50", None, jnp.float32), x) == 23_508_032
+    assert count(dual_encoder.make_image_tower("vit_b16", None, jnp.float32), x) == 85_798_656
+    bert = dual_encoder.make_text_tower("bert_base", 30522, jnp.float32)
     tokens, index, _, sentence = words(1)
     assert count(bert, tokens, index, sentence) == 108_891_648
 
 
 def test_a_word_knows_nothing_of_other_sentences():
-    tower = bert_module.make_text_tower(
-        "bert_tiny", 30, jnp.float32, blocked=True, pool="attention"
+    tower = dual_encoder.make_text_tower(
+        "bert_tiny", 30, jnp.float32, block_diagonal=True, pool="attention"
     )
     tokens, index, _, sentence = words()
     variables = tower.init(KEY, tokens, index, sentence)
@@ -79,7 +80,7 @@ def test_a_word_knows_nothing_of_other_sentences():
     read = [tower.apply(variables, t, index, sentence).words for t in (tokens, other)]
     np.testing.assert_allclose(read[0][:, :3], read[1][:, :3], atol=1e-6)
     assert np.abs(read[0][:, 3:5] - read[1][:, 3:5]).max() > 1e-3
-    free = bert_module.make_text_tower("bert_tiny", 30, jnp.float32)
+    free = dual_encoder.make_text_tower("bert_tiny", 30, jnp.float32)
     read = [
         free.apply(free.init(KEY, tokens, index, sentence), t, index, sentence).words
         for t in (tokens, other)
@@ -89,7 +90,7 @@ def test_a_word_knows_nothing_of_other_sentences():
 
 @pytest.mark.parametrize("pool", ["cls", "attention"])
 def test_padding_changes_nothing_that_is_read(pool):
-    tower = bert_module.make_text_tower("bert_tiny", 30, jnp.float32, pool=pool)
+    tower = dual_encoder.make_text_tower("bert_tiny", 30, jnp.float32, pool=pool)
     tokens, index, _, sentence = words()
     variables = tower.init(KEY, tokens, index, sentence)
     long = jnp.pad(tokens, ((0, 0), (0, 4))), jnp.pad(index, ((0, 0), (0, 4)), constant_values=-1)
@@ -102,7 +103,7 @@ def test_padding_changes_nothing_that_is_read(pool):
 def test_pieces_are_summed_into_words():
     pieces = jax.random.normal(KEY, (2, 5, 3))
     index = jnp.array([[-1, 0, 1, 1, -1], [0, 0, 0, 1, 2]])
-    got = bert_module.pieces_to_words(pieces, index, 3)
+    got = bert_module.sum_pieces(pieces, index, 3)
     for b in range(2):
         for w in range(3):
             want = sum((pieces[b, n] for n in range(5) if index[b, n] == w), jnp.zeros(3))
@@ -110,7 +111,7 @@ def test_pieces_are_summed_into_words():
 
 
 def test_masked_words_do_not_enter_batch_statistics():
-    head = Head("mlp", 8, 4, None, jnp.float32)
+    head = ProjectionHead("mlp", 8, 4, None, jnp.float32)
     x, mask = jax.random.normal(KEY, (3, 5, 6)), jnp.arange(5) < jnp.array([[5], [2], [3]])
     variables = head.init(KEY, x, True, mask)
     stats = [
@@ -123,7 +124,7 @@ def test_masked_words_do_not_enter_batch_statistics():
 
 def test_batch_statistics_are_those_of_the_literal_formula():
     x, mask = jax.random.normal(KEY, (4, 5, 2)), jax.random.bernoulli(KEY, 0.6, (4, 5))
-    norm = resnet.Norm(None)
+    norm = BatchNorm(None)
     y, stats = norm.apply(norm.init(KEY, x, True), x, True, mask, mutable=["batch_stats"])
     kept = np.asarray(x)[np.asarray(mask)]
     want = (x - kept.mean(0)) / np.sqrt(kept.var(0) + 1e-5)
@@ -154,7 +155,7 @@ def test_a_shared_head_maps_pixels_like_the_whole():
         "text_global": "linear",
         "text_local": "shared",
     }
-    model = dual(heads=heads, vision={"name": "resnet_tiny"}, fine=False)
+    model = dual(heads=heads, vision={"name": "resnet_tiny"}, fine_map=False)
     seen, _ = model.init_with_output(KEY, images(), method="encode_image")
     np.testing.assert_allclose(seen.local.mean(1), seen.pooled, atol=1e-5)
 

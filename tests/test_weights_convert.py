@@ -13,7 +13,7 @@ from flax import traverse_util
 from published import assert_identical, fill_randomly, publish, tower_template
 from safetensors.numpy import load_file, save_file
 
-from plan_jax.encoders.dual_encoder import Head
+from plan_jax.encoders.dual_encoder import ProjectionHead
 from plan_jax.types import UserError
 from plan_jax.weights import find_source, load_head, load_tower, read_arrays
 from plan_jax.weights.convert import resize_bicubic
@@ -279,7 +279,10 @@ def test_vocabulary_and_positions_of_bert(save):
     assert "positions 9 to 15 of 16 are dropped" in notes[0]
     for template, expected in (
         (tower_template("bert", positions=17), "have 16 positions and the text tower 17"),
-        (tower_template("bert", vocab=31), "a vocabulary of 30 pieces and the tokenizer has 31"),
+        (
+            tower_template("bert", vocab_size=31),
+            "a vocabulary of 30 pieces and the tokenizer has 31",
+        ),
     ):
         message = error_of(
             lambda template=template: load_tower("text", source, template, log=pytest.fail)
@@ -380,7 +383,7 @@ def test_heads_of_mgca(save):
     y = np.maximum(y * state["1.weight"] + state["1.bias"], 0)
     y = y @ state["3.weight"][..., 0].T + state["3.bias"]
     y = (y - state["4.running_mean"]) / np.sqrt(state["4.running_var"] + 1e-5)
-    head = Head("mlp", 6, 4, None, jnp.float32)
+    head = ProjectionHead("mlp", 6, 4, None, jnp.float32)
     x = jnp.asarray(x)
     template = head.init(jax.random.key(0), x, False)
     source = save(
@@ -418,7 +421,7 @@ def test_convert_weights(tmp_path, save, capsys, request, monkeypatch):
     out.parent.mkdir()
     code, text, _ = run_tool(capsys, *arguments, "bert_tiny")
     assert code == 0 and "21 arrays" in text
-    assert "params/layer0/query/kernel" in load_file(out)
+    assert "params/layer0/attention/query/kernel" in load_file(out)
     assert_identical(load_tower("text", str(out), template, log=pytest.fail), trees)
     before = out.read_bytes()
     for name, change in (("bert_small", "depth=1"), ("nope", "depth=1"), ("bert_tiny", "depth=2")):

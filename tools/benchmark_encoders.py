@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from plan_jax.encoders.bert import make_text_tower
-from plan_jax.encoders.vision import make_image_tower
+from plan_jax.encoders.dual_encoder import make_image_tower, make_text_tower
 
 VOCAB = 30522
 LENGTH = 112  # pieces of a text

@@ -23,8 +23,8 @@ from flax import traverse_util  # noqa: E402
 from jaxtyping import PyTree  # noqa: E402
 from safetensors import numpy as safetensors  # noqa: E402
 
-from plan_jax.encoders.bert import BERTS, make_text_tower  # noqa: E402
-from plan_jax.encoders.vision import make_image_tower  # noqa: E402
+from plan_jax.encoders.bert import BERTS  # noqa: E402
+from plan_jax.encoders.dual_encoder import make_image_tower, make_text_tower  # noqa: E402
 from plan_jax.logger import write_atomically  # noqa: E402
 from plan_jax.types import UserError  # noqa: E402
 from plan_jax.weights import load_tower, read_arrays  # noqa: E402

@@ -1,1 +1,35 @@
-"""Encoders: image towers, a text tower, and the two together."""
+"""Encoders: image towers, the text tower, and both with their projection heads."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Float
+
+
+class ImageOutput(NamedTuple):
+    """Output of an image tower for B images, before any projection.
+
+    `pooled` are vectors of whole images and `local` the pixels of the feature map. `fine` is the
+    map one stage earlier, with more pixels and a smaller receptive field, or None. `attention` is
+    that of a ViT's class token to the patches in the last layer, averaged over heads, or None.
+    `stages` are all maps from the stem on, finest first (of a ViT only its patches), for the heads
+    of downstream tasks.
+    """
+
+    pooled: Float[Array, "B E"]
+    local: Float[Array, "B Y X C"]
+    fine: Float[Array, "B V U C"] | None = None
+    attention: Float[Array, "B P"] | None = None
+    stages: tuple[Float[Array, "B _ _ _"], ...] = ()
+
+
+class TextOutput(NamedTuple):
+    """Output of the text tower for B texts, before any projection.
+
+    `pooled` are vectors of whole texts and `words` those of their words. `attention` is how much
+    the whole attends to each word: the attention of [CLS] in the last layer, averaged over heads
+    and summed over the pieces of a word; with attention pooling, the pooling weight of the word.
+    """
+
+    pooled: Float[Array, "B E"]
+    words: Float[Array, "B W E"]
+    attention: Float[Array, "B W"]

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from plan_jax.encoders.outputs import ImageOutput
-from plan_jax.layers.cpu.convolution import conv2d, max_pool
-from plan_jax.layers.cpu.normalisation import EPSILON, batch_norm
+from plan_jax.encoders import ImageOutput
+from plan_jax.layers.batch_norm import BatchNorm
+from plan_jax.layers.cpu.convolution import conv2d
 from plan_jax.layers.resize import resize_align_corners
 
 RESNETS = {
@@ -63,62 +63,18 @@ class Conv(nn.Module):
     features: int
     size: int
     stride: int = 1
-    pad: int = 0
+    padding: int = 0
     dilation: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B V U E"]:
-        """Apply it."""
-        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        """Returns the convolved maps."""
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torchvision's
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return conv2d(x, kernel, self.stride, self.pad, self.dilation)
-
-
-class Norm(nn.Module):
-    """BatchNorm as torch has it (momentum 0.1, eps 1e-5, unbiased running variance).
-
-    Statistics are sums over all devices of `axis` divided by one count, so that they are the same
-    on any number of devices also where a mask leaves them different shares.
-    """
-
-    axis: str | None
-    affine: bool = True
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "*B C"],
-        train: bool,
-        mask: Bool[Array, "*B"] | None = None,
-        relu: bool = False,
-        added: Float[Array, "*B C"] | None = None,
-    ) -> Float[Array, "*B C"]:
-        """Normalise over all but the last axis; positions where mask is False do not count.
-
-        `added` is added to the result, and `relu` takes the positive part of that.
-        """
-        width = x.shape[-1]
-        mean_kept = self.variable("batch_stats", "mean", jnp.zeros, width)
-        var_kept = self.variable("batch_stats", "var", jnp.ones, width)
-        scale, bias = jnp.ones(width), jnp.zeros(width)
-        if self.affine:
-            scale = self.param("scale", nn.initializers.ones, (width,))
-            bias = self.param("bias", nn.initializers.zeros, (width,))
-        if train:
-            axis = None if self.is_initializing() else self.axis
-            y, (mean, var, count) = batch_norm(x, scale, bias, mask, axis, relu, added)
-            if not self.is_initializing():
-                unbiased = var * count / jnp.maximum(count - 1, 1.0)
-                mean_kept.value = 0.9 * mean_kept.value + 0.1 * mean
-                var_kept.value = 0.9 * var_kept.value + 0.1 * unbiased
-            return y
-        y = (x.astype(jnp.float32) - mean_kept.value) * lax.rsqrt(var_kept.value + EPSILON)
-        y = y * scale + bias
-        y = y if added is None else y + added.astype(jnp.float32)
-        return (nn.relu(y) if relu else y).astype(x.dtype)
+        return conv2d(x, kernel, self.stride, self.padding, self.dilation)
 
 
 class Block(nn.Module):
@@ -133,23 +89,24 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B Y X C"], train: bool) -> Float[Array, "B V U E"]:
-        """Apply it."""
-        out = self.width * (4 if self.bottleneck else 1)
+        """Returns the maps after the block."""
+        out_width = self.width * (4 if self.bottleneck else 1)
         sizes = (1, 3, 1) if self.bottleneck else (3, 3)
-        widths = (self.width, self.width, out) if self.bottleneck else (self.width, out)
-        strided = 1 if self.bottleneck else 0
+        widths = (self.width, self.width, out_width) if self.bottleneck else (self.width, out_width)
+        strided = 1 if self.bottleneck else 0  # the first 3x3 convolution
         y = x
         for n, (size, width) in enumerate(zip(sizes, widths, strict=True)):
             stride = self.stride if n == strided else 1
             dilation = self.dilation if size == 3 else 1
-            pad = dilation * (size // 2)
-            y = Conv(width, size, stride, pad, dilation, self.dtype, name=f"conv{n + 1}")(y)
-            if n < len(sizes) - 1:
-                y = Norm(self.axis, name=f"norm{n + 1}")(y, train, relu=True)
+            padding = dilation * (size // 2)
+            y = Conv(width, size, stride, padding, dilation, self.dtype, name=f"conv{n + 1}")(y)
+            y = BatchNorm(self.axis, name=f"norm{n + 1}")(y, train)
+            if n < len(sizes) - 1:  # the last ReLU comes after the sum
+                y = nn.relu(y)
         if x.shape != y.shape:
-            x = Conv(out, 1, self.stride, dtype=self.dtype, name="conv_skip")(x)
-            x = Norm(self.axis, name="norm_skip")(x, train)
-        return Norm(self.axis, name=f"norm{len(sizes)}")(y, train, relu=True, added=x)
+            x = Conv(out_width, 1, self.stride, dtype=self.dtype, name="conv_skip")(x)
+            x = BatchNorm(self.axis, name="norm_skip")(x, train)
+        return nn.relu(y + x)
 
 
 class ResNet(nn.Module):
@@ -158,10 +115,10 @@ class ResNet(nn.Module):
     `resize` first scales the image to so many pixels (MGCA and GLoRIA: 299, which makes the third
     stage's map 19 x 19). The last `dilated` stages have dilations instead of strides, as
     torchvision's `replace_stride_with_dilation` (an option of BioViL). `position` adds a learned
-    map to the local stage's input-independent place code, and `pool` may join the mean with the
-    maximum: both help small towers trained from scratch. `remat` computes what is inside a block
-    again in the backward pass instead of keeping it. The stem and the first `hold` stages, if it is
-    more than 0, are frozen: no gradient, BatchNorm as in evaluation.
+    map of positions to the local stage, and the pooling `mean_max` joins the mean with the maximum:
+    both help small towers trained from scratch. `remat` recomputes the activations inside a block
+    in the backward pass instead of storing them. The stem and the first `frozen_layers` stages, if
+    it is more than 0, are frozen: no gradient, BatchNorm as in evaluation.
     """
 
     widths: tuple[int, ...]
@@ -175,20 +132,22 @@ class ResNet(nn.Module):
     position: bool = False
     pool: Literal["mean", "mean_max"] = "mean"
     remat: bool = False
-    hold: int = 0
+    frozen_layers: int = 0
     axis: str | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B Y X C"], train: bool = False) -> ImageOutput:
-        """See B images."""
-        x = resize_align_corners(x, (self.resize, self.resize)) if self.resize else x
-        stem, x = self._stem(x, train and not self.hold)
+    def __call__(self, image: Float[Array, "B Y X C"], train: bool = False) -> ImageOutput:
+        """Encodes B images; `train` switches BatchNorm to batch statistics."""
+        x = resize_align_corners(image, (self.resize, self.resize)) if self.resize else image
+        stem, x = self._stem(x, train and not self.frozen_layers)
+        # Whichever stage is the first, `fine` before it is the stem's map.
         local = fine = x
-        stages = [lax.stop_gradient(stem) if self.hold else stem]
+        stages = [lax.stop_gradient(stem) if self.frozen_layers else stem]
         for stage in range(len(self.widths)):
-            x = self._stage(stage, x, train and stage >= self.hold)
-            x = x if stage >= self.hold else lax.stop_gradient(x)
+            is_trained = stage >= self.frozen_layers
+            x = self._stage(stage, x, train and is_trained)
+            x = x if is_trained else lax.stop_gradient(x)
             stages.append(x)
             local = x if stage == self.local_stage else local
             fine = x if stage == self.local_stage - 1 else fine
@@ -198,21 +157,25 @@ class ResNet(nn.Module):
         return ImageOutput(pooled, local, fine, stages=tuple(stages))
 
     def is_frozen(self, name: str) -> bool:
-        """Say whether the parameters called `name` in this tower are frozen by `hold`."""
+        """Returns whether `frozen_layers` freezes this tower's parameters called `name`."""
         if name == "position":
-            return self.local_stage < self.hold
-        layer = name.startswith("layer")
-        return int(name[5:].partition("_")[0]) <= self.hold if layer else self.hold > 0
+            return self.local_stage < self.frozen_layers
+        if name.startswith("layer"):  # layer{stage}_{block}, stages from 1 as torchvision counts
+            return int(name.removeprefix("layer").partition("_")[0]) <= self.frozen_layers
+        return self.frozen_layers > 0
 
-    def _stage(self, stage: int, x: Float[Array, "B Y X C"], train: bool) -> Array:
-        """Apply the blocks of a stage: [B Y X C] to [B V U E]."""
+    def _stage(
+        self, stage: int, x: Float[Array, "B Y X C"], train: bool
+    ) -> Float[Array, "B V U E"]:
+        """Applies the blocks of a stage."""
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        undilated = len(self.widths) - self.dilated
+        first_dilated = len(self.widths) - self.dilated
         for n in range(self.depths[stage]):
             stride = 2 if stage > 0 and n == 0 else 1
             dilation = 1
-            if stage >= undilated:  # the first block still sees the map of the stage before
-                dilation = 2 ** (stage - undilated + (n > 0))
+            if stage >= first_dilated:
+                # As torchvision: the first block keeps the dilation of the stage before.
+                dilation = 2 ** (stage - first_dilated + (n > 0))
                 stride = 1
             x = block(
                 self.widths[stage],
@@ -228,10 +191,15 @@ class ResNet(nn.Module):
                 x = x + self.param("position", init, x.shape[1:]).astype(x.dtype)
         return x
 
-    def _stem(self, x: Float[Array, "B Y X C"], train: bool) -> tuple[Array, Array]:
-        """Give what the stem sees, and that after its pooling: twice [B V U E]."""
-        patch = self.stem.startswith("patch")
-        size, pad = (int(self.stem[5:]), 0) if patch else (7, 3)
-        x = Conv(self.stem_width, size, size if patch else 2, pad, dtype=self.dtype, name="stem")(x)
-        x = Norm(self.axis, name="stem_norm")(x, train, relu=True)
-        return x, x if patch else max_pool(x, 3, 2, 1)
+    def _stem(
+        self, x: Float[Array, "B Y X C"], train: bool
+    ) -> tuple[Float[Array, "B V U E"], Float[Array, "B _ _ E"]]:
+        """Returns the stem's maps, and those after its pooling (the same for patches)."""
+        is_patch = self.stem.startswith("patch")
+        size = int(self.stem.removeprefix("patch")) if is_patch else 7
+        stride, padding = (size, 0) if is_patch else (2, 3)
+        x = Conv(self.stem_width, size, stride, padding, dtype=self.dtype, name="stem")(x)
+        x = nn.relu(BatchNorm(self.axis, name="stem_norm")(x, train))
+        if is_patch:
+            return x, x
+        return x, nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])

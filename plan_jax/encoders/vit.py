@@ -1,28 +1,20 @@
 """ViT in Flax linen; a size is a row of data, not a class.
 
 Source: Dosovitskiy et al., arXiv 2010.11929, with the semantics of timm and DeiT (class token,
-learned positions, LayerNorm eps 1e-6, one projection for queries, keys and values, exact GELU).
+learned positions, pre-norm layers, LayerNorm eps 1e-6, exact GELU).
 """
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from jax import lax
 from jaxtyping import Array, Float
 
-from plan_jax.encoders.outputs import ImageOutput
+from plan_jax.encoders import ImageOutput
 from plan_jax.encoders.resnet import Conv
-from plan_jax.layers.cpu.attention import attend
-from plan_jax.layers.cpu.gelu import gelu
-from plan_jax.layers.transformer import (
-    Dense,
-    LayerNorm,
-    first_attention,
-    is_frozen_layer,
-    run_layers,
-)
+from plan_jax.layers.transformer import is_frozen_layer, run_layers
 
 VITS = {
     "vit_b16": {"patch": 16, "width": 768, "depth": 12, "heads": 12},
@@ -31,34 +23,14 @@ VITS = {
     "vit_small": {"patch": 8, "width": 96, "depth": 4, "heads": 4},
     "vit_tiny": {"patch": 8, "width": 16, "depth": 1, "heads": 2},
 }
-
-
-class Layer(nn.Module):
-    """A pre-norm transformer layer of ViT (LayerNorm eps 1e-6, exact GELU)."""
-
-    heads: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N E"], key: None = None
-    ) -> tuple[Float[Array, "B N E"], Float[Array, "B N"]]:
-        """Apply it; also give the attention of the first token, mean over heads."""
-        width = x.shape[-1]
-        y = LayerNorm(1e-6, name="norm1")(x).astype(self.dtype)
-        qkv = Dense(3 * width, parts=3, dtype=self.dtype, name="qkv")(y)
-        q, k, v = (rearrange(part, "b n (h e) -> b n h e", h=self.heads) for part in qkv)
-        y = rearrange(attend(q, k, v), "b n h e -> b n (h e)")
-        x = x + Dense(width, dtype=self.dtype, name="proj")(y)
-        y = LayerNorm(1e-6, name="norm2")(x).astype(self.dtype)
-        y = gelu(Dense(4 * width, dtype=self.dtype, name="fc1")(y))
-        return x + Dense(width, dtype=self.dtype, name="fc2")(y), first_attention(q, k)
+EPSILON = 1e-6  # timm's, of all LayerNorms
 
 
 class ViT(nn.Module):
     """Vision transformer with a class token; `pooled` is that token, `local` are the patches.
 
-    `scan`, `remat` and `hold` are those of `run_layers`; `hold` > 0 freezes the embedding too.
+    `scan`, `remat` and `frozen_layers` are those of `run_layers`; with any frozen layer the
+    embeddings are frozen too.
     """
 
     patch: int
@@ -67,29 +39,39 @@ class ViT(nn.Module):
     heads: int
     scan: bool = False
     remat: bool = False
-    hold: int = 0
+    frozen_layers: int = 0
     dtype: Any = jnp.float32
 
     def is_frozen(self, name: str) -> bool:
-        """Say whether the parameters called `name` in this tower are frozen by `hold`."""
-        return self.hold >= self.depth if name == "norm" else is_frozen_layer(name, self.hold)
+        """Returns whether `frozen_layers` freezes this tower's parameters called `name`."""
+        # The last norm follows all layers, so it is frozen only together with all of them.
+        if name == "norm":
+            return self.frozen_layers >= self.depth
+        return is_frozen_layer(name, self.frozen_layers)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B Y X C"], train: bool = False) -> ImageOutput:
-        """See B images."""
-        x = Conv(self.width, self.patch, self.patch, dtype=self.dtype, name="embed")(x)
+    def __call__(self, image: Float[Array, "B Y X C"], train: bool = False) -> ImageOutput:
+        """Encodes B images; `train` is unused (there is neither dropout nor BatchNorm)."""
+        x = Conv(self.width, self.patch, self.patch, dtype=self.dtype, name="embed")(image)
         bias = self.param("embed_bias", nn.initializers.zeros, (self.width,))
         x = x + bias.astype(x.dtype)
-        rows = x.shape[1]
+        num_rows = x.shape[1]
         x = rearrange(x, "b y x c -> b (y x) c")
         init = nn.initializers.normal(0.02)
         token = self.param("token", init, (1, 1, self.width)).astype(x.dtype)
         x = jnp.concatenate([jnp.repeat(token, x.shape[0], 0), x], 1)
         x = x + self.param("position", init, (1, x.shape[1], self.width)).astype(x.dtype)
-        settings = {"heads": self.heads, "dtype": self.dtype}
-        x, attention = run_layers(self, Layer, settings, x)
-        x = LayerNorm(1e-6, name="norm")(x)
-        local = rearrange(x[:, 1:], "b (y x) c -> b y x c", y=rows)
-        if self.hold >= self.depth:
-            x, local = jax.lax.stop_gradient((x, local))
+        options = {
+            "width": self.width,
+            "num_heads": self.heads,
+            "hidden": 4 * self.width,
+            "epsilon": EPSILON,
+            "dtype": self.dtype,
+        }
+        x, attention = run_layers(self, options, x)
+        x = nn.LayerNorm(EPSILON, name="norm")(x)
+        local = rearrange(x[:, 1:], "b (y x) c -> b y x c", y=num_rows)
+        if self.frozen_layers >= self.depth:
+            x, local = lax.stop_gradient((x, local))
+        # The class token's attention to itself is no attention to a patch.
         return ImageOutput(x[:, 0], local, attention=attention[:, 1:], stages=(local,))

@@ -20,14 +20,13 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from plan_jax.heads.beam_search import Sequences, beam_search, greedy_search
 from plan_jax.heads.vocabulary import BEGIN, END, PAD
+from plan_jax.layers.transformer import KeyValue, TransformerLayer
 
-Entries = tuple[Float[Array, "B S H C"], Float[Array, "B S H C"]]  # keys and values
-Past = tuple[Float[Array, "N _ H C"], Float[Array, "N _ H C"]]  # those of words
-LARGE = 1000  # weights of an item and head from which on a CPU takes items one by one
+KERNEL_INIT = nn.initializers.xavier_uniform()
 
 
 def sinusoids(length: int, width: int) -> Float[np.ndarray, "{length} {width}"]:
@@ -49,115 +48,7 @@ def places(grid: tuple[int, int], width: int) -> Float[np.ndarray, "P {width}"]:
 
 
 def _dense(width: int) -> nn.Dense:
-    return nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
-
-
-def attend(
-    q: Float[Array, "B T H C"],
-    k: Float[Array, "B S H C"],
-    v: Float[Array, "B S H C"],
-    mask: Bool[Array, "T S"] | None = None,
-) -> Float[Array, "B T H C"]:
-    """Attend: *softmax(q k^T / sqrt(C)) v* for each head, in float32, to what the mask leaves."""
-
-    @jax.checkpoint
-    def one(item: tuple) -> Array:
-        q, k, v = (x.swapaxes(0, 1) for x in item)
-        scores = q @ k.swapaxes(1, 2) * q.shape[-1] ** -0.5
-        scores = scores if mask is None else jnp.where(mask, scores, -1e9)
-        return (jax.nn.softmax(scores, -1) @ v).swapaxes(0, 1)
-
-    # One by one on a CPU: the weights of one item stay in its cache, those of a batch do not.
-    alone = q.shape[1] * k.shape[1] >= LARGE
-    cpu = (lambda *a: lax.map(one, a)) if alone else (lambda *a: jax.vmap(one)(a))
-    return lax.platform_dependent(q, k, v, cpu=cpu, default=lambda *a: jax.vmap(one)(a))
-
-
-class Attention(nn.Module):
-    """Attention with several heads; keys and values are made apart, so that they can be kept."""
-
-    width: int
-    heads: int
-
-    def setup(self):
-        self.query, self.key, self.value, self.out = (_dense(self.width) for _ in range(4))
-
-    def entries(self, x: Float[Array, "B S D"]) -> Entries:
-        """Make the keys and values of some items."""
-        return self._split(self.key(x)), self._split(self.value(x))
-
-    def __call__(
-        self, x: Float[Array, "N T D"], entries: Entries, mask: Bool[Array, "T S"] | None = None
-    ) -> Float[Array, "N T D"]:
-        """Attend to what the mask leaves.
-
-        If N is a multiple of the B rows of the entries (the beams of one image), rows of x that
-        follow each other share entries.
-        """
-        asked = self._split(self.query(x))
-        asked = asked.reshape(len(entries[0]), -1, *asked.shape[2:])
-        return self.out(attend(asked, *entries, mask).reshape(x.shape))
-
-    def _split(self, x: Float[Array, "B S D"]) -> Float[Array, "B S H C"]:
-        return x.reshape(*x.shape[:2], self.heads, -1)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a ReLU and dropout between them."""
-
-    hidden: int
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "N T D"], train: bool = False) -> Float[Array, "N T D"]:
-        """Give x after both layers."""
-        y = nn.Dropout(self.dropout)(jax.nn.relu(_dense(self.hidden)(x)), deterministic=not train)
-        return _dense(x.shape[-1])(y)
-
-
-class Layer(nn.Module):
-    """A layer of the encoder, or with `asks` of the decoder, which asks the image too."""
-
-    width: int
-    heads: int
-    hidden: int
-    dropout: float
-    asks: bool = False
-
-    def setup(self):
-        self.own = Attention(self.width, self.heads)
-        self.own_norm, self.norm = nn.LayerNorm(), nn.LayerNorm()
-        self.feed = FeedForward(self.hidden, self.dropout)
-        self.drop = nn.Dropout(self.dropout)
-        if self.asks:
-            self.image = Attention(self.width, self.heads)
-            self.image_norm = nn.LayerNorm()
-
-    def __call__(
-        self,
-        x: Float[Array, "N T D"],
-        memory: Entries | None = None,
-        mask: Bool[Array, "T _"] | None = None,
-        train: bool = False,
-        past: Past | None = None,
-        position: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "N T D"], Past]:
-        """Give x after the layer, and the keys and values of its own attention.
-
-        With `past`, those of a whole sequence, x stands at `position` in it and is entered there.
-        """
-        y = self.own_norm(x)
-        entries = self.own.entries(y)
-        if past is not None:
-            entries = tuple(
-                lax.dynamic_update_slice(held, new, (0, position, 0, 0))
-                for held, new in zip(past, entries, strict=True)
-            )
-        x = x + self.drop(self.own(y, entries, mask), deterministic=not train)
-        if self.asks:
-            seen = self.image(self.image_norm(x), memory)
-            x = x + self.drop(seen, deterministic=not train)
-        return x + self.drop(self.feed(self.norm(x), train), deterministic=not train), entries
+    return nn.Dense(width, kernel_init=KERNEL_INIT)
 
 
 class ReportDecoder(nn.Module):
@@ -191,16 +82,26 @@ class ReportDecoder(nn.Module):
     summary: bool = False
 
     def setup(self):
-        shape = (self.width, self.heads, self.feed_forward, self.dropout)
+        def layer(cross_attention: bool) -> TransformerLayer:
+            return TransformerLayer(
+                self.width,
+                self.heads,
+                self.feed_forward,
+                cross_attention=cross_attention,
+                activation=nn.relu,
+                dropout=self.dropout,
+                hidden_dropout=self.dropout,
+                kernel_init=KERNEL_INIT,
+            )
+
         self.patch = _dense(self.width)
         self.whole = _dense(self.width) if self.summary else None
         self.patch_drop = nn.Dropout(self.visual_dropout)
-        self.encoder = [Layer(*shape) for _ in range(self.encoder_layers)]
+        self.encoder = [layer(cross_attention=False) for _ in range(self.encoder_layers)]
         self.encoder_norm = nn.LayerNorm()
-        init = nn.initializers.xavier_uniform()
-        self.word = nn.Embed(self.vocabulary, self.width, embedding_init=init)
+        self.word = nn.Embed(self.vocabulary, self.width, embedding_init=KERNEL_INIT)
         self.word_drop = nn.Dropout(self.dropout)
-        self.decoder = [Layer(*shape, asks=True) for _ in range(self.layers)]
+        self.decoder = [layer(cross_attention=True) for _ in range(self.layers)]
         self.decoder_norm = nn.LayerNorm()
         self.logit = _dense(self.vocabulary)
 
@@ -216,11 +117,14 @@ class ReportDecoder(nn.Module):
         count = tokens.shape[1]
         x = self.word_drop(self._embed(inputs, 0), deterministic=not train)
         causal_TT = jnp.tril(jnp.ones((count, count), bool))
-        for layer, memory in zip(self.decoder, self.encode(features, train), strict=True):
-            x, _ = layer(x, memory, causal_TT, train)
+        keys = self._dropout_keys(len(self.decoder), train)
+        for layer, memory, key in zip(
+            self.decoder, self.encode(features, train), keys, strict=True
+        ):
+            x = layer(x, causal_TT, key, memory).x
         return self.logit(self.decoder_norm(x)).astype(jnp.float32)
 
-    def encode(self, features: Mapping[str, Array], train: bool = False) -> list[Entries]:
+    def encode(self, features: Mapping[str, Array], train: bool = False) -> list[KeyValue]:
         """Encodes the patches `features["map"]` Float[B Y X E].
 
         Returns the keys and values of the image in each layer of the decoder.
@@ -234,23 +138,29 @@ class ReportDecoder(nn.Module):
         if self.whole is not None:
             pooled = jax.nn.standardize(features["pooled"].astype(jnp.float32), -1, epsilon=1e-6)
             x = jnp.concatenate([self.whole(pooled)[:, None], x], 1)
-        for layer in self.encoder:
-            x, _ = layer(x, train=train)
+        keys = self._dropout_keys(len(self.encoder), train)
+        for layer, key in zip(self.encoder, keys, strict=True):
+            x = layer(x, key=key).x
         x = self.encoder_norm(x)
-        return [layer.image.entries(x) for layer in self.decoder]
+        return [layer.project_memory(x) for layer in self.decoder]
 
-    def empty_cache(self, count: int) -> list[Past]:
+    def _dropout_keys(self, count: int, train: bool) -> list[PRNGKeyArray | None]:
+        if not train or not self.dropout:
+            return [None] * count
+        return list(jax.random.split(self.make_rng("dropout"), count))
+
+    def empty_cache(self, count: int) -> list[KeyValue]:
         """Returns the cache of `count` reports without any token yet."""
         shape = (count, self.length, self.heads, self.width // self.heads)
-        return [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(self.layers)]
+        return [KeyValue(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(self.layers)]
 
     def step(
         self,
-        memory: list[Entries],
-        cache: list[Past],
+        memory: list[KeyValue],
+        cache: list[KeyValue],
         tokens: Int[Array, " N"],
         position: Int[Array, ""],
-    ) -> tuple[Float[Array, "N V"], list[Past]]:
+    ) -> tuple[Float[Array, "N V"], list[KeyValue]]:
         """Returns the logits after one more token of each report, at `position`, and the new cache.
 
         N is a multiple of the images in `memory`, which `encode` returns: the beams of an image
@@ -259,9 +169,9 @@ class ReportDecoder(nn.Module):
         x, new_cache = self._embed(tokens[:, None], position), []
         # The cache has the full length from the start; places after `position` are still empty.
         mask = (jnp.arange(self.length) <= position)[None]
-        for layer, image_entries, past in zip(self.decoder, memory, cache, strict=True):
-            x, entries = layer(x, image_entries, mask, past=past, position=position)
-            new_cache.append(entries)
+        for layer, image, past in zip(self.decoder, memory, cache, strict=True):
+            x, words, _ = layer(x, mask, None, image, cache=past, position=position)
+            new_cache.append(KeyValue(words.key, words.value))
         return self.logit(self.decoder_norm(x))[:, 0].astype(jnp.float32), new_cache
 
     def _embed(

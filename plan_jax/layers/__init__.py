@@ -1,1 +1,1 @@
-"""Layers shared by encoders and heads."""
+"""Layers that encoders, methods and heads share."""

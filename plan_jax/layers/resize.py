@@ -1,50 +1,18 @@
-"""Resizing of feature maps, under jit: bilinear with corner pixels kept, and nearest neighbour."""
+"""Resizing of feature maps [B Y X C] under jit: bilinear (two conventions), nearest neighbour."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def resize_align_corners(
-    x: Float[Array, "B y x C"], size: tuple[int, int]
-) -> Float[Array, "B Y X C"]:
-    """Resizes maps bilinearly to `size` (Y, X); corners stay corners (torch's align_corners=True).
+def resize_bilinear(x: Float[Array, "B y x C"], size: tuple[int, int]) -> Float[Array, "B Y X C"]:
+    """Resizes maps bilinearly to `size` (Y, X) between pixel centres (align_corners=False).
 
     >>> maps = jnp.arange(2.0).reshape(1, 2, 1, 1)
-    >>> resize_align_corners(maps, (3, 1)).ravel().tolist()
-    [0.0, 0.5, 1.0]
+    >>> resize_bilinear(maps, (4, 1)).ravel().tolist()
+    [0.0, 0.25, 0.75, 1.0]
     """
-
-    def weights(count: int, goal: int) -> Float[Array, "goal count"]:
-        positions = jnp.linspace(0, count - 1, goal)[:, None]
-        return jnp.maximum(0, 1 - abs(positions - jnp.arange(count))).astype(x.dtype)
-
-    (_, rows, columns, _), (goal_y, goal_x) = x.shape, size
-    return jnp.einsum("sy,tx,byxc->bstc", weights(rows, goal_y), weights(columns, goal_x), x)
-
-
-def double_align_corners(x: Float[Array, "B y x C"]) -> Float[Array, "B Y X C"]:
-    """Doubles maps bilinearly, corner pixels kept: n samples lie at 0, (n-1)/(2n-1), ...
-
-    The result is that of `resize_align_corners`. Every sample lies between two neighbours,
-    *out[2k] = x[k] + (x[k-1] - x[k]) k / (2n-1)* and
-    *out[2k+1] = x[k] + (x[k+1] - x[k]) (n-1-k) / (2n-1)*, so shifts and sums replace the product
-    with a matrix of weights.
-
-    >>> double_align_corners(jnp.array([0.0, 3.0]).reshape(1, 1, 2, 1))[0, 0, :, 0].tolist()
-    [0.0, 1.0, 2.0, 3.0]
-    """
-    for axis in (1, 2):
-        x = jnp.moveaxis(x, axis, 1)
-        count = x.shape[1]
-        k = jnp.arange(count, dtype=x.dtype)[:, None, None]
-        previous = jnp.concatenate([x[:, :1], x[:, :-1]], 1)
-        following = jnp.concatenate([x[:, 1:], x[:, -1:]], 1)
-        even = x + (previous - x) * (k / (2 * count - 1))
-        odd = x + (following - x) * ((count - 1 - k) / (2 * count - 1))
-        x = jnp.stack([even, odd], 2).reshape(len(x), 2 * count, *x.shape[2:])
-        x = jnp.moveaxis(x, 1, axis)
-    return x
+    return jax.image.resize(x, (len(x), *size, x.shape[-1]), "bilinear")
 
 
 def resize_nearest(x: Float[Array, "B y x C"], size: tuple[int, int]) -> Float[Array, "B Y X C"]:
@@ -61,3 +29,45 @@ def resize_nearest(x: Float[Array, "B y x C"], size: tuple[int, int]) -> Float[A
     if all(pixels < factor for pixels, factor in zip(excess, factors, strict=True)):
         return x.repeat(factors[0], 1).repeat(factors[1], 2)[:, : size[0], : size[1]]
     return jax.image.resize(x, (len(x), *size, x.shape[-1]), "nearest")
+
+
+def resize_align_corners(
+    x: Float[Array, "B y x C"], size: tuple[int, int]
+) -> Float[Array, "B Y X C"]:
+    """Resizes maps bilinearly to `size` (Y, X); corner pixels stay corners (align_corners=True).
+
+    >>> maps = jnp.arange(2.0).reshape(1, 2, 1, 1)
+    >>> resize_align_corners(maps, (3, 1)).ravel().tolist()
+    [0.0, 0.5, 1.0]
+    """
+
+    def interpolation_matrix(old: int, new: int) -> Float[Array, "{new} {old}"]:
+        positions = jnp.linspace(0, old - 1, new)[:, None]
+        return jnp.maximum(0, 1 - abs(positions - jnp.arange(old))).astype(x.dtype)
+
+    rows, columns = (interpolation_matrix(*pair) for pair in zip(x.shape[1:3], size, strict=True))
+    return jnp.einsum("Yy,Xx,byxc->bYXc", rows, columns, x)
+
+
+def double_align_corners(x: Float[Array, "B y x C"]) -> Float[Array, "B Y X C"]:
+    """Doubles maps bilinearly; corner pixels stay corners: n samples lie at 0, (n-1)/(2n-1), ...
+
+    The same values as `resize_align_corners`. Every sample lies between two neighbours,
+    `out[2k] = x[k] + (x[k-1] - x[k]) k / (2n-1)` and
+    `out[2k+1] = x[k] + (x[k+1] - x[k]) (n-1-k) / (2n-1)`: shifts and sums instead of products with
+    matrices, whose cost grows with the size of the map.
+
+    >>> double_align_corners(jnp.array([0.0, 3.0]).reshape(1, 1, 2, 1))[0, 0, :, 0].tolist()
+    [0.0, 1.0, 2.0, 3.0]
+    """
+    for axis in (1, 2):
+        x = jnp.moveaxis(x, axis, 1)
+        count = x.shape[1]
+        k = jnp.arange(count, dtype=x.dtype)[:, None, None]
+        previous = jnp.concatenate([x[:, :1], x[:, :-1]], 1)
+        following = jnp.concatenate([x[:, 1:], x[:, -1:]], 1)
+        even = x + (previous - x) * (k / (2 * count - 1))
+        odd = x + (following - x) * ((count - 1 - k) / (2 * count - 1))
+        x = jnp.stack([even, odd], 2).reshape(len(x), 2 * count, *x.shape[2:])
+        x = jnp.moveaxis(x, 1, axis)
+    return x

@@ -1,140 +1,321 @@
-"""What ViT and BERT share: stacks of equal layers, the attention of the first token, dropout."""
+"""The transformer layer of all towers and decoders, and how towers stack it.
 
-from typing import Any
+Source: Vaswani et al., arXiv 1706.03762; pre-norm: Xiong et al., arXiv 2002.04745; GELU: Hendrycks
+and Gimpel, arXiv 1606.08415.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from plan_jax.layers.cpu.convolution import product
-from plan_jax.layers.cpu.normalisation import layer_norm
+from plan_jax.layers.cpu.attention import attend
 
-
-class Dense(nn.Module):
-    """An affine map with the parameters of flax's; with `parts`, so many equal parts of its result.
-
-    Each part is a product of its own, on every platform: cutting the kernel costs less than
-    cutting, and copying, the result.
-    """
-
-    features: int
-    parts: int = 0
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*B E"]
-    ) -> Float[Array, "*B F"] | tuple[Float[Array, "*B G"], ...]:
-        """Map it."""
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        if not self.parts:
-            return product(x, kernel) + bias
-        pieces = zip(*(jnp.split(a, self.parts, -1) for a in (kernel, bias)), strict=True)
-        return tuple(product(x, some) + shift for some, shift in pieces)
+# Logits of masked keys: exp(-1e9 - max) is 0 in float32, and no infinity enters a
+# gradient where a query may attend to nothing.
+MASKED_LOGIT = -1e9
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm over the last axis, in float32, with the parameters of flax's."""
+class KeyValue(NamedTuple):
+    """Keys and values of M items, split into H heads of C channels."""
 
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-        """Normalise."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return layer_norm(x.astype(jnp.float32), scale, bias, self.epsilon)
+    key: Float[Array, "*B M H C"]
+    value: Float[Array, "*B M H C"]
 
 
-def first_attention(
-    q: Float[Array, "B N H C"], k: Float[Array, "B N H C"], mask: Bool[Array, "B N"] | None = None
-) -> Float[Array, "B N"]:
-    """Give the softmax attention of the first token to all that mask leaves, mean over heads."""
-    logits = jnp.einsum("bhc,bnhc->bhn", q[:, 0], k).astype(jnp.float32) / q.shape[-1] ** 0.5
-    if mask is not None:
-        logits = jnp.where(mask[:, None], logits, -1e9)
-    return jax.nn.softmax(logits, -1).mean(1)
+class Attended(NamedTuple):
+    """The queries, keys and values of one attention; weights and caches are taken from them."""
+
+    query: Float[Array, "*B N H C"]
+    key: Float[Array, "*B M H C"]
+    value: Float[Array, "*B M H C"]
 
 
-def dropout(
-    x: Float[Array, "B N E"], rate: float, key: PRNGKeyArray | None
-) -> Float[Array, "B N E"]:
-    """Drop a share `rate` of the entries and scale the others up; without a key, none."""
+def exact_gelu(x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+    """Computes `x Phi(x)` in float32, Phi the normal distribution's function; keeps x's type."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def dropout(x: Float[Array, "*B E"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*B E"]:
+    """Zeroes a fraction `rate` of the entries and scales the rest up; no key, no dropout."""
     if key is None or not rate:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
-def is_frozen_layer(name: str, hold: int) -> bool:
-    """Say whether `name` is an embedding (frozen if hold > 0) or one of the first `hold` layers.
+def attention_weights(
+    query: Float[Array, "*B N H C"],
+    key: Float[Array, "*B M H C"],
+    mask: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*B H N M"]:
+    """Computes `softmax_m(q_n . k_m / sqrt(C))` for each head, in float32, where mask is True."""
+    logits = jnp.einsum("...nhc,...mhc->...hnm", query, key).astype(jnp.float32)
+    logits = logits / query.shape[-1] ** 0.5
+    logits = logits if mask is None else jnp.where(mask, logits, MASKED_LOGIT)
+    return jax.nn.softmax(logits, -1)
+
+
+def first_token_attention(
+    attended: Attended, mask: Bool[Array, "B 1 N M"] | None = None
+) -> Float[Array, "B M"]:
+    """Returns the attention of the first token to all tokens, averaged over heads."""
+    mask = None if mask is None else mask[:, :, :1]
+    return attention_weights(attended.query[:, :1], attended.key, mask).mean(1)[:, 0]
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values are projected apart, so that they can be kept."""
+
+    width: int
+    num_heads: int
+    use_bias: bool = True
+    dropout: float = 0.0  # of the attention weights
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Builds the four projections."""
+        self.query, self.key, self.value, self.out = (
+            nn.Dense(self.width, self.use_bias, dtype=self.dtype, kernel_init=self.kernel_init)
+            for _ in range(4)
+        )
+
+    def project(self, memory: Float[Array, "*B M E"]) -> KeyValue:
+        """Returns the keys and values of the items to attend to."""
+        return KeyValue(self._split_heads(self.key(memory)), self._split_heads(self.value(memory)))
+
+    def __call__(
+        self,
+        x: Float[Array, "*B N E"],
+        memory: KeyValue,
+        mask: Bool[Array, "..."] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*B N E"], Attended]:
+        """Returns `out(softmax(q k' / sqrt(C)) v)` and what it was computed from.
+
+        `x` may have a multiple of the memory's rows (the beams of one image): successive rows of x
+        share a row of the memory. A query whose mask is False everywhere gets the mean value.
+        """
+        query = self._split_heads(self.query(x))
+        if query.ndim == 4 and len(query) != len(memory.key):
+            query = query.reshape(len(memory.key), -1, *query.shape[2:])
+        if key is None or not self.dropout:
+            values = attend(query, *memory, mask)
+        else:
+            # Dropping weights needs the table, which the fused attention does not show.
+            weights = dropout(attention_weights(query, memory.key, mask), self.dropout, key)
+            values = jnp.einsum("...hnm,...mhc->...nhc", weights.astype(x.dtype), memory.value)
+        return self.out(values.reshape(x.shape)), Attended(query, *memory)
+
+    def _split_heads(self, x: Float[Array, "*B N E"]) -> Float[Array, "*B N H C"]:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+
+
+class LayerOutput(NamedTuple):
+    """Tokens after a layer, and its attentions (`cross` is None without cross-attention)."""
+
+    x: Float[Array, "*B N E"]
+    attention: Attended
+    cross: Attended | None
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, optional cross-attention and an MLP, each with a residual connection.
+
+    Pre-norm (ViT, the decoders): `x + f(norm(x))`; post-norm (BERT): `norm(x + f(x))`. The MLP is
+    `fc2(activation(fc1(x)))` with `hidden` channels. Norms and softmax are computed in float32.
+
+    Attributes:
+      dropout: rate on the output of each of the branches.
+      hidden_dropout: rate inside the MLP, after the activation.
+      attention_dropout: rate on attention weights. It costs the fused attention, see `Attention`.
+      attention_bias: whether the projections of the attentions have biases.
+    """
+
+    width: int
+    num_heads: int
+    hidden: int
+    pre_norm: bool = True
+    cross_attention: bool = False
+    activation: Callable[[Array], Array] = exact_gelu
+    epsilon: float = 1e-6
+    dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    attention_bias: bool = True
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Builds norms, attentions and MLP."""
+
+        def attention() -> Attention:
+            return Attention(
+                self.width,
+                self.num_heads,
+                self.attention_bias,
+                self.attention_dropout,
+                self.kernel_init,
+                self.dtype,
+            )
+
+        self.norm1, self.norm2 = nn.LayerNorm(self.epsilon), nn.LayerNorm(self.epsilon)
+        self.attention = attention()
+        if self.cross_attention:
+            self.cross, self.norm_cross = attention(), nn.LayerNorm(self.epsilon)
+        self.fc1, self.fc2 = (
+            nn.Dense(width, dtype=self.dtype, kernel_init=self.kernel_init)
+            for width in (self.hidden, self.width)
+        )
+
+    def project_memory(self, memory: Float[Array, "*B M E"]) -> KeyValue:
+        """Returns what the cross-attention needs of the items it attends to."""
+        return self.cross.project(memory)
+
+    def __call__(
+        self,
+        x: Float[Array, "*B N E"],
+        mask: Bool[Array, "..."] | None = None,
+        key: PRNGKeyArray | None = None,
+        memory: KeyValue | None = None,
+        memory_mask: Bool[Array, "..."] | None = None,
+        cache: KeyValue | None = None,
+        position: Int[Array, ""] | int = 0,
+    ) -> LayerOutput:
+        """Returns the tokens after the layer.
+
+        Args:
+          mask: which token attends to which, broadcast to [*B H N N]; None: all to all.
+          key: of dropout; None: no dropout.
+          memory: what `project_memory` returned, for the cross-attention.
+          memory_mask: which token attends to which item of the memory, broadcast to [*B H N M].
+          cache: keys and values of a whole sequence, in which x stands from `position` on. The
+            output's `attention` holds the cache with the new tokens entered.
+        """
+        # The order is part of the random numbers: new branches are appended.
+        keys = [None] * 6 if key is None else jax.random.split(key, 6)
+        self_key, mlp_key, cross_key, hidden_key, weights_key, cross_weights_key = keys
+
+        y = self._before(self.norm1, x)
+        key_value = self.attention.project(y)
+        if cache is not None:
+            key_value = KeyValue(
+                *(
+                    lax.dynamic_update_slice(past, new, (0, position, 0, 0))
+                    for past, new in zip(cache, key_value, strict=True)
+                )
+            )
+        y, attended = self.attention(y, key_value, mask, weights_key)
+        x = self._after(self.norm1, x + dropout(y, self.dropout, self_key))
+
+        cross = None
+        if self.cross_attention:
+            y = self._before(self.norm_cross, x)
+            y, cross = self.cross(y, memory, memory_mask, cross_weights_key)
+            x = self._after(self.norm_cross, x + dropout(y, self.dropout, cross_key))
+
+        y = self.activation(self.fc1(self._before(self.norm2, x)))
+        y = self.fc2(dropout(y, self.hidden_dropout, hidden_key))
+        x = self._after(self.norm2, x + dropout(y, self.dropout, mlp_key))
+        return LayerOutput(x, attended, cross)
+
+    def _before(self, norm: nn.LayerNorm, x: Float[Array, "*B N E"]) -> Float[Array, "*B N E"]:
+        return norm(x).astype(self.dtype) if self.pre_norm else x
+
+    def _after(self, norm: nn.LayerNorm, x: Float[Array, "*B N E"]) -> Float[Array, "*B N E"]:
+        return x if self.pre_norm else norm(x).astype(self.dtype)
+
+
+# Stacks of layers -------------------------------------------------------------------------------
+
+
+def is_frozen_layer(name: str, frozen_layers: int) -> bool:
+    """Returns whether parameters named `name` belong to the frozen part of a stack.
+
+    That is the first `frozen_layers` layers and, if there are any, the embeddings before them.
 
     >>> [is_frozen_layer(name, 2) for name in ("token", "layer1", "layer2", "layer10")]
     [True, True, False, False]
     """
-    return int(name.removeprefix("layer")) < hold if name.startswith("layer") else hold > 0
+    if name.startswith("layer"):
+        return int(name.removeprefix("layer")) < frozen_layers
+    return frozen_layers > 0
 
 
 def run_layers(
     tower: nn.Module,
-    layer: type[nn.Module],
-    settings: dict[str, Any],
+    options: Mapping[str, Any],
     x: Float[Array, "B N E"],
-    *args: Array,
+    mask: Bool[Array, "B 1 N N"] | None = None,
     key: PRNGKeyArray | None = None,
-    last: int = 1,
+    sum_last_layers: int = 1,
 ) -> tuple[Float[Array, "B N E"], Float[Array, "B N"]]:
-    """Apply a tower's `depth` layers; give the sum of what the `last` gave, and the attention.
+    """Applies the `depth` layers of a tower, which is a compact module that calls this.
 
-    Layers are called layer0, layer1, ... in the parameters, however they are run: one by one, or
-    all but the last ones by `lax.scan` over their stacked parameters (`tower.scan`: a program of
-    one layer, which compiles in a fraction of the time, for a copy of the parameters); with
-    `tower.remat` what is inside a layer is computed again in the backward pass instead of kept
-    (on CPU, XLA frees that memory only together with `scan`).
-    The first `tower.hold` layers are frozen: no gradient, no dropout. `key` is that of dropout, the
-    same for a layer whichever way it runs.
+    Layers are named layer0, layer1, ... in the parameters, however they are run. With `tower.scan`
+    all but the last run as one `lax.scan` over their stacked parameters: a program of one layer,
+    which compiles in a fraction of the time, for a copy of the parameters. With `tower.remat` the
+    activations inside a layer are recomputed in the backward pass instead of stored (on a CPU, XLA
+    frees that memory only together with `scan`). The first `tower.frozen_layers` layers are frozen:
+    no gradient, no dropout.
+
+    Args:
+      tower: the module with `depth`, `scan`, `remat` and `frozen_layers`.
+      options: fields of the tower's `TransformerLayer`.
+      mask: which token attends to which.
+      key: of dropout; a layer gets the same key whichever way it runs.
+      sum_last_layers: how many of the last layers' outputs are summed (1: the last alone).
+
+    Returns:
+      That sum, and the attention of the first token in the last layer, averaged over heads.
     """
-    depth, hold = tower.depth, min(tower.hold, tower.depth)
-    keys = [None if key is None or n < hold else jax.random.fold_in(key, n) for n in range(depth)]
-    made = nn.remat(layer) if tower.remat else layer
-    total, attention = 0.0, None
-    inner = depth - last
-    edge = min(hold, inner)
-    for first, end in ((0, edge), (edge, inner)):
-        if tower.scan and end - first > 1 and not tower.is_initializing():
-            x = _scanned(tower, layer(**settings, parent=None), x, args, keys, first, end)
+    depth, num_frozen = tower.depth, min(tower.frozen_layers, tower.depth)
+    keys = [
+        None if key is None or n < num_frozen else jax.random.fold_in(key, n) for n in range(depth)
+    ]
+    layer_class = nn.remat(TransformerLayer) if tower.remat else TransformerLayer
+    # Layers whose output is not summed may be scanned. Frozen and trained ones are scanned apart,
+    # because only the trained ones have keys of dropout.
+    num_inner = depth - sum_last_layers
+    boundary = min(num_frozen, num_inner)
+    for start, stop in ((0, boundary), (boundary, num_inner)):
+        if tower.scan and stop - start > 1 and not tower.is_initializing():
+            x = _scan_layers(tower, options, x, mask, keys, start, stop)
         else:
-            for n in range(first, end):
-                x, _ = made(**settings, name=f"layer{n}")(x, *args, keys[n])
-        x = lax.stop_gradient(x) if hold > 0 and end <= hold else x
-    for n in range(inner, depth):
-        x, attention = made(**settings, name=f"layer{n}")(x, *args, keys[n])
-        x = lax.stop_gradient(x) if n < hold else x
+            for n in range(start, stop):
+                x = layer_class(**options, name=f"layer{n}")(x, mask, keys[n]).x
+        # Stopping the gradient after the last frozen layer leaves out the backward pass of all.
+        x = lax.stop_gradient(x) if num_frozen > 0 and stop <= num_frozen else x
+    total = jnp.zeros((), x.dtype)
+    for n in range(num_inner, depth):
+        x, attended, _ = layer_class(**options, name=f"layer{n}")(x, mask, keys[n])
+        x = lax.stop_gradient(x) if n < num_frozen else x
         total = total + x
-    return total, attention
+    return total, first_token_attention(attended, mask)
 
 
-def _scanned(
+def _scan_layers(
     tower: nn.Module,
-    layer: nn.Module,
+    options: Mapping[str, Any],
     x: Float[Array, "B N E"],
-    args: tuple,
-    keys: list,
-    first: int,
-    end: int,
+    mask: Bool[Array, "B 1 N N"] | None,
+    keys: list[PRNGKeyArray | None],
+    start: int,
+    stop: int,
 ) -> Float[Array, "B N E"]:
-    """Run layers `first` to `end` - 1 as one scanned layer over their stacked parameters."""
-    held = tower.variables["params"]
-    layers = [held[f"layer{n}"] for n in range(first, end)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    drawn = None if keys[first] is None else jnp.stack(keys[first:end])
+    """Runs layers `start` to `stop` - 1 as one scanned layer over their stacked parameters."""
+    layer = TransformerLayer(**options, parent=None)
+    params = [tower.variables["params"][f"layer{n}"] for n in range(start, stop)]
+    stacked_params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    stacked_keys = None if keys[start] is None else jnp.stack(keys[start:stop])
 
-    def body(x: Array, one: tuple) -> tuple[Array, None]:
-        params, key = one
-        return layer.apply({"params": params}, x, *args, key)[0], None
+    def body(x: Array, scanned: tuple) -> tuple[Array, None]:
+        params, key = scanned
+        return layer.apply({"params": params}, x, mask, key).x, None
 
-    return lax.scan(jax.checkpoint(body) if tower.remat else body, x, (stacked, drawn))[0]
+    body = jax.checkpoint(body) if tower.remat else body
+    return lax.scan(body, x, (stacked_params, stacked_keys))[0]

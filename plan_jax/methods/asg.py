@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int8, PRNGKeyArray
 
+from plan_jax.layers.transformer import TransformerLayer
 from plan_jax.methods import contrastive
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
 
@@ -75,22 +76,26 @@ class TagDecoder(nn.Module):
         width = tags.shape[-1]
         if pixels.shape[-1] != width:
             pixels = nn.Dense(width, name="project")(pixels)
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-
-        def attend(name: str, x: Array, y: Array) -> Array:
-            layer = nn.MultiHeadDotProductAttention(
-                self.heads, dropout_rate=self.dropout, deterministic=not train, name=name
-            )
-            return drop(layer(x, y))
-
+        key = self.make_rng("dropout") if train and self.dropout else None
         x = tags
         for n in range(self.layers):
-            y = nn.LayerNorm(1e-5, name=f"norm{n}_1")(x)
-            x = x + attend(f"self{n}", y, y)
-            x = x + attend(f"cross{n}", nn.LayerNorm(1e-5, name=f"norm{n}_2")(x), pixels)
-            y = nn.Dense(self.hidden, name=f"fc{n}_1")(nn.LayerNorm(1e-5, name=f"norm{n}_3")(x))
-            x = x + drop(nn.Dense(width, name=f"fc{n}_2")(drop(nn.relu(y))))
-        return nn.Dense(1, name="logit")(drop(nn.LayerNorm(1e-5, name="norm")(x)))[:, 0]
+            layer = TransformerLayer(
+                width,
+                self.heads,
+                self.hidden,
+                cross_attention=True,
+                activation=nn.relu,
+                epsilon=1e-5,
+                dropout=self.dropout,
+                hidden_dropout=self.dropout,
+                attention_dropout=self.dropout,
+                name=f"layer{n}",
+            )
+            layer_key = None if key is None else jax.random.fold_in(key, n)
+            x = layer(x, key=layer_key, memory=layer.project_memory(pixels)).x
+        x = nn.LayerNorm(1e-5, name="norm")(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(1, name="logit")(x)[:, 0]
 
 
 def decoder(hyper: Hyper) -> TagDecoder:

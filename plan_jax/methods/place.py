@@ -33,7 +33,6 @@ j text; x local pixels, w local words, r pixels before their head, or x if the t
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -42,6 +41,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from plan_jax.layers.transformer import TransformerLayer, attention_weights
 from plan_jax.methods import contrastive
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
 
@@ -69,29 +69,20 @@ class Hyper:
     tile: int = 4  # texts (scores) or images (CCE) at a time
 
 
-class Block(nn.Module):
-    """A pre-norm block: self-attention, cross-attention to `memory` (its weights sown), an MLP.
+def _layer(width: int, num_heads: int, name: str) -> TransformerLayer:
+    """Returns a pre-norm block: self-attention, cross-attention and an MLP.
 
     The attentions have no bias: that of the keys would never get a gradient.
     """
-
-    heads: int
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "*B N D"],
-        memory: Float[Array, "*B P D"],
-        mask: Bool[Array, "*B P"] | None = None,
-    ) -> Float[Array, "*B N D"]:
-        """Apply it."""
-        attention = partial(nn.MultiHeadDotProductAttention, self.heads, use_bias=False)
-        mask = None if mask is None else mask[..., None, None, :]
-        x = x + attention(name="among")(nn.LayerNorm(name="norm1")(x))
-        y = nn.LayerNorm(name="norm2")(x)
-        x = x + attention(name="across")(y, memory, mask=mask, sow_weights=True)
-        y = nn.Dense(4 * x.shape[-1], name="fc1")(nn.LayerNorm(name="norm3")(x))
-        return x + nn.Dense(x.shape[-1], name="fc2")(nn.gelu(y))
+    return TransformerLayer(
+        width,
+        num_heads,
+        4 * width,
+        cross_attention=True,
+        activation=nn.gelu,
+        attention_bias=False,
+        name=name,
+    )
 
 
 class Extractor(nn.Module):
@@ -100,17 +91,20 @@ class Extractor(nn.Module):
     hyper: Hyper
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "*B P D"]) -> Float[Array, "*B K D"]:
-        """Apply it."""
+    def __call__(
+        self, pixels: Float[Array, "*B P D"]
+    ) -> tuple[Float[Array, "*B K D"], Float[Array, "*B K P"]]:
+        """Returns the observations, and their weights of the last block, averaged over heads."""
         dim = pixels.shape[-1]
         memory = nn.LayerNorm(name="norm")(pixels)
         x = self.param("queries", nn.initializers.normal(1.0), (self.hyper.queries, dim))
         x = jnp.broadcast_to(x, (*pixels.shape[:-2], *x.shape))
         for n in range(self.hyper.blocks):
-            x = Block(self.hyper.heads, name=f"block{n}")(x, memory)
-        return contrastive.l2_normalise(
-            nn.Dense(dim, name="head")(nn.LayerNorm(name="norm_out")(x))
-        )
+            layer = _layer(dim, self.hyper.heads, f"block{n}")
+            x, _, cross = layer(x, memory=layer.project_memory(memory))
+        x = nn.Dense(dim, name="head")(nn.LayerNorm(name="norm_out")(x))
+        weights = attention_weights(cross.query, cross.key).mean(-3)
+        return contrastive.l2_normalise(x), weights
 
 
 class Decoder(nn.Module):
@@ -136,8 +130,11 @@ class Decoder(nn.Module):
         x = jnp.where(hidden[..., None], token, nn.LayerNorm(name="norm_pixels")(pixels)) + place
         memory = nn.LayerNorm(name="norm_words")(words) * mask[..., None]
         for n in range(self.hyper.decoder_blocks):
-            x = Block(self.hyper.heads, name=f"block{n}")(x, memory, mask)
-        return nn.Dense(dim, False, name="out")(nn.LayerNorm(use_bias=False, name="norm_out")(x))
+            layer = _layer(dim, self.hyper.heads, f"block{n}")
+            word_mask = mask[..., None, None, :]
+            x = layer(x, memory=layer.project_memory(memory), memory_mask=word_mask).x
+        x = nn.LayerNorm(use_bias=False, name="norm_out")(x)
+        return nn.Dense(dim, False, name="out")(x)
 
 
 def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
@@ -163,10 +160,7 @@ def observe(
     params: Params, pixels: Float[Array, "B P D"], hyper: Hyper
 ) -> tuple[Float[Array, "B K D"], Float[Array, "B K P"]]:
     """Make the K observations of each image and the weights of their looks: *equation 1*."""
-    variables = {"params": params["extractor"]}
-    seen, sown = Extractor(hyper).apply(variables, pixels, mutable=["intermediates"])
-    last = sown["intermediates"][f"block{hyper.blocks - 1}"]["across"]
-    return seen, last["attention_weights"][0].mean(1)
+    return Extractor(hyper).apply({"params": params["extractor"]}, pixels)
 
 
 def members(texts: Features, hyper: Hyper) -> Float[Array, "B W M"]:

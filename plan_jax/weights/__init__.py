@@ -88,7 +88,7 @@ def load_tower(
 
 
 def load_head(head: str, source: str, template: Mapping[str, Any]) -> dict[str, PyTree]:
-    """Returns {"params", "batch_stats"} of a `Head` of kind `mlp`, from MGCA's checkpoint.
+    """Returns {"params", "batch_stats"} of an `mlp` projection head, from MGCA's checkpoint.
 
     The first layer has a bias in the checkpoint and none here. BatchNorm follows and subtracts its
     mean m, so the bias b moves into it exactly: (x + b) - m = x - (m - b).

@@ -87,9 +87,18 @@ def rename_arrays(arrays: Arrays, layout: Layout) -> Conversion:
             array = array.transpose(KERNEL_AXES[array.ndim])
             # MGCA's local heads are convolutions of size 1 over the tokens; ours are dense.
             array = array[0] if array.ndim == 3 and array.shape[0] == 1 else array
-        conversion.arrays[name] = array
-        conversion.file_names[name] = key
+        for part_name, part in _split_qkv(name, array).items():
+            conversion.arrays[part_name] = part
+            conversion.file_names[part_name] = key
     return conversion
+
+
+def _split_qkv(name: str, array: Float[np.ndarray, "..."]) -> Arrays:
+    """Splits timm's one projection to queries, keys and values into our three; others stay."""
+    if "/qkv/" not in name or array.shape[-1] % 3:
+        return {name: array}
+    parts = zip(("query", "key", "value"), np.split(array, 3, -1), strict=True)
+    return {name.replace("/qkv/", f"/{part}/"): piece for part, piece in parts}
 
 
 # Adaptations -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Torch stores convolutions as [E C H W] and matrices as [out in], we as [H W C E]
 Established from the originals' code, not from their files: MGCA's text tower has no type embedding
 (nothing is added, so ours becomes zero), and its heads have a bias before the first BatchNorm. Not
 covered: GLoRIA's heads (linear) and BioViL's and CXR-BERT's projections, which have no counterpart
-in `Head`.
+in `ProjectionHead`.
 """
 
 import re
@@ -51,7 +51,8 @@ MODULE_NAMES = {
         (r"cls_token", r"token", "plain"),
         (r"pos_embed", r"position", "plain"),
         (r"blocks\.(\d+)\.norm([12])", r"layer\1/norm\2", "layer_norm"),
-        (r"blocks\.(\d+)\.attn\.(qkv|proj)", r"layer\1/\2", "dense"),
+        (r"blocks\.(\d+)\.attn\.qkv", r"layer\1/attention/qkv", "dense"),
+        (r"blocks\.(\d+)\.attn\.proj", r"layer\1/attention/out", "dense"),
         (r"blocks\.(\d+)\.mlp\.fc([12])", r"layer\1/fc\2", "dense"),
         (r"norm", r"norm", "layer_norm"),
     ),
@@ -60,8 +61,12 @@ MODULE_NAMES = {
         (r"embeddings\.position_embeddings", r"position", "table"),
         (r"embeddings\.token_type_embeddings", r"type", "table"),
         (r"embeddings\.LayerNorm", r"norm", "layer_norm"),
-        (r"encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)", r"layer\1/\2", "dense"),
-        (r"encoder\.layer\.(\d+)\.attention\.output\.dense", r"layer\1/out", "dense"),
+        (
+            r"encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)",
+            r"layer\1/attention/\2",
+            "dense",
+        ),
+        (r"encoder\.layer\.(\d+)\.attention\.output\.dense", r"layer\1/attention/out", "dense"),
         (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm", r"layer\1/norm1", "layer_norm"),
         (r"encoder\.layer\.(\d+)\.intermediate\.dense", r"layer\1/fc1", "dense"),
         (r"encoder\.layer\.(\d+)\.output\.dense", r"layer\1/fc2", "dense"),

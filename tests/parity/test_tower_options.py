@@ -12,8 +12,8 @@ from test_encoders import dual, images, words
 from configs import testing
 from plan_jax import optim, parallel
 from plan_jax.config import Config
-from plan_jax.encoders import bert as bert
-from plan_jax.encoders import resnet, vision
+from plan_jax.encoders import resnet
+from plan_jax.encoders.dual_encoder import make_image_tower, make_text_tower
 from plan_jax.layers.resize import resize_align_corners
 from plan_jax.model import build_components
 from plan_jax.state import init_state
@@ -63,7 +63,7 @@ def read(tower, variables, *keys):
 
 @cache
 def plain_bert():
-    tower = bert.make_text_tower("bert_tiny", 30, jnp.float32, **BERT)
+    tower = make_text_tower("bert_tiny", 30, jnp.float32, **BERT)
     tokens, index, _, sentence = words()
     variables = tower.init(KEY, tokens, index, sentence)
     return variables, read(tower, variables, KEY, jax.random.key(1))
@@ -71,7 +71,7 @@ def plain_bert():
 
 @cache
 def plain_vit():
-    tower = vision.make_image_tower("vit_tiny", None, jnp.float32, depth=3)
+    tower = make_image_tower("vit_tiny", None, jnp.float32, depth=3)
     x = jax.random.normal(KEY, (2, 16, 16, 3))
     variables = tower.init(KEY, x)
     return x, variables, see(tower, variables, x)
@@ -80,7 +80,7 @@ def plain_vit():
 @pytest.mark.parametrize("changes", CHANGES)
 def test_scan_and_rematerialisation_change_no_value_of_bert(changes):
     variables, (want, other) = plain_bert()
-    tower = bert.make_text_tower("bert_tiny", 30, jnp.float32, **BERT, **changes)
+    tower = make_text_tower("bert_tiny", 30, jnp.float32, **BERT, **changes)
     tokens, index, _, sentence = words()
     same_tree(variables, jax.eval_shape(tower.init, KEY, tokens, index, sentence))
     (got,) = read(tower, variables, KEY)
@@ -92,14 +92,14 @@ def test_scan_and_rematerialisation_change_no_value_of_bert(changes):
 @pytest.mark.parametrize("changes", CHANGES)
 def test_scan_and_rematerialisation_change_no_value_of_vit(changes):
     x, variables, want = plain_vit()
-    tower = vision.make_image_tower("vit_tiny", None, jnp.float32, depth=3, **changes)
+    tower = make_image_tower("vit_tiny", None, jnp.float32, depth=3, **changes)
     same_tree(variables, jax.eval_shape(tower.init, KEY, x))
     assert largest(want, see(tower, variables, x)) < 2e-5
 
 
 def test_rematerialisation_changes_no_value_of_resnet():
-    plain = vision.make_image_tower("resnet_tiny", None, jnp.float32, position=True)
-    other = vision.make_image_tower("resnet_tiny", None, jnp.float32, position=True, remat=True)
+    plain = make_image_tower("resnet_tiny", None, jnp.float32, position=True)
+    other = make_image_tower("resnet_tiny", None, jnp.float32, position=True, remat=True)
     x = jax.random.normal(KEY, (2, 16, 16, 3))
     variables = plain.init(KEY, x)
     same_tree(variables, other.init(KEY, x))
@@ -110,7 +110,7 @@ def test_scan_makes_a_smaller_program_and_remat_keeps_less():
     tokens, index, _, sentence = words(16)
 
     def compiled(**changes):
-        tower = bert.make_text_tower("bert_tiny", 30, jnp.float32, depth=8, width=64, **changes)
+        tower = make_text_tower("bert_tiny", 30, jnp.float32, depth=8, width=64, **changes)
         held = jax.eval_shape(tower.init, KEY, tokens, index, sentence)
         whole = lambda p: sum(x.sum() for x in tower.apply(p, tokens, index, sentence))  # noqa: E731
         lowered = jax.jit(jax.grad(whole)).lower(held)
@@ -125,27 +125,25 @@ def test_scan_makes_a_smaller_program_and_remat_keeps_less():
 def test_parameters_are_the_same_in_half_precision(changes):
     tokens, index, _, sentence = words()
     trees = [
-        bert.make_text_tower("bert_tiny", 30, dtype, depth=3, **some).init(
-            KEY, tokens, index, sentence
-        )
+        make_text_tower("bert_tiny", 30, dtype, depth=3, **some).init(KEY, tokens, index, sentence)
         for dtype, some in ((jnp.float32, {}), (jnp.bfloat16, changes))
     ]
     same_tree(*trees)
-    half = bert.make_text_tower("bert_tiny", 30, jnp.bfloat16, depth=3, **changes)
-    full = bert.make_text_tower("bert_tiny", 30, jnp.float32, depth=3)
+    half = make_text_tower("bert_tiny", 30, jnp.bfloat16, depth=3, **changes)
+    full = make_text_tower("bert_tiny", 30, jnp.float32, depth=3)
     want, got = (t.apply(trees[0], tokens, index, sentence).words for t in (full, half))
     np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.15)
 
 
 def test_the_last_layers_are_added_up():
     tokens, index, _, sentence = words()
-    tower = bert.make_text_tower("bert_tiny", 30, jnp.float32, depth=3)
+    tower = make_text_tower("bert_tiny", 30, jnp.float32, depth=3)
     variables = tower.init(KEY, tokens, index, sentence)
     each = []
     for depth in (2, 3):
-        first = bert.make_text_tower("bert_tiny", 30, jnp.float32, depth=depth)
+        first = make_text_tower("bert_tiny", 30, jnp.float32, depth=depth)
         each.append(first.apply(variables, tokens, index, sentence).words)
-    both = bert.make_text_tower("bert_tiny", 30, jnp.float32, depth=3, last=2, scan=True)
+    both = make_text_tower("bert_tiny", 30, jnp.float32, depth=3, sum_last_layers=2, scan=True)
     got = both.apply(variables, tokens, index, sentence).words
     np.testing.assert_allclose(got, each[0] + each[1], rtol=1e-5, atol=1e-5)
 
@@ -154,14 +152,14 @@ def test_the_mean_is_that_of_all_pieces():
     tokens, _, _, _ = words()
     own = jnp.where(tokens > 0, jnp.arange(9), -1)  # every piece its own word
     sentence = jnp.where(tokens > 0, 0, -1)
-    tower = bert.make_text_tower("bert_tiny", 30, jnp.float32, pool="mean")
+    tower = make_text_tower("bert_tiny", 30, jnp.float32, pool="mean")
     got, _ = tower.init_with_output(KEY, tokens, own, sentence)
     want = [got.words[b][tokens[b] > 0].mean(0) for b in range(3)]
     np.testing.assert_allclose(got.pooled, want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_resized_image_gives_the_maps_of_the_papers():
-    tower = vision.make_image_tower("resnet50", None, jnp.float32, resize=299)
+    tower = make_image_tower("resnet50", None, jnp.float32, resize=299)
     seen, _ = jax.eval_shape(tower.init_with_output, KEY, jnp.zeros((1, 224, 224, 3)))
     assert seen.local.shape == (1, 19, 19, 1024) and seen.pooled.shape == (1, 2048)
 
@@ -180,8 +178,8 @@ def test_resizing_is_the_literal_formula():
 
 
 def test_dilation_takes_the_place_of_strides():
-    plain = vision.make_image_tower("resnet50", None, jnp.float32)
-    dilated = vision.make_image_tower("resnet50", None, jnp.float32, dilated=1, local_stage=3)
+    plain = make_image_tower("resnet50", None, jnp.float32)
+    dilated = make_image_tower("resnet50", None, jnp.float32, dilated=1, local_stage=3)
     x = jnp.zeros((1, 64, 64, 3))
     trees = [jax.eval_shape(t.init, KEY, x) for t in (plain, dilated)]
     same_tree(*trees)
@@ -271,9 +269,11 @@ def test_what_is_frozen_stays_as_it_is(freeze, frozen, moved):
 def test_what_is_frozen_gets_no_gradient_and_costs_none(side, name):
     """The backward pass of a frozen tower is not even computed."""
     costs, zero = [], []
-    for hold in (0, 1, 99):
-        sizes = {"name": name, "hold": hold} | ({} if name == "resnet_tiny" else {"depth": 2})
-        model = dual(**{side: sizes, "fine": False})
+    for frozen_layers in (0, 1, 99):
+        sizes = {"name": name, "frozen_layers": frozen_layers} | (
+            {} if name == "resnet_tiny" else {"depth": 2}
+        )
+        model = dual(**{side: sizes, "fine_map": False})
         tokens, index, ids, sentence = words()
         text = TextBatch(tokens, index, ids, sentence)
         inputs = (images(),) if side == "vision" else (text,)

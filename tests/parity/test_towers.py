@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from transformers import BertConfig, BertModel
 
-from plan_jax.encoders.bert import make_text_tower
-from plan_jax.encoders.vision import make_image_tower
+from plan_jax.encoders.dual_encoder import make_image_tower, make_text_tower
 from plan_jax.layers.resize import resize_align_corners
 from plan_jax.types import UserError
 from plan_jax.weights import load_tower, read_arrays

@@ -1,12 +1,10 @@
-"""Attention with a gradient of its own: fewer passes over memory, the same values.
+"""Attention in fewer passes over memory, with the same values as `jax.nn.dot_product_attention`.
 
-XLA's CPU backend writes the table of all attention weights of a batch out and reads it again, three
-times forward and backward. On a CPU a table of some size is therefore made for a few items at a
-time, in the cache, and made again for the gradient from two numbers kept for each query, the
-maximum of its logits and the sum of their exponentials (Dao et al., arXiv 2205.14135, keep one).
-Each of these items is a chain of its own, since XLA runs a product over heads on one core.
-Everywhere else the call is `jax.nn.dot_product_attention`, which has kernels of its own. The
-platform is chosen where the program is lowered, as in `convolution.py`.
+XLA's CPU backend writes the table of all attention weights of a batch to memory and reads it again,
+three times forward and backward, and it runs a product over heads (a batch of small matrices) on
+one core. On a CPU a table of some size is therefore computed for a few items at a time, which fits
+the cache, and computed again for the gradient from two numbers kept for each query: the maximum of
+its logits and the sum of their exponentials (Dao et al., arXiv 2205.14135, keep one).
 """
 
 from collections.abc import Callable
@@ -17,134 +15,162 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-LARGE = 40_000  # weights of an item from which on a CPU takes a few items at a time
-FEW = 2  # items at a time; an odd batch is taken one by one
-HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # as jax.nn.dot_product_attention has it
+from plan_jax.layers.cpu import ENABLED, dispatch
+
+# Smaller tables (weights of one item, over all heads) of a whole batch stay in the cache anyway.
+MIN_TABLE_SIZE = 40_000
+# Items side by side, each a chain of products of its own; an odd batch goes one by one.
+CHUNK = 2
+# What jax.nn.dot_product_attention replaces masked logits by.
+MASKED_LOGIT = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def attend(
-    q: Float[Array, "B N H C"],
-    k: Float[Array, "B M H C"],
-    v: Float[Array, "B M H C"],
-    mask: Bool[Array, "B 1 N M"] | None = None,
-) -> Float[Array, "B N H C"]:
-    """Attend: *softmax(q k' / sqrt(C)) v* for each head; logits and softmax in float32.
+    query: Float[Array, "*B N H C"],
+    key: Float[Array, "*B M H C"],
+    value: Float[Array, "*B M H C"],
+    mask: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*B N H C"]:
+    """Computes `softmax(q k' / sqrt(C)) v` for each head; logits and softmax in float32.
 
-    Where `mask` is False the weight is 0; a query that may look at nothing gets the mean of v.
+    Args:
+      mask: which query attends to which key, broadcast to [*B H N M]. A query whose mask is False
+        everywhere gets the mean of all values.
     """
-    if q.shape[1] * k.shape[1] * q.shape[2] < LARGE:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return _attend(q, k, v, mask)
-
-
-def _by_few(one: Callable[..., Any], items: tuple) -> Any:
-    """Apply `one` to every item of some arrays [B ...], a few of them side by side."""
-    batch = len(items[0])
-    few = FEW if batch % FEW == 0 else 1
-
-    def each(items: tuple) -> Any:
-        made = [one(*jax.tree.map(lambda x, n=n: x[n], items)) for n in range(few)]
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *made)
-
-    items = jax.tree.map(lambda x: x.reshape(-1, few, *x.shape[1:]), items)
-    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), lax.map(each, items))
-
-
-def _swapped(*arrays: Float[Array, "_ _ C"]) -> list[Float[Array, "_ _ C"]]:
-    """Put heads before places, or after them again."""
-    return [x.swapaxes(0, 1) for x in arrays]
-
-
-def _products(a: Float[Array, "H N C"], b: Float[Array, "H M C"]) -> Float[Array, "H N M"]:
-    return jnp.einsum("hnc,hmc->hnm", a, b, preferred_element_type=jnp.float32)
-
-
-def _matmul(a: Float[Array, "H N M"], b: Float[Array, "H M C"]) -> Float[Array, "H N C"]:
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-def _forward_cpu(
-    q: Array, k: Array, v: Array, mask: Array | None
-) -> tuple[Float[Array, "B N H C"], Float[Array, "B H N"], Float[Array, "B H N"]]:
-    """Give the result, and for each query its largest *q k'* and 1 / the sum of exponentials."""
-
-    def one(q: Array, k: Array, v: Array, mask: Array | None) -> tuple:
-        q, k, v = _swapped(q, k, v)
-        logits = _products(q, k)
-        logits = logits if mask is None else jnp.where(mask, logits, HIDDEN)
-        largest = logits.max(-1)
-        weights = jnp.exp((logits - largest[..., None]) * q.shape[-1] ** -0.5)
-        inverse = 1 / weights.sum(-1)
-        seen = _matmul(weights.astype(v.dtype), v) * inverse[..., None]
-        return seen.swapaxes(0, 1).astype(v.dtype), largest, inverse
-
-    return _by_few(one, (q, k, v, mask))
-
-
-def _backward_cpu(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    seen: Array,
-    largest: Array,
-    inverse: Array,
-    given: Array,
-) -> tuple[Array, Array, Array]:
-    """Give the gradients; tables are [H M N], and `given` is scaled instead of them."""
-
-    def one(
-        q: Array,
-        k: Array,
-        v: Array,
-        mask: Array | None,
-        seen: Array,
-        largest: Array,
-        inverse: Array,
-        given: Array,
-    ) -> tuple:
-        scale = q.shape[-1] ** -0.5
-        given = (given * inverse.T[..., None]).astype(given.dtype)
-        along = (given.astype(jnp.float32) * seen.astype(jnp.float32)).sum(-1).T
-        q, k, v, given = _swapped(q, k, v, given)
-        mask = None if mask is None else mask.swapaxes(1, 2)
-        logits = _products(k, q)
-        logits = logits if mask is None else jnp.where(mask, logits, HIDDEN)
-        weights = jnp.exp((logits - largest[:, None]) * scale)
-        moved = weights * (_products(v, given) - along[:, None])
-        moved = moved if mask is None else jnp.where(mask, moved, 0)
-        moved = moved.astype(q.dtype)
-        to_q, to_k = _matmul(moved.swapaxes(1, 2), k) * scale, _matmul(moved, q) * scale
-        to_v = _matmul(weights.astype(given.dtype), given)
-        each = zip(_swapped(to_q, to_k, to_v), (q, k, v), strict=True)
-        return tuple(slope.astype(x.dtype) for slope, x in each)
-
-    return _by_few(one, (q, k, v, mask, seen, largest, inverse, given))
+    batch, (num_queries, num_heads, _) = query.shape[:-3], query.shape[-3:]
+    is_small = num_queries * key.shape[-3] * num_heads < MIN_TABLE_SIZE
+    if not ENABLED or is_small or not batch:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        mask = jnp.broadcast_to(mask, (*batch, *mask.shape[1:]))
+    return _attend(query, key, value, mask)
 
 
 @jax.custom_vjp
-def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    return _forward(q, k, v, mask)[0]
+def _attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    return _attend_forward(query, key, value, mask)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple]:
-    def default(q: Array, k: Array, v: Array, mask: Array | None) -> tuple:
-        unused = 0 * q[..., 0].swapaxes(1, 2).astype(jnp.float32)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask), unused, unused
+def _attend_forward(
+    query: Array, key: Array, value: Array, mask: Array | None
+) -> tuple[Array, tuple]:
+    def plain(query: Array, key: Array, value: Array, mask: Array | None) -> tuple:
+        # Both branches have to return the same shapes; the plain backward pass reads no statistics.
+        unused = 0 * query[..., 0].swapaxes(1, 2).astype(jnp.float32)
+        output = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return output, unused, unused
 
-    kept = lax.platform_dependent(q, k, v, mask, cpu=_forward_cpu, default=default)
-    return kept[0], (q, k, v, mask, *kept)
-
-
-def _backward(saved: tuple, given: Array) -> tuple:
-    def default(q: Array, k: Array, v: Array, mask: Array | None, *others: Array) -> tuple:
-        def plain(q: Array, k: Array, v: Array) -> Array:
-            return jax.nn.dot_product_attention(q, k, v, mask=mask)
-
-        return jax.vjp(plain, q, k, v)[1](others[-1])
-
-    grads = lax.platform_dependent(*saved, given, cpu=_backward_cpu, default=default)
-    return *grads, None
+    output, *statistics = dispatch(_cpu_forward, plain, query, key, value, mask)
+    return output, (query, key, value, mask, output, *statistics)
 
 
-_attend.defvjp(_forward, _backward)
+def _attend_backward(residuals: tuple, cotangent: Array) -> tuple:
+    def plain(query: Array, key: Array, value: Array, mask: Array | None, *rest: Array) -> tuple:
+        def attention(query: Array, key: Array, value: Array) -> Array:
+            return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+        return jax.vjp(attention, query, key, value)[1](rest[-1])
+
+    return *dispatch(_cpu_backward, plain, *residuals, cotangent), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _cpu_forward(
+    query: Array, key: Array, value: Array, mask: Array | None
+) -> tuple[Float[Array, "B N H C"], Float[Array, "B H N"], Float[Array, "B H N"]]:
+    """Returns the output and, of each query, its largest `q k'` and 1 / the sum of exponentials."""
+
+    def attend_item(query: Array, key: Array, value: Array, mask: Array | None) -> tuple:
+        query, key, value = _swap_heads(query, key, value)
+        logits_HNM = _mask(_contract_channels(query, key), mask)
+        largest_HN = logits_HNM.max(-1)
+        weights_HNM = jnp.exp((logits_HNM - largest_HN[..., None]) * query.shape[-1] ** -0.5)
+        inverse_HN = 1 / weights_HNM.sum(-1)
+        # Normalising the output [H N C] costs less than normalising the table.
+        output = _multiply(weights_HNM.astype(value.dtype), value) * inverse_HN[..., None]
+        return output.swapaxes(0, 1).astype(value.dtype), largest_HN, inverse_HN
+
+    return _map_chunks(attend_item, (query, key, value, mask))
+
+
+def _cpu_backward(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    output: Array,
+    largest: Array,
+    inverse: Array,
+    cotangent: Array,
+) -> tuple[Array, Array, Array]:
+    """Returns the gradients of queries, keys and values.
+
+    With weights `w = softmax(s)` and cotangent g of the output o, the gradient of the logits is
+    `w (g v' - g . o)`. Tables are [H M N], the transposed of the forward pass, and the cotangent is
+    scaled by 1 / the sum of exponentials instead of them.
+    """
+
+    def differentiate_item(
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Array | None,
+        output: Array,
+        largest_HN: Array,
+        inverse_HN: Array,
+        cotangent: Array,
+    ) -> tuple:
+        scale = query.shape[-1] ** -0.5
+        cotangent = (cotangent * inverse_HN.T[..., None]).astype(cotangent.dtype)
+        projection_HN = (cotangent.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1).T
+        query, key, value, cotangent = _swap_heads(query, key, value, cotangent)
+        mask = None if mask is None else mask.swapaxes(1, 2)
+        logits_HMN = _mask(_contract_channels(key, query), mask)
+        weights_HMN = jnp.exp((logits_HMN - largest_HN[:, None]) * scale)
+        grads_HMN = weights_HMN * (_contract_channels(value, cotangent) - projection_HN[:, None])
+        # A query that may attend to nothing has equal weights, but its logits are constants.
+        grads_HMN = grads_HMN if mask is None else jnp.where(mask, grads_HMN, 0)
+        grads_HMN = grads_HMN.astype(query.dtype)
+        query_grad = _multiply(grads_HMN.swapaxes(1, 2), key) * scale
+        key_grad = _multiply(grads_HMN, query) * scale
+        value_grad = _multiply(weights_HMN.astype(cotangent.dtype), cotangent)
+        grads = _swap_heads(query_grad, key_grad, value_grad)
+        return tuple(
+            grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)
+        )
+
+    arrays = (query, key, value, mask, output, largest, inverse, cotangent)
+    return _map_chunks(differentiate_item, arrays)
+
+
+def _map_chunks(function: Callable[..., Any], arrays: tuple) -> Any:
+    """Applies a function to every item of arrays [B ...], a chunk of items side by side."""
+    batch = len(arrays[0])
+    size = CHUNK if batch % CHUNK == 0 else 1
+
+    def map_chunk(chunk: tuple) -> Any:
+        outputs = [function(*jax.tree.map(lambda x, n=n: x[n], chunk)) for n in range(size)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    chunks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), arrays)
+    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), lax.map(map_chunk, chunks))
+
+
+def _mask(logits: Float[Array, "H N M"], mask: Array | None) -> Float[Array, "H N M"]:
+    return logits if mask is None else jnp.where(mask, logits, MASKED_LOGIT)
+
+
+def _swap_heads(*arrays: Float[Array, "_ _ C"]) -> list[Float[Array, "_ _ C"]]:
+    """Moves heads before positions, or back."""
+    return [x.swapaxes(0, 1) for x in arrays]
+
+
+def _contract_channels(a: Float[Array, "H N C"], b: Float[Array, "H M C"]) -> Float[Array, "H N M"]:
+    return jnp.einsum("hnc,hmc->hnm", a, b, preferred_element_type=jnp.float32)
+
+
+def _multiply(a: Float[Array, "H N M"], b: Float[Array, "H M C"]) -> Float[Array, "H N C"]:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)

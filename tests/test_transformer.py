@@ -1,0 +1,138 @@
+"""The transformer layer: its options against formulas, dropout, and what it returns."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from plan_jax.layers.transformer import (
+    TransformerLayer,
+    attention_weights,
+    dropout,
+    exact_gelu,
+)
+
+KEY = jax.random.key(0)
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_gelu_and_its_slope_are_right_everywhere():
+    x = np.concatenate([np.linspace(-8, 8, 4001), [-1e4, -90.0, 90.0, 1e4]]).astype(np.float32)
+    below = np.array([0.5 * math.erfc(-float(value) / math.sqrt(2)) for value in x])
+    density = np.exp(-0.5 * x.astype(float) ** 2) / math.sqrt(2 * math.pi)
+    value, pullback = jax.vjp(exact_gelu, jnp.asarray(x))
+    (slope,) = pullback(jnp.ones_like(x))
+    np.testing.assert_allclose(value, x * below, rtol=3e-7, atol=1e-6)
+    np.testing.assert_allclose(slope, below + x * density, atol=5e-7)
+    narrow = jnp.asarray(x, jnp.bfloat16)
+    assert exact_gelu(narrow).dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        exact_gelu(narrow).astype(jnp.float32),
+        exact_gelu(narrow.astype(jnp.float32)),
+        rtol=2**-8,
+    )
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_the_layer_is_its_formula(pre_norm):
+    """The weights written out by numpy, and norms where pre-norm and post-norm have them."""
+    layer = TransformerLayer(6, 2, 9, pre_norm=pre_norm, activation=nn.relu, epsilon=1e-5)
+    x = draw(3, 5, 6)
+    params = jax.tree.map(lambda a: a + 0.3 * draw(*a.shape), layer.init(KEY, x)["params"])
+    weights = jax.tree.map(np.asarray, params)
+    mask = np.random.default_rng(1).random((3, 1, 5, 5)) < 0.7
+    mask[:, :, np.arange(5), np.arange(5)] = True
+
+    def dense(x, name):
+        return x @ name["kernel"] + name["bias"]
+
+    def norm(x, name):
+        scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return scaled * name["scale"] + name["bias"]
+
+    def attention(x):
+        query, key, value = (
+            dense(x, weights["attention"][name]).reshape(3, 5, 2, 3)
+            for name in ("query", "key", "value")
+        )
+        logits = np.einsum("bnhc,bmhc->bhnm", query, key) / math.sqrt(3)
+        share = np.where(mask, np.exp(logits), 0)
+        share /= share.sum(-1, keepdims=True)
+        values = np.einsum("bhnm,bmhc->bnhc", share, value).reshape(3, 5, 6)
+        return dense(values, weights["attention"]["out"])
+
+    def mlp(x):
+        return dense(np.maximum(dense(x, weights["fc1"]), 0), weights["fc2"])
+
+    expected = np.asarray(x)
+    if pre_norm:
+        expected = expected + attention(norm(expected, weights["norm1"]))
+        expected = expected + mlp(norm(expected, weights["norm2"]))
+    else:
+        expected = norm(expected + attention(expected), weights["norm1"])
+        expected = norm(expected + mlp(expected), weights["norm2"])
+    output = layer.apply({"params": params}, x, jnp.asarray(mask))
+    np.testing.assert_allclose(output.x, expected, rtol=1e-4, atol=1e-5)
+    attended = output.attention
+    share = attention_weights(attended.query, attended.key, jnp.asarray(mask))
+    np.testing.assert_allclose(share.sum(-1), 1, rtol=1e-6)
+    assert not np.asarray(share)[np.broadcast_to(~mask, share.shape)].any()
+
+
+def test_a_cache_filled_token_by_token_gives_the_causal_layer():
+    layer = TransformerLayer(8, 2, 8, cross_attention=True)
+    x, image = draw(2, 4, 8), draw(2, 3, 8, seed=1)
+
+    def run(module, x, image, *args, **options):
+        return module(x, *args, memory=module.project_memory(image), **options)
+
+    causal = jnp.tril(jnp.ones((4, 4), bool))
+    output, variables = layer.init_with_output(KEY, x, image, causal, method=run)
+    cache = jax.tree.map(jnp.zeros_like, (output.attention.key, output.attention.value))
+    for position in range(4):
+        mask = (jnp.arange(4) <= position)[None]
+        options = {"cache": type(layer.apply(variables, image, method="project_memory"))(*cache)}
+        token = x[:, position : position + 1]
+        step = layer.apply(variables, token, image, mask, position=position, method=run, **options)
+        np.testing.assert_allclose(step.x[:, 0], output.x[:, position], rtol=1e-4, atol=1e-5)
+        cache = step.attention.key, step.attention.value
+    chex.assert_trees_all_close(cache, tuple(output.attention[1:]), atol=1e-5)
+
+
+def test_rows_that_share_memory_are_those_of_repeated_memory():
+    layer = TransformerLayer(8, 2, 8, cross_attention=True)
+    x, image = draw(6, 1, 8), draw(2, 3, 8, seed=1)
+
+    def run(module, x, image):
+        return module(x, memory=module.project_memory(image)).x
+
+    shared, variables = layer.init_with_output(KEY, x, image, method=run)
+    repeated = layer.apply(variables, x, jnp.repeat(image, 3, 0), method=run)
+    np.testing.assert_allclose(shared, repeated, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", ["dropout", "hidden_dropout", "attention_dropout"])
+def test_each_dropout_acts_only_with_a_key(rate):
+    plain = TransformerLayer(8, 2, 8)
+    noisy = TransformerLayer(8, 2, 8, **{rate: 0.5})
+    x = draw(2, 4, 8)
+    variables = plain.init(KEY, x)
+    expected = plain.apply(variables, x).x
+    np.testing.assert_array_equal(noisy.apply(variables, x).x, expected)
+    outputs = [noisy.apply(variables, x, None, jax.random.key(n)).x for n in (0, 0, 1)]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert np.abs(outputs[0] - outputs[2]).max() > 0.01
+    assert np.abs(outputs[0] - expected).max() > 0.01
+
+
+def test_dropout_keeps_the_mean():
+    kept = dropout(jnp.ones((200, 200)), 0.25, KEY)
+    assert set(np.unique(np.asarray(kept).round(5))) == {0.0, np.float32(1 / 0.75).round(5)}
+    assert float(kept.mean()) == pytest.approx(1, abs=0.02)
