@@ -5,6 +5,7 @@ step      ms per step and images per second, `shard_map` against `pmap` in turns
 memory    temporary memory of a method's loss and gradient, as the batch grows
 losses    GLoRIA's and MGCA's losses against the originals' way in torch (no --config; needs torch)
 encoders  the towers at the papers' sizes against torch's, as `make parity` installs them
+kernels   the CPU kernels in whole towers against XLA's own operations (no --config)
 
 Times are meaningful only on a quiet machine. The share of the CPUs that other processes use is read
 before and during a measurement; above 5 % nothing is measured, unless `--anyway` is given.
@@ -23,6 +24,7 @@ MAX_LOAD = 0.05  # share of all CPUs that other processes may use
 MIN_REPEATS = 10  # readings below which a median means little
 MEMORY_BATCHES = (16, 32, 64, 128)
 AGAINST_TORCH = ("losses", "encoders")
+WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels")
 
 
 # The load of other processes ---------------------------------------------------------------------
@@ -270,6 +272,17 @@ def compare_with_torch(args: argparse.Namespace) -> None:
     meter.report()
 
 
+def measure_kernels(args: argparse.Namespace) -> None:
+    """Measures the CPU kernels in whole towers, on all cores or in one thread."""
+    import benchmark_kernels
+
+    meter = LoadMeter()
+    # Other work disturbs the CPU time of one thread less than the wall-clock time of several.
+    clock = time.process_time if args.one_thread else time.perf_counter
+    benchmark_kernels.main(max(args.repeats, MIN_REPEATS), clock)
+    meter.report()
+
+
 # The command line --------------------------------------------------------------------------------
 
 
@@ -280,19 +293,19 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("input", "step", "memory", *AGAINST_TORCH))
+    parser.add_argument("what", choices=("input", "step", "memory", *WITHOUT_CONFIG))
     parser.add_argument("--config", help="a config file; --config.field=value overrides a field")
     parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices (0: none)")
     parser.add_argument("--repeats", type=int, default=MIN_REPEATS, help="readings, at least 10")
     parser.add_argument("--steps", type=int, default=3, help="steps or batches per reading")
-    parser.add_argument("--one-thread", action="store_true", help="losses, encoders: CPU time")
+    parser.add_argument("--one-thread", action="store_true", help="without a config: CPU time")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too")
     args, overrides = parser.parse_known_args()
     unknown = [override for override in overrides if not override.startswith("--config.")]
     if unknown:
         parser.error(f"{unknown[0]} is not an option; see --help")
-    if (args.config is None) != (args.what in AGAINST_TORCH):
-        parser.error("input, step and memory need --config FILE, losses and encoders take none")
+    if (args.config is None) != (args.what in WITHOUT_CONFIG):
+        parser.error("input, step and memory need --config FILE, the others take none")
     return args, overrides
 
 
@@ -303,7 +316,7 @@ def main() -> None:
     if args.devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
-    if args.what in AGAINST_TORCH:
+    if args.what in WITHOUT_CONFIG:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.one_thread:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
@@ -315,6 +328,8 @@ def main() -> None:
     try:
         if args.what in AGAINST_TORCH:
             compare_with_torch(args)
+        elif args.what == "kernels":
+            measure_kernels(args)
         else:
             measurements[args.what](args, load_config(args.config, overrides))
     except UserError as error:
