@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train
-from test_encoders import dual, images, words
+from test_encoders import draw_images, draw_texts, make_encoder
 
 from configs import testing
 from plan_jax import optim, parallel
@@ -50,12 +50,12 @@ def see(tower, variables, x):
 
 def read(tower, variables, *keys):
     """The value and gradients of a scalar of all that is read, in training, for each key."""
-    tokens, index, _, sentence = words()
+    tokens, index, _, sentence = draw_texts()
 
     def scalar(params, key):
         rngs = {"dropout": key}
-        got = tower.apply({"params": params}, tokens, index, sentence, True, rngs=rngs)
-        return sum((leaf**2).sum() for leaf in got)
+        actual = tower.apply({"params": params}, tokens, index, sentence, True, rngs=rngs)
+        return sum((leaf**2).sum() for leaf in actual)
 
     gradient = jax.jit(jax.value_and_grad(scalar))
     return [gradient(variables["params"], key) for key in keys]
@@ -64,7 +64,7 @@ def read(tower, variables, *keys):
 @cache
 def plain_bert():
     tower = make_text_tower("bert_tiny", 30, jnp.float32, **BERT)
-    tokens, index, _, sentence = words()
+    tokens, index, _, sentence = draw_texts()
     variables = tower.init(KEY, tokens, index, sentence)
     return variables, read(tower, variables, KEY, jax.random.key(1))
 
@@ -79,22 +79,22 @@ def plain_vit():
 
 @pytest.mark.parametrize("changes", CHANGES)
 def test_scan_and_rematerialisation_change_no_value_of_bert(changes):
-    variables, (want, other) = plain_bert()
+    variables, (expected, other) = plain_bert()
     tower = make_text_tower("bert_tiny", 30, jnp.float32, **BERT, **changes)
-    tokens, index, _, sentence = words()
+    tokens, index, _, sentence = draw_texts()
     same_tree(variables, jax.eval_shape(tower.init, KEY, tokens, index, sentence))
-    (got,) = read(tower, variables, KEY)
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
-    assert largest(want, got) < 2e-5
-    assert largest(want, other) > 1e-2  # dropout is on
+    (actual,) = read(tower, variables, KEY)
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+    assert largest(expected, actual) < 2e-5
+    assert largest(expected, other) > 1e-2  # dropout is on
 
 
 @pytest.mark.parametrize("changes", CHANGES)
 def test_scan_and_rematerialisation_change_no_value_of_vit(changes):
-    x, variables, want = plain_vit()
+    x, variables, expected = plain_vit()
     tower = make_image_tower("vit_tiny", None, jnp.float32, depth=3, **changes)
     same_tree(variables, jax.eval_shape(tower.init, KEY, x))
-    assert largest(want, see(tower, variables, x)) < 2e-5
+    assert largest(expected, see(tower, variables, x)) < 2e-5
 
 
 def test_rematerialisation_changes_no_value_of_resnet():
@@ -107,7 +107,7 @@ def test_rematerialisation_changes_no_value_of_resnet():
 
 
 def test_scan_makes_a_smaller_program_and_remat_keeps_less():
-    tokens, index, _, sentence = words(16)
+    tokens, index, _, sentence = draw_texts(16)
 
     def compiled(**changes):
         tower = make_text_tower("bert_tiny", 30, jnp.float32, depth=8, width=64, **changes)
@@ -123,7 +123,7 @@ def test_scan_makes_a_smaller_program_and_remat_keeps_less():
 
 @pytest.mark.parametrize("changes", [{}, {"scan": True}])
 def test_parameters_are_the_same_in_half_precision(changes):
-    tokens, index, _, sentence = words()
+    tokens, index, _, sentence = draw_texts()
     trees = [
         make_text_tower("bert_tiny", 30, dtype, depth=3, **some).init(KEY, tokens, index, sentence)
         for dtype, some in ((jnp.float32, {}), (jnp.bfloat16, changes))
@@ -131,12 +131,12 @@ def test_parameters_are_the_same_in_half_precision(changes):
     same_tree(*trees)
     half = make_text_tower("bert_tiny", 30, jnp.bfloat16, depth=3, **changes)
     full = make_text_tower("bert_tiny", 30, jnp.float32, depth=3)
-    want, got = (t.apply(trees[0], tokens, index, sentence).words for t in (full, half))
-    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.15)
+    expected, actual = (t.apply(trees[0], tokens, index, sentence).words for t in (full, half))
+    np.testing.assert_allclose(np.asarray(actual, np.float32), expected, atol=0.15)
 
 
 def test_the_last_layers_are_added_up():
-    tokens, index, _, sentence = words()
+    tokens, index, _, sentence = draw_texts()
     tower = make_text_tower("bert_tiny", 30, jnp.float32, depth=3)
     variables = tower.init(KEY, tokens, index, sentence)
     each = []
@@ -144,18 +144,18 @@ def test_the_last_layers_are_added_up():
         first = make_text_tower("bert_tiny", 30, jnp.float32, depth=depth)
         each.append(first.apply(variables, tokens, index, sentence).words)
     both = make_text_tower("bert_tiny", 30, jnp.float32, depth=3, sum_last_layers=2, scan=True)
-    got = both.apply(variables, tokens, index, sentence).words
-    np.testing.assert_allclose(got, each[0] + each[1], rtol=1e-5, atol=1e-5)
+    actual = both.apply(variables, tokens, index, sentence).words
+    np.testing.assert_allclose(actual, each[0] + each[1], rtol=1e-5, atol=1e-5)
 
 
 def test_the_mean_is_that_of_all_pieces():
-    tokens, _, _, _ = words()
+    tokens, _, _, _ = draw_texts()
     own = jnp.where(tokens > 0, jnp.arange(9), -1)  # every piece its own word
     sentence = jnp.where(tokens > 0, 0, -1)
     tower = make_text_tower("bert_tiny", 30, jnp.float32, pool="mean")
-    got, _ = tower.init_with_output(KEY, tokens, own, sentence)
-    want = [got.words[b][tokens[b] > 0].mean(0) for b in range(3)]
-    np.testing.assert_allclose(got.pooled, want, rtol=1e-5, atol=1e-6)
+    actual, _ = tower.init_with_output(KEY, tokens, own, sentence)
+    expected = [actual.words[b][tokens[b] > 0].mean(0) for b in range(3)]
+    np.testing.assert_allclose(actual.pooled, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_resized_image_gives_the_maps_of_the_papers():
@@ -166,7 +166,7 @@ def test_a_resized_image_gives_the_maps_of_the_papers():
 
 def test_resizing_is_the_literal_formula():
     x = jax.random.normal(KEY, (1, 5, 4, 2))
-    got = resize_align_corners(x, (7, 7))
+    actual = resize_align_corners(x, (7, 7))
     for y in range(7):
         for c in range(7):
             v, u = y * 4 / 6, c * 3 / 6
@@ -174,7 +174,7 @@ def test_resizing_is_the_literal_formula():
             a, b = v - i, u - j
             top = (1 - b) * x[0, i, j] + b * x[0, i, j + 1]
             low = (1 - b) * x[0, i + 1, j] + b * x[0, i + 1, j + 1]
-            np.testing.assert_allclose(got[0, y, c], (1 - a) * top + a * low, atol=1e-5)
+            np.testing.assert_allclose(actual[0, y, c], (1 - a) * top + a * low, atol=1e-5)
 
 
 def test_dilation_takes_the_place_of_strides():
@@ -193,9 +193,9 @@ def test_a_dilated_tower_at_a_stride_is_the_strided_one():
     x = jax.random.normal(KEY, (1, 64, 64, 1))
     plain, dilated = (resnet.ResNet(**sizes, dilated=n, local_stage=1) for n in (0, 1))
     variables = plain.init(KEY, x)
-    want, got = (t.apply(variables, x).local for t in (plain, dilated))
-    assert got.shape[1:3] == (16, 16)
-    np.testing.assert_allclose(got[:, ::2, ::2], want, rtol=1e-4, atol=1e-5)
+    expected, actual = (t.apply(variables, x).local for t in (plain, dilated))
+    assert actual.shape[1:3] == (16, 16)
+    np.testing.assert_allclose(actual[:, ::2, ::2], expected, rtol=1e-4, atol=1e-5)
 
 
 def frozen_step(freeze, vision_=None, **changes):
@@ -273,10 +273,10 @@ def test_what_is_frozen_gets_no_gradient_and_costs_none(side, name):
         sizes = {"name": name, "frozen_layers": frozen_layers} | (
             {} if name == "resnet_tiny" else {"depth": 2}
         )
-        model = dual(**{side: sizes, "fine_map": False})
-        tokens, index, ids, sentence = words()
+        model = make_encoder(**{side: sizes, "fine_map": False})
+        tokens, index, ids, sentence = draw_texts()
         text = TextBatch(tokens, index, ids, sentence)
-        inputs = (images(),) if side == "vision" else (text,)
+        inputs = (draw_images(),) if side == "vision" else (text,)
         verb = "encode_image" if side == "vision" else "encode_text"
         variables = model.init(KEY, *inputs, method=verb)
 
