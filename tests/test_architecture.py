@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "encoders*": "encoders* layers* types",
     "data*": "data* weights.sources types",
     "methods": "methods.* types",
-    "methods.contrastive": "types",
+    "methods.contrastive": "layers* types",
     "methods.gloria": "methods.contrastive methods.gloria_packed layers* types",
     "methods.plan": "methods.contrastive methods.plan_contrast layers* types",
     "methods.*": "methods.contrastive layers* types",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from plan_jax.layers.resize import resize_bilinear
 from plan_jax.types import Features
 
 NEG = -1e9  # stands for minus infinity in masked logits: finite, so that no gradient is NaN
@@ -191,8 +192,8 @@ def upsample_maps(
     maps: Float[Array, "K P"], grid: tuple[int, int], fine_grid: tuple[int, int]
 ) -> Float[Array, "K Q"]:
     """Resize maps bilinearly from one grid to a finer one."""
-    shape = (maps.shape[0], *fine_grid)
-    return jax.image.resize(maps.reshape(-1, *grid), shape, "bilinear").reshape(shape[0], -1)
+    fine_maps = resize_bilinear(maps.reshape(-1, *grid, 1), fine_grid)
+    return fine_maps.reshape(len(maps), -1)
 
 
 def sample_without_replacement(
