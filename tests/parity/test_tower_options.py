@@ -300,8 +300,11 @@ def test_what_is_frozen_gets_no_gradient_and_costs_none(side, name):
     [
         ("text:7", "optim.freeze is 'text:7'; use text:1 to text:3"),
         ("vision:0", "optim.freeze is 'vision:0'; use vision:1 to vision:2"),
-        ("encoders/text_tower", "is in a tower; write text or text:N"),
-        ("heads", "names no parameter; there are vision, text, vision:N, text:N, encoders/image_"),
+        ("encoders/text_tower", "is in a tower; use text or text:N"),
+        (
+            "heads",
+            "names no parameter; use some of vision, text, vision:N, text:N, encoders/image_",
+        ),
     ],
 )
 def test_freezing_what_is_not_there(freeze, words):
