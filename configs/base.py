@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.data.cache = True  # keep decoded images in memory; turn off for large datasets
     config.data.builder = ConfigDict()
 
-    config.vision = ConfigDict(allow_dotted_keys=False)
+    config.vision = ConfigDict()
     config.vision.name = "resnet_small"
     config.vision.position = True  # a position embedding helps small encoders trained from scratch
     config.vision.pool = "mean_max"  # maximum pooling keeps small findings visible
@@ -124,7 +124,7 @@ def get_paper_config() -> ConfigDict:
     config.data.cache = False
     config.data.tokenizer = "emilyalsentzer/Bio_ClinicalBERT"
     config.data.builder = ConfigDict({"manifest": "mimic_cxr/manifest.csv", "size": 256})
-    config.vision = ConfigDict({"name": "resnet50", "resize": 299}, allow_dotted_keys=False)
+    config.vision = ConfigDict({"name": "resnet50", "resize": 299})
     config.text = ConfigDict({"name": "bert_base_6", "dropout": 0.1})
     config.weights.vision = "timm/resnet50.tv_in1k"
     config.weights.text = "emilyalsentzer/Bio_ClinicalBERT"

@@ -38,6 +38,8 @@ def check_that(condition: bool, name: str, value: Any, remedy: str) -> None:
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises UserError unless the value is one of the choices."""
+    choices = tuple(choices)
+    # A tuple compares by equality, so a list from a config file is no TypeError.
     check_that(value in choices, name, value, f"use one of {listed(choices)}")
 
 
@@ -333,6 +335,9 @@ def merge_evaluation(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> d
     Another dataset starts from its builder's own defaults, and the options of a task replace all
     that the run set for it.
     """
+    for name in ("data", "eval"):
+        content = evaluation.get(name, {})
+        check_that(isinstance(content, Mapping), name, content, "use a ConfigDict of its fields")
     data = copy.deepcopy(dict(evaluation.get("data", {})))
     if "name" in data or "builder" in data:
         data.setdefault("builder", {})
@@ -390,8 +395,10 @@ def fill_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     names = {
         side: choice.get("name", _default_name(side)) if isinstance(choice, Mapping) else None
         for side, choice in ((side, choices[side] or {}) for side in choices)
-    }
-    method = values.get("method", Config.method)
+    } | {"method": values.get("method", Config.method)}
+    # A list cannot be looked up in a table.
+    names = {side: name if isinstance(name, str) else None for side, name in names.items()}
+    method = names["method"]
     defaults["hyper"] = _defaults_of(METHODS[method].Hyper) if method in METHODS else {}
     for side in ("vision", "text"):
         defaults[side] = _tower_defaults(names[side])
@@ -479,7 +486,9 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
         remedy = f"each item must be {KIND_NAMES.get(kinds[0], kinds[0])}" if kinds else ""
         for item, kind in zip(value, kinds, strict=True):
             check_that(_has_type(item, kind), name, value, remedy)
-        return tuple(value)
+        return tuple(
+            float(item) if kind is float else item for item, kind in zip(value, kinds, strict=True)
+        )
     elif origin is Mapping or annotation is Mapping or annotation is dict or origin is dict:
         check_that(isinstance(value, Mapping), name, value, "must be a dict")
         return dict(value)
@@ -537,6 +546,7 @@ def _tower_options(side: str, values: Any) -> dict[str, Any]:
     check_that(isinstance(values, Mapping), side, values, "must be a section with a name")
     name = values.get("name", DEFAULT_TOWERS[side])
     check_choice(f"{side}.name", name, known)
+    # Fields of the module that a config sets; the others depend on the rest of the config.
     module, _, internal = tower_class(name)
     kinds = {f.name: f for f in dataclasses.fields(module) if f.name not in internal}
     options = {key: value for key, value in values.items() if key != "name"}

@@ -10,13 +10,14 @@ SIGTERM saves and exits with 0. A mistake is one sentence on stderr and exit cod
 """
 
 import ast
+import functools
 import json
 import math
 import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,21 +162,32 @@ def apply_overrides(content: Mapping[str, Any], overrides: Mapping[str, str]) ->
         if name in overrides and isinstance(values.get(section, {}), Mapping):
             update = {field: overrides[name]}
             values |= {section: {**values.get(section, {}), **update}} if section else update
-    values = config.fill_defaults(values)
     if not overrides:
-        return values
+        return config.fill_defaults(values)
+    # A field's type is that of its default, whatever the file says: None has no parser.
+    values = config.fill_defaults(_drop_fields(values, set(overrides) - set(choices)))
 
     fields = dict(config.flatten(values))
     for name in overrides:
         if name not in fields:
             raise config.unknown_field(name, fields, _owner(name, values))
-    arguments = [
-        f"--config.{name}={_quote_items(text) if isinstance(fields[name], tuple) else text}"
+    # A dict is parsed here: its keys, such as names of columns, may contain dots.
+    dicts = {
+        name: _parse_dict(name, text)
         for name, text in overrides.items()
+        if isinstance(fields[name], Mapping)
+    }
+    arguments = [
+        f"--config.{name}={_as_literal(text, fields[name])}"
+        for name, text in overrides.items()
+        if name not in dicts
     ]
     flag_values = flags.FlagValues()
     config_flags.DEFINE_config_dict(
-        "config", ConfigDict(values), flag_values=flag_values, sys_argv=["main", *arguments]
+        "config",
+        ConfigDict(values, allow_dotted_keys=True),
+        flag_values=flag_values,
+        sys_argv=["main", *arguments],
     )
     try:
         flag_values(["main", *arguments])
@@ -184,7 +196,11 @@ def apply_overrides(content: Mapping[str, Any], overrides: Mapping[str, str]) ->
         name = match.group(1) if match and match.group(1) in overrides else next(iter(overrides))
         kind = config.KIND_NAMES.get(type(fields[name]), f"a {type(fields[name]).__name__}")
         raise UserError(f"config.{name} is {overrides[name]!r}; must be {kind}") from None
-    return flag_values.config.to_dict()
+    result = flag_values.config.to_dict()
+    for name, value in dicts.items():
+        section, _, field = name.rpartition(".")
+        functools.reduce(dict.__getitem__, section.split("."), result)[field] = value
+    return result
 
 
 def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workdir: str) -> None:
@@ -204,7 +220,14 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
     previous = read_run_config(Path(workdir))
     if previous:
         configs.check_version(previous, f"workdir {workdir}")
-        difference = configs.difference(configs.Config.from_dict(previous), config)
+        try:
+            previous_config = configs.Config.from_dict(previous)
+        except UserError as error:
+            raise UserError(
+                f"workdir {workdir} holds a config that cannot be used ({error}); "
+                "pass another --workdir"
+            ) from None
+        difference = configs.difference(previous_config, config)
         if difference:
             raise UserError(
                 f"workdir {workdir} holds a run of {difference}; pass another --workdir, or "
@@ -285,7 +308,10 @@ def read_run_config(workdir: Path) -> dict[str, Any]:
         raise UserError(f"workdir {workdir} cannot be written; pass another --workdir")
     path = workdir / "config.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        content = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(content, dict):
+            raise ValueError
+        return content
     except (OSError, ValueError):
         raise UserError(f"{path} cannot be read; pass another --workdir, or delete it") from None
 
@@ -302,13 +328,46 @@ def default_workdir(config: str | None) -> str:
     return str(Path("runs") / "_".join(filter(None, (Path(path).stem, argument.replace("/", "_")))))
 
 
-def _quote_items(text: str) -> str:
-    """Returns a tuple's text as a literal: `a,b` becomes `('a', 'b')`, and `3` becomes `(3,)`."""
+def _drop_fields(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Returns nested dicts without the fields of some dotted names."""
+    kept = {}
+    for key, value in values.items():
+        prefix = f"{key}."
+        inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        if key not in names:
+            kept[key] = _drop_fields(value, inside) if isinstance(value, Mapping) else value
+    return kept
+
+
+def _as_literal(text: str, default: Any) -> str:
+    """Returns a text in the form that the parser of a field of that default expects.
+
+    In a tuple `a,b` becomes `('a', 'b')` and `3` becomes `(3,)`; for a bool `yes` becomes `true`.
+    """
+    if isinstance(default, bool):
+        return {"yes": "true", "no": "false"}.get(text.lower(), text)
+    if not isinstance(default, tuple):
+        return text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
     return repr(tuple(value) if isinstance(value, list | tuple) else (value,))
+
+
+def _parse_dict(name: str, text: str) -> dict[Any, Any]:
+    """Returns the dict that a text is a literal of.
+
+    Raises:
+      UserError: it is not one.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"config.{name} is {text!r}; must be a dict, such as {{'text': 'report'}}")
+    return value
 
 
 def _owner(name: str, values: Mapping[str, Any]) -> str:

@@ -335,14 +335,14 @@ def check_options(task: str, options: Any, minima: Mapping[str, int | float]) ->
     The choices of an option are those of its `Literal` type; `minima` maps options to numbers.
     """
     for option in dataclasses.fields(options):
-        value = getattr(options, option.name)
+        name, value = f"config.eval.{task}.{option.name}", getattr(options, option.name)
         choices = get_args(option.type) if get_origin(option.type) is Literal else ()
         if choices and value not in choices:
             names = ", ".join(str(choice) for choice in choices)
-            raise UserError(f"{task}.{option.name} is {value!r}; use one of {names}")
+            raise UserError(f"{name} is {value!r}; use one of {names}")
         # Written as `not >=`, so that NaN is refused too.
         if option.name in minima and not value >= minima[option.name]:
-            raise UserError(f"{task}.{option.name} is {value}; use at least {minima[option.name]}")
+            raise UserError(f"{name} is {value}; use at least {minima[option.name]}")
 
 
 # Examples for the page ----------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The typed config: conversion, defaults, differences and evaluation-only configs."""
 
+import copy
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -69,6 +71,32 @@ def test_values_out_of_range_are_refused(content, section, field, value, remedy)
         Config.from_dict(content)
     name = f"config.{section}.{field}" if section else f"config.{field}"
     assert str(error.value).startswith(f"{name} is {value!r}; ") and remedy in str(error.value)
+
+
+NONSENSE = [None, 3, "x", ["x"], [None], {}, {"a": 1}, {"name": ["x"]}, True, float("nan"), -1, 2.5]
+
+
+@pytest.mark.parametrize("value", NONSENSE, ids=repr)
+def test_any_value_of_any_field_works_or_is_refused(content, value):
+    filled = configs.fill_defaults(content)
+    names = {name for name, _ in configs.flatten(filled)}
+    for name in sorted(names | {name.rpartition(".")[0] for name in names} - {""}):
+        values = copy.deepcopy(filled)
+        *path, field = name.split(".")
+        functools.reduce(dict.__getitem__, path, values)[field] = value
+        try:
+            config = Config.from_dict(values)
+        except UserError:
+            continue
+        # What is accepted can be stored and read again.
+        assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("evaluation", [{"data": 3}, {"eval": None}, {"data": {"builder": 3}}])
+def test_an_evaluation_without_sections_is_refused(content, evaluation):
+    run = Config.from_dict(content).to_dict()
+    with pytest.raises(UserError, match=r"config\.(data|eval|data\.builder) is "):
+        Config.from_dict(configs.merge_evaluation(run, evaluation))
 
 
 def test_difference_names_the_first_field_that_matters(content):

@@ -1,5 +1,6 @@
 """The command line: parsing, what is passed to training and evaluation, and exit codes."""
 
+import ast
 import json
 import os
 import subprocess
@@ -41,6 +42,7 @@ def calls(monkeypatch):
         ("optim.learning_rate", "1e-4", 1e-4),
         ("optim.learning_rate", "1", 1.0),
         ("data.cache", "false", False),
+        ("data.cache", "no", False),
         ("data.tokenizer", "12", "12"),
         ("eval.tasks", "grounding,retrieval", ("grounding", "retrieval")),
         ("eval.tasks", "('zero_shot',)", ("zero_shot",)),
@@ -70,6 +72,31 @@ def test_overrides_know_the_fields_of_the_chosen_method(calls):
     overrides = {"hyper.image_to_text": "0.5", "method": "convirt"}
     config = Config.from_dict(main.apply_overrides(content, overrides))
     assert config.method == "convirt" and config.hyper.image_to_text == 0.5
+
+
+@pytest.mark.parametrize("text", ["{'text': 'report'}", "{'text': 'a.b'}", "{'a.b': 'c'}", "{}"])
+def test_a_dict_is_replaced(text):
+    pairs = main.load_config_file(str(ROOT / "configs/pairs.py"))
+    pairs["data"]["builder"]["columns"] = {"image": "file.name"}
+    values = main.apply_overrides(pairs, {"data.builder.columns": text})
+    assert values["data"]["builder"]["columns"] == ast.literal_eval(text)
+    kept = main.apply_overrides(pairs, {"steps": "3"})
+    assert kept["data"]["builder"]["columns"] == {"image": "file.name"}
+
+
+def test_an_override_does_not_need_the_value_in_the_file():
+    content = main.load_config_file(CONFIG)
+    content["data"]["workers"] = None
+    assert main.apply_overrides(content, {"data.workers": "3"})["data"]["workers"] == 3
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"seed": 0, "colour": 1}', '{"data": 3}'])
+def test_a_folder_with_another_config_is_refused(text, calls, capsys):
+    Path("run").mkdir()
+    Path("run/config.json").write_text(text)
+    assert main.run(["--config", CONFIG, "--workdir", "run"]) == 2
+    error = capsys.readouterr().err
+    assert "run" in error and "pass another --workdir" in error and not calls
 
 
 def test_the_same_run_is_resumed_and_another_is_refused(calls, capsys):

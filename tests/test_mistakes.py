@@ -24,6 +24,7 @@ FILES = {
     "no_return.py": HEADER,
     "unknown.py": HEADER + "    config.lr = 1e-3\n    return config\n",
     "section.py": HEADER + "    del config.optim\n    config.optim = 3\n    return config\n",
+    "list.py": HEADER + "    config.vision = {'name': ['vgg']}\n    return config\n",
     "old.py": HEADER + "    config.optim.rate = 1e-3\n    return config\n",
     "pairs.py": HEADER + "    config.data.name = 'pairs'\n"
     "    config.data.builder = {}\n    return config\n",
@@ -69,6 +70,11 @@ TRAIN = {
     "constant of another method": (
         "config.method=convirt",
         ["is not a field of convirt", "use tau, image_to_text"],
+    ),
+    "field of a value": ("--config section.py config.optim.b1=0", ["config.optim", "b1"]),
+    "list for a name": (
+        "--config list.py",
+        ["config.vision.name is ('vgg',)", "use one of resnet50"],
     ),
     "no value": ("config.batch", ["--config.batch has no value", "--config.batch=value"]),
     "section on the command line": ("config.optim=1", ["config.optim is a section", "set one of"]),
@@ -168,7 +174,7 @@ EVAL = {
     ),
     "option out of range": (
         ALL_TASKS + "config.eval.segmentation.batch=0",
-        ["segmentation.batch is 0", "use at least 1"],
+        ["config.eval.segmentation.batch is 0", "use at least 1"],
     ),
     "misspelt option": (
         ALL_TASKS + "config.eval.detection.wdths=(1,)",
