@@ -1,4 +1,4 @@
-"""Whole steps of every method, towers and BatchNorm included, on sixteen phantoms."""
+"""The training step of every method, with encoders and BatchNorm, on sixteen phantoms."""
 
 from functools import cache
 
@@ -27,16 +27,18 @@ OPTIM = {"learning_rate": 1e-2, "end_lr_factor": 0.1, "weight_decay": 0.0}
 
 
 @cache
-def dataset():
-    """The first sixteen phantoms whose reports differ."""
-    drawn = {(record := phantom.draw_study(0, i, 32)).text: record for i in range(PAIRS + 8)}
-    source = [schema.serialize(record) for record in list(drawn.values())[:PAIRS]]
+def make_dataset():
+    """Returns the first sixteen phantoms whose reports differ."""
+    record_by_text = {
+        (record := phantom.draw_study(0, i, 32)).text: record for i in range(PAIRS + 8)
+    }
+    source = [schema.serialize(record) for record in list(record_by_text.values())[:PAIRS]]
     assert len(source) == PAIRS
     return datasets.Dataset(source, phantom.FINDINGS, phantom.ANATOMY, phantom.ANATOMY, cache=True)
 
 
-def prepared(name, devices):
-    """The state, the step, the batch and what they are made of."""
+def prepare(name, devices):
+    """Returns the first state, the step, a batch and the components of a method."""
     content = testing.get_config().to_dict() | {"method": name, "hyper": HYPER.get(name, {})}
     content |= {"steps": STEPS, "fine_map": name == "plan"}
     content["data"] |= {"max_tokens": 64, "max_words": 48}
@@ -46,8 +48,8 @@ def prepared(name, devices):
         content["vision"] |= {"pool": "mean"}
     config = Config.from_dict(content)
     mesh, components = parallel.make_mesh(devices), build_components(config, parallel.AXIS)
-    stream = loader.train_batches(
-        dataset(),
+    batches = loader.train_batches(
+        make_dataset(),
         components.tokenizer,
         batch_size=PAIRS,
         size=32,
@@ -57,52 +59,58 @@ def prepared(name, devices):
         max_shift=0,
         extra=METHODS[name].REQUIRES,
     )
-    batch = next(stream)
-    stream.close()
+    batch = next(batches)
+    batches.close()
 
-    state, optimiser = init_state(components, config, batch, dataset().findings)
+    state, optimiser = init_state(components, config, batch, make_dataset().findings)
     step = parallel.parallelise(make_step(components, optimiser, 0.0, parallel.AXIS), mesh)
     return parallel.replicate(state, mesh), step, parallel.shard(batch, mesh), components
 
 
-def gradients(state):
-    """Adam's first moments after the first step: a tenth of the clipped gradients."""
-    found = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
-    return [leaf for path, leaf in found if "mu" in str(path)]
+def first_moments(state):
+    """Returns Adam's first moments; after one step, a tenth of the clipped gradients."""
+    leaves = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
+    return [leaf for path, leaf in leaves if "mu" in str(path)]
 
 
-def recognise(components, held, batch):
-    """Scores of the batch in evaluation, with the statistics of BatchNorm from training."""
+def retrieve(components, variables, batch):
+    """Returns the scores images x texts of a batch in evaluation mode, and their transpose."""
 
     @jax.jit
-    def table(held, batch):
-        params = held["params"]
-        towers = {"params": params["encoders"], "batch_stats": held["batch_stats"]}
-        images, texts = components.encoder.apply(towers, batch)
-        compare, own = components.method.similarity, (params["method"], held["memory"])
-        return compare(*own, images, texts, components.hyper)["global"]
+    def compute_scores(variables, batch):
+        params = variables["params"]
+        encoders = {"params": params["encoders"], "batch_stats": variables["batch_stats"]}
+        images, texts = components.encoder.apply(encoders, batch)
+        tables = components.method.similarity(
+            params["method"], variables["memory"], images, texts, components.hyper
+        )
+        return tables["global"]
 
-    scores = np.asarray(table(held, batch))
+    scores = np.asarray(compute_scores(variables, batch))
     return scores, scores.T
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_eight_devices_step_like_one_and_sixteen_pairs_are_learned_by_heart(name):
-    first = {}
+def test_eight_devices_step_like_one_and_sixteen_pairs_are_memorised(name):
+    results = {}  # number of devices -> state and metrics after one step
     for devices in (8, 1):
-        state, step, batch, components = prepared(name, devices)
-        state, seen = step(state, batch)
-        first[devices] = parallel.to_host((state, seen))
-    (one, seen_one), (eight, seen_eight) = first[1], first[8]
-    np.testing.assert_allclose(seen_eight["loss"], seen_one["loss"], rtol=1e-5)
-    a, b = (np.concatenate([x.ravel() for x in gradients(state)]) for state in (one, eight))
+        state, step, batch, components = prepare(name, devices)
+        state, metrics = step(state, batch)
+        results[devices] = parallel.to_host((state, metrics))
+    (state_1, metrics_1), (state_8, metrics_8) = results[1], results[8]
+    np.testing.assert_allclose(metrics_8["loss"], metrics_1["loss"], rtol=1e-5)
+    a, b = (
+        np.concatenate([x.ravel() for x in first_moments(state)]) for state in (state_1, state_8)
+    )
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a), "the gradients differ"
-    for a, b in zip(*(jax.tree.leaves(s.batch_stats) for s in (one, eight)), strict=True):
+    for a, b in zip(
+        *(jax.tree.leaves(state.batch_stats) for state in (state_1, state_8)), strict=True
+    ):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
-    for a, b in zip(*(jax.tree.leaves(s.memory) for s in (one, eight)), strict=True):
+    for a, b in zip(*(jax.tree.leaves(state.memory) for state in (state_1, state_8)), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
     for _ in range(STEPS - 1):
-        state, seen = step(state, batch)
+        state, metrics = step(state, batch)
     assert step._cache_size() == 1, "compiled again after the first step"
-    for scores in recognise(components, train.model_variables(state), parallel.to_host(batch)):
-        assert (scores.argmax(-1) == np.arange(PAIRS)).all(), float(seen["loss"])
+    for scores in retrieve(components, train.model_variables(state), parallel.to_host(batch)):
+        assert (scores.argmax(-1) == np.arange(PAIRS)).all(), float(metrics["loss"])
