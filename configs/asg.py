@@ -16,7 +16,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     config = base.get_sized_config(size)
     config.method = "asg"
     if size == "phantom":
-        config.hyper = ConfigDict({"layers": 2, "hidden": 128})
+        config.hyper = ConfigDict({"num_layers": 2, "hidden_dim": 128})
     else:
         config.vision = ConfigDict({"name": "vit_b16"})
         config.weights.vision = "timm/deit_base_patch16_224.fb_in1k"

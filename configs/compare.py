@@ -34,12 +34,12 @@ VARIANTS = METHODS | ABLATION
 _HYPER = {
     "plan_0": {"rounds": 0},
     "plan_2": {"rounds": 2},
-    "plan_late": {"start": STEPS // 2},
-    "plan_reading": {"eta": 0.5, "start": STEPS},
+    "plan_late": {"refinement_start_step": STEPS // 2},
+    "plan_reading": {"eta": 0.5, "refinement_start_step": STEPS},
     "plan_same_pull": {"eta": 0.5},
     "plan_forget": {"rho": 0.0},
-    "plan_no_gates": {"gates": False},
-    "plan_no_history": {"history": False},
+    "plan_no_gates": {"use_gates": False},
+    "plan_no_history": {"use_history": False},
     "plan_all_negatives": {"negatives": "all"},
 }
 _COARSE = ("plan_0", "plan_reading", "plan_same", "plan_same_pull")  # without the finer map

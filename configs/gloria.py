@@ -20,7 +20,9 @@ def get_config(size: str = "paper") -> ConfigDict:
     config = base.get_sized_config(size)
     config.method = "gloria"
     if size == "phantom":
-        config.hyper = ConfigDict({"normalise": True})  # raw products saturate in 64 dimensions
+        config.hyper = ConfigDict(
+            {"normalise_attention": True}
+        )  # raw products saturate in 64 dimensions
     else:
         config.text.name = "bert_base"
         config.text.pool = "mean"

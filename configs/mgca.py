@@ -14,9 +14,11 @@ def get_config(size: str = "paper") -> ConfigDict:
     config = base.get_sized_config(size)
     config.method = "mgca"
     if size == "phantom":
-        config.hyper = ConfigDict({"prototypes": 64, "freeze": 128})  # one epoch of 4,096 pairs
+        config.hyper = ConfigDict(
+            {"num_prototypes": 64, "freeze_prototype_steps": 128}
+        )  # one epoch of 4,096 pairs
     else:
         config.vision = ConfigDict({"name": "vit_b16"})
         config.weights.vision = "timm/deit_base_patch16_224.fb_in1k"
-        config.hyper = ConfigDict({"freeze": 1500})  # one epoch of 217,000 pairs
+        config.hyper = ConfigDict({"freeze_prototype_steps": 1500})  # one epoch of 217,000 pairs
     return config

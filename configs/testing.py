@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.text.name = "bert_tiny"
     config.embed_dim = 8
     config.head_hidden_dim = 16
-    config.hyper = ConfigDict({"words": 4, "tile": 2})
+    config.hyper = ConfigDict({"num_sampled_words": 4, "tile_size": 2})
     config.checkpoint.every = 2
     config.eval.limit = 8
     config.eval.num_prior_records = 16

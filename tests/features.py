@@ -10,10 +10,10 @@ WIDTH = 10  # of what an encoder gives before its heads
 
 
 def make(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
-    """Make `pairs` images and texts; text 0 fills every slot, text 1 has one word."""
+    """Returns `pairs` images and texts; text 0 fills every slot, text 1 has one word."""
     rng = np.random.default_rng(seed)
 
-    def draw(*shape):
+    def sample(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     count = rng.integers(2, words + 1, pairs)
@@ -24,51 +24,57 @@ def make(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
     pixels = grid[0] * grid[1]
     large = (2 * grid[0], 2 * grid[1])
     images = Features(
-        draw(pairs, dim),
-        draw(pairs, pixels, dim),
+        sample(pairs, dim),
+        sample(pairs, pixels, dim),
         jnp.ones((pairs, pixels), bool),
         grid=grid,
-        fine=draw(pairs, 4 * pixels, dim) if fine else None,
+        fine=sample(pairs, 4 * pixels, dim) if fine else None,
         fine_grid=large if fine else None,
-        raw=draw(pairs, pixels, WIDTH),
-        attention=jax.nn.softmax(draw(pairs, pixels)),
+        raw=sample(pairs, pixels, WIDTH),
+        attention=jax.nn.softmax(sample(pairs, pixels)),
     )
-    local = draw(pairs, words, dim) * mask[..., None]
-    attention = jax.nn.softmax(draw(pairs, words)) * mask
-    raw = draw(pairs, words, WIDTH)
+    local = sample(pairs, words, dim) * mask[..., None]
+    attention = jax.nn.softmax(sample(pairs, words)) * mask
+    raw = sample(pairs, words, WIDTH)
     return images, Features(
-        draw(pairs, dim), local, jnp.asarray(mask), word_id, sentence, raw=raw, attention=attention
+        sample(pairs, dim),
+        local,
+        jnp.asarray(mask),
+        word_id,
+        sentence,
+        raw=raw,
+        attention=attention,
     )
 
 
-def setting(dim=8):
-    """Make what a method is told at its start: F = 4 tags."""
-    return MethodContext(dim, WIDTH, jax.random.normal(jax.random.key(9), (4, 12)))
+def make_context(dim=8):
+    """Returns the context of a method at its start: F = 4 tags, an averaged model."""
+    return MethodContext(dim, WIDTH, jax.random.normal(jax.random.key(9), (4, 12)), 0.9)
 
 
 def make_extra(texts, regions=3, seed=0):
-    """Make labels, boxes of regions and their words; pair 0 has lost region 0, pair 1 has none."""
+    """Returns labels, boxes of regions and their words; pair 0 lacks region 0, pair 1 has none."""
     rng = np.random.default_rng(seed)
     pairs, words = texts.mask.shape
     low, size = rng.uniform(0, 0.5, (pairs, regions, 2)), rng.uniform(0.2, 0.5, (pairs, regions, 2))
     boxes = np.concatenate([low, low + size], -1).astype(np.float32)
     boxes[0, 0], boxes[1] = 0, 0
-    said = rng.random((pairs, regions, words)) < 0.7
+    region_words = rng.random((pairs, regions, words)) < 0.7
     return {
         "labels": jnp.asarray(rng.integers(-1, 2, (pairs, 4)), jnp.int8),
         "regions": jnp.asarray(boxes),
-        "region_words": jnp.asarray(said) & texts.mask[:, None],
+        "region_words": jnp.asarray(region_words) & texts.mask[:, None],
     }
 
 
 def permute(tree, order):
-    """Reorder the items of features."""
+    """Returns the items of features in another order."""
     return jax.tree.map(lambda x: x[order], tree)
 
 
-def pad(texts, more=3, noise=7.0):
-    """Append padded words filled with noise."""
-    wide = ((0, 0), (0, more))
+def pad(texts, count=3, noise=7.0):
+    """Returns texts with padded words of noise appended."""
+    wide = ((0, 0), (0, count))
     return texts.replace(
         local=jnp.pad(texts.local, (*wide, (0, 0)), constant_values=noise),
         raw=jnp.pad(texts.raw, (*wide, (0, 0)), constant_values=noise),

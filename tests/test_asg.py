@@ -9,7 +9,7 @@ import pytest
 from plan_jax.data import transforms
 from plan_jax.methods import asg
 
-HYPER = asg.Hyper(layers=1, heads=2, hidden=8, dropout=0.0)
+HYPER = asg.Hyper(num_layers=1, num_heads=2, hidden_dim=8, dropout_rate=0.0)
 KEY = jax.random.key(1)
 LOSS = jax.jit(asg.loss, static_argnames="hyper")
 
@@ -55,9 +55,9 @@ def test_roi_align_is_the_mean_of_bilinear_samples(aligned):
     boxes = np.concatenate([low, np.minimum(low + rng.uniform(0.01, 0.6, (9, 2)), 1)], -1)
     boxes[0], boxes[1] = (0, 0, 1, 1), (0.5, 0.5, 0.52, 0.52)
     got = asg.roi_align(jnp.asarray(image.reshape(35, 3)), jnp.asarray(boxes), (5, 7), aligned)
-    for found, box in zip(got, boxes, strict=True):
+    for region, box in zip(got, boxes, strict=True):
         want = slow_roi(image, box * np.array([7, 5, 7, 5]), aligned)
-        np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(region, want, rtol=1e-4, atol=1e-5)
 
 
 def test_roi_align_of_a_box_of_whole_cells_is_their_mean():
@@ -73,11 +73,11 @@ def slow_regions(images, texts, extra, hyper):
     for b in range(len(texts.mask)):
         pixels = unit(np.asarray(images.local[b])).reshape(*images.grid, -1)
         words, rho, sigma = unit(np.asarray(texts.local[b])), [], []
-        for box, said in zip(extra["regions"][b], extra["region_words"][b], strict=True):
-            if box[2] > box[0] and said.any():
+        for box, region_words in zip(extra["regions"][b], extra["region_words"][b], strict=True):
+            if box[2] > box[0] and region_words.any():
                 scale = np.array([images.grid[1], images.grid[0]] * 2)
                 rho.append(slow_roi(pixels, np.asarray(box) * scale, hyper.aligned))
-                sigma.append(words[np.asarray(said)].mean(0))
+                sigma.append(words[np.asarray(region_words)].mean(0))
         for table in (np.array(rho) @ np.array(sigma).T, np.array(sigma) @ np.array(rho).T):
             for r in range(len(rho)):
                 total -= np.log(softmax(table[r] / hyper.tau)[r])
@@ -93,7 +93,9 @@ def slow_soft(images, texts, labels, hyper):
         for i in range(size):
             soft = np.array(
                 [
-                    (1 - hyper.soft) * (i == j) + hyper.soft * tags[i] @ tags[j] + hyper.smooth
+                    (1 - hyper.soft_share) * (i == j)
+                    + hyper.soft_share * tags[i] @ tags[j]
+                    + hyper.target_smoothing
                     for j in range(size)
                 ]
             )
@@ -107,7 +109,7 @@ def slow_soft(images, texts, labels, hyper):
 def test_each_term_is_the_literal_loop(pairs):
     images, texts = features.make(pairs=pairs)
     extra = features.make_extra(texts)
-    params, memory = asg.init(KEY, features.setting(), HYPER)
+    params, memory = asg.init(KEY, features.make_context(), HYPER)
     value, (metrics, _) = LOSS(
         params, memory, images, texts, extra, key=KEY, step=jnp.array(0), hyper=HYPER
     )
@@ -124,10 +126,10 @@ def test_each_term_is_the_literal_loop(pairs):
 def test_tags_are_asked_of_each_image_and_unknown_counts_as_absent():
     images, texts = features.make(pairs=3)
     labels = features.make_extra(texts)["labels"].at[0, 0].set(-1)
-    params, memory = asg.init(KEY, features.setting(), HYPER)
-    got = asg.tag_loss(params["decoder"], memory["tags"], images.raw, labels, KEY, HYPER, None)
+    params, memory = asg.init(KEY, features.make_context(), HYPER)
+    got = asg.tag_losses(params["decoder"], memory["tags"], images.raw, labels, KEY, HYPER, None)
     for b in range(3):
-        logits = asg.decoder(HYPER).apply(
+        logits = asg.build_decoder(HYPER).apply(
             {"params": params["decoder"]}, memory["tags"], images.raw[b], False
         )
         truth, p = np.asarray(labels[b]) > 0, 1 / (1 + np.exp(-np.asarray(logits)))
@@ -136,8 +138,8 @@ def test_tags_are_asked_of_each_image_and_unknown_counts_as_absent():
 
 
 def test_the_decoder_is_pre_norm_attention_layer_by_layer():
-    tags, pixels = features.setting().tags, jax.random.normal(KEY, (5, 12))
-    params = asg.decoder(HYPER).init(KEY, tags, pixels, False)["params"]
+    tags, pixels = features.make_context().tags, jax.random.normal(KEY, (5, 12))
+    params = asg.build_decoder(HYPER).init(KEY, tags, pixels, False)["params"]
     assert "project" not in params, "equal widths need no projection"
     p = jax.tree.map(np.asarray, params)
 
@@ -152,11 +154,11 @@ def test_the_decoder_is_pre_norm_attention_layer_by_layer():
 
     def attend(x, y, name):
         q, k, v = (
-            dense(z, layer[name][part]).reshape(len(z), HYPER.heads, -1)
+            dense(z, layer[name][part]).reshape(len(z), HYPER.num_heads, -1)
             for z, part in ((x, "query"), (y, "key"), (y, "value"))
         )
         out = np.zeros_like(q)
-        for head in range(HYPER.heads):
+        for head in range(HYPER.num_heads):
             for n in range(len(q)):
                 share = softmax(k[:, head] @ q[n, head] / np.sqrt(q.shape[-1]))
                 out[n, head] = share @ v[:, head]
@@ -169,21 +171,23 @@ def test_the_decoder_is_pre_norm_attention_layer_by_layer():
     y = dense(norm(x, layer["norm2"]), layer["fc1"])
     x = x + dense(np.maximum(y, 0), layer["fc2"])
     want = dense(norm(x, p["norm"]), p["logit"])
-    got = asg.decoder(HYPER).apply({"params": params}, tags, pixels, False)
+    got = asg.build_decoder(HYPER).apply({"params": params}, tags, pixels, False)
     np.testing.assert_allclose(got, want[:, 0], rtol=1e-3, atol=1e-4)
 
 
 def test_dropout_is_drawn_for_the_image_wherever_it_is_computed():
     images, texts = features.make(pairs=4)
-    hyper = asg.Hyper(layers=1, heads=2, hidden=8, dropout=0.5)
-    params, memory = asg.init(KEY, features.setting(), hyper)
+    hyper = asg.Hyper(num_layers=1, num_heads=2, hidden_dim=8, dropout_rate=0.5)
+    params, memory = asg.init(KEY, features.make_context(), hyper)
     labels = features.make_extra(texts)["labels"]
 
     def losses(key):
-        return asg.tag_loss(params["decoder"], memory["tags"], images.raw, labels, key, hyper, None)
+        return asg.tag_losses(
+            params["decoder"], memory["tags"], images.raw, labels, key, hyper, None
+        )
 
     same = images.raw[:1].repeat(4, 0), labels[:1].repeat(4, 0)
-    each = asg.tag_loss(params["decoder"], memory["tags"], *same, KEY, hyper, None)
+    each = asg.tag_losses(params["decoder"], memory["tags"], *same, KEY, hyper, None)
     assert len(set(np.asarray(each).round(6).tolist())) > 1, "all images drop the same"
     assert not np.allclose(losses(KEY), losses(jax.random.key(2)))
 
@@ -200,7 +204,7 @@ def test_soft_targets_sum_to_one_and_follow_the_tags():
 def test_a_lost_region_and_one_without_words_do_not_count():
     images, texts = features.make(pairs=3)
     extra = features.make_extra(texts)
-    params, memory = asg.init(KEY, features.setting(), HYPER)
+    params, memory = asg.init(KEY, features.make_context(), HYPER)
 
     def region(extra):
         rest = {"key": KEY, "step": jnp.array(0), "hyper": HYPER}
@@ -220,7 +224,7 @@ def test_images_without_any_region_give_zero_and_no_nan():
     images, texts = features.make(pairs=3)
     extra = features.make_extra(texts)
     extra["regions"] = jnp.zeros_like(extra["regions"])
-    params, memory = asg.init(KEY, features.setting(), HYPER)
+    params, memory = asg.init(KEY, features.make_context(), HYPER)
 
     def value(images):
         rest = {"key": KEY, "step": jnp.array(0), "hyper": HYPER}

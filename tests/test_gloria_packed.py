@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from plan_jax.methods import contrastive, gloria, gloria_packed
 
-HYPER = gloria.Hyper(tile=2)  # the smallest blocks: as many slots as the longest text may fill
+HYPER = gloria.Hyper(tile_size=2)  # the smallest blocks: as many slots as the longest text may fill
 
 
 def padded(pixels, words, mask, hyper, kind="sum"):
@@ -20,16 +20,16 @@ def padded(pixels, words, mask, hyper, kind="sum"):
 
     def score(pixels, text):
         words, mask = text
-        if hyper.normalise:
+        if hyper.normalise_attention:
             pixels, words = contrastive.l2_normalise(pixels), contrastive.l2_normalise(words)
-        products = jnp.where(mask[:, None], words @ pixels.T, contrastive.NEG)
+        products = jnp.where(mask[:, None], words @ pixels.T, contrastive.MASKED_LOGIT)
         shares = jax.nn.softmax(products, 0)
-        regions = jax.nn.softmax(shares * hyper.attention, -1) @ pixels
-        match = hyper.words * jnp.sum(
+        regions = jax.nn.softmax(shares * hyper.attention_sharpness, -1) @ pixels
+        match = hyper.word_sharpness * jnp.sum(
             contrastive.l2_normalise(words) * contrastive.l2_normalise(regions), -1
         )
         if kind == "max":
-            return jnp.max(jnp.where(mask, match, contrastive.NEG))
+            return jnp.max(jnp.where(mask, match, contrastive.MASKED_LOGIT))
         return contrastive.masked_logsumexp(match, mask)
 
     return contrastive.score_all_pairs(score, pixels, (words, mask), 3)
@@ -50,8 +50,8 @@ def compare(images, texts, hyper, kind="sum"):
         results.append(run(images.local, texts.local))
     (got, table), (want, table_) = results
     np.testing.assert_allclose(table, table_, rtol=1e-5)
-    for one, other in zip(got, want, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+    for actual, expected in zip(got, want, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -59,7 +59,7 @@ def compare(images, texts, hyper, kind="sum"):
 def test_packed_words_score_as_padded_ones(tile, normalise):
     """Ragged texts, one full, one of a single word; more blocks than one, and all in one."""
     images, texts = features.make(pairs=7, dim=12)
-    compare(images, texts, replace(HYPER, tile=tile, normalise=normalise))
+    compare(images, texts, replace(HYPER, tile_size=tile, normalise_attention=normalise))
 
 
 def test_the_largest_of_packed_words_is_that_of_padded_ones():
@@ -80,7 +80,7 @@ def test_great_products_neither_overflow_nor_vanish():
     """Products of words and pixels in the hundreds, far apart between the texts of a block."""
     images, texts = features.make()
     scale = jnp.array([1.0, 300.0, 0.01, 50.0, 5.0, 100.0])[:, None, None]
-    compare(images, texts.replace(local=texts.local * scale), replace(HYPER, tile=64))
+    compare(images, texts.replace(local=texts.local * scale), replace(HYPER, tile_size=64))
 
 
 def test_texts_without_words_and_vectors_of_zeros_have_finite_gradients():
@@ -96,7 +96,7 @@ def test_texts_without_words_and_vectors_of_zeros_have_finite_gradients():
     assert (np.asarray(grads[1])[3] == 0).all()
 
 
-PACK = jax.jit(gloria_packed.pack, static_argnums=1)
+PACK = jax.jit(gloria_packed.pack_words, static_argnums=1)
 
 
 @given(st.lists(st.integers(0, 6), min_size=9, max_size=9), st.sampled_from([1, 8, 13, 100]))
@@ -104,21 +104,21 @@ def test_every_real_word_lies_in_one_slot_and_no_text_in_two_blocks(lengths, slo
     lengths = np.array(lengths)
     mask = np.arange(6) < lengths[:, None]
     packed = jax.tree.map(np.asarray, PACK(jnp.asarray(mask), slots))
-    real = packed.source < mask.size
-    np.testing.assert_array_equal(np.sort(packed.source[real]), np.flatnonzero(mask))
-    np.testing.assert_array_equal(packed.text[real], packed.source[real] // 6)
-    assert (packed.text[~real] == 9).all() and not real[packed.count :].any()
-    assert real[: packed.count].any(1).all()
+    real = packed.word < mask.size
+    np.testing.assert_array_equal(np.sort(packed.word[real]), np.flatnonzero(mask))
+    np.testing.assert_array_equal(packed.text[real], packed.word[real] // 6)
+    assert (packed.text[~real] == 9).all() and not real[packed.num_blocks :].any()
+    assert real[: packed.num_blocks].any(1).all()
     for text in np.flatnonzero(lengths):
         block, slot = np.nonzero(packed.text == text)
         assert (block == packed.block[text]).all()
         np.testing.assert_array_equal(slot, packed.start[text] + np.arange(lengths[text]))
-        assert (packed.first[block, slot] == packed.start[text]).all()
+        assert (packed.first_slot[block, slot] == packed.start[text]).all()
 
 
 def test_the_work_is_that_of_the_real_words():
     """48 texts of 97 slots with 8 to 40 words: at most a tenth of the slots in use is empty."""
     lengths = np.random.default_rng(0).integers(8, 41, 48)
     packed = PACK(jnp.asarray(np.arange(97) < lengths[:, None]), 128)
-    assert lengths.sum() / (int(packed.count) * 128) > 0.9
-    assert packed.source.size <= 2 * 48 * 97
+    assert lengths.sum() / (int(packed.num_blocks) * 128) > 0.9
+    assert packed.word.size <= 2 * 48 * 97

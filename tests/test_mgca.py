@@ -14,7 +14,13 @@ from plan_jax.methods import mgca
 
 KEY = jax.random.key(0)
 FREEZE = 10
-HYPER = mgca.Hyper(prototypes=4, freeze=FREEZE, tile=2, weight_token=0.7, weight_prototype=0.5)
+HYPER = mgca.Hyper(
+    num_prototypes=4,
+    freeze_prototype_steps=FREEZE,
+    tile_size=2,
+    weight_token=0.7,
+    weight_prototype=0.5,
+)
 
 
 def make(pairs=16, vit=True, **sizes):
@@ -24,7 +30,7 @@ def make(pairs=16, vit=True, **sizes):
 
 
 def params_of(hyper):
-    return mgca.init(KEY, features.setting(), hyper)[0]
+    return mgca.init(KEY, features.make_context(), hyper)[0]
 
 
 def apply(params, images, texts, step, hyper, axis=None):
@@ -34,8 +40,8 @@ def apply(params, images, texts, step, hyper, axis=None):
 GRADIENT = jax.value_and_grad(apply, (0, 1, 2), has_aux=True, allow_int=True)
 RUN = jax.jit(GRADIENT, static_argnums=4)
 TOKENS = jax.jit(mgca.token_losses, static_argnums=2)
-WEIGHT = jax.jit(mgca.word_weight, static_argnums=1)
-CODES = jax.jit(mgca.codes, static_argnums=1)
+WEIGHT = jax.jit(mgca.word_attention_weights, static_argnums=1)
+CODES = jax.jit(mgca.sinkhorn_codes, static_argnums=1)
 
 
 def run(images, texts, step=FREEZE):
@@ -64,8 +70,8 @@ def miss(row, true):
 def slow_weights(attention):
     """Drop zeros, clip the rest to its own percentiles, sum 1: one text or image."""
     low, high = np.percentile([a for a in attention if a > 0], [10, 90])
-    kept = np.array([min(max(a, low), high) if a > 0 else 0.0 for a in attention])
-    return kept / kept.sum()
+    clipped = np.array([min(max(a, low), high) if a > 0 else 0.0 for a in attention])
+    return clipped / clipped.sum()
 
 
 def slow_side(items, contexts, weights):
@@ -113,10 +119,10 @@ def slow_batch(images, texts, prototypes):
     report = sum(np.mean([miss(x[i], i) for i in range(len(x))]) for x in (table, table.T))
     sides = v @ c.T, t @ c.T
     total = 0.0
-    for seen, said in (sides, sides[::-1]):
-        target = slow_codes(seen)
+    for source, goal in (sides, sides[::-1]):
+        target = slow_codes(source)
         for b in range(len(v)):
-            total -= sum(target[b] * np.log(softmax(said[b] / 0.2))) / len(v) / 2
+            total -= sum(target[b] * np.log(softmax(goal[b] / 0.2))) / len(v) / 2
     return report, total
 
 
@@ -137,7 +143,7 @@ def test_the_loss_is_the_literal_formula(pairs):
 def test_the_constants_are_the_published_ones():
     hyper = mgca.Hyper()
     assert (hyper.tau, hyper.tau_token, hyper.tau_prototype) == (0.07, 0.1, 0.2)
-    assert (hyper.prototypes, hyper.epsilon, hyper.sinkhorn_rounds) == (500, 0.05, 3)
+    assert (hyper.num_prototypes, hyper.epsilon, hyper.sinkhorn_iterations) == (500, 0.05, 3)
     assert (hyper.weight_global, hyper.weight_token, hyper.weight_prototype) == (1.0, 1.0, 1.0)
     made = params_of(hyper)["prototypes"]
     assert made.shape == (500, 8)
@@ -147,7 +153,7 @@ def test_the_constants_are_the_published_ones():
 def test_attention_is_clipped_to_its_own_percentiles():
     """Of .01 .. .11 the tenth is .02 and the ninetieth .10; zeros are not counted among them."""
     paid = jnp.asarray([*np.arange(1, 12) / 100, 0.0, 0.0])[None]
-    got = jax.jit(mgca.clipped)(paid, jnp.ones(paid.shape, bool))[0]
+    got = jax.jit(mgca.clip_attention)(paid, jnp.ones(paid.shape, bool))[0]
     want = np.array([2, *range(2, 11), 10, 0, 0]) / 66
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -174,7 +180,7 @@ def test_a_shifted_word_takes_the_weight_of_the_next():
     """.1 .2 .3 becomes .2 .3 .3, of which the tenth percentile is .22; the last keeps its own."""
     paid, mask = jnp.array([[0.1, 0.2, 0.3, 0.0, 0.0]]), jnp.arange(5)[None] < 3
     texts = take(make()[1], 1).replace(attention=paid, mask=mask)
-    got = WEIGHT(texts, replace(HYPER, word_weight_shift=True))[0]
+    got = WEIGHT(texts, replace(HYPER, shift_word_weights=True))[0]
     np.testing.assert_allclose(got, np.array([0.22, 0.3, 0.3, 0, 0]) / 0.82, rtol=1e-5)
     got = WEIGHT(texts, HYPER)[0]
     np.testing.assert_allclose(got, np.array([0.12, 0.2, 0.28, 0, 0]) / 0.6, rtol=1e-5)
@@ -182,7 +188,7 @@ def test_a_shifted_word_takes_the_weight_of_the_next():
 
 def test_padded_words_are_columns_only_if_asked():
     images, texts = make()
-    hyper, wide = replace(HYPER, padded_columns=True), features.pad(texts)
+    hyper, wide = replace(HYPER, padded_negatives=True), features.pad(texts)
     want = slow_tokens(images, wide, columns=True)
     np.testing.assert_allclose(TOKENS(images, wide, hyper), want, rtol=1e-5)
     assert np.abs(want - slow_tokens(images, wide)).min() > 1e-3
@@ -232,13 +238,13 @@ def test_texts_of_one_word_or_none_are_finite(count):
 def test_codes_sum_to_one_and_use_all_prototypes_alike(items, prototypes):
     rng = np.random.default_rng(3)
     scores = unit(rng.normal(size=(items, 24))) @ unit(rng.normal(size=(prototypes, 24))).T
-    hyper = replace(HYPER, prototypes=prototypes)
+    hyper = replace(HYPER, num_prototypes=prototypes)
     got = np.asarray(CODES(jnp.asarray(scores, jnp.float32), hyper))
     np.testing.assert_allclose(got, slow_codes(scores), rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(got.sum(1), 1.0, rtol=1e-5)
     if items > prototypes:
         rough = np.stack([softmax(row / 0.05) for row in scores])
-        more = CODES(jnp.asarray(scores, jnp.float32), replace(hyper, sinkhorn_rounds=10))
+        more = CODES(jnp.asarray(scores, jnp.float32), replace(hyper, sinkhorn_iterations=10))
         bias = [np.abs(x.mean(0) * prototypes - 1).max() for x in (rough, got, np.asarray(more))]
         assert bias[1] < bias[0] / 2 and bias[2] < bias[1] / 5
 
@@ -251,21 +257,23 @@ def test_codes_are_finite_where_exp_is_not():
 def test_prototypes_move_only_after_the_freeze_without_recompiling():
     images, texts = make()
     free, compiled = run(images, texts, FREEZE)[1], RUN._cache_size()
-    held = run(images, texts, FREEZE - 1)[1]
+    frozen = run(images, texts, FREEZE - 1)[1]
     assert RUN._cache_size() == compiled
-    assert (np.asarray(held[0]["prototypes"]) == 0).all()
+    assert (np.asarray(frozen[0]["prototypes"]) == 0).all()
     assert (np.abs(free[0]["prototypes"]).max(1) > 0).all()
     for side in (1, 2):
-        np.testing.assert_allclose(held[side].pooled, free[side].pooled, rtol=1e-6)
+        np.testing.assert_allclose(frozen[side].pooled, free[side].pooled, rtol=1e-6)
 
 
 def test_prototypes_teach_both_towers_while_they_are_held():
     images, texts = make()
 
-    def alone(seen, said):
-        return mgca.prototype_loss(params_of(HYPER)["prototypes"], seen, said, jnp.array(0), HYPER)
+    def prototype_loss(images, texts):
+        return mgca.prototype_loss(
+            params_of(HYPER)["prototypes"], images, texts, jnp.array(0), HYPER
+        )
 
-    for grad in jax.jit(jax.grad(alone, (0, 1)))(images.pooled, texts.pooled):
+    for grad in jax.jit(jax.grad(prototype_loss, (0, 1)))(images.pooled, texts.pooled):
         assert (np.abs(grad).max(1) > 0).all()
 
 
@@ -335,13 +343,13 @@ def test_eight_devices_equal_one_or_the_mean_of_their_parts(per_device):
         prototypes, rest = grads[0]["prototypes"], moving(grads)
     np.testing.assert_allclose(got, np.full(8, want), rtol=1e-5)
     np.testing.assert_allclose(moved["prototypes"], prototypes, rtol=1e-3, atol=1e-5)
-    for one, other in zip(own, rest, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+    for actual, expected in zip(own, rest, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_tiles_change_nothing():
     images, texts = make()
-    got = TOKENS(images, texts, replace(HYPER, tile=3))  # which does not divide the pairs
+    got = TOKENS(images, texts, replace(HYPER, tile_size=3))  # which does not divide the pairs
     np.testing.assert_allclose(got, slow_tokens(images, texts), rtol=1e-5)
 
 

@@ -16,18 +16,18 @@ from plan_jax.types import MethodContext, UserError
 
 # These tests are about values: compiling quickly matters more to them than running quickly.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-HYPER = place.Hyper(queries=4, heads=2, tile=2)
+HYPER = place.Hyper(num_queries=4, num_heads=2, tile_size=2)
 MATCHES = ("max", "soft", "attn")
-ATTN = replace(HYPER, match="attn", decoder_blocks=0)
+ATTN = replace(HYPER, match="attn", num_decoder_blocks=0)
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(1)
 PARAMS, _ = jit(place.init, static_argnums=(1, 2))(KEY, MethodContext(8), HYPER)
 SIMILARITY = jit(place.similarity, static_argnums=4)
 HEATMAP = jit(place.heatmap, static_argnums=4)
-OBSERVE = jit(place.observe, static_argnums=2)
-SCORES = jit(place.scores, static_argnums=3)
-HIDE = jit(place.hide, static_argnums=(1, 2, 3))
-PLACE_CODE = jit(place.place_code, static_argnums=(0, 1))
+EXTRACT = jit(place.extract_observations, static_argnums=2)
+SCORES = jit(place.late_interaction, static_argnums=3)
+SAMPLE_MASK = jit(place.sample_patch_mask, static_argnums=(1, 2, 3))
+POSITIONS = jit(place.sinusoidal_positions, static_argnums=(0, 1))
 DECODE = jit(lambda hyper, *given: place.Decoder(hyper).apply(*given), static_argnums=0)
 
 
@@ -63,27 +63,27 @@ BOTH = jax.value_and_grad(value, (0, 1, 2), has_aux=True, allow_int=True)
 GRADIENT = jit(BOTH, static_argnames=("axis", "hyper"))
 
 
-def slow_say(texts, hyper):
+def slow_sentences(texts, hyper):
     """Equation 2: a list of sentences, each a unit vector, for each text."""
     head = {name: np.asarray(x) for name, x in PARAMS["sentence"].items()}
     out = []
     for local, sentence in zip(np.asarray(texts.local), np.asarray(texts.sentence), strict=True):
-        said = []
-        for m in range(hyper.sentences):
+        sentences = []
+        for m in range(hyper.max_sentences):
             words = [local[n] for n in range(len(local)) if sentence[n] == m]
             if words:
-                said.append(unit(np.mean(words, 0) @ head["kernel"] + head["bias"]))
-        out.append(said)
+                sentences.append(unit(np.mean(words, 0) @ head["kernel"] + head["bias"]))
+        out.append(sentences)
     return out
 
 
-def slow_score(seen, said, hyper):
+def slow_score(observations, sentences, hyper):
     """Equation 3 for one image and one text."""
     total = []
-    for t in said:
-        table = np.array([t @ o for o in seen])
+    for t in sentences:
+        table = np.array([t @ o for o in observations])
         if hyper.match == "attn":
-            total.append(t @ unit(softmax(table / hyper.tau_match) @ seen))
+            total.append(t @ unit(softmax(table / hyper.tau_match) @ observations))
         elif hyper.match == "soft":
             total.append(hyper.tau_match * np.log(np.mean(np.exp(table / hyper.tau_match))))
         else:
@@ -103,24 +103,34 @@ def slow_correlations(tokens):
 
 def slow_loss(images, texts, hyper):
     """Equations 4-10 with loops over pairs, sentences and patches; the towers' parts are given."""
-    seen = np.asarray(OBSERVE(PARAMS, images.local, HYPER)[0])
-    said, size, pixels = slow_say(texts, hyper), len(seen), images.local.shape[1]
+    observations = np.asarray(EXTRACT(PARAMS, images.local, HYPER)[0])
+    sentences, size, pixels = slow_sentences(texts, hyper), len(observations), images.local.shape[1]
     x, y = unit(np.asarray(images.pooled)), unit(np.asarray(texts.pooled))
     total = nce(x @ y.T / hyper.tau) + nce(y @ x.T / hyper.tau)
     if hyper.match == "attn":
-        both = [(i, t) for i in range(size) for t in said[i]]
-        found = [unit(softmax(seen[i] @ t / hyper.tau_match) @ seen[i]) for i, t in both]
-        table = np.array([[t @ v for v in found] for _, t in both]) / hyper.tau_local
+        items = [(i, t) for i in range(size) for t in sentences[i]]
+        mixtures = [
+            unit(softmax(observations[i] @ t / hyper.tau_match) @ observations[i]) for i, t in items
+        ]
+        table = np.array([[t @ v for v in mixtures] for _, t in items]) / hyper.tau_local
     else:
-        table = np.array([[slow_score(o, t, hyper) for t in said] for o in seen]) / hyper.tau_local
+        table = (
+            np.array([[slow_score(o, t, hyper) for t in sentences] for o in observations])
+            / hyper.tau_local
+        )
     total += nce(table) + nce(table.T)
-    hidden = np.asarray(HIDE(KEY, size, pixels, HYPER))
-    code = PLACE_CODE(images.grid, x.shape[1])
+    hidden = np.asarray(SAMPLE_MASK(KEY, size, pixels, HYPER))
+    code = POSITIONS(images.grid, x.shape[1])
     tokens = images.local if images.raw is None else images.raw
     variables = {"params": PARAMS["decoder"]}
     guesses = DECODE(hyper, variables, images.local, hidden, texts.local, texts.mask, code)
     for i in range(size):
-        alike = [o @ p for k, o in enumerate(seen[i]) for n, p in enumerate(seen[i]) if k != n]
+        alike = [
+            o @ p
+            for k, o in enumerate(observations[i])
+            for n, p in enumerate(observations[i])
+            if k != n
+        ]
         total += hyper.weight_variety * np.mean(np.square(alike)) / size
         true = slow_correlations(np.asarray(tokens[i]))
         guessed = unit(np.asarray(guesses[i]) - np.asarray(guesses[i]).mean(0))
@@ -138,8 +148,8 @@ def slow_loss(images, texts, hyper):
 def test_scores_are_the_literal_loop(pairs, match):
     images, texts = batch(pairs)
     hyper = replace(HYPER, match=match)
-    seen = np.asarray(OBSERVE(PARAMS, images.local, HYPER)[0])
-    want = [[slow_score(o, t, hyper) for t in slow_say(texts, hyper)] for o in seen]
+    observations = np.asarray(EXTRACT(PARAMS, images.local, HYPER)[0])
+    want = [[slow_score(o, t, hyper) for t in slow_sentences(texts, hyper)] for o in observations]
     got = SIMILARITY(PARAMS, {}, images, texts, hyper)
     np.testing.assert_allclose(got["local"], want, rtol=1e-4, atol=1e-5)
     cosines = unit(np.asarray(images.pooled)) @ unit(np.asarray(texts.pooled)).T
@@ -148,10 +158,12 @@ def test_scores_are_the_literal_loop(pairs, match):
 
 
 def test_a_late_interaction_worked_out_by_hand():
-    seen = jnp.array([[[1.0, 0.0], [0.0, 1.0]]])
-    said = jnp.array([[[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]]])
+    observations = jnp.array([[[1.0, 0.0], [0.0, 1.0]]])
+    sentences = jnp.array([[[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]]])
     real = jnp.array([[True, True, False]])
-    np.testing.assert_allclose(SCORES(seen, said, real, HYPER), [[(0.8 + 1.0) / 2]], rtol=1e-5)
+    np.testing.assert_allclose(
+        SCORES(observations, sentences, real, HYPER), [[(0.8 + 1.0) / 2]], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,7 +181,7 @@ def test_loss_is_the_literal_loop(pairs, hyper):
 
 def test_sentences_after_the_last_that_counts_are_left_out():
     images, texts = batch()
-    hyper = replace(HYPER, sentences=1)
+    hyper = replace(HYPER, max_sentences=1)
     first = texts.sentence == 0
     alone = texts.replace(mask=first, sentence=jnp.where(first, 0, -1))
     want = SIMILARITY(PARAMS, {}, images, alone, HYPER)["local"]
@@ -194,42 +206,42 @@ def test_the_order_of_sentences_does_not_matter(match):
 
 def test_permuting_queries_permutes_observations_and_leaves_scores():
     images, texts = batch()
-    hyper, order = replace(HYPER, blocks=2), np.array([2, 0, 3, 1])
+    hyper, order = replace(HYPER, num_blocks=2), np.array([2, 0, 3, 1])
     extractor = PARAMS["extractor"] | {"block1": PARAMS["extractor"]["block0"]}
     moved = extractor | {"queries": extractor["queries"][order]}
-    seen, look = OBSERVE({"extractor": extractor}, images.local, hyper)
-    seen_, look_ = OBSERVE({"extractor": moved}, images.local, hyper)
-    np.testing.assert_allclose(seen_, seen[:, order], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(look_, look[:, order], rtol=1e-4, atol=1e-5)
-    said, real = unit(draw(16, 2, 8)), np.ones((16, 2), bool)
+    observations, attention = EXTRACT({"extractor": extractor}, images.local, hyper)
+    observations_, attention_ = EXTRACT({"extractor": moved}, images.local, hyper)
+    np.testing.assert_allclose(observations_, observations[:, order], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(attention_, attention[:, order], rtol=1e-4, atol=1e-5)
+    sentences, real = unit(draw(16, 2, 8)), np.ones((16, 2), bool)
     for match in MATCHES:
         hyper = replace(HYPER, match=match)
-        want, got = (SCORES(o, said, real, hyper) for o in (seen, seen_))
+        want, got = (SCORES(o, sentences, real, hyper) for o in (observations, observations_))
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_looks_are_shares_of_the_pixels_and_move_with_them():
     images, _ = batch()
     order = RNG.permutation(9)
-    seen, look = OBSERVE(PARAMS, images.local, HYPER)
-    seen_, look_ = OBSERVE(PARAMS, images.local[:, order], HYPER)
-    np.testing.assert_allclose(look.sum(-1), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(seen_, seen, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(look_, look[..., order], rtol=1e-4, atol=1e-5)
+    observations, attention = EXTRACT(PARAMS, images.local, HYPER)
+    observations_, attention_ = EXTRACT(PARAMS, images.local[:, order], HYPER)
+    np.testing.assert_allclose(attention.sum(-1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(observations_, observations, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(attention_, attention[..., order], rtol=1e-4, atol=1e-5)
 
 
 def test_variety_is_0_for_orthogonal_and_1_for_equal_observations():
     turned, _ = np.linalg.qr(draw(4, 4))
     same = np.repeat(unit(draw(1, 4)), 4, 0)
     paired = turned[[0, 0, 1, 1]]
-    got = place.overlap(jnp.asarray(np.stack([turned, same, paired])))
+    got = place.observation_overlap(jnp.asarray(np.stack([turned, same, paired])))
     np.testing.assert_allclose(got, [0, 1, 4 / 12], atol=1e-5)
-    assert place.overlap(jnp.ones((1, 1, 4))) == 0
+    assert place.observation_overlap(jnp.ones((1, 1, 4))) == 0
 
 
 def test_correlations_are_symmetric_positive_and_1_with_themselves():
     tokens = draw(9, 5) * np.array([1, 9, 0.1, 3, 1], np.float32) + 4
-    got = np.asarray(jit(place.correlations)(tokens))
+    got = np.asarray(jit(place.patch_correlations)(tokens))
     np.testing.assert_allclose(got, slow_correlations(tokens), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(got, got.T, atol=1e-6)
     np.testing.assert_allclose(np.diag(got), 1.0, rtol=1e-5)
@@ -238,7 +250,7 @@ def test_correlations_are_symmetric_positive_and_1_with_themselves():
 
 def test_mismatch_counts_only_pairs_that_touch_a_hidden_patch():
     true, hidden = jnp.asarray(draw(4, 4)), jnp.array([True, False, False, False])
-    mismatch = jit(place.mismatch)
+    mismatch = jit(place.correlation_error)
     assert mismatch(true, true, hidden) == 0
     off = jnp.zeros((4, 4)).at[(0, 1), (0, 2)].set(9.0)  # a patch with itself; a pair in sight
     assert mismatch(true + off, true, hidden) == 0
@@ -248,16 +260,16 @@ def test_mismatch_counts_only_pairs_that_touch_a_hidden_patch():
 
 @pytest.mark.parametrize("share, count", [(0.5, 4), (0.0, 1), (1.0, 9)])
 def test_hidden_patches_are_as_many_in_each_image_and_differ(share, count):
-    hidden = np.asarray(HIDE(KEY, 16, 9, replace(HYPER, hidden=share)))
+    hidden = np.asarray(SAMPLE_MASK(KEY, 16, 9, replace(HYPER, mask_ratio=share)))
     assert (hidden.sum(1) == count).all()
     assert len({tuple(row) for row in hidden}) > 1 or share == 1.0
-    other = np.asarray(HIDE(jax.random.key(1), 16, 9, replace(HYPER, hidden=share)))
+    other = np.asarray(SAMPLE_MASK(jax.random.key(1), 16, 9, replace(HYPER, mask_ratio=share)))
     assert (hidden != other).any() or share == 1.0
 
 
 def test_the_decoder_does_not_see_what_is_hidden():
     images, texts = batch(2)
-    hidden, code = HIDE(KEY, 2, 9, HYPER), PLACE_CODE(images.grid, 8)
+    hidden, code = SAMPLE_MASK(KEY, 2, 9, HYPER), POSITIONS(images.grid, 8)
 
     def total(pixels, words):
         variables = {"params": PARAMS["decoder"]}
@@ -271,20 +283,22 @@ def test_the_decoder_does_not_see_what_is_hidden():
 
 def test_the_target_of_cce_gives_no_gradient_where_it_is_made_of_the_same_pixels():
     images, texts = batch(2, raw=False)
-    hidden = HIDE(KEY, 2, 9, HYPER)
+    hidden = SAMPLE_MASK(KEY, 2, 9, HYPER)
 
     def total(local):
-        return place.explore(PARAMS, images.replace(local=local), texts, hidden, HYPER).sum()
+        return place.correlation_losses(
+            PARAMS, images.replace(local=local), texts, hidden, HYPER
+        ).sum()
 
     grads = jit(jax.grad(total))(images.local)
     assert ((np.abs(grads).max(-1) > 0) == ~np.asarray(hidden)).all()
 
 
 def test_places_have_different_codes():
-    code = np.asarray(PLACE_CODE((3, 4), 8))
+    code = np.asarray(POSITIONS((3, 4), 8))
     assert code.shape == (12, 8) and len(np.unique(code.round(4), axis=0)) == 12
     np.testing.assert_allclose(code[5], [*np.sin([1, 0.01] * 2), *np.cos([1, 0.01] * 2)], rtol=1e-5)
-    assert PLACE_CODE((3, 3), 6).shape == (9, 6)
+    assert POSITIONS((3, 3), 6).shape == (9, 6)
 
 
 @pytest.mark.parametrize("hyper", [HYPER, ATTN])
@@ -303,26 +317,32 @@ def test_padded_words_change_nothing(hyper):
 
 def test_the_map_of_a_word_is_where_the_queries_of_its_sentence_look():
     images, texts = batch()
-    seen, look = (np.asarray(x) for x in OBSERVE(PARAMS, images.local, HYPER))
+    observations, attention = (np.asarray(x) for x in EXTRACT(PARAMS, images.local, HYPER))
     maps, _ = HEATMAP(PARAMS, {}, images, texts, HYPER)
-    for i, said in enumerate(slow_say(texts, HYPER)):
+    for i, sentences in enumerate(slow_sentences(texts, HYPER)):
         for n, m in enumerate(np.asarray(texts.sentence)[i]):
-            level = 0 * look[i, 0] if m < 0 else softmax(seen[i] @ said[m] / 0.1) @ look[i] * 9
+            level = (
+                0 * attention[i, 0]
+                if m < 0
+                else softmax(observations[i] @ sentences[m] / 0.1) @ attention[i] * 9
+            )
             np.testing.assert_allclose(maps[i, n], level / (1 + level), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("hyper", [HYPER, ATTN])
 def test_everything_gets_a_gradient_but_the_target_and_padding(hyper):
     images, texts = batch()
-    _, (own, seen, said) = GRADIENT(PARAMS, images, texts, hyper=hyper)
+    _, (own, observations, sentences) = GRADIENT(PARAMS, images, texts, hyper=hyper)
     if hyper == ATTN:  # its decoder is short, and hears no words
         own["decoder"] = {name: own["decoder"][name] for name in ("token", "norm_out", "out")}
     for path, leaf in jax.tree_util.tree_leaves_with_path(own):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-6, path
-    for side in (seen, said):
+    for side in (observations, sentences):
         assert np.abs(side.pooled).max() > 0 and np.isfinite(side.local).all()
-    assert (np.abs(seen.local).max(-1) > 0).all() and (np.asarray(seen.raw) == 0).all()
-    assert ((np.abs(said.local).max(-1) > 0) == np.asarray(texts.mask)).all()
+    assert (np.abs(observations.local).max(-1) > 0).all() and (
+        np.asarray(observations.raw) == 0
+    ).all()
+    assert ((np.abs(sentences.local).max(-1) > 0) == np.asarray(texts.mask)).all()
 
 
 @pytest.mark.parametrize("hyper", [HYPER, ATTN])
@@ -354,6 +374,8 @@ def test_eight_devices_equal_one(hyper):
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=2e-5)
 
 
-def test_heads_that_do_not_divide_are_told():
-    with pytest.raises(UserError, match="heads 3"):
-        place.init(KEY, MethodContext(8), place.Hyper(heads=3))
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(
+        UserError, match="hyper.num_heads is 3.*config.embed_dim 8; use a divisor of 8"
+    ):
+        place.init(KEY, MethodContext(8), place.Hyper(num_heads=3))

@@ -43,7 +43,7 @@ def test_convirt_maps_pixels_against_the_whole_phrase():
 
 def slow_gloria(pixels, words, hyper, kind="sum"):
     """One pair, word by word; only real words come in."""
-    if hyper.normalise:
+    if hyper.normalise_attention:
         pixels = pixels / np.linalg.norm(pixels, axis=-1, keepdims=True)
         directions = words / np.linalg.norm(words, axis=-1, keepdims=True)
     else:
@@ -52,10 +52,10 @@ def slow_gloria(pixels, words, hyper, kind="sum"):
     shares = np.exp(products) / np.exp(products).sum(0)
     match = []
     for n in range(len(words)):
-        attention = np.exp(hyper.attention * shares[n])
+        attention = np.exp(hyper.attention_sharpness * shares[n])
         attention = attention / attention.sum()
         region = sum(a * p for a, p in zip(attention, pixels, strict=True))
-        match.append(hyper.words * cosine(words[n], region))
+        match.append(hyper.word_sharpness * cosine(words[n], region))
     return max(match) if kind == "max" else np.log(np.exp(match).sum())
 
 
@@ -63,23 +63,23 @@ def slow_gloria(pixels, words, hyper, kind="sum"):
 @pytest.mark.parametrize("pairs", [2, 5])
 def test_gloria_is_the_literal_formula(pairs, normalise):
     images, texts = features.make(pairs=pairs)
-    hyper = gloria.Hyper(normalise=normalise, tile=2)
+    hyper = gloria.Hyper(normalise_attention=normalise, tile_size=2)
     z, u, mask = (np.asarray(x) for x in (images.local, texts.local, texts.mask))
     local = np.array(
         [[slow_gloria(z[i], u[j][mask[j]], hyper) for j in range(pairs)] for i in range(pairs)]
     )
-    found = gloria.similarity({}, {}, images, texts, hyper)
-    np.testing.assert_allclose(found["local"], local, rtol=1e-4)
-    cosines = np.asarray(found["global"], np.float64)
+    tables = gloria.similarity({}, {}, images, texts, hyper)
+    np.testing.assert_allclose(tables["local"], local, rtol=1e-4)
+    cosines = np.asarray(tables["global"], np.float64)
     want = sum(nce(10.0 * t) for t in (local, local.T, cosines, cosines.T))
     np.testing.assert_allclose(value(gloria, hyper, images, texts), want, rtol=1e-4)
-    largest = gloria.similarity({}, {}, images, texts, gloria.Hyper(retrieve="max"))["local"]
-    assert (np.asarray(largest) <= np.asarray(found["local"]) + 1e-5).all() or normalise
+    largest = gloria.similarity({}, {}, images, texts, gloria.Hyper(retrieval_score="max"))["local"]
+    assert (np.asarray(largest) <= np.asarray(tables["local"]) + 1e-5).all() or normalise
 
 
 def test_gloria_retrieves_by_the_maximum_if_asked():
     images, texts = features.make()
-    hyper = gloria.Hyper(retrieve="max", tile=2)
+    hyper = gloria.Hyper(retrieval_score="max", tile_size=2)
     got = gloria.similarity({}, {}, images, texts, hyper)["local"]
     z, u, mask = (np.asarray(x) for x in (images.local, texts.local, texts.mask))
     want = slow_gloria(z[3], u[2][mask[2]], hyper, "max")

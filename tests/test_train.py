@@ -67,7 +67,8 @@ def test_accumulation_updates_every_second_step():
 
 
 def test_the_average_follows_the_parameters_and_teaches():
-    changes = {"hyper": {"words": 4, "tile": 2, "progress": "ema", "ramp": 1, "rounds": 0}}
+    hyper = {"num_sampled_words": 4, "tile_size": 2, "rounds": 0}
+    changes = {"hyper": hyper | {"progress": "ema", "ema_ramp_steps": 1}}
     state, step, mesh = init(make_config(changes, ema_decay=0.9))
     start = parallel.to_host(state.ema_params)
     state, _ = step(state, parallel.shard(random_batch(), mesh))
@@ -90,7 +91,7 @@ def test_the_step_is_traced_once():
 
 
 def test_a_teacher_without_an_average_is_refused():
-    config = make_config({"hyper": {"words": 4, "tile": 2, "progress": "ema"}})
+    config = make_config({"hyper": {"num_sampled_words": 4, "tile_size": 2, "progress": "ema"}})
     with pytest.raises(UserError, match="ema_decay"):
         init_state(build_components(config), config, random_batch())
 

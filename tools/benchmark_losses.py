@@ -144,7 +144,7 @@ def torch_mgca(
 def dense_scores(pixels: Any, words: Any, mask: Any) -> Any:
     """GLoRIA's scores [I T] with everything of [I T W P] made at once, for its memory."""
     products = jnp.einsum("ipd,twd->itwp", pixels, words)
-    shares = jax.nn.softmax(jnp.where(mask[:, :, None], products, contrastive.NEG), 2)
+    shares = jax.nn.softmax(jnp.where(mask[:, :, None], products, contrastive.MASKED_LOGIT), 2)
     regions = jnp.einsum("itwp,ipd->itwd", jax.nn.softmax(4.0 * shares, -1), pixels)
     cosines = jnp.einsum(
         "twd,itwd->itw", contrastive.l2_normalise(words), contrastive.l2_normalise(regions)
@@ -230,7 +230,7 @@ def mgca_case(pairs: int) -> Case:
     images, texts = draw(pairs, 128, 111, 111)
     own = np.random.default_rng(1).normal(size=(500, 128)).astype(np.float32)
 
-    published = mgca.Hyper(padded_columns=True, freeze=0)
+    published = mgca.Hyper(padded_negatives=True, freeze_prototype_steps=0)
 
     def loss(learned: tuple, masks: tuple, hyper: mgca.Hyper = published) -> Any:
         seen = Features(learned[0], learned[2], masks[0])
@@ -238,7 +238,7 @@ def mgca_case(pairs: int) -> Case:
         about = {"key": None, "step": jnp.array(0), "hyper": hyper}
         return mgca.loss({"prototypes": learned[4]}, {}, seen, said, {}, **about)[0]
 
-    dense = partial(loss, hyper=replace(published, tile=pairs))
+    dense = partial(loss, hyper=replace(published, tile_size=pairs))
 
     arrays = images.pooled, texts.pooled, images.local, texts.local, own
     weight = texts.mask / texts.mask.sum(1, keepdims=True)

@@ -3,25 +3,25 @@
 PAPER: Li et al., Anatomical Structure-Guided Medical Vision-Language Pre-training, MICCAI 2024,
 arXiv 2403.09294; code github.com/ASGMVLP/ASGMVLP_CODE.
 Established, code: the four losses, their weights and every constant below. Not released, and so
-ours (`data/reports.py`, the dataset's boxes): what finds triplets in reports, what gives a sentence
-to a region, where boxes come from.
+ours (`data/report_parser`, the dataset's boxes): how triplets are extracted from reports, how a
+sentence is assigned to a region, where boxes come from.
 
 (1) IRA   `s_ij = <x_i, y_j> / tau`, cross-entropy in both directions, their sum
 (2) ARSA  region `rho_r` = RoIAlign of the unit pixels in box r, `sigma_r` = mean of the unit words
           of its sentences; cross-entropy of `rho sigma^T / tau` over the regions of one image, rows
           and columns, on the diagonal; mean over all regions of the batch
-(3) IRL   frozen text features of F tags ask a decoder over the pixels which of them are there;
-          binary cross-entropy, weight 5
-(4) ERL   soft targets `Y = rows of 0.8 I + 0.2 <l_i, l_j> + 1e-6, to sum 1`, l the tags as a unit
-          vector; `(KL(Y || p) + KL(p || Y)) / 2` with `p = softmax s`, in both directions
+(3) IRL   frozen text features of F tags query a decoder over the pixels for which of them are
+          present; binary cross-entropy, weight 5
+(4) ERL   soft targets `Y_ij = 0.8 I_ij + 0.2 <l_i, l_j> + 1e-6`, rows scaled to sum 1, l the tags
+          as a unit vector; `(KL(Y || p) + KL(p || Y)) / 2` with `p = softmax s`, in both directions
 
 Deviation: boxes stay with their images; the code's collate function sorts a batch after numbering
 the boxes' images.
 Deviation: negatives of (1) and (4) come from all devices; the code's stay on their own.
-Deviation: RoIAlign takes a pixel's centre at +1/2; `aligned=False` gives the code's, half a pixel
-off.
-Deviation: the texts of the tags are read once, not again in every step; by the model's own text
-tower as it was at the start, mean over words, instead of a second, whole BERT's [CLS].
+Deviation: RoIAlign takes a pixel's centre at +1/2; `aligned=False` restores the code's, half a
+pixel off.
+Deviation: the texts of the tags are encoded once, not again in every step; by the model's own text
+encoder as it was at the start, mean over words, instead of a second, whole BERT's [CLS].
 Deviation: where the widths of tags and pixels differ, pixels are projected (the released decoder
 fits ViT only).
 """
@@ -32,12 +32,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int8, PRNGKeyArray
 
 from plan_jax.layers.transformer import TransformerLayer
 from plan_jax.methods import contrastive
-from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
+from plan_jax.methods.ranges import BLOCKS, COUNT, FRACTION, TEMPERATURE, WEIGHT, Range, check_hyper
+from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
 
 PAPER = "arXiv 2403.09294, github.com/ASGMVLP/ASGMVLP_CODE"
 REQUIRES: tuple[str, ...] = ("labels", "regions", "region_words")
@@ -45,23 +47,38 @@ REQUIRES: tuple[str, ...] = ("labels", "regions", "region_words")
 
 @dataclass(frozen=True)
 class Hyper:
-    """Constants of the code (main.py, irl_model.py); the paper's are the same where it tells."""
+    """Constants of the code (main.py, irl_model.py); the paper's are the same, where given."""
 
     tau: float = 0.07
-    soft: float = 0.2  # share of tag similarity in the soft targets
-    smooth: float = 1e-6  # added to every soft target
+    soft_share: float = 0.2  # share of tag similarity in the soft targets
+    target_smoothing: float = 1e-6  # added to every soft target, whose logarithm is taken
     weight_region: float = 1.0
     weight_tags: float = 5.0
     weight_soft: float = 1.0
-    layers: int = 4  # of the tag decoder
-    heads: int = 4
-    hidden: int = 1024
-    dropout: float = 0.1
+    num_layers: int = 4  # of the tag decoder
+    num_heads: int = 4
+    hidden_dim: int = 1024  # of the decoder's MLPs
+    dropout_rate: float = 0.1
     aligned: bool = True  # RoIAlign with pixel centres at +1/2
+
+    def __post_init__(self) -> None:
+        check_hyper(
+            self,
+            tau=TEMPERATURE,
+            soft_share=FRACTION,
+            target_smoothing=Range(1e-12, 1),
+            weight_region=WEIGHT,
+            weight_tags=WEIGHT,
+            weight_soft=WEIGHT,
+            num_layers=BLOCKS,
+            num_heads=COUNT,
+            hidden_dim=Range(1, 2**16),
+            dropout_rate=Range(0, 0.99),  # at 1, attention weights would be divided by 0
+        )
 
 
 class TagDecoder(nn.Module):
-    """Asks an image for F tags: pre-norm transformer decoder, one logit a tag (equation 3)."""
+    """A pre-norm transformer decoder of F tags over the pixels, one logit a tag (equation 3)."""
 
     layers: int
     heads: int
@@ -72,7 +89,7 @@ class TagDecoder(nn.Module):
     def __call__(
         self, tags: Float[Array, "F E"], pixels: Float[Array, "P C"], train: bool
     ) -> Float[Array, " F"]:
-        """Give the logit of each tag for one image."""
+        """Returns the logit of each tag for one image."""
         width = tags.shape[-1]
         if pixels.shape[-1] != width:
             pixels = nn.Dense(width, name="project")(pixels)
@@ -98,9 +115,9 @@ class TagDecoder(nn.Module):
         return nn.Dense(1, name="logit")(x)[:, 0]
 
 
-def decoder(hyper: Hyper) -> TagDecoder:
-    """Make the tag decoder of these constants."""
-    return TagDecoder(hyper.layers, hyper.heads, hyper.hidden, hyper.dropout)
+def build_decoder(hyper: Hyper) -> TagDecoder:
+    """Builds the tag decoder of these constants."""
+    return TagDecoder(hyper.num_layers, hyper.num_heads, hyper.hidden_dim, hyper.dropout_rate)
 
 
 def encode_tags(
@@ -114,11 +131,21 @@ def encode_tags(
     return jnp.sum(names.raw * names.mask[..., None], 1) / names.mask.sum(1, keepdims=True)
 
 
-def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
-    """Make the tag decoder; the memory holds the frozen features of the tags, [F E]."""
-    pixels = jnp.zeros((1, setting.width))
-    params = decoder(hyper).init(key, setting.tags, pixels, False)["params"]
-    return {"decoder": params}, {"tags": setting.tags}
+def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
+    """Returns the tag decoder's parameters; the memory holds the frozen tag features, [F E].
+
+    Raises:
+      UserError: the width of the tags is not divisible by the number of heads.
+    """
+    width = context.tags.shape[-1]
+    if width % hyper.num_heads:
+        raise UserError(
+            f"hyper.num_heads is {hyper.num_heads}, which does not divide the width {width} of the "
+            f"text encoder; use a divisor of {width}"
+        )
+    pixels = jnp.zeros((1, context.width))
+    params = build_decoder(hyper).init(key, context.tags, pixels, False)["params"]
+    return {"decoder": params}, {"tags": context.tags}
 
 
 def similarity(
@@ -129,85 +156,99 @@ def similarity(
     hyper: Hyper,
     axis: str | None = None,
 ) -> dict[str, Float[Array, "I T"]]:
-    """Compare all images with all texts: cosine of the global embeddings, in [-1, 1]."""
+    """Returns `global`, the cosine of all images with all texts, in [-1, 1]."""
     return {"global": contrastive.cosine_similarity(images.pooled, texts.pooled)}
 
 
 def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
-    """Map the cosine of each word with each pixel; all words weigh the same."""
+    """Returns the cosine of each word with each pixel, and equal weights for all words."""
     return contrastive.word_pixel_maps(texts, images), texts.mask.astype(jnp.float32)
 
 
 def roi_weights(
     low: Float[Array, " R"], high: Float[Array, " R"], count: int, aligned: bool
 ) -> Float[Array, "R {count}"]:
-    """Give how much each of `count` cells of one axis counts in RoIAlign to a single cell.
+    """Returns the weight of each of `count` cells of one axis in RoIAlign to a single cell.
 
-    *He et al., arXiv 1703.06870:* the mean of bilinear samples at `ceil(high - low)` even places;
-    low and high are in cells. With `aligned=False` a box is at least one cell long.
+    *He et al., arXiv 1703.06870:* the mean of bilinear samples at `ceil(high - low)` evenly spaced
+    positions; low and high are in cells. With `aligned=False` a box is at least one cell long.
     """
     length = high - low if aligned else jnp.maximum(high - low, 1.0)
-    samples = jnp.clip(jnp.ceil(length), 1, count)[:, None]
-    place = jnp.arange(count) + 0.5
-    at = low[:, None] + place * length[:, None] / samples - 0.5 * aligned
-    taken = (jnp.arange(count) < samples) & (at >= -1) & (at <= count)
-    at = jnp.clip(at, 0, count - 1)
-    hat = jnp.maximum(1 - jnp.abs(at[..., None] - jnp.arange(count)), 0)
-    return jnp.sum(hat * taken[..., None], 1) / samples
+    # The number of samples depends on the box, and shapes may not: there are `count` candidate
+    # samples, of which the first `num_samples` are used.
+    num_samples = jnp.clip(jnp.ceil(length), 1, count)[:, None]
+    offset = jnp.arange(count) + 0.5
+    position = low[:, None] + offset * length[:, None] / num_samples - 0.5 * aligned
+    # Samples more than a cell outside count as 0, as in torchvision; nearer ones are clamped.
+    used = (jnp.arange(count) < num_samples) & (position >= -1) & (position <= count)
+    position = jnp.clip(position, 0, count - 1)
+    bilinear = jnp.maximum(1 - jnp.abs(position[..., None] - jnp.arange(count)), 0)
+    return jnp.sum(bilinear * used[..., None], 1) / num_samples
 
 
 def roi_align(
     pixels: Float[Array, "P D"], boxes: Float[Array, "R 4"], grid: tuple[int, int], aligned: bool
 ) -> Float[Array, "R D"]:
-    """Average the pixels of each box (x0, y0, x1, y1; shares of the image): RoIAlign to 1 x 1."""
+    """Computes RoIAlign to 1 x 1: the mean of the pixels of each box.
+
+    Boxes are (x0, y0, x1, y1) in fractions of the image.
+    """
     rows, columns = grid
-    across = roi_weights(boxes[:, 0] * columns, boxes[:, 2] * columns, columns, aligned)
-    down = roi_weights(boxes[:, 1] * rows, boxes[:, 3] * rows, rows, aligned)
-    return jnp.einsum("ry,rx,yxd->rd", down, across, pixels.reshape(rows, columns, -1))
+    # A bilinear sample is a product of weights in x and y, so the mean over a box is one too.
+    weights_RX = roi_weights(boxes[:, 0] * columns, boxes[:, 2] * columns, columns, aligned)
+    weights_RY = roi_weights(boxes[:, 1] * rows, boxes[:, 3] * rows, rows, aligned)
+    pixels_YXD = pixels.reshape(rows, columns, -1)
+    return jnp.einsum("ry,rx,yxd->rd", weights_RY, weights_RX, pixels_YXD)
 
 
 def region_loss(
     pixels: Float[Array, "P D"],
     words: Float[Array, "W D"],
     boxes: Float[Array, "R 4"],
-    said: Bool[Array, "R W"],
+    region_words: Bool[Array, "R W"],
     grid: tuple[int, int],
     hyper: Hyper,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Contrast the regions of one image with their sentences: *equation 2*, (sum, regions).
+    """Computes the contrast of the regions of one image with their sentences: *equation 2*.
 
-    A region without a box (lost by a crop, or never given) or without a sentence does not take
-    part; an image without any contributes nothing.
+    A region without a box (lost by a crop, or unknown) or without a sentence does not take part; an
+    image without any contributes nothing.
+
+    Returns:
+      The sum over regions, and the number of regions that take part.
     """
-    real = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & said.any(-1)
-    region = roi_align(pixels, boxes, grid, hyper.aligned)
-    sentence = said @ words / jnp.maximum(said.sum(-1, keepdims=True), 1)
-    logits = region @ sentence.T / hyper.tau
-    mask = jnp.broadcast_to(real, logits.shape)
+    has_box = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    real = has_box & region_words.any(-1)
+    regions = roi_align(pixels, boxes, grid, hyper.aligned)
+    num_words = jnp.maximum(region_words.sum(-1, keepdims=True), 1)
+    sentences = region_words @ words / num_words
+    logits_RR = regions @ sentences.T / hyper.tau
+    candidates = jnp.broadcast_to(real, logits_RR.shape)
     target = jnp.arange(len(real))
-    both = contrastive.cross_entropy(logits, target, mask) + contrastive.cross_entropy(
-        logits.T, target, mask
-    )
-    return jnp.sum(jnp.where(real, both, 0.0)), real.sum().astype(jnp.float32)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    total = cross_entropy(logits_RR, target, where=candidates)
+    total += cross_entropy(logits_RR.T, target, where=candidates)
+    return jnp.sum(jnp.where(real, total, 0.0)), real.sum().astype(jnp.float32)
 
 
 def soft_targets(labels: Int8[Array, "B F"], hyper: Hyper) -> Float[Array, "B B"]:
-    """Make the targets of equation 4 from the tags: rows sum to 1."""
+    """Computes the targets Y of *equation 4* from the tags; -1 (unknown) counts as absent."""
     tags = contrastive.l2_normalise((labels > 0).astype(jnp.float32))
-    soft = hyper.soft * tags @ tags.T + hyper.smooth
-    target = (1 - hyper.soft) * jnp.eye(len(tags)) + soft
+    soft = hyper.soft_share * tags @ tags.T + hyper.target_smoothing
+    target = (1 - hyper.soft_share) * jnp.eye(len(tags)) + soft
     return target / target.sum(-1, keepdims=True)
 
 
 def soft_loss(logits: Float[Array, "B B"], target: Float[Array, "B B"]) -> Float[Array, ""]:
-    """Compare rows of softmax with soft targets: *equation 4*, `(KL(Y||p) + KL(p||Y)) / 2`."""
+    """Computes `(KL(Y||p) + KL(p||Y)) / 2` for each row, p its softmax: *equation 4*; the mean."""
+    # Both divergences share one sum: KL(Y||p) + KL(p||Y) = sum (Y - p) (log Y - log p).
     log_p, log_y = jax.nn.log_softmax(logits, -1), jnp.log(target)
     return jnp.sum((target - jnp.exp(log_p)) * (log_y - log_p), -1).mean() / 2
 
 
-def tag_loss(
+def tag_losses(
     params: Params,
     tags: Float[Array, "F E"],
     pixels: Float[Array, "b P C"],
@@ -216,15 +257,16 @@ def tag_loss(
     hyper: Hyper,
     axis: str | None,
 ) -> Float[Array, " b"]:
-    """Ask each image for its tags: *equation 3*, mean over tags; -1 counts as absent."""
-    model = decoder(hyper)
+    """Computes the tag loss of each image: *equation 3*, mean over tags; -1 counts as absent."""
+    decoder = build_decoder(hyper)
 
-    def one(pixels: Array, label: Array, number: Array) -> Array:
-        rngs = {"dropout": jax.random.fold_in(key, number)}
-        logits = model.apply({"params": params}, tags, pixels, True, rngs=rngs)
-        return jnp.mean(jax.nn.softplus(logits) - (label > 0) * logits)
+    def image_loss(pixels: Array, labels: Array, index: Array) -> Array:
+        # The index in the whole batch makes dropout the same on any number of devices.
+        rngs = {"dropout": jax.random.fold_in(key, index)}
+        logits = decoder.apply({"params": params}, tags, pixels, True, rngs=rngs)
+        return optax.sigmoid_binary_cross_entropy(logits, labels > 0).mean()
 
-    return jax.vmap(one)(pixels, labels, contrastive.global_indices(len(pixels), axis))
+    return jax.vmap(image_loss)(pixels, labels, contrastive.global_indices(len(pixels), axis))
 
 
 def loss(
@@ -239,25 +281,32 @@ def loss(
     hyper: Hyper,
     axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
-    """Sum the four losses: *equations 1-4*, weights 1, 1, 5, 1."""
-    everywhere = contrastive.all_gather((images.pooled, texts.pooled, extra["labels"]), axis)
-    logits = contrastive.cosine_similarity(*everywhere[:2]) / hyper.tau
-    whole = sum(contrastive.info_nce(logits))
-    target = soft_targets(everywhere[2], hyper)
-    soft = (soft_loss(logits, target) + soft_loss(logits.T, target)) / 2
-    regions = jax.vmap(lambda *pair: region_loss(*pair, images.grid, hyper))(
+    """Computes the weighted sum of the four losses: *equations 1-4*, weights 1, 1, 5, 1."""
+    gathered = contrastive.all_gather((images.pooled, texts.pooled, extra["labels"]), axis)
+    image_pooled, text_pooled, labels = gathered
+    logits = contrastive.cosine_similarity(image_pooled, text_pooled) / hyper.tau
+    loss_global = sum(contrastive.info_nce(logits))
+    target = soft_targets(labels, hyper)
+    loss_soft = (soft_loss(logits, target) + soft_loss(logits.T, target)) / 2
+    region_sums = jax.vmap(lambda *pair: region_loss(*pair, images.grid, hyper))(
         contrastive.l2_normalise(images.local),
         contrastive.l2_normalise(texts.local),
         extra["regions"],
         extra["region_words"],
     )
-    total, count = (x.sum() for x in contrastive.all_gather(regions, axis))
-    region = total / jnp.maximum(count, 1.0)
-    tags = tag_loss(
+    # Images have different numbers of regions: sums are gathered, so that each region counts alike.
+    total, count = (sums.sum() for sums in contrastive.all_gather(region_sums, axis))
+    loss_region = total / jnp.maximum(count, 1.0)
+    losses_b = tag_losses(
         params["decoder"], memory["tags"], images.raw, extra["labels"], key, hyper, axis
     )
-    tags = contrastive.all_gather(tags, axis).mean()
-    value = whole + hyper.weight_region * region
-    value += hyper.weight_tags * tags + hyper.weight_soft * soft
-    metrics = {"loss_global": whole, "loss_region": region, "loss_tags": tags, "loss_soft": soft}
+    loss_tags = contrastive.all_gather(losses_b, axis).mean()
+    value = loss_global + hyper.weight_region * loss_region
+    value += hyper.weight_tags * loss_tags + hyper.weight_soft * loss_soft
+    metrics = {
+        "loss_global": loss_global,
+        "loss_region": loss_region,
+        "loss_tags": loss_tags,
+        "loss_soft": loss_soft,
+    }
     return value, (metrics, memory)

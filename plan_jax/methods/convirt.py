@@ -2,8 +2,8 @@
 
 PAPER: Zhang et al., Contrastive Learning of Medical Visual Representations from Paired Images and
 Text, arXiv 2010.00747. Established: both equations of the loss and its constants. Ours: the heat
-map (the paper has none), a class activation map: each pixel through the global head against the
-embedding of the whole phrase.
+map, since the paper has none. It is a class activation map: the cosine of each pixel, sent through
+the global head, with the embedding of the whole phrase.
 
 Deviation: negatives come from all devices, not from one.
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from plan_jax.methods import contrastive
+from plan_jax.methods.ranges import FRACTION, TEMPERATURE, check_hyper
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
 
 PAPER = "arXiv 2010.00747"
@@ -23,14 +24,17 @@ REQUIRES: tuple[str, ...] = ()
 
 @dataclass(frozen=True)
 class Hyper:
-    """Constants of the paper (section 3.4): temperature and the weight of image to text."""
+    """Constants of the paper (section 3.4)."""
 
     tau: float = 0.1
-    image_to_text: float = 0.75
+    image_to_text: float = 0.75  # lambda: weight of image to text; text to image has the rest
+
+    def __post_init__(self) -> None:
+        check_hyper(self, tau=TEMPERATURE, image_to_text=FRACTION)
 
 
-def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
-    """Make the method's own parameters and memory: ConVIRT has none."""
+def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
+    """Returns empty parameters and memory: ConVIRT has none of its own."""
     return {}, {}
 
 
@@ -42,19 +46,18 @@ def similarity(
     hyper: Hyper,
     axis: str | None = None,
 ) -> dict[str, Float[Array, "I T"]]:
-    """Compare all images with all texts: cosine of the global embeddings, in [-1, 1]."""
+    """Returns `global`, the cosine of all images with all texts, in [-1, 1]."""
     return {"global": contrastive.cosine_similarity(images.pooled, texts.pooled)}
 
 
 def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
-    """Map each pixel's cosine with the whole text; the same map for every word, equal weights."""
-    cam = jnp.einsum(
-        "bpd,bd->bp", contrastive.l2_normalise(images.local), contrastive.l2_normalise(texts.pooled)
-    )
-    words = texts.mask.astype(jnp.float32)
-    return cam[:, None, :] * words[..., None], words
+    """Returns each pixel's cosine with the whole text, the same map for every word, weights 1."""
+    pixels = contrastive.l2_normalise(images.local)
+    maps_BP = jnp.einsum("bpd,bd->bp", pixels, contrastive.l2_normalise(texts.pooled))
+    weight_BW = texts.mask.astype(jnp.float32)
+    return maps_BP[:, None, :] * weight_BW[..., None], weight_BW
 
 
 def loss(
@@ -69,12 +72,13 @@ def loss(
     hyper: Hyper,
     axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
-    """Contrast the pairs of the whole batch.
+    """Computes the contrast of the pairs of the whole batch.
 
-    *Paper eq. 2-4:* `lambda l_image_to_text + (1 - lambda) l_text_to_image` on cosines / tau.
+    *Paper eq. 2-4:* `lambda L_image_to_text + (1 - lambda) L_text_to_image`, each InfoNCE of the
+    cosines / tau.
     """
     images, texts = contrastive.all_gather((images, texts), axis)
     cosines = similarity(params, memory, images, texts, hyper)["global"]
-    forward, backward = contrastive.info_nce(cosines / hyper.tau)
-    value = hyper.image_to_text * forward + (1 - hyper.image_to_text) * backward
+    image_to_text, text_to_image = contrastive.info_nce(cosines / hyper.tau)
+    value = hyper.image_to_text * image_to_text + (1 - hyper.image_to_text) * text_to_image
     return value, ({"loss_global": value}, memory)

@@ -1,16 +1,16 @@
-"""GLoRIA: global contrast beside attention-weighted word-region contrast.
+"""GLoRIA: global contrast, and contrast of words with the regions they attend to.
 
 PAPER: Huang et al., GLoRIA: A Multimodal Global-Local Representation Learning Framework for
 Label-efficient Medical Image Recognition, ICCV 2021; code github.com/marshuang80/gloria.
 Established, paper and code: every equation and constant below.
 
 Deviation: retrieval uses the similarity of the loss; the code trains with the sum over words of
-exp(5 cos) and retrieves with the maximum (`retrieve="max"` gives the latter).
-Deviation: scores are computed on packed words (`packing.py`, equations 4 to 7) instead of in a loop
-over captions with their words repeated, and negatives come from all devices.
+exp(5 cos) and retrieves with the maximum (`retrieval_score="max"` gives the latter).
+Deviation: scores are computed on packed words (`gloria_packed.py`, equations 4 to 7) instead of in
+a loop over captions with their words repeated, and negatives come from all devices.
 Deviation: [CLS] is not counted as a word (the code slices its words from it).
-`normalise=True` (ours) takes cosines instead of raw products in the attention: with a shared space
-of 64 and BatchNorm in the heads, raw products saturate both of its softmaxes.
+`normalise_attention=True` (ours) uses cosines instead of raw products in the attention: with a
+shared space of 64 and BatchNorm in the heads, raw products saturate both of its softmaxes.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from plan_jax.methods import contrastive, gloria_packed
+from plan_jax.methods.ranges import FACTOR, WEIGHT, Range, check_hyper
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
 
 PAPER = "ICCV 2021, github.com/marshuang80/gloria"
@@ -31,18 +32,29 @@ REQUIRES: tuple[str, ...] = ()
 class Hyper:
     """Constants of the code's configuration: three temperatures (as factors) and two weights."""
 
-    attention: float = 4.0  # temp1: sharpness of a word's attention over regions
-    words: float = 5.0  # temp2: sharpness of the soft maximum over words
-    scale: float = 10.0  # temp3: factor on similarities in the contrast
+    attention_sharpness: float = 4.0  # temp1: of a word's attention over regions
+    word_sharpness: float = 5.0  # temp2: of the soft maximum over words
+    logit_scale: float = 10.0  # temp3: factor on similarities in the contrast
     weight_local: float = 1.0
     weight_global: float = 1.0
-    normalise: bool = False
-    retrieve: Literal["sum", "max"] = "sum"
-    tile: int = 0  # words at a time, at least a text's; 0: what suits the device
+    normalise_attention: bool = False
+    retrieval_score: Literal["sum", "max"] = "sum"
+    tile_size: int = 0  # words at a time, at least those of a text; 0: what suits the device
+
+    def __post_init__(self) -> None:
+        check_hyper(
+            self,
+            attention_sharpness=FACTOR,
+            word_sharpness=FACTOR,
+            logit_scale=FACTOR,
+            weight_local=WEIGHT,
+            weight_global=WEIGHT,
+            tile_size=Range(0, 2**20),
+        )
 
 
-def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
-    """Make the method's own parameters and memory: GLoRIA has none beside its heads."""
+def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
+    """Returns empty parameters and memory: GLoRIA has none besides its projection heads."""
     return {}, {}
 
 
@@ -53,16 +65,20 @@ def local_scores(
     hyper: Hyper,
     kind: Literal["sum", "max"] = "sum",
 ) -> Float[Array, "I T"]:
-    """Score every text on every image: *eq. 4-7:* `log sum_w exp(5 cos(w, region_w))`, or its max.
+    """Computes the local score of every text on every image.
 
-    *As in the code,* a word's region is the mean of the pixels with weights: the softmax over words
-    of `<w, p>`, times 4, softmax over pixels.
+    *Paper eq. 4-7:* `log sum_w exp(5 cos(w, c_w))`, or the largest `5 cos(w, c_w)` for
+    `kind="max"`. *As in the code,* the region c_w of a word is the mean of the pixels with weights
+    `softmax_p(4 softmax_w <w, p>)`.
     """
-    if hyper.normalise:
+    if hyper.normalise_attention:
         pixels, words = contrastive.l2_normalise(pixels), contrastive.l2_normalise(words)
-    slots = hyper.tile or (128 if jax.default_backend() == "cpu" else 2048)
-    form = gloria_packed.Form(hyper.attention, hyper.words, kind, slots)
-    return gloria_packed.scores(pixels, words, mask, form)
+    # Small blocks stay in the caches of a CPU; large ones keep a GPU's or TPU's matrix units busy.
+    block_size = hyper.tile_size or (128 if jax.default_backend() == "cpu" else 2048)
+    settings = gloria_packed.ScoreSettings(
+        hyper.attention_sharpness, hyper.word_sharpness, kind, block_size
+    )
+    return gloria_packed.word_region_scores(pixels, words, mask, settings)
 
 
 def similarity(
@@ -73,16 +89,18 @@ def similarity(
     hyper: Hyper,
     axis: str | None = None,
 ) -> dict[str, Float[Array, "I T"]]:
-    """Compare all images with all texts: `global` cosine, `local` score, `both` their mean."""
+    """Returns `global`, the cosine of all images with all texts; `local`, the score; `both`, their
+    mean.
+    """
     cosines = contrastive.cosine_similarity(images.pooled, texts.pooled)
-    local = local_scores(images.local, texts.local, texts.mask, hyper, hyper.retrieve)
+    local = local_scores(images.local, texts.local, texts.mask, hyper, hyper.retrieval_score)
     return {"global": cosines, "local": local, "both": (cosines + local) / 2}
 
 
 def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
-    """Map the cosine of each word with each pixel; all words weigh the same."""
+    """Returns the cosine of each word with each pixel, and equal weights for all words."""
     return contrastive.word_pixel_maps(texts, images), texts.mask.astype(jnp.float32)
 
 
@@ -98,16 +116,17 @@ def loss(
     hyper: Hyper,
     axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
-    """Contrast the pairs of the whole batch, locally and globally.
+    """Computes the contrast of the pairs of the whole batch, locally and globally.
 
     *Paper eq. 3, 8, 9:* both directions of InfoNCE on 10 x local score and on 10 x cosine, summed.
     """
     texts = contrastive.all_gather(texts, axis)
-    cosines = contrastive.cosine_similarity(
-        contrastive.all_gather(images.pooled, axis), texts.pooled
-    )
-    local = contrastive.all_gather(local_scores(images.local, texts.local, texts.mask, hyper), axis)
-    total_local = sum(contrastive.info_nce(hyper.scale * local))
-    total_global = sum(contrastive.info_nce(hyper.scale * cosines))
-    value = hyper.weight_local * total_local + hyper.weight_global * total_global
-    return value, ({"loss_local": total_local, "loss_global": total_global}, memory)
+    image_pooled = contrastive.all_gather(images.pooled, axis)
+    cosines = contrastive.cosine_similarity(image_pooled, texts.pooled)
+    # Each device scores its own images with all texts, so only the table of scores is gathered.
+    local = local_scores(images.local, texts.local, texts.mask, hyper)
+    local = contrastive.all_gather(local, axis)
+    loss_local = sum(contrastive.info_nce(hyper.logit_scale * local))
+    loss_global = sum(contrastive.info_nce(hyper.logit_scale * cosines))
+    value = hyper.weight_local * loss_local + hyper.weight_global * loss_global
+    return value, ({"loss_local": loss_local, "loss_global": loss_global}, memory)

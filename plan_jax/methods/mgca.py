@@ -4,32 +4,33 @@ PAPER: Wang et al., Multi-Granularity Cross-modal Alignment for Generalized Medi
 Representation Learning, NeurIPS 2022, arXiv 2210.06044; code github.com/HKU-MedAI/MGCA.
 Established, from the code: every equation and constant below; the three weights of the loss are
 those of its published command. Ours: the heat map (cosine of word and patch) and, where a text
-tower gives no attention, words that all weigh the same.
+encoder returns no attention, equal weights for all words.
 
 z unit patches, u unit words, v and t unit images and texts, c unit prototypes:
 (1) reports     `CE(v t' / tau) + CE(t v' / tau)`, the sum of both directions
 (2) words       `a_n = softmax_p(<u_n, z_p> / tau_token)`, `r_n = unit(sum_p a_np z_p)`; the word n
     with its own region r_n among those of the same pair, and back, weighted by the attention of the
-    text's summary
+    text's summary token
 (3) patches     the same with the sides exchanged, weighted by the attention of the image's summary
-    or, for a ResNet, all alike
-(4) prototypes  Sinkhorn's codes of one side are the soft targets of the other's
+    token or, for a ResNet, all alike
+(4) prototypes  Sinkhorn's codes of one side are the soft targets of the other side's
     `softmax_k(<v, c_k> / tau_prototype)`; computed in logarithms, with the same result
 
 Deviation: negatives of (1) and the batch of Sinkhorn's codes come from all devices, not from one
-(`per_device=True` gives the code's).
+(`per_device=True` restores the code's).
 Deviation: padded words are no candidates in (2); in the code they are, with no weight of their own
-(`padded_columns=True`; there a padded word is what the head makes of nothing, here what `local`
-holds).
-Deviation: a word weighs what the text's summary pays to it; in the code what is paid to the token
-after it (`word_weight_shift=True` takes the next word's, and the last word's own).
+(`padded_negatives=True`; there a padded word is what the head computes from nothing, here what
+`local` holds).
+Deviation: a word's weight is the attention that the text's summary token pays to it; in the code it
+is the attention paid to the next token (`shift_word_weights=True` uses the next word's, and the
+last word's own).
 Deviation: [SEP] is no word (the code appends it to the words of a report), and a caption that fills
 every slot keeps its last word.
-Deviation: a patch's context is scaled to unit length for every tower; the code leaves a ViT's as it
-is (`normalise_patch_context=False`).
+Deviation: a patch's context is scaled to unit length for every encoder; the code leaves a ViT's as
+it is (`normalise_patch_context=False`).
 Deviation: prototypes are scaled to unit length inside the forward pass, so their gradient lies in
 the sphere; the code overwrites them before each step.
-Deviation: the prototypes stay as they are for `freeze` steps; the code counts one epoch.
+Deviation: the prototypes are frozen for `freeze_prototype_steps` steps; the code counts one epoch.
 Deviation: the code's other attention, multi-head and off by default, is left out.
 """
 
@@ -39,10 +40,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from plan_jax.methods import contrastive
+from plan_jax.methods.ranges import BLOCKS, COUNT, STEPS, TEMPERATURE, WEIGHT, Range, check_hyper
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
 
 PAPER = "arXiv 2210.06044, github.com/HKU-MedAI/MGCA"
@@ -51,87 +54,110 @@ REQUIRES: tuple[str, ...] = ()
 
 @dataclass(frozen=True)
 class Hyper:
-    """Constants of the code; the weights are its command's (its class says 1, 0.7 and 0.5)."""
+    """Constants of the code; the weights are its command's (its class has 1, 0.7, 0.5)."""
 
     tau: float = 0.07
     tau_token: float = 0.1  # of the attention and of the contrast
     tau_prototype: float = 0.2
-    prototypes: int = 500
+    num_prototypes: int = 500
     epsilon: float = 0.05  # Sinkhorn's regularisation
-    sinkhorn_rounds: int = 3
-    freeze: int = 1500  # steps without a gradient of the prototypes: 217,000 pairs by 144
+    sinkhorn_iterations: int = 3
+    freeze_prototype_steps: int = 1500  # one epoch: 217,000 pairs in batches of 144
     weight_global: float = 1.0
     weight_token: float = 1.0
     weight_prototype: float = 1.0
     per_device: bool = False
-    padded_columns: bool = False
-    word_weight_shift: bool = False
+    padded_negatives: bool = False
+    shift_word_weights: bool = False
     normalise_patch_context: bool = True  # False: only a ResNet's
-    tile: int = 4  # pairs at a time
+    tile_size: int = 4  # pairs at a time
+
+    def __post_init__(self) -> None:
+        check_hyper(
+            self,
+            tau=TEMPERATURE,
+            tau_token=TEMPERATURE,
+            tau_prototype=TEMPERATURE,
+            num_prototypes=Range(1, 2**16),
+            epsilon=TEMPERATURE,
+            sinkhorn_iterations=BLOCKS,
+            freeze_prototype_steps=STEPS,
+            weight_global=WEIGHT,
+            weight_token=WEIGHT,
+            weight_prototype=WEIGHT,
+            tile_size=COUNT,
+        )
 
 
-def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
-    """Make the prototypes, Float[K D], of unit length and in random directions."""
-    drawn = jax.random.normal(key, (hyper.prototypes, setting.dim))
-    return {"prototypes": contrastive.l2_normalise(drawn)}, {}
+def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
+    """Returns the prototypes, Float[K D], of unit length and in random directions."""
+    directions = jax.random.normal(key, (hyper.num_prototypes, context.dim))
+    return {"prototypes": contrastive.l2_normalise(directions)}, {}
 
 
-def clipped(attention: Float[Array, "*B N"], mask: Bool[Array, "*B N"]) -> Float[Array, "*B N"]:
-    """Clip what is not zero to its own 10th and 90th percentile and scale it to sum to 1.
+def clip_attention(
+    attention: Float[Array, "*B N"], mask: Bool[Array, "*B N"]
+) -> Float[Array, "*B N"]:
+    """Clips non-zero attention to its own 10th and 90th percentile and scales it to sum to 1.
 
-    No gradient; all zeros where nothing is real.
+    There is no gradient. The result is all zeros where nothing is real.
 
-    >>> weight = clipped(jnp.array([0.1, 0.3, 0.0]), jnp.array([True, True, False]))
+    >>> weight = clip_attention(jnp.array([0.1, 0.3, 0.0]), jnp.array([True, True, False]))
     >>> (100 * weight).round().astype(int).tolist()
     [30, 70, 0]
     """
     real = mask & (attention > 0)
     attention = lax.stop_gradient(attention.astype(jnp.float32))
+    # Sorting moves what is not real to the end, where the percentiles do not reach.
     ordered = jnp.sort(jnp.where(real, attention, jnp.finfo(jnp.float32).max), -1)
     last = jnp.maximum(real.sum(-1, keepdims=True) - 1, 0)
 
-    def percentile(share: float) -> Array:
-        place = share * last.astype(jnp.float32)
-        below = jnp.floor(place).astype(jnp.int32)
+    def percentile(fraction: float) -> Array:
+        position = fraction * last.astype(jnp.float32)
+        below = jnp.floor(position).astype(jnp.int32)
         above = jnp.minimum(below + 1, last)
-        low, high = (jnp.take_along_axis(ordered, n, -1) for n in (below, above))
-        return low + (place - below) * (high - low)
+        low, high = (jnp.take_along_axis(ordered, index, -1) for index in (below, above))
+        return low + (position - below) * (high - low)
 
     weight = jnp.where(real, jnp.clip(attention, percentile(0.1), percentile(0.9)), 0.0)
     return weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-9)
 
 
-def word_weight(texts: Features, hyper: Hyper) -> Float[Array, "B W"]:
-    """Weigh the words of each text by its summary's attention, clipped; 0 at padding, sum 1."""
+def word_attention_weights(texts: Features, hyper: Hyper) -> Float[Array, "B W"]:
+    """Returns the weight of each word: the clipped attention of its text's summary token.
+
+    Weights sum to 1 and are 0 at padding.
+    """
     attention, mask = texts.attention, texts.mask
     if attention is None:
-        return clipped(mask.astype(jnp.float32), mask)
-    if hyper.word_weight_shift:
-        follows = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
-        attention = jnp.where(follows, jnp.roll(attention, -1, 1), attention)
-    return clipped(attention, mask)
+        return clip_attention(mask.astype(jnp.float32), mask)
+    if hyper.shift_word_weights:
+        has_next = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+        attention = jnp.where(has_next, jnp.roll(attention, -1, 1), attention)
+    return clip_attention(attention, mask)
 
 
-def patch_weight(images: Features) -> Float[Array, "B P"]:
-    """Weigh the patches of each image: a ViT's by its summary's attention, clipped; sum 1."""
+def patch_attention_weights(images: Features) -> Float[Array, "B P"]:
+    """Returns the weight of each patch: a ViT's clipped attention of the class token; sum 1."""
     if images.attention is None:
-        return clipped(images.mask.astype(jnp.float32), images.mask)
-    return clipped(images.attention, images.mask)
+        return clip_attention(images.mask.astype(jnp.float32), images.mask)
+    return clip_attention(images.attention, images.mask)
 
 
-def own_contrast(
-    logits: Float[Array, "N N"], kept: Bool[Array, " N"], weight: Float[Array, " N"]
+def contrast_contexts(
+    logits: Float[Array, "N N"], candidates: Bool[Array, " N"], weight: Float[Array, " N"]
 ) -> Float[Array, ""]:
-    """Contrast each item with its own context, both ways: the weighted sum, halved.
+    """Computes the contrast of each item with its own context, both ways: weighted sum, halved.
 
-    Cross-entropy among the items kept, along the rows and down the columns.
+    `logits_nm` compares item n with context m. The cross-entropy among the candidates is taken
+    along the rows and down the columns.
     """
-    there = contrastive.masked_logsumexp(logits, kept[None, :])
-    back = contrastive.masked_logsumexp(logits, kept[:, None], 0)
-    return jnp.sum(weight * (there + back - 2 * jnp.diagonal(logits))) / 2
+    rows = contrastive.masked_logsumexp(logits, candidates[None, :])
+    columns = contrastive.masked_logsumexp(logits, candidates[:, None], 0)
+    return jnp.sum(weight * (rows + columns - 2 * jnp.diagonal(logits))) / 2
 
 
-def word_side(
+def word_loss(
     pixels: Float[Array, "P D"],
     words: Float[Array, "W D"],
     products: Float[Array, "W P"],
@@ -139,78 +165,78 @@ def word_side(
     weight: Float[Array, " W"],
     hyper: Hyper,
 ) -> Float[Array, ""]:
-    """Contrast the words of one pair, of unit length, with the regions they see: *equation 2*."""
-    attention = jax.nn.softmax(products / hyper.tau_token, -1)
-    regions = contrastive.l2_normalise(attention @ pixels)
-    return own_contrast(words @ regions.T / hyper.tau_token, mask | hyper.padded_columns, weight)
+    """Computes the contrast of the unit words of one pair with their regions: *equation 2*."""
+    attention_WP = jax.nn.softmax(products / hyper.tau_token, -1)
+    regions = contrastive.l2_normalise(attention_WP @ pixels)
+    candidates = mask | hyper.padded_negatives
+    return contrast_contexts(words @ regions.T / hyper.tau_token, candidates, weight)
 
 
-def patch_side(
+def patch_loss(
     pixels: Float[Array, "P D"],
     words: Float[Array, "W D"],
     products: Float[Array, "W P"],
     mask: Bool[Array, " W"],
     weight: Float[Array, " P"],
-    scale: bool,
+    normalise: bool,
     hyper: Hyper,
 ) -> Float[Array, ""]:
-    """Contrast the patches of one pair, of unit length, with the words they see: *equation 3*.
+    """Computes the contrast of the unit patches of one pair with their contexts: *equation 3*.
 
-    `scale` says whether contexts are scaled to unit length.
+    `normalise` scales the contexts to unit length.
     """
-    attention = jax.nn.softmax(
-        jnp.where(mask[:, None], products / hyper.tau_token, contrastive.NEG), 0
-    )
-    contexts = attention.T @ words
-    contexts = contrastive.l2_normalise(contexts) if scale else contexts
-    kept = jnp.ones(len(pixels), bool)
-    return own_contrast(pixels @ contexts.T / hyper.tau_token, kept, weight)
+    logits_WP = jnp.where(mask[:, None], products / hyper.tau_token, contrastive.MASKED_LOGIT)
+    contexts = jax.nn.softmax(logits_WP, 0).T @ words
+    contexts = contrastive.l2_normalise(contexts) if normalise else contexts
+    candidates = jnp.ones(len(pixels), bool)
+    return contrast_contexts(pixels @ contexts.T / hyper.tau_token, candidates, weight)
 
 
 def token_losses(images: Features, texts: Features, hyper: Hyper) -> Float[Array, "B"]:
-    """Give *equations 2 and 3*, summed, for each pair.
+    """Computes the sum of *equations 2 and 3* for each pair, `tile_size` pairs at a time."""
+    normalise = hyper.normalise_patch_context or images.attention is None
+    tile_size = min(hyper.tile_size, len(texts.mask))
 
-    `tile` pairs at a time: the tables [W W] and [P P] of no more pairs than that are ever held. A
-    pair's gradient depends on nothing outside it but a factor, so it is taken along with its value,
-    and no table is made twice.
-    """
-    scale = hyper.normalise_patch_context or images.attention is None
-    tile = min(hyper.tile, len(texts.mask))
-
-    def pair(pixels: Array, words: Array, rest: tuple[Array, Array, Array]) -> Array:
-        mask, by_word, by_patch = rest
+    def pair_loss(pixels: Array, words: Array, constants: tuple[Array, Array, Array]) -> Array:
+        mask, word_weight, patch_weight = constants
         items = pixels, words, words @ pixels.T
-        value = word_side(*items, mask, by_word, hyper)
-        return value + patch_side(*items, mask, by_patch, scale, hyper)
+        value = word_loss(*items, mask, word_weight, hyper)
+        return value + patch_loss(*items, mask, patch_weight, normalise, hyper)
 
-    def each(function: Callable, parts: tuple) -> Any:
-        return lax.map(lambda part: function(*part), parts, batch_size=tile)
+    def map_pairs(function: Callable, arguments: tuple) -> Any:
+        return lax.map(lambda pair: function(*pair), arguments, batch_size=tile_size)
 
+    # A pair's gradient depends on nothing outside the pair but a factor. So the forward pass
+    # computes it along with the value: no table [W W] or [P P] is stored for the backward pass, and
+    # none is computed twice.
     @jax.custom_vjp
-    def values(*parts: Any) -> Array:
-        return each(pair, parts)
+    def pair_losses(*arguments: Any) -> Array:
+        return map_pairs(pair_loss, arguments)
+
+    def forward(*arguments: Any) -> tuple[Array, tuple[Array, Array]]:
+        return map_pairs(jax.value_and_grad(pair_loss, (0, 1)), arguments)
 
     def backward(grads: tuple[Array, Array], factor: Array) -> tuple[Array, Array, None]:
         pixels, words = (grad * factor[:, None, None] for grad in grads)
         return pixels, words, None
 
-    values.defvjp(lambda *parts: each(jax.value_and_grad(pair, (0, 1)), parts), backward)
-    rest = texts.mask, word_weight(texts, hyper), patch_weight(images)
-    return values(
-        contrastive.l2_normalise(images.local), contrastive.l2_normalise(texts.local), rest
-    )
+    pair_losses.defvjp(forward, backward)
+    constants = texts.mask, word_attention_weights(texts, hyper), patch_attention_weights(images)
+    pixels = contrastive.l2_normalise(images.local)
+    return pair_losses(pixels, contrastive.l2_normalise(texts.local), constants)
 
 
-def codes(scores: Float[Array, "B K"], hyper: Hyper) -> Float[Array, "B K"]:
-    """Assign each item softly to prototypes, all prototypes about equally: no gradient.
+def sinkhorn_codes(scores: Float[Array, "B K"], hyper: Hyper) -> Float[Array, "B K"]:
+    """Computes soft assignments of items to prototypes, all prototypes used about equally.
 
-    *Sinkhorn and Knopp's rounds on exp(scores / epsilon):* every prototype's share of the batch is
-    made equal, then every item's shares are made to sum to 1.
+    *Sinkhorn and Knopp's iteration on exp(scores / epsilon):* every prototype's share of the batch
+    is made equal, then every item's shares are made to sum to 1. There is no gradient.
     """
-    log = lax.stop_gradient(scores) / hyper.epsilon
-    for _ in range(hyper.sinkhorn_rounds):
-        log = jax.nn.log_softmax(jax.nn.log_softmax(log, 0), 1)
-    return jnp.exp(log)
+    # In logarithms, since exp(scores / epsilon) overflows for a small epsilon.
+    log_codes = lax.stop_gradient(scores) / hyper.epsilon
+    for _ in range(hyper.sinkhorn_iterations):
+        log_codes = jax.nn.log_softmax(jax.nn.log_softmax(log_codes, 0), 1)
+    return jnp.exp(log_codes)
 
 
 def prototype_loss(
@@ -220,18 +246,21 @@ def prototype_loss(
     step: Array,
     hyper: Hyper,
 ) -> Float[Array, ""]:
-    """Predict each side's codes from the other side: *equation 4*, the mean of both directions."""
-    held = jnp.where(step < hyper.freeze, lax.stop_gradient(prototypes), prototypes)
-    seen, said = (
-        contrastive.cosine_similarity(images, held),
-        contrastive.cosine_similarity(texts, held),
-    )
+    """Computes the prediction of each side's codes from the other side: *equation 4*.
+
+    The result is the mean of both directions.
+    """
+    frozen = step < hyper.freeze_prototype_steps
+    prototypes = jnp.where(frozen, lax.stop_gradient(prototypes), prototypes)
+    image_scores = contrastive.cosine_similarity(images, prototypes)
+    text_scores = contrastive.cosine_similarity(texts, prototypes)
 
     def predict(scores: Array, target: Array) -> Array:
-        log = jax.nn.log_softmax(scores / hyper.tau_prototype, -1)
-        return -jnp.sum(target * log, -1).mean()
+        return optax.softmax_cross_entropy(scores / hyper.tau_prototype, target).mean()
 
-    return (predict(said, codes(seen, hyper)) + predict(seen, codes(said, hyper))) / 2
+    text_loss = predict(text_scores, sinkhorn_codes(image_scores, hyper))
+    image_loss = predict(image_scores, sinkhorn_codes(text_scores, hyper))
+    return (text_loss + image_loss) / 2
 
 
 def similarity(
@@ -242,15 +271,15 @@ def similarity(
     hyper: Hyper,
     axis: str | None = None,
 ) -> dict[str, Float[Array, "I T"]]:
-    """Compare all images with all texts: cosine of the global embeddings, in [-1, 1]."""
+    """Returns `global`, the cosine of all images with all texts, in [-1, 1]."""
     return {"global": contrastive.cosine_similarity(images.pooled, texts.pooled)}
 
 
 def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
-    """Map the cosine of each word with each patch; words weigh what they weigh in the loss."""
-    return contrastive.word_pixel_maps(texts, images), word_weight(texts, hyper)
+    """Returns the cosine of each word with each patch, and the words' weights in the loss."""
+    return contrastive.word_pixel_maps(texts, images), word_attention_weights(texts, hyper)
 
 
 def loss(
@@ -265,19 +294,19 @@ def loss(
     hyper: Hyper,
     axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
-    """Contrast reports, tokens and prototypes: the weighted sum of *equations 1, 2 + 3 and 4*."""
+    """Computes the weighted sum of *equations 1, 2 + 3 and 4*."""
     token = contrastive.all_gather(token_losses(images, texts, hyper), axis).mean()
+    # Without an axis nothing is gathered: each device then has its own negatives and codes.
     group = None if hyper.per_device else axis
     images, texts = (
-        x.replace(pooled=contrastive.all_gather(x.pooled, group)) for x in (images, texts)
+        side.replace(pooled=contrastive.all_gather(side.pooled, group)) for side in (images, texts)
     )
     cosines = similarity(params, memory, images, texts, hyper)["global"]
     report = sum(contrastive.info_nce(cosines / hyper.tau))
     prototype = prototype_loss(params["prototypes"], images.pooled, texts.pooled, step, hyper)
     if hyper.per_device:
-        report, prototype = contrastive.all_gather(jnp.stack([report, prototype])[None], axis).mean(
-            0
-        )
+        means = contrastive.all_gather(jnp.stack([report, prototype])[None], axis).mean(0)
+        report, prototype = means
     value = hyper.weight_global * report + hyper.weight_token * token
     value += hyper.weight_prototype * prototype
     metrics = {"loss_global": report, "loss_token": token, "loss_prototype": prototype}

@@ -1,35 +1,36 @@
-"""PLACE: alignment of pathology observations, beside correlations among patches given the report.
+"""PLACE: alignment of pathology observations, and correlations among patches given the report.
 
 PAPER: Wang, Zhu, Yu, Bhalerao, He, PLACE, arXiv 2506.10573. Only its abstract and a summary by
 others are public: this is a PLACE-style reconstruction, not checked against the authors' code.
 
 Established (abstract): pathological-level cross-modal alignment (PCMA), so that the pathology
 observations of image and report agree, without disease labels; a Visual Pathology Observation
-Extractor (VPOE), which makes the image's from localised tokens; a proxy task of correlations among
-patches. Established by a summary only: pathology query tokens in the extractor; the proxy task
-(CCE) predicts the covariance of patches conditioned on the report.
+Extractor (VPOE), which computes the image's from localised tokens; a proxy task of correlations
+among patches. Established by a summary only: pathology query tokens in the extractor; the proxy
+task (CCE) predicts the covariance of patches conditioned on the report.
 
 Ours, equation by equation (p, q pixels or patches, n words, m sentences, k queries, i image,
-j text; x local pixels, w local words, r pixels before their head, or x if the tower gives none):
+j text; x local pixels, w local words, r pixels before their head, or x if the encoder has none):
 (1) VPOE                `o_k = unit(head(blocks(Q, x)_k))`: K learned queries; a block is
     self-attention, cross-attention to the pixels with weights `A_kp`, and an MLP, pre-norm
-(2) said observation    `t_m = unit(head(mean of w_n over the words n of sentence m))`: a sentence
-    is one observation; those after the first `sentences` are left out
+(2) text observation    `t_m = unit(head(mean of w_n over the words n of sentence m))`: a sentence
+    is one observation; those after the first `max_sentences` are left out
 (3) late interaction    `s_ij = mean_m max_k <t_jm, o_ik>`; "soft": a soft maximum; "attn": cosine
     of t_jm with `sum_k a_mk o_ik`, `a_mk = softmax_k(<t_jm, o_ik> / tau_match)`
 (4) PCMA                InfoNCE of `s_ij / tau_local`, both directions summed; with "attn", among
-    all sentences, each with what it chose in its own image (which can give the pairing away)
+    all sentences, each with its observation of its own image (which can give the pairing away)
 (5) variety             `mean_{k != l} <o_k, o_l>^2`, so that the queries do not all become one
 (6) correlations        `C_pq` = correlation over channels of r_p and r_q, after each channel has
     been standardised over the pixels; no gradient
 (7) prediction          a learned token hides some patches; a decoder (blocks as in (1), from pixels
-    to words, told each place) gives y_p, and `G_pq = cos(y_p - mean y, y_q - mean y)`
+    to words, with a code of each position) returns y_p, and
+    `G_pq = cos(y_p - mean y, y_q - mean y)`
 (8) CCE                 mean of `(G_pq - C_pq)^2` over pairs p != q that touch a hidden patch
 (9) ITA                 InfoNCE of the global cosines / tau, both directions summed, as in MGCA
 (10) loss               ITA + PCMA + CCE + 0.1 variety
 (11) heat map           `h / (1 + h)`, `h_mp = P sum_k a_mk A_kp` (last block, mean over heads): how
-    much the observations that a word's sentence m chooses look at p, relative to an even look.
-    No loss ties single words to pixels, so their cosines would say nothing.
+    much the observations that match a word's sentence m attend to p, relative to uniform
+    attention. No loss ties single words to pixels, so their cosines would mean nothing.
 """
 
 from dataclasses import dataclass
@@ -37,12 +38,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from plan_jax.layers.transformer import TransformerLayer, attention_weights
 from plan_jax.methods import contrastive
+from plan_jax.methods.ranges import BLOCKS, COUNT, FRACTION, TEMPERATURE, WEIGHT, Range, check_hyper
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
 
 PAPER = "arXiv 2506.10573"
@@ -53,20 +56,38 @@ REQUIRES: tuple[str, ...] = ()
 class Hyper:
     """All constants; every one is ours, since the paper's are not public."""
 
-    queries: int = 8  # K
-    blocks: int = 1  # of the extractor
-    decoder_blocks: int = 1
-    heads: int = 4  # of every attention; they divide D
-    sentences: int = 12  # of a report, at most
+    num_queries: int = 8  # K
+    num_blocks: int = 1  # of the extractor
+    num_decoder_blocks: int = 1
+    num_heads: int = 4  # of every attention; D has to be divisible by it
+    max_sentences: int = 12  # of a report; later ones are left out
     match: Literal["max", "soft", "attn"] = "max"
     tau: float = 0.07  # of ITA
     tau_local: float = 0.07  # of PCMA
-    tau_match: float = 0.1  # of "soft" and "attn", and of the heat map's choice of queries
-    hidden: float = 0.5  # share of the patches hidden in CCE
-    weight_pcma: float = 1.0  # ITA weighs 1
+    tau_match: float = 0.1  # of "soft" and "attn", and of the weights of queries in the heat map
+    mask_ratio: float = 0.5  # share of the patches hidden in CCE; at least one patch is hidden
+    weight_pcma: float = 1.0  # ITA has weight 1
     weight_cce: float = 1.0
     weight_variety: float = 0.1
-    tile: int = 4  # texts (scores) or images (CCE) at a time
+    tile_size: int = 4  # texts (scores) or images (CCE) at a time
+
+    def __post_init__(self) -> None:
+        check_hyper(
+            self,
+            num_queries=Range(1, 2**12),
+            num_blocks=BLOCKS,
+            num_decoder_blocks=BLOCKS._replace(low=0),
+            num_heads=COUNT,
+            max_sentences=COUNT,
+            tau=TEMPERATURE,
+            tau_local=TEMPERATURE,
+            tau_match=TEMPERATURE,
+            mask_ratio=FRACTION,
+            weight_pcma=WEIGHT,
+            weight_cce=WEIGHT,
+            weight_variety=WEIGHT,
+            tile_size=COUNT,
+        )
 
 
 def _layer(width: int, num_heads: int, name: str) -> TransformerLayer:
@@ -86,7 +107,7 @@ def _layer(width: int, num_heads: int, name: str) -> TransformerLayer:
 
 
 class Extractor(nn.Module):
-    """Makes K observations of an image from its pixels: *equation 1*."""
+    """K observations of an image from its pixels: *equation 1*."""
 
     hyper: Hyper
 
@@ -97,10 +118,10 @@ class Extractor(nn.Module):
         """Returns the observations, and their weights of the last block, averaged over heads."""
         dim = pixels.shape[-1]
         memory = nn.LayerNorm(name="norm")(pixels)
-        x = self.param("queries", nn.initializers.normal(1.0), (self.hyper.queries, dim))
+        x = self.param("queries", nn.initializers.normal(1.0), (self.hyper.num_queries, dim))
         x = jnp.broadcast_to(x, (*pixels.shape[:-2], *x.shape))
-        for n in range(self.hyper.blocks):
-            layer = _layer(dim, self.hyper.heads, f"block{n}")
+        for n in range(self.hyper.num_blocks):
+            layer = _layer(dim, self.hyper.num_heads, f"block{n}")
             x, _, cross = layer(x, memory=layer.project_memory(memory))
         x = nn.Dense(dim, name="head")(nn.LayerNorm(name="norm_out")(x))
         weights = attention_weights(cross.query, cross.key).mean(-3)
@@ -108,9 +129,9 @@ class Extractor(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Guesses a vector for each patch from the patches left and the words: *equation 7*.
+    """A vector for each patch, from the visible patches and the words: *equation 7*.
 
-    Nothing after the last block has a bias: the guesses are centred over the patches.
+    Nothing after the last block has a bias, because the predictions are centred over the patches.
     """
 
     hyper: Hyper
@@ -122,156 +143,188 @@ class Decoder(nn.Module):
         hidden: Bool[Array, "*B P"],
         words: Float[Array, "*B W D"],
         mask: Bool[Array, "*B W"],
-        place: Float[Array, "P D"],
+        position_code: Float[Array, "P D"],
     ) -> Float[Array, "*B P D"]:
-        """Apply it; `place` encodes where each patch is."""
+        """Returns the prediction; the patches in `hidden` are replaced by a learned token."""
         dim = pixels.shape[-1]
         token = self.param("token", nn.initializers.normal(0.02), (dim,))
-        x = jnp.where(hidden[..., None], token, nn.LayerNorm(name="norm_pixels")(pixels)) + place
+        x = jnp.where(hidden[..., None], token, nn.LayerNorm(name="norm_pixels")(pixels))
+        x = x + position_code
         memory = nn.LayerNorm(name="norm_words")(words) * mask[..., None]
-        for n in range(self.hyper.decoder_blocks):
-            layer = _layer(dim, self.hyper.heads, f"block{n}")
+        for n in range(self.hyper.num_decoder_blocks):
+            layer = _layer(dim, self.hyper.num_heads, f"block{n}")
             word_mask = mask[..., None, None, :]
             x = layer(x, memory=layer.project_memory(memory), memory_mask=word_mask).x
         x = nn.LayerNorm(use_bias=False, name="norm_out")(x)
         return nn.Dense(dim, False, name="out")(x)
 
 
-def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
-    """Make extractor, head of sentences and decoder, all of width D; there is no memory.
+def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
+    """Returns the parameters of extractor, sentence head and decoder, all of width D; no memory.
 
     Raises:
-      UserError: the heads do not divide D.
+      UserError: D is not divisible by the number of heads.
     """
-    dim = setting.dim
-    if dim % hyper.heads:
-        raise UserError(f"hyper.heads {hyper.heads} do not divide dim {dim}; choose a divisor")
+    dim = context.dim
+    if dim % hyper.num_heads:
+        raise UserError(
+            f"hyper.num_heads is {hyper.num_heads}, which does not divide config.embed_dim {dim}; "
+            f"use a divisor of {dim}"
+        )
     keys = jax.random.split(key, 3)
     x, mask = jnp.zeros((1, dim)), jnp.ones(1, bool)
-    made = {
+    variables = {
         "extractor": Extractor(hyper).init(keys[0], x),
         "sentence": nn.Dense(dim).init(keys[1], x),
         "decoder": Decoder(hyper).init(keys[2], x, mask, x, mask, x),
     }
-    return {name: variables["params"] for name, variables in made.items()}, {}
+    return {name: module["params"] for name, module in variables.items()}, {}
 
 
-def observe(
+def extract_observations(
     params: Params, pixels: Float[Array, "B P D"], hyper: Hyper
 ) -> tuple[Float[Array, "B K D"], Float[Array, "B K P"]]:
-    """Make the K observations of each image and the weights of their looks: *equation 1*."""
+    """Computes the K observations of each image and their attention over pixels: *equation 1*."""
     return Extractor(hyper).apply({"params": params["extractor"]}, pixels)
 
 
-def members(texts: Features, hyper: Hyper) -> Float[Array, "B W M"]:
-    """Say which sentence each word belongs to, 0 or 1; all 0 for padding and what is left out."""
-    count = min(hyper.sentences, texts.mask.shape[1])
+def sentence_membership(texts: Features, hyper: Hyper) -> Float[Array, "B W M"]:
+    """Returns 1 where a word belongs to a sentence, else 0; padding and late sentences have 0."""
+    # A text of W words has at most W sentences. one_hot of a larger index, or of -1, is all 0.
+    count = min(hyper.max_sentences, texts.mask.shape[1])
     return jax.nn.one_hot(texts.sentence, count) * texts.mask[..., None]
 
 
-def say(
+def sentence_observations(
     params: Params, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B M D"], Bool[Array, "B M"]]:
-    """Make the observation of each sentence, and say which are there: *equation 2*."""
-    member = members(texts, hyper)
-    size = member.sum(1)
-    mean = jnp.einsum("bwd,bwm->bmd", texts.local, member) / jnp.maximum(size, 1)[..., None]
-    said = nn.Dense(mean.shape[-1]).apply({"params": params["sentence"]}, mean)
-    return contrastive.l2_normalise(said) * (size > 0)[..., None], size > 0
+    """Computes the observation of each sentence, and which sentences exist: *equation 2*."""
+    membership_BWM = sentence_membership(texts, hyper)
+    num_words = membership_BWM.sum(1)
+    totals = jnp.einsum("bwd,bwm->bmd", texts.local, membership_BWM)
+    means = totals / jnp.maximum(num_words, 1)[..., None]
+    projected = nn.Dense(means.shape[-1]).apply({"params": params["sentence"]}, means)
+    real = num_words > 0
+    return contrastive.l2_normalise(projected) * real[..., None], real
 
 
-def choose(
-    seen: Float[Array, "*B K D"], said: Float[Array, "*B M D"], hyper: Hyper
+def query_weights(
+    observations: Float[Array, "*B K D"], sentences: Float[Array, "*B M D"], hyper: Hyper
 ) -> Float[Array, "*B M K"]:
-    """Give the share of each query in each sentence: the `a_mk` of *equation 3*."""
-    return jax.nn.softmax(jnp.einsum("...md,...kd->...mk", said, seen) / hyper.tau_match, -1)
+    """Computes the weight of each query for each sentence: the `a_mk` of *equation 3*."""
+    products = jnp.einsum("...md,...kd->...mk", sentences, observations)
+    return jax.nn.softmax(products / hyper.tau_match, -1)
 
 
-def scores(
-    seen: Float[Array, "I K D"], said: Float[Array, "T M D"], real: Bool[Array, "T M"], hyper: Hyper
+def late_interaction(
+    observations: Float[Array, "I K D"],
+    sentences: Float[Array, "T M D"],
+    real: Bool[Array, "T M"],
+    hyper: Hyper,
 ) -> Float[Array, "I T"]:
-    """Score every text on every image, in [-1, 1]: *equation 3*; 0 for an empty text."""
+    """Computes the score of every text on every image: *equation 3*; 0 for an empty text.
 
-    def one(seen: Array, text: tuple[Array, Array]) -> Array:
-        said, real = text
+    Scores are in [-1, 1].
+    """
+
+    def score(observations: Array, text: tuple[Array, Array]) -> Array:
+        sentences, real = text
         if hyper.match == "attn":
-            match = jnp.sum(said * contrastive.l2_normalise(choose(seen, said, hyper) @ seen), -1)
+            mixtures = query_weights(observations, sentences, hyper) @ observations
+            matches_M = jnp.sum(sentences * contrastive.l2_normalise(mixtures), -1)
         elif hyper.match == "soft":
-            match = contrastive.soft_maximum(said @ seen.T, hyper.tau_match)
+            matches_M = contrastive.soft_maximum(sentences @ observations.T, hyper.tau_match)
         else:
-            match = jnp.max(said @ seen.T, -1)
-        return contrastive.masked_mean(match, real)
+            matches_M = jnp.max(sentences @ observations.T, -1)
+        return contrastive.masked_mean(matches_M, real)
 
-    return contrastive.score_all_pairs(one, seen, (said, real), hyper.tile)
+    return contrastive.score_all_pairs(score, observations, (sentences, real), hyper.tile_size)
 
 
 def contrast_sentences(
-    seen: Float[Array, "B K D"], said: Float[Array, "B M D"], real: Bool[Array, "B M"], hyper: Hyper
+    observations: Float[Array, "B K D"],
+    sentences: Float[Array, "B M D"],
+    real: Bool[Array, "B M"],
+    hyper: Hyper,
 ) -> Float[Array, ""]:
-    """Contrast the sentences of the batch with what each chose in its own image: *equation 4*."""
-    found = contrastive.l2_normalise(choose(seen, said, hyper) @ seen)
-    logits = jnp.einsum("bmd,cnd->bmcn", said, found).reshape(real.size, -1) / hyper.tau_local
-    own, among = jnp.arange(real.size), jnp.broadcast_to(real.ravel(), logits.shape)
-    both = contrastive.cross_entropy(logits, own, among) + contrastive.cross_entropy(
-        logits.T, own, among
-    )
-    return contrastive.masked_mean(both, real.ravel())
+    """Computes the contrast of all sentences of the batch for "attn": *equation 4*.
+
+    A sentence is paired with the mixture of the observations of its own image, weighted by itself.
+    """
+    mixtures = query_weights(observations, sentences, hyper) @ observations
+    products = jnp.einsum("bmd,cnd->bmcn", sentences, contrastive.l2_normalise(mixtures))
+    logits = products.reshape(real.size, -1) / hyper.tau_local  # one row for each of B M sentences
+    target, candidates = jnp.arange(real.size), jnp.broadcast_to(real.ravel(), logits.shape)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    losses = cross_entropy(logits, target, where=candidates)
+    losses += cross_entropy(logits.T, target, where=candidates)
+    return contrastive.masked_mean(losses, real.ravel())
 
 
-def overlap(seen: Float[Array, "B K D"]) -> Float[Array, " B"]:
-    """Measure how alike an image's observations are: *equation 5*; 1: all one, 0: orthogonal."""
-    squares = jnp.einsum("bkd,bld->bkl", seen, seen) ** 2
-    others = 1 - jnp.eye(seen.shape[1])
-    return jnp.sum(squares * others, (1, 2)) / jnp.maximum(others.sum(), 1)
+def observation_overlap(observations: Float[Array, "B K D"]) -> Float[Array, " B"]:
+    """Computes how similar an image's observations are: *equation 5*; 1: equal, 0: orthogonal."""
+    squares = jnp.einsum("bkd,bld->bkl", observations, observations) ** 2
+    off_diagonal = 1 - jnp.eye(observations.shape[1])
+    return jnp.sum(squares * off_diagonal, (1, 2)) / jnp.maximum(off_diagonal.sum(), 1)
 
 
-def correlations(tokens: Float[Array, "P E"]) -> Float[Array, "P P"]:
-    """Correlate the patches of an image: *equation 6*; no gradient."""
+def patch_correlations(tokens: Float[Array, "P E"]) -> Float[Array, "P P"]:
+    """Computes the correlations of the patches of an image: *equation 6*; no gradient."""
     tokens = lax.stop_gradient(tokens.astype(jnp.float32))
-    away = tokens - tokens.mean(0)
-    return contrastive.cosine_similarity(*[away * lax.rsqrt(jnp.mean(away**2, 0) + 1e-8)] * 2)
+    centred = tokens - tokens.mean(0)
+    standardised = centred * lax.rsqrt(jnp.mean(centred**2, 0) + 1e-8)
+    return contrastive.cosine_similarity(standardised, standardised)
 
 
-def place_code(grid: tuple[int, int], dim: int) -> Float[Array, "P D"]:
-    """Encode the row and column of each patch by sines and cosines (D/4 frequencies each)."""
-    wave = 10000.0 ** (-jnp.arange(0, 1, 4 / dim))
-    angle = jnp.concatenate([x.reshape(-1, 1) * wave for x in jnp.indices(grid)], -1)
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)[:, :dim]
+def sinusoidal_positions(grid: tuple[int, int], dim: int) -> Float[Array, "P D"]:
+    """Returns sines and cosines of the row and column of each patch (D/4 frequencies each)."""
+    frequencies = 10000.0 ** (-jnp.arange(0, 1, 4 / dim))
+    angles = [index.reshape(-1, 1) * frequencies for index in jnp.indices(grid)]
+    angles = jnp.concatenate(angles, -1)
+    # D need not be divisible by 4: what is too much is cut off.
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)[:, :dim]
 
 
-def mismatch(
-    guessed: Float[Array, "P P"], true: Float[Array, "P P"], hidden: Bool[Array, "P"]
+def correlation_error(
+    predicted: Float[Array, "P P"], true: Float[Array, "P P"], hidden: Bool[Array, "P"]
 ) -> Float[Array, ""]:
-    """Compare correlations over the pairs of patches that touch a hidden one: *equation 8*."""
-    counts = (hidden[:, None] | hidden[None, :]) & ~jnp.eye(len(hidden), dtype=bool)
-    return contrastive.masked_mean((guessed - true) ** 2, counts)
+    """Computes the mean squared error over the pairs that touch a hidden patch: *equation 8*."""
+    # Visible pairs would only teach the decoder to copy; the diagonal is 1 by definition.
+    counted = (hidden[:, None] | hidden[None, :]) & ~jnp.eye(len(hidden), dtype=bool)
+    return contrastive.masked_mean((predicted - true) ** 2, counted)
 
 
-def hide(
-    key: PRNGKeyArray, count: int, pixels: int, hyper: Hyper, axis: str | None = None
+def sample_patch_mask(
+    key: PRNGKeyArray, count: int, num_pixels: int, hyper: Hyper, axis: str | None = None
 ) -> Bool[Array, "B P"]:
-    """Draw each image's patches to hide, the same on any number of devices."""
-    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(contrastive.global_indices(count, axis))
-    noise = jax.vmap(lambda k: jax.random.uniform(k, (pixels,)))(keys)
-    chosen = lax.top_k(noise, min(max(round(hyper.hidden * pixels), 1), pixels))[1]
-    return jax.nn.one_hot(chosen, pixels, dtype=bool).any(1)
+    """Samples the patches to hide in each of `count` images, the same on any number of devices."""
+    indices = contrastive.global_indices(count, axis)
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+    noise_BP = jax.vmap(lambda key: jax.random.uniform(key, (num_pixels,)))(keys)
+    # An exact number, so that images count alike; at least one, so that there is an error at all.
+    num_hidden = min(max(round(hyper.mask_ratio * num_pixels), 1), num_pixels)
+    patches = lax.top_k(noise_BP, num_hidden)[1]
+    return jax.nn.one_hot(patches, num_pixels, dtype=bool).any(1)
 
 
-def explore(
+def correlation_losses(
     params: Params, images: Features, texts: Features, hidden: Bool[Array, "B P"], hyper: Hyper
 ) -> Float[Array, " B"]:
-    """Measure each image's CCE, `tile` images at a time: *equations 6-8*."""
-    place = place_code(images.grid, images.local.shape[-1])
+    """Computes each image's CCE, `tile_size` images at a time: *equations 6-8*."""
+    position_code = sinusoidal_positions(images.grid, images.local.shape[-1])
 
-    def one(item: tuple[Array, ...]) -> Array:
-        *given, tokens = item
-        y = Decoder(hyper).apply({"params": params["decoder"]}, *given, place)
-        guessed = contrastive.cosine_similarity(*[y - y.mean(0)] * 2)
-        return mismatch(guessed, correlations(tokens), given[1])
+    def image_loss(item: tuple[Array, ...]) -> Array:
+        pixels, hidden, words, mask, tokens = item
+        predictions = Decoder(hyper).apply(
+            {"params": params["decoder"]}, pixels, hidden, words, mask, position_code
+        )
+        centred = predictions - predictions.mean(0)
+        predicted = contrastive.cosine_similarity(centred, centred)
+        return correlation_error(predicted, patch_correlations(tokens), hidden)
 
     tokens = images.local if images.raw is None else images.raw
     items = (images.local, hidden, texts.local, texts.mask, tokens)
-    return contrastive.map_tiles(jax.vmap(one), items, hyper.tile)
+    return contrastive.map_tiles(jax.vmap(image_loss), items, hyper.tile_size)
 
 
 def similarity(
@@ -282,25 +335,28 @@ def similarity(
     hyper: Hyper,
     axis: str | None = None,
 ) -> dict[str, Float[Array, "I T"]]:
-    """Compare all: `global` cosine, `local` *equation 3*, `both` their sum at the loss's taus."""
-    seen, _ = observe(params, images.local, hyper)
-    local = scores(seen, *say(params, texts, hyper), hyper)
-    table = {"global": contrastive.cosine_similarity(images.pooled, texts.pooled), "local": local}
-    return table | {"both": table["global"] / hyper.tau + local / hyper.tau_local}
+    """Returns `global`, the cosine; `local`, *equation 3*; `both`, their sum at the loss's taus."""
+    observations, _ = extract_observations(params, images.local, hyper)
+    sentences, real = sentence_observations(params, texts, hyper)
+    local = late_interaction(observations, sentences, real, hyper)
+    cosines = contrastive.cosine_similarity(images.pooled, texts.pooled)
+    both = cosines / hyper.tau + local / hyper.tau_local
+    return {"global": cosines, "local": local, "both": both}
 
 
 def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W P"], Float[Array, "B W"]]:
-    """Map where the observations look that each word's sentence chooses, in [0, 1): *equation 11*.
+    """Returns a map in [0, 1) for each word, that of its sentence, and weights: *equation 11*.
 
-    1/2 is an even look; words of sentences left out have a map and a weight of 0.
+    1/2 means uniform attention; words of sentences left out have a map and a weight of 0.
     """
-    seen, look = observe(params, images.local, hyper)
-    said, _ = say(params, texts, hyper)
-    level = choose(seen, said, hyper) @ look * look.shape[-1]
-    member = members(texts, hyper)
-    return member @ (level / (1 + level)), member.sum(-1)
+    observations, attention_BKP = extract_observations(params, images.local, hyper)
+    sentences, _ = sentence_observations(params, texts, hyper)
+    weights_BMK = query_weights(observations, sentences, hyper)
+    level_BMP = weights_BMK @ attention_BKP * attention_BKP.shape[-1]
+    membership_BWM = sentence_membership(texts, hyper)
+    return membership_BWM @ (level_BMP / (1 + level_BMP)), membership_BWM.sum(-1)
 
 
 def loss(
@@ -315,23 +371,27 @@ def loss(
     hyper: Hyper,
     axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
-    """Align pairs and their observations over the whole batch, and explore each: *equation 10*."""
-    seen, _ = observe(params, images.local, hyper)
-    pooled, said, real = contrastive.all_gather((texts.pooled, *say(params, texts, hyper)), axis)
-    ita = sum(
-        contrastive.info_nce(
-            contrastive.cosine_similarity(contrastive.all_gather(images.pooled, axis), pooled)
-            / hyper.tau
-        )
-    )
+    """Computes ITA, PCMA, CCE and variety over the whole batch, and their sum: *equation 10*."""
+    observations, _ = extract_observations(params, images.local, hyper)
+    sentences, real = sentence_observations(params, texts, hyper)
+    gathered = contrastive.all_gather((texts.pooled, sentences, real), axis)
+    text_pooled, sentences, real = gathered
+    image_pooled = contrastive.all_gather(images.pooled, axis)
+    cosines = contrastive.cosine_similarity(image_pooled, text_pooled)
+    ita = sum(contrastive.info_nce(cosines / hyper.tau))
     if hyper.match == "attn":
-        pcma = contrast_sentences(contrastive.all_gather(seen, axis), said, real, hyper)
+        all_observations = contrastive.all_gather(observations, axis)
+        pcma = contrast_sentences(all_observations, sentences, real, hyper)
     else:
-        local = contrastive.all_gather(scores(seen, said, real, hyper), axis)
-        pcma = sum(contrastive.info_nce(local / hyper.tau_local))
-    hidden = hide(key, *images.local.shape[:2], hyper, axis)
-    each = overlap(seen), explore(params, images, texts, hidden, hyper)
-    variety, cce = (x.mean() for x in contrastive.all_gather(each, axis))
+        # Each device scores its own images with all texts; the table of scores is then gathered.
+        local = late_interaction(observations, sentences, real, hyper)
+        pcma = sum(contrastive.info_nce(contrastive.all_gather(local, axis) / hyper.tau_local))
+    hidden = sample_patch_mask(key, *images.local.shape[:2], hyper, axis)
+    image_losses = (
+        observation_overlap(observations),
+        correlation_losses(params, images, texts, hidden, hyper),
+    )
+    variety, cce = (losses.mean() for losses in contrastive.all_gather(image_losses, axis))
     value = ita + hyper.weight_pcma * pcma + hyper.weight_cce * cce + hyper.weight_variety * variety
     metrics = {"loss_global": ita, "loss_pcma": pcma, "loss_cce": cce, "loss_variety": variety}
     return value, (metrics, memory)

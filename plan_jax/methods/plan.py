@@ -10,28 +10,25 @@ a learnable map g of pixels to the words' space; a word-pixel similarity matrix 
 words and of pixels, from the rows and columns of S, to damp noise; a region feature for each word,
 contrasted with selected words; S updated in each iteration with its history.
 
-Ours, equation by equation (z unit pixels after g, u unit words, n word, p pixel, i image, j text):
-(1) first look          `S0_np = <u_n, z_p>` on the coarse map
-(2) word importance     `a_n = gate_n(softmax-mean_p S_np)`, gate = standardise, then sigmoid
-(3) pixel importance    `b_p = gate_p(softmax-mean_n S_np)`; both without gradient
-(4) soft region         `A_np = softmax_p(4 a_n b_p S_np / tau_region)`: no boundary anywhere
-(5) region feature      `r_n = unit(sum_p A_np z_p)`, match `C_n = <u_n, r_n>`
-(6) refinement, round t `q_n = unit(u_n + eta a_n r_n)`, `S_np <- (1 - rho) <q_n, f_p> + rho S_np`,
-    on the finer map f if the tower gives one: a radiologist glances, then looks closer. S carries
-    the history; then (2)-(5) again. A `lax.scan` over the rounds.
-(7) history of words    `w_v`: how much better word v matched its own images than others, a moving
-    average over training, squashed and kept above a floor; words are drawn for the contrast, and
-    weighted in it, by w
-(8) report contrast     InfoNCE of `sum_n w_n C_ijn / sum_n w_n / tau`, both directions
-(9) word contrast       `- log softmax_i(C_ijn / tau)[i = j]`; images whose report has the same word
-    are no negatives
-(10) loss               global InfoNCE + sum over rounds t of `omega_t ((8) + (9))`, omega growing
+Ours: the ten equations. Each is written out beside the function that computes it:
 
-Failed in trials: word-region contrast with regions of the word's own image only (solved without
-looking); choosing words by the importance (2) of their own pair (gives the pairing away).
-In round 0 all images are candidates, in later ones `candidates`, since a fine map costs more.
-`progress="ema"` is the other reading of "iteration", over training time: S is mixed with that of a
-moving average of the whole model (config.ema), with a share growing to `share`.
+    (1) first map            align                   (6) refinement in round t   align
+    (2) word importance      importance_gates        (7) history of words        history_weights
+    (3) pixel importance     importance_gates        (8) report contrast         plan_contrast.py
+    (4) soft region          ground_words            (9) word contrast           plan_contrast.py
+    (5) region and match     ground_words           (10) loss                    loss
+
+Symbols: z unit pixels after g, f those of a finer map, u unit words; n word, p pixel, i image,
+j text, t round of 0..T; S a map of each word over the pixels.
+
+A round refines S as a radiologist reads: a glance at the whole image, then a closer look. Round 0
+compares the words with the coarse map; each later round compares them with the finer map, if the
+encoder has one, and mixes the result with the map so far.
+
+Failed in trials: a word-region contrast with regions of the word's own image only (solved without
+looking at the image); selecting words by the importance (2) of their own pair (gives the pairing
+away). `progress="ema"` is the other reading of "iteration", over training time: in round 0, S is
+mixed with that of a moving average of the whole model (config.ema_decay).
 """
 
 from dataclasses import dataclass
@@ -42,11 +39,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from plan_jax.methods import contrastive
+from plan_jax.layers.resize import resize_bilinear
+from plan_jax.methods import contrastive, plan_contrast
+from plan_jax.methods.plan_contrast import PairScores
+from plan_jax.methods.ranges import COUNT, FRACTION, STEPS, TEMPERATURE, WEIGHT, Range, check_hyper
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
 
 PAPER = "arXiv 2502.18047"
 REQUIRES: tuple[str, ...] = ()
+MAX_LOGIT_SCALE = 50.0  # of the learned factor on cosines; CLIP's bound is 100
 
 
 @dataclass(frozen=True)
@@ -54,151 +55,298 @@ class Hyper:
     """All constants; every one is ours, since the paper's are not public."""
 
     rounds: int = 1  # T, of refinement; 0 is one soft attention
-    start: int = 0  # step from which rounds >= 1 count in the loss
-    tau: float = 0.1  # temperature of the global contrast at the start; it is learned
-    tau_local: float = 0.1
-    tau_region: float = 0.1
-    tau_importance: float = 0.1
-    kappa: float = 1.0  # softness of the gates
-    gates: bool = True  # importance of words and pixels; False: neutral
-    eta: float = 0.0  # pull of a word towards its region
-    rho: float = 0.5  # share of the history in S
-    gamma: float = 0.5  # round t weighs gamma ** (T - t)
-    candidates: int = 8  # images a word is tried on in rounds >= 1
-    words: int = 12  # drawn from a report for the contrast
-    history: bool = True  # word importance from training so far; False: all words alike
-    decay: float = 0.99
-    floor: float = 0.25
-    table: int = 8192  # slots of the history; word ids are folded into it
-    negatives: Literal["token", "all"] = "token"  # "token": the same word is no negative
+    refinement_start_step: int = 0  # step from which rounds >= 1 count in the loss
+    tau: float = 0.1  # initial temperature of the global contrast; it is learned
+    tau_local: float = 0.1  # of the report and word contrasts (8), (9)
+    tau_region: float = 0.1  # of the softmax over pixels (4)
+    tau_importance: float = 0.1  # of the soft maxima (2), (3)
+    kappa: float = 1.0  # softness of the gates (2), (3)
+    use_gates: bool = True  # importance of words and pixels; False: neutral, 1/2 each
+    eta: float = 0.0  # pull of a word towards its region (6)
+    rho: float = 0.5  # share of the previous map in S (6)
+    gamma: float = 0.5  # ratio of the weights of successive rounds (10)
+    num_candidates: int = 8  # images that a word is contrasted over in rounds >= 1
+    num_sampled_words: int = 12  # of a report, for the contrasts
+    use_history: bool = True  # weights of words from training so far (7); False: all words alike
+    history_decay: float = 0.99  # of the moving average (7)
+    min_weight: float = 0.25  # of a word (7)
+    history_size: int = 8192  # slots of the history; word ids are folded into it
+    negatives: Literal["token", "all"] = "token"  # "token": images with the same word are none (9)
     progress: Literal["rounds", "ema"] = "rounds"
-    share: float = 0.5  # of the averaged model's S at the end of the ramp
-    ramp: int = 1000  # steps of the ramp
+    ema_share: float = 0.5  # lambda: share of the averaged model's S, at the end of the ramp
+    ema_ramp_steps: int = 1000  # over which the share grows from 0
     weight_global: float = 2.0
     weight_report: float = 1.0
     weight_word: float = 1.0
-    tile: int = 4  # texts (round 0) or images (later rounds) at a time
+    tile_size: int = 4  # texts (round 0) or images (later rounds) at a time
+
+    def __post_init__(self) -> None:
+        check_hyper(
+            self,
+            rounds=Range(0, 16),  # with the range of gamma, gamma ** T fits a float32
+            refinement_start_step=STEPS,
+            tau=TEMPERATURE,
+            tau_local=TEMPERATURE,
+            tau_region=TEMPERATURE,
+            tau_importance=TEMPERATURE,
+            kappa=Range(1e-4, 1e9),
+            eta=WEIGHT,
+            rho=FRACTION,
+            gamma=Range(0.01, 100),
+            num_candidates=COUNT,
+            num_sampled_words=COUNT,
+            history_decay=FRACTION,
+            min_weight=FRACTION,
+            history_size=Range(1, 2**24),
+            ema_share=FRACTION,
+            ema_ramp_steps=STEPS._replace(low=1),
+            weight_global=WEIGHT,
+            weight_report=WEIGHT,
+            weight_word=WEIGHT,
+            tile_size=COUNT,
+        )
 
 
 class ImageSide(NamedTuple):
-    """The pixels of one image, unit length, coarse and fine, and those of the averaged model."""
+    """The image of a pair: unit pixels of the coarse map, and what else a use needs."""
 
     pixels: Float[Array, "P D"]
-    fine: Float[Array, "Q D"] | None = None
-    past: Float[Array, "P D"] | None = None
+    fine_pixels: Float[Array, "Q D"] | None = None
+    ema_pixels: Float[Array, "P D"] | None = None  # of the averaged model
+    report_word_id: Int[Array, " W"] | None = None  # all words of the image's own report
 
 
-class Words(NamedTuple):
-    """The words of one text, unit length, with their ids, and those of the averaged model."""
+class TextSide(NamedTuple):
+    """The text of a pair: unit words with their ids (0: padding)."""
 
     words: Float[Array, "K D"]
     word_id: Int[Array, " K"]
-    past: Float[Array, "K D"] | None = None
+    ema_words: Float[Array, "K D"] | None = None  # of the averaged model
 
 
-def image_side(images: Features) -> ImageSide:
-    """Take the pixels of images, [B P D] and [B Q D], to unit length."""
-    fine = None if images.fine is None else contrastive.l2_normalise(images.fine)
-    return ImageSide(contrastive.l2_normalise(images.local), fine)
+class RoundOutput(NamedTuple):
+    """What one round computes from the map of K words."""
+
+    importance: Float[Array, " K"]  # a_n
+    regions: Float[Array, "K D"]  # r_n
+    matches: Float[Array, " K"]  # C_n, 0 for padding
 
 
-def init(key: PRNGKeyArray, setting: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
-    """Make the learned temperature, and an empty history of words: Float[table] each."""
-    if hyper.progress == "ema" and not setting.ema_decay:
+class Alignment(NamedTuple):
+    """The words of a text aligned with the pixels of an image over N = T + 1 rounds."""
+
+    matches: Float[Array, "N K"]  # C_n of each round
+    maps: Float[Array, "K Q"]  # S after the last round; Q = P without a finer map
+    importance: Float[Array, " K"]  # a_n of the last round
+
+
+def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
+    """Returns the learned scale of the global contrast, and an empty history of words.
+
+    Raises:
+      UserError: `progress` is "ema" and the run keeps no moving average.
+    """
+    if hyper.progress == "ema" and not context.ema_decay:
         raise UserError(
-            "hyper.progress is ema, and config.ema_decay is 0; set config.ema_decay, to 0.99 say"
+            "hyper.progress is ema, and config.ema_decay is 0; set config.ema_decay=0.99 or so"
         )
-    memory = {"gap": jnp.zeros(hyper.table), "seen": jnp.zeros(hyper.table)}
+    # Two arrays, since the training step donates its buffers.
+    memory = {name: jnp.zeros(hyper.history_size) for name in ("similarity_margin", "count")}
     return {"log_scale": jnp.log(1 / hyper.tau)}, memory
 
 
-def importance(
+# One pair: equations 1 to 6 ---------------------------------------------------------------------
+
+
+def gate(x: Float[Array, "*N"], mask: Bool[Array, "*N"], kappa: float) -> Float[Array, "*N"]:
+    """Computes the soft gate of *equations 2 and 3* over the last axis.
+
+        gate(x)_n = sigmoid((x_n - mean x) / (kappa std x))
+
+    Mean and standard deviation are over the real entries; a masked entry is 0. Standardising makes
+    the gate independent of the scale of x; kappa -> inf gives 1/2 everywhere.
+    """
+    mean = contrastive.masked_mean(x, mask, -1)[..., None]
+    variance = contrastive.masked_mean((x - mean) ** 2, mask, -1)[..., None]
+    # The constant keeps the gate of a single real entry, whose variance is 0, at 1/2.
+    return jax.nn.sigmoid((x - mean) / (kappa * jnp.sqrt(variance + 1e-8))) * mask
+
+
+def importance_gates(
     maps: Float[Array, "K P"], mask: Bool[Array, " K"], hyper: Hyper
 ) -> tuple[Float[Array, " K"], Float[Array, " P"]]:
-    """Gate words and pixels by how strongly they fire: *equations 2, 3*; no gradient."""
-    if not hyper.gates:
+    """Computes the importance of words and of pixels: *equations 2 and 3*.
+
+        (2)  a_n = gate(e)_n,  e_n = tau_importance log mean_p exp(S_np / tau_importance)
+        (3)  b_p = gate(d)_p,  d_p = tau_importance log mean_n exp(S_np / tau_importance)
+
+    The soft maxima e and d measure how strongly a word or a pixel responds anywhere; the gates
+    compare them with those of the other words or pixels. Neither has a gradient.
+    """
+    if not hyper.use_gates:
         return 0.5 * mask, jnp.full(maps.shape[-1], 0.5)
     maps = lax.stop_gradient(maps)
-    word = contrastive.soft_maximum(maps, hyper.tau_importance)
-    pixel = contrastive.soft_maximum(maps, hyper.tau_importance, mask[:, None], 0)
-    everywhere = jnp.ones(pixel.shape, bool)
-    return contrastive.gate(word, mask, hyper.kappa), contrastive.gate(
-        pixel, everywhere, hyper.kappa
-    )
+    word_maximum = contrastive.soft_maximum(maps, hyper.tau_importance)
+    pixel_maximum = contrastive.soft_maximum(maps, hyper.tau_importance, mask[:, None], 0)
+    all_pixels = jnp.ones(pixel_maximum.shape, bool)
+    word_importance = gate(word_maximum, mask, hyper.kappa)
+    return word_importance, gate(pixel_maximum, all_pixels, hyper.kappa)
 
 
-def look(
+def ground_words(
     maps: Float[Array, "K P"],
     pixels: Float[Array, "P D"],
     words: Float[Array, "K D"],
     mask: Bool[Array, " K"],
     hyper: Hyper,
-) -> tuple[Float[Array, " K"], Float[Array, "K D"], Float[Array, " K"]]:
-    """Give each word's importance, its region's feature and their match: *equations 2-5*."""
-    word, pixel = importance(maps, mask, hyper)
-    damped = maps * (4 * word[:, None] * pixel)
-    region = jax.nn.softmax(damped / hyper.tau_region, -1)
-    found = contrastive.l2_normalise(region @ pixels)
-    return word, found, jnp.sum(words * found, -1) * mask
+) -> RoundOutput:
+    """Computes each word's soft region in an image and their match: *equations 4 and 5*.
+
+        (4)  A_np = softmax_p(4 a_n b_p S_np / tau_region)
+        (5)  r_n = unit(sum_p A_np z_p),  C_n = <u_n, r_n>
+
+    The gates a and b are those of equations 2 and 3. Both are 1/2 for an average word and pixel, so
+    with the factor 4 the product 4 a_n b_p is 1 there and S_np stays as it is. There is no boundary
+    anywhere: every pixel has a share in A.
+    """
+    word_importance, pixel_importance = importance_gates(maps, mask, hyper)
+    gated_maps = maps * (4 * word_importance[:, None] * pixel_importance)
+    attention_KP = jax.nn.softmax(gated_maps / hyper.tau_region, -1)
+    regions = contrastive.l2_normalise(attention_KP @ pixels)
+    return RoundOutput(word_importance, regions, jnp.sum(words * regions, -1) * mask)
 
 
-def read(
+def align(
     image: ImageSide,
-    text: Words,
-    grids: tuple,
+    text: TextSide,
+    grids: tuple[tuple[int, int] | None, ...],
     hyper: Hyper,
     rounds: int,
-    share: Array | float = 0.0,
-) -> tuple[Float[Array, "N K"], Float[Array, "K Q"], Float[Array, " K"]]:
-    """Read one text on one image: matches of rounds 0..T, the last map, and word importance.
+    ema_share: Array | float = 0.0,
+) -> Alignment:
+    """Aligns the words of one text with the pixels of one image: *equations 1 and 6*.
 
-    `grids` are the coarse and the fine one (no fine pixels: rounds stay on the coarse map, and Q is
-    P); `share` is how much the averaged model's map counts.
+        (1)  S^0_np = <u_n, z_p>, and with `progress="ema"`
+             S^0_np = (1 - lambda) <u_n, z_p> + lambda <u'_n, z'_p>
+        (6)  q_n = unit(u_n + eta a_n r_n),  S^t_np = (1 - rho) <q_n, f_p> + rho S^(t-1)_np
+
+    u' and z' are words and pixels of the averaged model. The importance a, regions r and matches C
+    of a round follow from its map by equations 2 to 5. Rounds t >= 1 use the pixels f of the finer
+    map, to which S^0 is resized; without one, f = z.
+
+    Args:
+      image, text: the sides of the pair.
+      grids: sizes of the coarse and the finer map; not read if the image has no fine pixels.
+      hyper: constants.
+      rounds: T.
+      ema_share: lambda.
     """
     words, mask, pixels = text.words, text.word_id > 0, image.pixels
+
+    # Round 0 looks at the coarse map: every cell has a large field of view, and the map is cheap
+    # enough to be compared with every text of the batch.
     maps = words @ pixels.T
-    if image.past is not None:
-        maps = (1 - share) * maps + share * (text.past @ image.past.T)
-    maps = maps * mask[:, None]
-    word, found, first = look(maps, pixels, words, mask, hyper)
-    if image.fine is not None:
-        maps, pixels = contrastive.upsample_maps(maps, *grids), image.fine
+    if image.ema_pixels is not None:
+        maps = (1 - ema_share) * maps + ema_share * (text.ema_words @ image.ema_pixels.T)
+    maps = maps * mask[:, None]  # padding must not count in the importance of pixels
+    first = ground_words(maps, pixels, words, mask, hyper)
 
-    def step(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple, Array]:
-        maps, word, found = carry
-        query = contrastive.l2_normalise(words + hyper.eta * word[:, None] * found)
-        seen = query @ pixels.T * mask[:, None]
-        maps = (1 - hyper.rho) * seen + hyper.rho * maps
-        word, found, match = look(maps, pixels, words, mask, hyper)
-        return (maps, word, found), match
+    # From here on S lives on the finer map. The coarse map is resized, not recomputed: it is the
+    # prior of where to look, and the history of all later rounds.
+    if image.fine_pixels is not None:
+        maps, pixels = upsample_maps(maps, *grids), image.fine_pixels
 
-    (maps, word, _), later = lax.scan(step, (maps, word, found), None, rounds)
-    return jnp.concatenate([first[None], later]), maps, word
+    # `lax.scan` compiles one round whatever T. The carry is what a round hands to the next: its
+    # map, and the importance and regions that pull the words.
+    def refine(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple, Array]:
+        maps, importance, regions = carry
+        query = contrastive.l2_normalise(words + hyper.eta * importance[:, None] * regions)
+        similarity_KQ = query @ pixels.T * mask[:, None]
+        maps = (1 - hyper.rho) * similarity_KQ + hyper.rho * maps
+        output = ground_words(maps, pixels, words, mask, hyper)
+        return (maps, output.importance, output.regions), output.matches
+
+    carry = maps, first.importance, first.regions
+    (maps, importance, _), later_matches = lax.scan(refine, carry, None, rounds)
+    return Alignment(jnp.concatenate([first.matches[None], later_matches]), maps, importance)
 
 
-def word_weight(memory: Memory, word_id: Int[Array, "B W"], hyper: Hyper) -> Float[Array, "B W"]:
-    """Weigh words by their history: *equation 7*; in [floor, 1], 1/2 if never seen, 0 if masked."""
+def upsample_maps(
+    maps: Float[Array, "K P"], grid: tuple[int, int], fine_grid: tuple[int, int]
+) -> Float[Array, "K Q"]:
+    """Resizes maps bilinearly from one grid to a finer one."""
+    fine_maps = resize_bilinear(maps.reshape(-1, *grid, 1), fine_grid)
+    return fine_maps.reshape(len(maps), -1)
+
+
+# The history of words: equation 7 ---------------------------------------------------------------
+
+
+def history_weights(
+    memory: Memory, word_id: Int[Array, "B W"], hyper: Hyper
+) -> Float[Array, "B W"]:
+    """Computes the weight of each word from its history: *equation 7*.
+
+        w_n = max(sigmoid((m_v - mean m) / std m), min_weight),  v = word id mod history_size
+
+    m_v is the similarity margin of slot v: how much better its words matched their own image than
+    other images, a moving average over training (see `update_history`). Mean and standard deviation
+    are over the slots met so far; a slot never met has 1/2 in place of the sigmoid. Padding has
+    weight 0, and without `use_history` every word has weight 1.
+    """
     real = (word_id > 0).astype(jnp.float32)
-    if not hyper.history:
+    if not hyper.use_history:
         return real
-    gap, seen = memory["gap"], memory["seen"] > 0
-    mean = contrastive.masked_mean(gap, seen)
-    spread = jnp.sqrt(contrastive.masked_mean((gap - mean) ** 2, seen) + 1e-6)
-    weight = jnp.where(seen, jax.nn.sigmoid((gap - mean) / spread), 0.5)
-    return jnp.maximum(weight, hyper.floor)[word_id % hyper.table] * real
+    margin, is_known = memory["similarity_margin"], memory["count"] > 0
+    mean = contrastive.masked_mean(margin, is_known)
+    # The constant keeps the weights finite while all margins are equal, as before the first step.
+    std = jnp.sqrt(contrastive.masked_mean((margin - mean) ** 2, is_known) + 1e-6)
+    weight = jnp.where(is_known, jax.nn.sigmoid((margin - mean) / std), 0.5)
+    return jnp.maximum(weight, hyper.min_weight)[word_id % hyper.history_size] * real
 
 
-def remember(
-    memory: Memory, gap: Float[Array, "B K"], word_id: Int[Array, "B K"], hyper: Hyper
+def normalise_weights(weight: Float[Array, "T K"]) -> Float[Array, "T K"]:
+    """Computes the weights of the K sampled words of each text that equations 8 and 9 use.
+
+    *Normalisation of equation 7:* `w_n / sum_k w_k`; all 0 for a text without words.
+    """
+    return weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
+
+
+def update_history(
+    memory: Memory, margin: Float[Array, "B K"], word_id: Int[Array, "B K"], hyper: Hyper
 ) -> Memory:
-    """Move each word's entry towards the mean gap of this batch; words not drawn stay."""
-    slot, real = (word_id % hyper.table).ravel(), (word_id > 0).astype(jnp.float32).ravel()
-    empty = jnp.zeros(hyper.table)
+    """Returns the history after a batch: the moving average m_v of *equation 7*.
+
+        m_v <- history_decay m_v + (1 - history_decay) mean of the margins of slot v in the batch
+
+    The first batch that has a word of the slot sets m_v to its mean. Slots of words that were not
+    sampled stay as they are. There is no gradient.
+    """
+    slot = (word_id % hyper.history_size).ravel()
+    real = (word_id > 0).astype(jnp.float32).ravel()
+    empty = jnp.zeros(hyper.history_size)
     count = empty.at[slot].add(real)
-    mean = empty.at[slot].add(real * gap.ravel()) / jnp.maximum(count, 1)
-    moved = hyper.decay * memory["gap"] + (1 - hyper.decay) * mean
-    gap = jnp.where(count > 0, jnp.where(memory["seen"] > 0, moved, mean), memory["gap"])
-    return lax.stop_gradient({"gap": gap, "seen": memory["seen"] + count})
+    mean = empty.at[slot].add(real * margin.ravel()) / jnp.maximum(count, 1)
+    old = memory["similarity_margin"]
+    average = hyper.history_decay * old + (1 - hyper.history_decay) * mean
+    new = jnp.where(memory["count"] > 0, average, mean)
+    updated = {
+        "similarity_margin": jnp.where(count > 0, new, old),
+        "count": memory["count"] + count,
+    }
+    return lax.stop_gradient(updated)
+
+
+# The method -------------------------------------------------------------------------------------
+
+
+def logit_scale(log_scale: Float[Array, ""]) -> Float[Array, ""]:
+    """Returns the learned factor on cosines, 1 / temperature, at most MAX_LOGIT_SCALE.
+
+    *Radford et al., arXiv 2103.00020, section 2.5*, with a bound of our own.
+    """
+    return jnp.exp(jnp.minimum(log_scale, jnp.log(MAX_LOGIT_SCALE)))
 
 
 def similarity(
@@ -209,35 +357,42 @@ def similarity(
     hyper: Hyper,
     axis: str | None = None,
 ) -> dict[str, Float[Array, "I T"]]:
-    """Compare all images with all texts.
+    """Returns the similarity of all images with all texts.
 
-    `global` is the cosine; `local` the weighted match of all words (*equation 8*, round 0); `both`
-    the sum of the two at the temperatures of the loss.
+    `global` is the cosine; `local` the score s_ij of *equation 8* over all words, in round 0;
+    `both` the sum of the two at the temperatures of the loss.
     """
 
-    def score(pixels: Array, text: tuple[Words, Array]) -> Array:
-        return contrastive.masked_mean(
-            read(ImageSide(pixels), text[0], (), hyper, 0)[0][0], text[1]
-        )
+    def score(pixels: Array, text: tuple[TextSide, Array]) -> Array:
+        side, weight = text
+        # Later rounds would need the finer map of every pair of an image and a text.
+        matches = align(ImageSide(pixels), side, (), hyper, rounds=0).matches[0]
+        return contrastive.masked_mean(matches, weight)
 
-    words = Words(contrastive.l2_normalise(texts.local), texts.word_id)
-    said = words, word_weight(memory, texts.word_id, hyper)
-    local = contrastive.score_all_pairs(
-        score, contrastive.l2_normalise(images.local), said, hyper.tile
-    )
+    pixels, words = contrastive.l2_normalise(images.local), contrastive.l2_normalise(texts.local)
+    weight = history_weights(memory, texts.word_id, hyper)
+    sides = TextSide(words, texts.word_id), weight
+    local = contrastive.score_all_pairs(score, pixels, sides, hyper.tile_size)
     cosines = contrastive.cosine_similarity(images.pooled, texts.pooled)
-    both = contrastive.logit_scale(params["log_scale"]) * cosines + local / hyper.tau_local
+    both = logit_scale(params["log_scale"]) * cosines + local / hyper.tau_local
     return {"global": cosines, "local": local, "both": both}
 
 
 def heatmap(
     params: Params, memory: Memory, images: Features, texts: Features, hyper: Hyper
 ) -> tuple[Float[Array, "B W Q"], Float[Array, "B W"]]:
-    """Map each word on its image after all rounds, on the fine grid if there is one; with `a_n`."""
-    words = Words(contrastive.l2_normalise(texts.local), texts.word_id)
-    grids = (images.grid, images.fine_grid)
-    every = jax.vmap(lambda image, text: read(image, text, grids, hyper, hyper.rounds)[1:])
-    return every(image_side(images), words)
+    """Returns the map S of each word over its image after all rounds, and the importance a_n.
+
+    Maps are on the finer grid if there is one.
+    """
+    grids = images.grid, images.fine_grid
+    text_sides = TextSide(contrastive.l2_normalise(texts.local), texts.word_id)
+
+    def align_pair(image: ImageSide, text: TextSide) -> tuple[Array, Array]:
+        alignment = align(image, text, grids, hyper, hyper.rounds)
+        return alignment.maps, alignment.importance
+
+    return jax.vmap(align_pair)(unit_image_sides(images), text_sides)
 
 
 def loss(
@@ -252,129 +407,153 @@ def loss(
     hyper: Hyper,
     axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
-    """Contrast the pairs of the whole batch globally and locally, round by round: *equation 10*."""
-    every = contrastive.all_gather(texts, axis)
-    weight = word_weight(memory, every.word_id, hyper)
-    chosen = contrastive.sample_without_replacement(weight, key, min(hyper.words, weight.shape[1]))
-    weight = jnp.take_along_axis(weight, chosen, 1)
-    part = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
-    sights, words, share = prepare(images, every, texts, chosen, extra, step, hyper, axis)
-    begun = (jnp.arange(hyper.rounds + 1) == 0) | (step >= hyper.start)
-    omega = begun * hyper.gamma ** jnp.arange(hyper.rounds, -1, -1)
-    omega = omega * begun.sum() / omega.sum()
-    report, word, gap = first_round(sights, words, share, part, hyper, axis)
-    metrics = {"loss_report": report, "loss_word": word}
-    local = omega[0] * (hyper.weight_report * report + hyper.weight_word * word)
-    if hyper.rounds:
-        reports, words_ = later_rounds(sights, words, images, part, hyper, axis)
-        metrics |= {"loss_report_last": reports[-1], "loss_word_last": words_[-1]}
-        local += omega[1:] @ (hyper.weight_report * reports + hyper.weight_word * words_)
-    memory = remember(memory, gap, words.word_id, hyper)
-    cosines = contrastive.cosine_similarity(
-        contrastive.all_gather(images.pooled, axis), every.pooled
-    )
-    total = sum(contrastive.info_nce(contrastive.logit_scale(params["log_scale"]) * cosines)) / 2
-    return hyper.weight_global * total + local, (metrics | {"loss_global": total}, memory)
+    """Computes the loss of a batch: *equation 10*.
 
+        L = weight_global L_global
+            + sum_t omega_t (weight_report L_report^t + weight_word L_word^t)
 
-def prepare(
-    images: Features,
-    every: Features,
-    texts: Features,
-    chosen: Int[Array, "T K"],
-    extra: dict[str, Any],
-    step: Array,
-    hyper: Hyper,
-    axis: str | None,
-) -> tuple[tuple[ImageSide, Int[Array, "b W"]], Words, Float[Array, ""]]:
-    """Take this device's images with the words of their reports, of all texts the chosen words
-    [T K D], and the share of the averaged model.
+    L_global is InfoNCE of the cosines times the learned scale, the mean of both directions; the
+    other two are equations 8 and 9 with the matches of round t; omega is that of `round_weights`.
     """
-    pick = chosen[..., None]
-    sight = image_side(images)
-    local = jnp.take_along_axis(contrastive.l2_normalise(every.local), pick, 1)
-    words = Words(local, jnp.take_along_axis(every.word_id, chosen, 1))
-    share = jnp.zeros(())
+    # 1. Sample the words of each text by their history. The weights do not depend on the images: by
+    #    the importance (2), the selection alone would tell which image belongs to the text.
+    all_texts = contrastive.all_gather(texts, axis)
+    weight_TW = history_weights(memory, all_texts.word_id, hyper)
+    count = min(hyper.num_sampled_words, weight_TW.shape[1])
+    sample_TK = plan_contrast.sample_words(weight_TW, key, count)
+    normalised_weight = normalise_weights(jnp.take_along_axis(weight_TW, sample_TK, 1))
+
+    # 2. Build the sides of the pairs: this device's images, and the sampled words of all texts.
+    image_sides = unit_image_sides(images)._replace(report_word_id=texts.word_id)
+    text_sides = TextSide(
+        _take_words(contrastive.l2_normalise(all_texts.local), sample_TK),
+        jnp.take_along_axis(all_texts.word_id, sample_TK, 1),
+    )
+    ema_share = jnp.zeros(())
     if hyper.progress == "ema":
-        seen, said = extra["teacher"]
-        past = jnp.take_along_axis(
-            contrastive.l2_normalise(contrastive.all_gather(said.local, axis)), pick, 1
+        ema_images, ema_texts = extra["teacher"]
+        ema_words = contrastive.l2_normalise(contrastive.all_gather(ema_texts.local, axis))
+        image_sides = image_sides._replace(ema_pixels=contrastive.l2_normalise(ema_images.local))
+        text_sides = text_sides._replace(ema_words=_take_words(ema_words, sample_TK))
+        ema_share = hyper.ema_share * jnp.minimum(step / hyper.ema_ramp_steps, 1.0)
+
+    # 3. Contrast round 0 over all images, and later rounds over a few candidates each.
+    omega = round_weights(step, hyper)
+    first = first_round_contrast(image_sides, text_sides, normalised_weight, ema_share, hyper, axis)
+    metrics = {"loss_report": first.report_loss, "loss_word": first.word_loss}
+    round_loss = hyper.weight_report * first.report_loss + hyper.weight_word * first.word_loss
+    loss_local = omega[0] * round_loss
+    if hyper.rounds:
+        grids = images.grid, images.fine_grid
+        later = later_round_contrasts(
+            image_sides, text_sides, normalised_weight, grids, hyper, axis
         )
-        sight, words = (
-            sight._replace(past=contrastive.l2_normalise(seen.local)),
-            words._replace(past=past),
-        )
-        share = hyper.share * jnp.minimum(step / hyper.ramp, 1.0)
-    return (sight, texts.word_id), words, share
+        metrics["loss_report_last"] = later.report_losses[-1]
+        metrics["loss_word_last"] = later.word_losses[-1]
+        round_losses = hyper.weight_report * later.report_losses
+        round_losses += hyper.weight_word * later.word_losses
+        loss_local += omega[1:] @ round_losses
+
+    # 4. Update the history by round 0, whose margins are over all images.
+    memory = update_history(memory, first.similarity_margin, text_sides.word_id, hyper)
+
+    # 5. Contrast whole images and reports.
+    image_pooled = contrastive.all_gather(images.pooled, axis)
+    cosines = contrastive.cosine_similarity(image_pooled, all_texts.pooled)
+    logits = logit_scale(params["log_scale"]) * cosines
+    loss_global = sum(contrastive.info_nce(logits)) / 2
+    metrics["loss_global"] = loss_global
+    return hyper.weight_global * loss_global + loss_local, (metrics, memory)
 
 
-def has_word(ids: Int[Array, " W"], text: Words) -> Bool[Array, " K"]:
-    """Say which words of a text are among the words `ids` of an image's report."""
-    return (text.word_id[:, None] == ids[None, :]).any(-1)
+def round_weights(step: Array, hyper: Hyper) -> Float[Array, " N"]:
+    """Computes the weight of each round in the loss: the omega of *equation 10*.
 
+        omega_t = active_t gamma^(T - t) R,  R = sum_s active_s / sum_s active_s gamma^(T - s)
 
-def first_round(
-    sights: tuple[ImageSide, Int[Array, "b W"]],
-    words: Words,
-    share: Float[Array, ""],
-    part: Float[Array, "T K"],
-    hyper: Hyper,
-    axis: str | None,
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "T K"]]:
-    """Contrast every word over all images: report loss, word loss, and by how much each word fits
-    its own image better than the others. There is no [T I K] anywhere.
+    active_t is 1 for round 0, and for later rounds from `refinement_start_step` on, else 0. With
+    gamma < 1 later rounds weigh more. R rescales omega to a mean of 1 over the active rounds, so
+    that gamma changes the balance of the rounds and not the weight of all of them beside L_global.
     """
-    number = contrastive.global_indices(len(sights[1]), axis)
-
-    def score(image: tuple[ImageSide, Array], text: Words) -> tuple[Array, Array]:
-        match = read(image[0]._replace(fine=None), text, (), hyper, 0, share)[0][0]
-        return has_word(image[1], text), match
-
-    def block(some: tuple[Words, Array, Array]) -> tuple[Array, ...]:
-        text, which, part = some
-        same, match = jax.vmap(jax.vmap(score, (0, None)), (None, 0))(sights, text)  # [t b K]
-        own = (which[:, None] == number)[..., None]
-        allowed = own | ~same | (hyper.negatives == "all")
-        total = contrastive.masked_logsumexp(match / hyper.tau_local, allowed, 1)
-        sums = [jnp.sum(match * which, 1) for which in (own, allowed & ~own)]
-        return jnp.einsum("tbk,tk->tb", match, part), total, *sums, jnp.sum(allowed & ~own, 1)
-
-    scores, *parts = contrastive.map_tiles(block, (words, jnp.arange(len(part)), part), hyper.tile)
-    scores = contrastive.all_gather(scores.T, axis)
-    total, mine, rest, count = contrastive.all_gather(
-        [x[None] for x in parts], axis
-    )  # [N T K], by device
-    mine, total = mine.sum(0), jax.nn.logsumexp(total, 0)
-    word = jnp.sum((total - mine / hyper.tau_local) * part, -1).mean()
-    gap = mine - rest.sum(0) / jnp.maximum(count.sum(0), 1)
-    return sum(contrastive.info_nce(scores / hyper.tau_local)), word, gap
+    rounds = hyper.rounds
+    is_active = (jnp.arange(rounds + 1) == 0) | (step >= hyper.refinement_start_step)
+    omega = is_active * hyper.gamma ** jnp.arange(rounds, -1, -1)
+    return omega * is_active.sum() / omega.sum()
 
 
-def later_rounds(
-    sights: tuple[ImageSide, Int[Array, "b W"]],
-    words: Words,
-    images: Features,
-    part: Float[Array, "T K"],
+def first_round_contrast(
+    images: ImageSide,
+    texts: TextSide,
+    normalised_weight: Float[Array, "T K"],
+    ema_share: Float[Array, ""],
     hyper: Hyper,
     axis: str | None,
-) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
-    """Contrast rounds 1..T over a few candidates each: report and word loss of each round."""
-    count, first = (
-        min(hyper.candidates, len(part)),
-        contrastive.global_indices(len(sights[1]), axis)[0],
-    )
-    grids = (images.grid, images.fine_grid)
+) -> plan_contrast.AllImagesContrast:
+    """Computes the contrasts of round 0: *equations 8 and 9* over all images.
 
-    def score(image: tuple[ImageSide, Array], text: Words) -> tuple[Array, Array]:
-        sight, text = image[0]._replace(past=None), text._replace(past=None)
-        match = read(sight, text, grids, hyper, hyper.rounds)[0][1:]
-        return has_word(image[1], text), match.T
+    Shapes as in the sides, with a leading axis: b images of this device, T texts of all devices.
+    """
+    images = images._replace(fine_pixels=None)  # not read in round 0
 
-    near = contrastive.score_nearby_pairs(
-        score, sights, words, candidates=count, first=first, tile=hyper.tile
+    def score(image: ImageSide, text: TextSide) -> PairScores:
+        alignment = align(image, text, (), hyper, rounds=0, ema_share=ema_share)
+        return PairScores(alignment.matches[0], words_in_report(image, text))
+
+    return plan_contrast.contrast_all_images(
+        score,
+        images,
+        texts,
+        normalised_weight,
+        tau=hyper.tau_local,
+        same_word_is_negative=hyper.negatives == "all",
+        tile_size=hyper.tile_size,
+        axis=axis,
     )
-    same, match = contrastive.by_text(
-        contrastive.all_gather(near, axis)
-    )  # candidate 0 of a text is its own image
-    allowed = (jnp.arange(count) == 0)[:, None] | ~same | (hyper.negatives == "all")
-    return contrastive.contrast_near(match / hyper.tau_local, allowed, part)
+
+
+def later_round_contrasts(
+    images: ImageSide,
+    texts: TextSide,
+    normalised_weight: Float[Array, "T K"],
+    grids: tuple[tuple[int, int] | None, ...],
+    hyper: Hyper,
+    axis: str | None,
+) -> plan_contrast.CandidateContrast:
+    """Computes the contrasts of rounds 1..T: *equations 8 and 9* over `num_candidates` images each.
+
+    A fine map has several times the pixels of a coarse one, and rounds follow one another; over a
+    few candidates all of them cost less than round 0 over all images.
+    """
+    # The averaged model takes part in round 0 only.
+    images, texts = images._replace(ema_pixels=None), texts._replace(ema_words=None)
+
+    def score(image: ImageSide, text: TextSide) -> PairScores:
+        matches_NK = align(image, text, grids, hyper, hyper.rounds).matches
+        return PairScores(matches_NK[1:].T, words_in_report(image, text))
+
+    return plan_contrast.contrast_candidates(
+        score,
+        images,
+        texts,
+        normalised_weight,
+        num_candidates=hyper.num_candidates,
+        tau=hyper.tau_local,
+        same_word_is_negative=hyper.negatives == "all",
+        tile_size=hyper.tile_size,
+        axis=axis,
+    )
+
+
+def unit_image_sides(images: Features) -> ImageSide:
+    """Returns the sides of B images, coarse and fine pixels [B P D] and [B Q D] at unit length."""
+    fine = None if images.fine is None else contrastive.l2_normalise(images.fine)
+    return ImageSide(contrastive.l2_normalise(images.local), fine)
+
+
+def words_in_report(image: ImageSide, text: TextSide) -> Bool[Array, " K"]:
+    """Returns which words of a text also occur in the image's own report."""
+    return (text.word_id[:, None] == image.report_word_id[None, :]).any(-1)
+
+
+def _take_words(words: Float[Array, "T W D"], index: Int[Array, "T K"]) -> Float[Array, "T K D"]:
+    return jnp.take_along_axis(words, index[..., None], 1)

@@ -18,10 +18,10 @@ from plan_jax.step import make_step
 
 PAIRS, STEPS = 16, 160
 HYPER = {
-    "plan": {"words": 4, "tile": 4},
-    "mgca": {"prototypes": 8, "freeze": 0},
-    "asg": {"layers": 1, "heads": 2, "hidden": 8, "dropout": 0.0},
-    "place": {"queries": 4},
+    "plan": {"num_sampled_words": 4, "tile_size": 4},
+    "mgca": {"num_prototypes": 8, "freeze_prototype_steps": 0},
+    "asg": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "dropout_rate": 0.0},
+    "place": {"num_queries": 4},
 }
 OPTIM = {"learning_rate": 1e-2, "end_lr_factor": 0.1, "weight_decay": 0.0}
 
