@@ -51,9 +51,10 @@ parity: .venv/.parity
 	@$(BIN)/python -m pytest -s --override-ini addopts= tests/parity
 
 lint: .venv/.test
-	@echo "== checking format and rules with ruff"
+	@echo "== checking format and rules with ruff, types with mypy"
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
 
 bench: .venv/.package
 	@echo "== measuring input, step and memory; keep the machine idle meanwhile"

@@ -74,6 +74,7 @@ SHAPE = re.compile(r"\[[A-Za-z0-9][\w .*]*\]|\([A-Z0-9]\w*(, [A-Z0-9]\w*)+\)")
 SCALARS = {"key", "step"}
 # `skipif` with a reason is allowed for data that does not belong to this project.
 SKIPS = {"skip", "xfail", "importorskip"}
+DIALECT_OPENERS = {"Give", "Make", "Say", "Tell", "Let", "Whether", "What", "Take"}
 
 
 def list_sources(*folders):
@@ -213,6 +214,15 @@ def test_public_definitions_are_documented(path):
         annotations += [node.returns] * (not name.endswith("_key"))
         lacks_shape = any(map(is_bare_array, annotations)) and not SHAPE.search(docstring)
         assert not lacks_shape, f"{path}: {name} takes or returns an array of unknown shape"
+
+
+@pytest.mark.parametrize("path", list_sources("plan_jax", "configs", "tools"))
+def test_docstrings_open_with_a_verb_of_the_field(path):
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+            words = (ast.get_docstring(node) or "").split()
+            opener = words[0].strip(".,:;`") if words else ""
+            assert opener not in DIALECT_OPENERS, f"{path}: {opener!r}; use Returns or Computes"
 
 
 @pytest.mark.parametrize("path", ALL_SOURCES)

@@ -11,7 +11,7 @@ import pytest
 
 from plan_jax.heads import report_decoder
 from plan_jax.heads.beam_search import beam_search, greedy_search, repeats_ngram
-from plan_jax.heads.report_decoder import ReportDecoder, generate, places, token_loss
+from plan_jax.heads.report_decoder import ReportDecoder, generate, grid_encoding, token_loss
 
 END = 0
 
@@ -284,7 +284,7 @@ def test_dropout_acts_in_training_only(decoder_case):
 
 
 def test_positions_are_row_major_sinusoids():
-    table = places((2, 3), 8)
+    table = grid_encoding((2, 3), 8)
     for p, (y, x) in enumerate(itertools.product(range(2), range(3))):
         expected = [f(z * r) for z in (y, x) for r in (1, 0.01) for f in (math.sin, math.cos)]
         np.testing.assert_allclose(table[p], expected)

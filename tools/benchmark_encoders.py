@@ -54,7 +54,7 @@ def compiled(loss: Callable, variables: Any, *inputs: Any) -> tuple[Callable[[],
 
 
 def torch_runner(module: torch.nn.Module, loss: Callable, *inputs: Any) -> Callable[[], Any]:
-    """Give a function that runs a module forward and backward."""
+    """Returns a function that runs a module forward and backward."""
     module.train()
 
     def run() -> torch.Tensor:

@@ -123,7 +123,7 @@ def torch_mgca(
     padding: torch.Tensor,
     weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Take all pairs at once: [B D], [B D], [B P D], [B W D], [K D], [B W], [B W]."""
+    """Computes the loss of all pairs at once: [B D], [B D], [B P D], [B W D], [K D], [B W], [B W]."""
     image, text, patches, words, prototypes = (
         functional.normalize(x, dim=-1) for x in (image, text, patches, words, prototypes)
     )
@@ -160,7 +160,7 @@ def compiled(loss: Callable, learned: tuple, masks: tuple) -> tuple[Any, float]:
 
 
 def torch_runner(loss: Callable, learned: list[torch.Tensor], *fixed: Any) -> Callable[[], Any]:
-    """Give a function that runs a loss and its backward pass: value and gradients."""
+    """Returns a function that runs a loss and its backward pass: value and gradients."""
     for leaf in learned:
         leaf.requires_grad_()
 

@@ -29,22 +29,26 @@ from plan_jax.layers.transformer import KeyValue, TransformerLayer
 KERNEL_INIT = nn.initializers.xavier_uniform()
 
 
-def sinusoids(length: int, width: int) -> Float[np.ndarray, "{length} {width}"]:
-    """Give positions of the Transformer: sines in the even channels, cosines in the odd ones.
+def sinusoidal_encoding(length: int, width: int) -> Float[np.ndarray, "{length} {width}"]:
+    """Returns the position encodings of the Transformer.
 
-    *sin(p / 10000^(2i / width)), cos(...)* (Vaswani et al., arXiv 1706.03762, section 3.5).
+    Even channels hold sines and odd ones cosines: *sin(p / 10000^(2i / width)), cos(...)* (Vaswani et
+    al., arXiv 1706.03762, section 3.5).
     """
     rate = 10000.0 ** (-np.arange(0, width, 2) / width)
     angle = np.arange(length)[:, None] * rate
     return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(length, -1)[:, :width]
 
 
-def places(grid: tuple[int, int], width: int) -> Float[np.ndarray, "P {width}"]:
-    """Give positions of patches, row-major over (Y, X): half of the channels for each of both."""
+def grid_encoding(grid: tuple[int, int], width: int) -> Float[np.ndarray, "P {width}"]:
+    """Returns position encodings of patches, row-major over (Y, X).
+
+    Half of the channels encode the row, the other half the column.
+    """
     rows, columns = grid
     half = width // 2
-    down = np.repeat(sinusoids(rows, half), columns, 0)
-    return np.concatenate([down, np.tile(sinusoids(columns, width - half), (rows, 1))], 1)
+    down = np.repeat(sinusoidal_encoding(rows, half), columns, 0)
+    return np.concatenate([down, np.tile(sinusoidal_encoding(columns, width - half), (rows, 1))], 1)
 
 
 def _dense(width: int) -> nn.Dense:
@@ -134,7 +138,7 @@ class ReportDecoder(nn.Module):
         x = jax.nn.standardize(x, -1, epsilon=1e-6)
         x = self.patch_drop(jax.nn.relu(self.patch(x)), deterministic=not train)
         if self.positions:
-            x = x + jnp.asarray(places((maps.shape[1], maps.shape[2]), self.width), x.dtype)
+            x = x + jnp.asarray(grid_encoding((maps.shape[1], maps.shape[2]), self.width), x.dtype)
         if self.whole is not None:
             pooled = jax.nn.standardize(features["pooled"].astype(jnp.float32), -1, epsilon=1e-6)
             x = jnp.concatenate([self.whole(pooled)[:, None], x], 1)
@@ -177,7 +181,7 @@ class ReportDecoder(nn.Module):
     def _embed(
         self, tokens: Int[Array, "N T"], position: Int[Array, ""] | int
     ) -> Float[Array, "N T D"]:
-        table = jnp.asarray(sinusoids(self.length, self.width), jnp.float32)
+        table = jnp.asarray(sinusoidal_encoding(self.length, self.width), jnp.float32)
         positions = lax.dynamic_slice_in_dim(table, position, tokens.shape[1])
         return self.word(tokens) * self.width**0.5 + positions
 

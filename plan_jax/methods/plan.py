@@ -125,7 +125,7 @@ class TextSide(NamedTuple):
 
 
 class RoundOutput(NamedTuple):
-    """What one round computes from the map of K words."""
+    """The values that one round computes from the map of K words."""
 
     importance: Float[Array, " K"]  # a_n
     regions: Float[Array, "K D"]  # r_n

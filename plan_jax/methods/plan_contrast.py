@@ -19,7 +19,7 @@ from plan_jax.methods import contrastive
 
 
 class PairScores(NamedTuple):
-    """What a score function returns for one image and one text of K words."""
+    """The output of a score function for one image and one text of K words."""
 
     matches: Float[Array, "K *N"]  # C_n, of one round or of N rounds
     in_report: Bool[Array, " K"]  # whether the image's own report has the word too

@@ -229,7 +229,8 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     attached, examples = _attach_linear(tower, data, labels, options, context.seed)
     # What identifies a fit besides its options and examples.
     description = f"{tower.name}, {names}, {[len(labels[split].mask) for split in SPLITS]}"
-    metrics, curves = {}, []
+    metrics: dict[str, float] = {}
+    curves: list[Curve] = []
     for fraction in sorted(set(options.fractions)):
         share = f"{100 * fraction:g}"
         indices = draw_share(len(labels["train"].mask), fraction, context.seed)

@@ -309,6 +309,8 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         "retrieval/": [train_texts[i] for i in nearest],
         "common/": [most_frequent] * len(test_texts),
     }
+    if context.label_report is None:
+        raise ValueError("report_generation needs TaskContext.label_report")
     # Reports repeat, and labelling is slow.
     label_report = cache(context.label_report)
     metrics: dict[str, float] = {}
@@ -337,8 +339,8 @@ def read_reports(
     num_empty = len(cleaned) - len(indices)
     if 0 < max_records < len(indices):
         indices = np.sort(np.random.default_rng(seed).permutation(indices)[:max_records])
-    images = np.stack([records[i].image for i in indices])
-    return ReportSplit(images, [cleaned[i] for i in indices], num_empty)
+    images = np.stack([records[i].image for i in indices.tolist()])
+    return ReportSplit(images, [cleaned[i] for i in indices.tolist()], num_empty)
 
 
 def nearest_rows(

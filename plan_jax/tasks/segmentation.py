@@ -221,7 +221,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     splits = {
         split: read_masks(getattr(data, split), options.targets, data.findings) for split in SPLITS
     }
-    has_target = splits["train"].masks.any((1, 2, 3))
+    has_target = np.any(splits["train"].masks, axis=(1, 2, 3))
     splits["train"] = take_examples(splits["train"], draw_training(has_target, options, seed))
     train, test = splits["train"], splits["test"]
     is_present = train.masks.any((0, 1, 2))
@@ -246,7 +246,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         metrics |= {f"{key}/{name}": value for name, value in values.items()}
         metrics |= {f"{key}/dice_low": low, f"{key}/dice_high": high}
         metrics |= {f"mean_mask/{key}/{name}": value for name, value in baseline.items()}
-        for i in select_examples(dice, true_masks.any((1, 2)), options.num_examples, seed):
+        for i in select_examples(dice, np.any(true_masks, axis=(1, 2)), options.num_examples, seed):
             pair = true_masks[i], predicted[i, ..., k]
             examples.append(MaskExample(target, test.images[i], *pair, float(dice[i])))
     counts = {"n_train": len(train.images), "n_test": len(truth), "epochs": len(fit_result.history)}
@@ -288,11 +288,12 @@ def target_mask(record: Record, target: str, findings: Sequence[str]) -> Shaped[
         masks = [np.asarray(record.anatomy[name]) for name in names]
         dtype = bool if all(mask.dtype == bool for mask in masks) else np.float32
         return np.max([mask.astype(dtype) for mask in masks], axis=0)
-    union = np.zeros(record.image.shape[:2], bool)
+    size = record.image.shape[0], record.image.shape[1]
+    union = np.zeros(size, bool)
     for phrase in record.phrases:
         is_finding = 0 <= phrase.finding < len(findings) and findings[phrase.finding] == target
         if is_finding or target == FINDINGS:
-            union |= truth_mask(phrase, union.shape)
+            union |= truth_mask(phrase, size)
     return union
 
 

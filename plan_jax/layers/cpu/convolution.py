@@ -192,7 +192,7 @@ def _input_gradient(x: Array, kernel: Array, cotangent: Array, geometry: Geometr
     """Convolves the cotangent with the taps that meet each phase, then interleaves the phases."""
     size, stride = x.shape[1:3], geometry.stride
     transposed = kernel.swapaxes(2, 3)
-    planes = []
+    planes: list[list[Array]] = []
     for row_phase in range(stride):
         planes.append([])
         for column_phase in range(stride):
