@@ -123,7 +123,7 @@ def torch_mgca(
     padding: torch.Tensor,
     weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Computes the loss of all pairs at once: [B D], [B D], [B P D], [B W D], [K D], [B W], [B W]."""
+    """Computes all pairs at once: [B D], [B D], [B P D], [B W D], [K D], [B W], [B W]."""
     image, text, patches, words, prototypes = (
         functional.normalize(x, dim=-1) for x in (image, text, patches, words, prototypes)
     )

@@ -32,8 +32,8 @@ KERNEL_INIT = nn.initializers.xavier_uniform()
 def sinusoidal_encoding(length: int, width: int) -> Float[np.ndarray, "{length} {width}"]:
     """Returns the position encodings of the Transformer.
 
-    Even channels hold sines and odd ones cosines: *sin(p / 10000^(2i / width)), cos(...)* (Vaswani et
-    al., arXiv 1706.03762, section 3.5).
+    Even channels hold sines and odd ones cosines: *sin(p / 10000^(2i / width)), cos(...)*
+    (Vaswani et al., arXiv 1706.03762, section 3.5).
     """
     rate = 10000.0 ** (-np.arange(0, width, 2) / width)
     angle = np.arange(length)[:, None] * rate
