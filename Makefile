@@ -64,5 +64,5 @@ bench: .venv/.package
 
 clean:
 	@echo "== removing caches and build products; .venv, data and runs stay"
-	@rm -rf .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	@rm -rf .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

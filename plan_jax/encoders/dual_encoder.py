@@ -85,7 +85,7 @@ class FineHead(nn.Module):
         """Returns the projected pixels of the finer map."""
         x = nn.Dense(self.embed_dim, dtype=self.dtype, name="lateral")(fine)
         y = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="top")(coarse)
-        x = (x + resize_bilinear(y, fine.shape[1:3])).astype(jnp.float32)
+        x = (x + resize_bilinear(y, (fine.shape[1], fine.shape[2]))).astype(jnp.float32)
         return BatchNorm(self.axis, affine=False, name="norm")(x, train)
 
 
@@ -120,6 +120,7 @@ class DualEncoder(nn.Module):
         """Returns whether the parameter at `path`, as `image_tower/stem/kernel`, is frozen."""
         tower_name, _, rest = path.partition("/")
         options = {"dtype": self.dtype, "parent": None}
+        tower: ResNet | ViT | Bert
         if tower_name == "image_tower":
             tower = make_image_tower(axis=None, **options, **self.vision)
         elif tower_name == "text_tower":
@@ -159,8 +160,9 @@ class DualEncoder(nn.Module):
         batch, *grid = local.shape[:3]
         fine, fine_grid = None, None
         if self.fine_map:
+            assert output.fine is not None, "fine_map needs an image tower with a finer map"
             fine = self.image_fine_head(output.fine, output.local, train)
-            fine_grid = fine.shape[1:3]
+            fine_grid = fine.shape[1], fine.shape[2]
             fine = fine.reshape(batch, -1, self.embed_dim)
         local = local.reshape(batch, -1, self.embed_dim)
         return Features(

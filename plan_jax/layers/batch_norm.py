@@ -15,11 +15,11 @@ MOMENTUM = 0.1  # torch's: the weight of the new statistics in the running ones
 
 
 class Statistics(NamedTuple):
-    """Mean and biased variance of each channel over `count` positions of all devices."""
+    """Mean and biased variance of each channel over `num_positions` of all devices."""
 
     mean: Float[Array, " C"]
     var: Float[Array, " C"]
-    count: Float[Array, ""]
+    num_positions: Float[Array, ""]
 
 
 def batch_statistics(

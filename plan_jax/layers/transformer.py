@@ -214,6 +214,7 @@ class TransformerLayer(nn.Module):
 
         cross = None
         if self.cross_attention:
+            assert memory is not None, "cross-attention needs a memory"
             y = self._before(self.norm_cross, x)
             y, cross = self.cross(y, memory, memory_mask, cross_weights_key)
             x = self._after(self.norm_cross, x + dropout(y, self.dropout, cross_key))
@@ -311,11 +312,13 @@ def _scan_layers(
     layer = TransformerLayer(**options, parent=None)
     params = [tower.variables["params"][f"layer{n}"] for n in range(start, stop)]
     stacked_params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-    stacked_keys = None if keys[start] is None else jnp.stack(keys[start:stop])
+    present_keys = [key for key in keys[start:stop] if key is not None]
+    stacked_keys = jnp.stack(present_keys) if present_keys else None
 
     def body(x: Array, scanned: tuple) -> tuple[Array, None]:
         params, key = scanned
-        return layer.apply({"params": params}, x, mask, key).x, None
+        output: Any = layer.apply({"params": params}, x, mask, key)
+        return output.x, None
 
     body = jax.checkpoint(body) if tower.remat else body
     return lax.scan(body, x, (stacked_params, stacked_keys))[0]

@@ -26,6 +26,7 @@ Deviation: where the widths of tags and pixels differ, pixels are projected (the
 fits ViT only).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -288,7 +289,8 @@ def loss(
     loss_global = sum(contrastive.info_nce(logits))
     target = soft_targets(labels, hyper)
     loss_soft = (soft_loss(logits, target) + soft_loss(logits.T, target)) / 2
-    region_sums = jax.vmap(lambda *pair: region_loss(*pair, images.grid, hyper))(
+    pair_loss = functools.partial(region_loss, grid=images.grid, hyper=hyper)
+    region_sums = jax.vmap(pair_loss)(
         contrastive.l2_normalise(images.local),
         contrastive.l2_normalise(texts.local),
         extra["regions"],

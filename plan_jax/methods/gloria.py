@@ -126,7 +126,7 @@ def loss(
     # Each device scores its own images with all texts, so only the table of scores is gathered.
     local = local_scores(images.local, texts.local, texts.mask, hyper)
     local = contrastive.all_gather(local, axis)
-    loss_local = sum(contrastive.info_nce(hyper.logit_scale * local))
-    loss_global = sum(contrastive.info_nce(hyper.logit_scale * cosines))
+    loss_local = jnp.add(*contrastive.info_nce(hyper.logit_scale * local))
+    loss_global = jnp.add(*contrastive.info_nce(hyper.logit_scale * cosines))
     value = hyper.weight_local * loss_local + hyper.weight_global * loss_global
     return value, ({"loss_local": loss_local, "loss_global": loss_global}, memory)

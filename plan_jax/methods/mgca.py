@@ -35,7 +35,7 @@ Deviation: the code's other attention, multi-head and off by default, is left ou
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -299,7 +299,7 @@ def loss(
     # Without an axis nothing is gathered: each device then has its own negatives and codes.
     group = None if hyper.per_device else axis
     images, texts = (
-        side.replace(pooled=contrastive.all_gather(side.pooled, group)) for side in (images, texts)
+        replace(side, pooled=contrastive.all_gather(side.pooled, group)) for side in (images, texts)
     )
     cosines = similarity(params, memory, images, texts, hyper)["global"]
     report = sum(contrastive.info_nce(cosines / hyper.tau))

@@ -185,7 +185,8 @@ def extract_observations(
     params: Params, pixels: Float[Array, "B P D"], hyper: Hyper
 ) -> tuple[Float[Array, "B K D"], Float[Array, "B K P"]]:
     """Computes the K observations of each image and their attention over pixels: *equation 1*."""
-    return Extractor(hyper).apply({"params": params["extractor"]}, pixels)
+    observations: Any = Extractor(hyper).apply({"params": params["extractor"]}, pixels)
+    return observations
 
 
 def sentence_membership(texts: Features, hyper: Hyper) -> Float[Array, "B W M"]:
@@ -203,7 +204,7 @@ def sentence_observations(
     num_words = membership_BWM.sum(1)
     totals = jnp.einsum("bwd,bwm->bmd", texts.local, membership_BWM)
     means = totals / jnp.maximum(num_words, 1)[..., None]
-    projected = nn.Dense(means.shape[-1]).apply({"params": params["sentence"]}, means)
+    projected: Any = nn.Dense(means.shape[-1]).apply({"params": params["sentence"]}, means)
     real = num_words > 0
     return contrastive.l2_normalise(projected) * real[..., None], real
 
@@ -279,8 +280,9 @@ def patch_correlations(tokens: Float[Array, "P E"]) -> Float[Array, "P P"]:
 def sinusoidal_positions(grid: tuple[int, int], dim: int) -> Float[Array, "P D"]:
     """Returns sines and cosines of the row and column of each patch (D/4 frequencies each)."""
     frequencies = 10000.0 ** (-jnp.arange(0, 1, 4 / dim))
-    angles = [index.reshape(-1, 1) * frequencies for index in jnp.indices(grid)]
-    angles = jnp.concatenate(angles, -1)
+    angles = jnp.concatenate(
+        [index.reshape(-1, 1) * frequencies for index in jnp.indices(grid)], -1
+    )
     # D need not be divisible by 4: what is too much is cut off.
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)[:, :dim]
 
@@ -315,7 +317,7 @@ def correlation_losses(
 
     def image_loss(item: tuple[Array, ...]) -> Array:
         pixels, hidden, words, mask, tokens = item
-        predictions = Decoder(hyper).apply(
+        predictions: Any = Decoder(hyper).apply(
             {"params": params["decoder"]}, pixels, hidden, words, mask, position_code
         )
         centred = predictions - predictions.mean(0)
@@ -385,8 +387,10 @@ def loss(
     else:
         # Each device scores its own images with all texts; the table of scores is then gathered.
         local = late_interaction(observations, sentences, real, hyper)
-        pcma = sum(contrastive.info_nce(contrastive.all_gather(local, axis) / hyper.tau_local))
-    hidden = sample_patch_mask(key, *images.local.shape[:2], hyper, axis)
+        logits = contrastive.all_gather(local, axis) / hyper.tau_local
+        pcma = jnp.add(*contrastive.info_nce(logits))
+    batch, num_pixels = images.local.shape[:2]
+    hidden = sample_patch_mask(key, batch, num_pixels, hyper, axis)
     image_losses = (
         observation_overlap(observations),
         correlation_losses(params, images, texts, hidden, hyper),

@@ -461,7 +461,7 @@ def loss(
     image_pooled = contrastive.all_gather(images.pooled, axis)
     cosines = contrastive.cosine_similarity(image_pooled, all_texts.pooled)
     logits = logit_scale(params["log_scale"]) * cosines
-    loss_global = sum(contrastive.info_nce(logits)) / 2
+    loss_global = jnp.add(*contrastive.info_nce(logits)) / 2
     metrics["loss_global"] = loss_global
     return hyper.weight_global * loss_global + loss_local, (metrics, memory)
 

@@ -118,7 +118,7 @@ def contrast_all_images(
     own, logsumexp = own.sum(0), jax.nn.logsumexp(logsumexp, 0)
     word_loss = jnp.sum((logsumexp - own / tau) * normalised_weight, -1).mean()
     margin = own - negatives.sum(0) / jnp.maximum(num_negatives.sum(0), 1)
-    return AllImagesContrast(sum(contrastive.info_nce(scores_IT / tau)), word_loss, margin)
+    return AllImagesContrast(jnp.add(*contrastive.info_nce(scores_IT / tau)), word_loss, margin)
 
 
 def contrast_candidates(

@@ -112,8 +112,8 @@ def gradients(
     batch, height, width, features = cotangent.shape
     t, u = -(-height // 2), -(-width // 2)
     padding = ((0, 0), (0, 2 * t - height), (0, 2 * u - width), (0, 0))
-    tiles = jnp.pad(cotangent, padding).reshape(batch, t, 2, u, 2, features)
-    tiles = [[tiles[:, :, i, :, j] for j in range(2)] for i in range(2)]
+    pairs = jnp.pad(cotangent, padding).reshape(batch, t, 2, u, 2, features)
+    tiles = [[pairs[:, :, i, :, j] for j in range(2)] for i in range(2)]
     product_grads = _transform_both_axes(_transform_output_adjoint, tiles)
     kernel_grads = _zip_tables(
         lambda v, m: v.reshape(-1, v.shape[-1]).T @ m.reshape(-1, features),
