@@ -1,24 +1,13 @@
-"""The decoders of masks, U-Net and SETR, against slow loops, for maps of many sizes."""
+"""The U-Net decoder, against slow loops, for maps of many sizes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoder_shapes import parameter_shapes, random_maps
 
-from plan_jax.heads import setr, unet
+from plan_jax.heads import unet
 from plan_jax.types import UserError
-
-
-def random_maps(*sizes, batch=2):
-    """Maps of (side, channels), finest first."""
-    random = np.random.default_rng(0)
-    return tuple(jnp.asarray(random.normal(size=(batch, n, n, c)), jnp.float32) for n, c in sizes)
-
-
-def parameter_shapes(decoder, maps):
-    """Shapes of a decoder's parameters and logits; nothing is computed."""
-    variables = jax.eval_shape(decoder.init, jax.random.key(0), maps)
-    return variables["params"], jax.eval_shape(decoder.apply, variables, maps).shape
 
 
 def first_kernels(params, count):
@@ -97,14 +86,3 @@ def test_the_folded_convolution_equals_that_of_the_doubled_map(size, width):
     arrays = [None if x is None else jnp.asarray(x, jnp.float32) for x in (x, skip, kernel)]
     outputs = unet.convolve_upsampled(*arrays, size)
     np.testing.assert_allclose(outputs, literal_conv(joined, kernel), atol=2e-5)
-
-
-def test_setr_has_a_block_for_each_doubling():
-    decoder = setr.SETR(2, (32, 32), (12, 10, 8, 6))
-    for patch, num_blocks in ((16, 4), (8, 3), (4, 2), (1, 0)):
-        params, logits = parameter_shapes(decoder, random_maps((32 // patch, 5)))
-        assert logits == (2, 32, 32, 2)
-        assert sum(name.startswith("conv") for name in params) == num_blocks
-        assert params["tokens"]["kernel"].shape == (5, 5)
-    for grid in (1, 3):  # of 32 and 10.7 pixels a patch: the remaining factor is resized
-        assert parameter_shapes(decoder, random_maps((grid, 5)))[1] == (2, 32, 32, 2)
