@@ -248,6 +248,12 @@ class Config(Section):
         self.decay("ema_decay")
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("normalisation", self.normalisation, ("image", "fixed"))
+        check_that(
+            not (self.fine_map and self.vision["name"] in VITS),
+            "fine_map",
+            self.fine_map,
+            f"{self.vision['name']} has maps of one size only; set it to False",
+        )
         kinds = set(vars(self.heads).values())
         check_that(
             not self.weights.heads or kinds == {"mlp"},
