@@ -65,14 +65,14 @@ def test_statistics_are_those_of_the_unmasked_positions():
     x, params, mask = make_inputs()
     statistics = batch_statistics(x, mask)
     positions = np.asarray(x)[np.asarray(mask)]
-    assert statistics.count == len(positions)
+    assert statistics.num_positions == len(positions)
     np.testing.assert_allclose(statistics.mean, positions.mean(0), rtol=1e-5)
     np.testing.assert_allclose(statistics.var, positions.var(0), rtol=1e-5)
     narrow = x.astype(jnp.bfloat16)
     assert normalise(narrow, params).dtype == jnp.bfloat16
     assert batch_statistics(narrow).var.dtype == jnp.float32
     empty = batch_statistics(x, jnp.zeros_like(mask))
-    assert empty.count == 1 and not empty.var.any()
+    assert empty.num_positions == 1 and not empty.var.any()
     chex.assert_tree_all_finite(normalise(x, params, jnp.zeros_like(mask)))
 
 

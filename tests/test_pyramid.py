@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plan_jax.heads import pyramid
+from plan_jax.heads.yolo import SLOPE
 
 
 def test_a_single_map_becomes_finer_by_a_transposed_convolution_and_coarser_by_the_maximum():
