@@ -7,8 +7,6 @@ import numpy as np
 from plan_jax.heads import pyramid
 from plan_jax.heads.yolo import SLOPE
 
-SLOPE = 0.1
-
 
 def test_a_single_map_becomes_finer_by_a_transposed_convolution_and_coarser_by_the_maximum():
     x = jnp.array(np.random.default_rng(7).normal(size=(2, 3, 3, 4)), jnp.float32)
