@@ -332,7 +332,8 @@ class Task(Protocol):
 def check_options(task: str, options: Any, minima: Mapping[str, int | float]) -> None:
     """Raises UserError if an option of a task is not among its choices, or below its minimum.
 
-    The choices of an option are those of its `Literal` type; `minima` maps options to numbers.
+    The choices of an option are those of its `Literal` type; `minima` maps options to numbers. A
+    `learning_rate` must be above 0 in every task.
     """
     for option in dataclasses.fields(options):
         name, value = f"config.eval.{task}.{option.name}", getattr(options, option.name)
@@ -343,6 +344,9 @@ def check_options(task: str, options: Any, minima: Mapping[str, int | float]) ->
         # Written as `not >=`, so that NaN is refused too.
         if option.name in minima and not value >= minima[option.name]:
             raise UserError(f"{name} is {value}; use at least {minima[option.name]}")
+        # A head that cannot learn would look like a poor encoder.
+        if option.name == "learning_rate" and not value > 0:
+            raise UserError(f"{name} is {value}; use a number above 0")
 
 
 # Examples for the page ----------------------------------------------------------------------

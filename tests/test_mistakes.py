@@ -176,6 +176,10 @@ EVAL = {
         ALL_TASKS + "config.eval.segmentation.batch=0",
         ["config.eval.segmentation.batch is 0", "use at least 1"],
     ),
+    "head that cannot learn": (
+        ALL_TASKS + "config.eval.detection.learning_rate=0",
+        ["config.eval.detection.learning_rate is 0", "use a number above 0"],
+    ),
     "misspelt option": (
         ALL_TASKS + "config.eval.detection.wdths=(1,)",
         ["config.eval.detection.wdths", "did you mean config.eval.detection.widths?"],
