@@ -1,13 +1,17 @@
 """The log of a run: progress bar, `metrics.jsonl`, TensorBoard, and atomic writes of files.
 
 A file is either appended to line by line or replaced by a rename, so a killed process neither loses
-a row nor leaves half a file. Only the main process writes.
+a row nor leaves half a file. What the system says about a write becomes one sentence. Only the main
+process writes.
 """
 
+import contextlib
+import errno
 import json
+import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +52,13 @@ class Logger:
         self.is_main = parallel.is_main()
         if not self.is_main:
             return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "config.json", json.dumps(config, indent=2, default=list))
-        except OSError as error:
-            raise UserError(
-                f"workdir {folder} cannot be written ({error.strerror}); choose another"
-            ) from None
+        with report_write_errors(folder):
+            (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.json", encode_json(config, indent=2, default=list))
         self.metrics_path = folder / "metrics.jsonl"
         self.history = [row for row in read_rows(self.metrics_path) if row["step"] <= start_step]
-        write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in self.history))
-        # Imported here: it takes a second, and evaluation, which reads rows, does not need it.
-        from tensorboardX import SummaryWriter
-
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        write_atomically(self.metrics_path, "".join(encode_json(x) + "\n" for x in self.history))
+        self.events = _EventFile(folder / "tensorboard", start_step + 1)
 
     def __enter__(self) -> "Logger":
         """Opens the progress bar."""
@@ -87,7 +84,7 @@ class Logger:
         """Closes the progress bar and TensorBoard's file."""
         if self.bar is not None:
             self.bar.close()
-            self.tensorboard.close()
+            self.events.close()
 
     def advance(self) -> None:
         """Advances the progress bar by one step.
@@ -113,11 +110,12 @@ class Logger:
             name: float(value) for name, value in values.items()
         }
         self.history.append(row)
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self.tensorboard.add_scalar(name, value, step)
+        with (
+            report_write_errors(self.metrics_path),
+            self.metrics_path.open("a", encoding="utf-8") as file,
+        ):
+            file.write(encode_json(row) + "\n")
+        self.events.write(step, {name: x for name, x in row.items() if name != "step"})
         if self.bar is not None and "loss" in row:
             postfix = f"loss {row['loss']:.3f}"
             if "images_per_s" in row:
@@ -134,18 +132,77 @@ class Logger:
         return time.monotonic() - self.start_time
 
 
+class _EventFile:
+    """Scalars for TensorBoard, which are on disk when `write` returns.
+
+    The `SummaryWriter` of tensorboardX writes in a thread of its own. When the disk is full, that
+    thread dies with a traceback, and the run waits for it forever.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        # Imported here: it takes a second, and evaluation, which reads rows, does not need it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self.path, self.event, self.summary = folder, event_pb2.Event, summary_pb2.Summary
+        with report_write_errors(folder):
+            self.file = EventsWriter(str(folder / "events"))
+        # TensorBoard then ignores what a killed run wrote about this step and later ones.
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(start_step, session_log=session)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        scalars = [self.summary.Value(tag=name, simple_value=x) for name, x in values.items()]
+        self._write(step, summary=self.summary(value=scalars))
+
+    def _write(self, step: int, **content: Any) -> None:
+        with report_write_errors(self.path):
+            self.file.write_event(self.event(wall_time=time.time(), step=step, **content))
+            self.file.flush()
+
+    def close(self) -> None:
+        # Only a row that could not be written is still in the buffer, and it has been reported.
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def encode_json(value: Any, **options: Any) -> str:
+    """Returns strict JSON, which every other program can read.
+
+    NaN and infinities, which JSON does not have, become null. `options` are those of `json.dumps`.
+
+    >>> encode_json({"loss": float("nan"), "bounds": (0.5, float("inf"))})
+    '{"loss": null, "bounds": [0.5, null]}'
+    """
+
+    def replace(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {name: replace(content) for name, content in item.items()}
+        if isinstance(item, list | tuple):
+            return [replace(content) for content in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(replace(value), allow_nan=False, **options)
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a `metrics.jsonl`, or [] if there is none.
+    """Returns the rows of a `metrics.jsonl`, or [] if there is none; null becomes NaN.
 
     A line that a killed process left unfinished is skipped.
     """
+    content = path.read_text("utf-8", errors="replace") if path.exists() else ""
     rows = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        try:
+    for line in content.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return [
+        {name: math.nan if value is None else value for name, value in row.items()}
+        for row in rows
+        if isinstance(row, dict) and isinstance(row.get("step"), int)
+    ]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -153,11 +210,32 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     The content goes to a temporary file next to `path`, which is then renamed. If writing fails,
     `path` is unchanged and the temporary file is removed.
+
+    Raises:
+      UserError: the disk is full, the folder cannot be written, and whatever else the system says.
     """
     # In the same folder, since a rename is atomic only within one file system.
     temporary = path.with_name(f"{path.name}.part")
+    with report_write_errors(path):
+        try:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def report_write_errors(path: Path) -> Iterator[None]:
+    """Turns what the system says about writing `path` into a sentence for the user.
+
+    Raises:
+      UserError: in place of an OSError.
+    """
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free disk space and repeat the command" if is_full else "choose another folder"
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); {remedy}"
+        ) from error

@@ -1,8 +1,13 @@
 """The log of a run: rows survive a kill, the remaining time leaves the compile out."""
 
+import errno
 import json
+import math
+import os
+import struct
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from plan_jax import parallel
 from plan_jax.logger import Logger, read_rows, write_atomically
@@ -115,7 +120,9 @@ def test_info_prints_a_whole_line_above_the_bar(tmp_path, capsys):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"workdir .*file/run cannot be written .*choose another"):
+    with pytest.raises(
+        UserError, match=r"file/run.* cannot be written .Not a dir.*; choose another folder"
+    ):
         Logger(tmp_path / "file" / "run", CONFIG, 101)
 
 
@@ -134,7 +141,73 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_atomically(path, "\ud800")  # a lone surrogate has no UTF-8 encoding
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"/folder cannot be written \(Is a dir.*; choose another"):
         write_atomically(tmp_path / "folder", "new")  # a rename cannot replace a folder
     assert path.read_text() == "old"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file.txt", "folder"]
+
+
+def raise_disk_full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    path.write_text("old")
+    monkeypatch.setattr("pathlib.Path.replace", raise_disk_full)
+    sentence = r"metrics.json cannot be written \(No space left on device\); free disk space"
+    with pytest.raises(UserError, match=sentence):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [("pathlib.Path.open", "metrics.jsonl"), ("os.fsync", "tensorboard")]
+)
+def test_a_full_disk_ends_the_log_in_a_sentence(tmp_path, monkeypatch, target, name):
+    with Logger(tmp_path, CONFIG, 101) as logger:
+        monkeypatch.setattr(target, raise_disk_full)
+        with pytest.raises(UserError, match=rf"/{name} cannot be written \(No space.*free disk"):
+            logger.log(1, {"loss": 1.0})
+
+
+def test_rows_reach_tensorboard(tmp_path):
+    """The numbers are in the file at once, NaN included, and a resumption is marked."""
+    with Logger(tmp_path, CONFIG, 101, start_step=4) as logger:
+        logger.log(5, {"loss": 0.5, "a/b": math.nan})
+        (path,) = (tmp_path / "tensorboard").iterdir()
+        content, events = path.read_bytes(), []
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        events.append(event_pb2.Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    assert [event.step for event in events] == [0, 5, 5]
+    assert events[1].session_log.status == event_pb2.SessionLog.START
+    values = {value.tag: value.simple_value for value in events[2].summary.value}
+    assert values["loss"] == 0.5 and math.isnan(values["a/b"]) and len(values) == 2
+
+
+def test_rows_are_strict_json(tmp_path):
+    def refuse(token):
+        raise AssertionError(f"{token} is not JSON")
+
+    values = {"loss": math.nan, "rate": math.inf, "norm": -math.inf, "accuracy": 0.5}
+    with Logger(tmp_path, CONFIG, 101) as logger:
+        logger.log(1, values)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    expected = {"step": 1, "loss": None, "rate": None, "norm": None, "accuracy": 0.5}
+    assert json.loads(line, parse_constant=refuse) == expected
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert (row["step"], row["accuracy"]) == (1, 0.5) and math.isnan(row["loss"])
+    with Logger(tmp_path, CONFIG, 101, start_step=1):
+        assert (tmp_path / "metrics.jsonl").read_text() == line + "\n"
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"step": 2, "lo', b"\x00" * 40, b"\xff\xfe", b"7", b"[1]", b"{}"]
+)
+def test_what_a_killed_process_leaves_is_no_row(tmp_path, tail):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": NaN}\n' + tail)
+    with Logger(tmp_path, CONFIG, 101, start_step=1) as logger:
+        assert [row["step"] for row in logger.history] == [1]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
