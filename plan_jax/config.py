@@ -43,6 +43,12 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     check_that(value in choices, name, value, f"use one of {listed(choices)}")
 
 
+def check_section(name: str, value: Any, fields: Iterable[str]) -> None:
+    """Raises UserError unless the value of a section is a dict of its fields."""
+    remedy = f"it is a section: set one of its fields {listed(fields)}"
+    check_that(isinstance(value, Mapping), name, value, remedy)
+
+
 class Section:
     """Base class of the sections: range checks that name the field in full."""
 
@@ -388,31 +394,31 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def fill_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config file's values with all missing fields at their defaults, unchecked.
+    """Returns a config file's values with all missing fields at their defaults.
 
     Every field then exists, so that the command line can override fields that the file leaves out.
-    A choice that does not exist contributes no fields; `Config.from_dict` reports it.
+    Values are not checked yet. A choice that does not exist contributes no fields;
+    `Config.from_dict` reports it.
+
+    Raises:
+      UserError: a section is not a dict.
     """
-    defaults = {f.name: _default(f) for f in dataclasses.fields(Config)}
-    for name, section in SECTIONS.items():
-        defaults[name] = {f.name: _default(f) for f in dataclasses.fields(section)}
+    defaults = _defaults_of(Config)
+    defaults |= {name: _defaults_of(section) for name, section in SECTIONS.items()}
     del defaults["eval"]["options"]
-    choices = {name: values.get(name) for name in ("data", "vision", "text")}
-    names = {
-        side: choice.get("name", _default_name(side)) if isinstance(choice, Mapping) else None
-        for side, choice in ((side, choices[side] or {}) for side in choices)
-    } | {"method": values.get("method", Config.method)}
-    # A list cannot be looked up in a table.
-    names = {side: name if isinstance(name, str) else None for side, name in names.items()}
-    method = names["method"]
-    defaults["hyper"] = _defaults_of(METHODS[method].Hyper) if method in METHODS else {}
-    for side in ("vision", "text"):
-        defaults[side] = _tower_defaults(names[side])
-    if names["data"] in BUILDERS:
-        kinds = _builder_kinds(names["data"])
-        defaults["data"]["builder"] = {name: _default(f) for name, f in kinds.items()}
     defaults["eval"] |= {task: _defaults_of(module.Options) for task, module in TASKS.items()}
-    return _merge(defaults, values)
+    for name in ("hyper", "vision", "text", *SECTIONS):
+        check_section(name, values.get(name, {}), defaults[name] or {})
+    # Each choice is looked up in a tuple, because a list from a file is not hashable.
+    method = values.get("method", Config.method)
+    defaults["hyper"] = _defaults_of(METHODS[method].Hyper) if method in (*METHODS,) else {}
+    for side, default_tower in DEFAULT_TOWERS.items():
+        defaults[side] = _tower_defaults(values.get(side, {}).get("name", default_tower))
+    dataset = values.get("data", {}).get("name", DataConfig.name)
+    if dataset in (*BUILDERS,):
+        kinds = _builder_kinds(dataset)
+        defaults["data"]["builder"] = {name: _default(f) for name, f in kinds.items()}
+    return _merge(defaults, values, "")
 
 
 def unknown_field(name: str, known: Iterable[str], owner: str = "") -> UserError:
@@ -445,11 +451,8 @@ def build(kind: type, values: Any, prefix: str, owner: str = "", built: Sequence
     Raises:
       UserError: a name is unknown, or a value has the wrong type or is out of range.
     """
-    if not isinstance(values, Mapping):
-        fields = listed(f.name for f in dataclasses.fields(kind))
-        section = prefix.rstrip(".")
-        raise UserError(f"config.{section} is a section; set one of its fields {fields}")
     kinds = {f.name: f for f in dataclasses.fields(kind)}
+    check_section(prefix.rstrip("."), values, kinds)
     ready = {name: values[name] for name in built}
     rest = {name: value for name, value in values.items() if name not in ready}
     return kind(**ready, **typed_values(kinds, rest, prefix, owner.removeprefix(" of ")))
@@ -463,7 +466,7 @@ def typed_values(
     Raises:
       UserError: a name is unknown, or a value has the wrong type.
     """
-    check_that(isinstance(values, Mapping), prefix.rstrip("."), values, "must be a section")
+    check_section(prefix.rstrip("."), values, kinds)
     for name in values:
         if name not in kinds:
             known = [f"{prefix}{other}" for other in kinds]
@@ -549,7 +552,6 @@ def _builder_kinds(dataset: str) -> dict[str, dataclasses.Field]:
 
 def _tower_options(side: str, values: Any) -> dict[str, Any]:
     known = (*RESNETS, *VITS) if side == "vision" else tuple(BERTS)
-    check_that(isinstance(values, Mapping), side, values, "must be a section with a name")
     name = values.get("name", DEFAULT_TOWERS[side])
     check_choice(f"{side}.name", name, known)
     # Fields of the module that a config sets; the others depend on the rest of the config.
@@ -560,21 +562,15 @@ def _tower_options(side: str, values: Any) -> dict[str, Any]:
 
 
 def _tower_defaults(name: Any) -> dict[str, Any]:
-    if not (name in RESNETS or name in VITS or name in BERTS):
+    if name not in (*RESNETS, *VITS, *BERTS):
         return {"name": name}
     module, sizes, internal = tower_class(name)
     fields = [f for f in dataclasses.fields(module) if f.name not in internal]
     return {"name": name} | {f.name: sizes.get(f.name, _default(f)) for f in fields}
 
 
-def _default_name(side: str) -> str:
-    return DataConfig.name if side == "data" else DEFAULT_TOWERS[side]
-
-
-def _nest_options(values: Any) -> Any:
+def _nest_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Moves the sections of tasks from `eval.<task>` to `eval.options`, as Options."""
-    if not isinstance(values, Mapping):
-        return values
     plain = {name: value for name, value in values.items() if name not in TASKS}
     options = {
         name: build(module.Options, values.get(name, {}), f"eval.{name}.")
@@ -593,12 +589,14 @@ def _default(field_: dataclasses.Field) -> Any:
     return None if field_.default is dataclasses.MISSING else field_.default
 
 
-def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     merged = dict(defaults)
     for name, value in values.items():
         default = merged.get(name)
-        if isinstance(value, Mapping) and isinstance(default, Mapping) and default:
-            merged[name] = _merge(default, value)
+        # A dict without fields of its own is a value, as the columns of a manifest are.
+        if isinstance(default, Mapping) and default:
+            check_section(f"{prefix}{name}", value, default)
+            merged[name] = _merge(default, value, f"{prefix}{name}.")
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             merged[name] = float(value)  # or the command line could override it by an int only
         else:

@@ -61,7 +61,7 @@ ONLY_IN = {
     "marshal": (),
     "dill": (),
     "importlib.util": (),
-    "importlib.import_module": (),
+    "importlib.import_module": ("plan_jax/tasks/__init__.py",),
     "transformers": ("plan_jax/data/tokenizer.py", "tools/benchmark_encoders.py"),
     "safetensors": ("plan_jax/weights/sources.py", "tools/convert_weights.py"),
     "absl.flags": ("plan_jax/main.py", "tests/conftest.py"),
@@ -235,7 +235,8 @@ def test_nothing_is_evaluated_unfinished_or_skipped(path):
             assert node.arg != "allow_pickle", f"{path}: reading a pickle runs code"
         name = getattr(node, "id", getattr(node, "attr", ""))
         assert name != "NotImplementedError", f"{path}:{node.lineno} is not finished"
-        assert name != "import_module", f"{path}:{node.lineno} imports what a string says"
+        is_allowed = path in ONLY_IN["importlib.import_module"]
+        assert name != "import_module" or is_allowed, f"{path}:{node.lineno} imports by a string"
         is_pytest = isinstance(node, ast.Attribute) and ast.unparse(node).startswith("pytest.")
         assert not (is_pytest and name in SKIPS), f"{path}:{node.lineno} hides a test"
     text = (ROOT / path).read_text()

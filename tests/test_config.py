@@ -55,7 +55,7 @@ def test_ints_become_floats_and_lists_tuples(content):
         ("optim", "accumulate_steps", 0, "use at least 1"),
         ("data", "size", 7, "use at least 8"),
         ("data", "workers", True, "must be an int"),
-        ("data", "builder", 3, "must be a dict"),
+        ("data", "builder", 3, "set one of its fields"),
         ("eval", "limit", 1, "use at least 2"),
         ("checkpoint", "keep", 0, "use at least 1"),
         ("heads", "text_local", "cubic", "use one of linear, norm, mlp, shared"),

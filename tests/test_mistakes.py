@@ -65,13 +65,13 @@ TRAIN = {
     "field of 0.1": ("--config old.py", ["config.optim.rate is not a field", "did you mean"]),
     "value for a section": (
         "--config section.py",
-        ["config.optim is a section", "set one of its fields learning_rate"],
+        ["config.optim is 3", "set one of its fields learning_rate"],
     ),
     "constant of another method": (
         "config.method=convirt",
         ["is not a field of convirt", "use tau, image_to_text"],
     ),
-    "field of a value": ("--config section.py config.optim.b1=0", ["config.optim", "b1"]),
+    "field of a value": ("--config section.py config.optim.b1=0", ["config.optim is 3", "b1"]),
     "list for a name": (
         "--config list.py",
         ["config.vision.name is ('vgg',)", "use one of resnet50"],
