@@ -72,7 +72,8 @@ def check_requirements(task: str, data: EvalData, options: Any) -> None:
         if not any(len(getattr(record, field)) for record in data.test):
             raise UserError(
                 f"task {task} needs {_DESCRIPTIONS[field]}, and no evaluated record of dataset "
-                f"{data.name} has any; add them to the data, or leave {task} out of eval.tasks"
+                f"{data.name} has any; add them to the data, or leave {task} out of "
+                "config.eval.tasks"
             )
 
 

@@ -420,9 +420,14 @@ def test_maps_that_are_not_finite_give_nan_through_boxes_and_smoothing():
 
 
 @pytest.mark.parametrize(
-    "options", [{"crop": 0.0}, {"crop": 1.1}, {"smooth": -1.0}, {"smooth": float("nan")}]
+    ("option", "value", "remedy"),
+    [
+        ("crop", 0.0, "use a number above 0, at most 1"),
+        ("crop", 1.1, "use a number above 0, at most 1"),
+        ("smooth", -1.0, "use 0 or more"),
+        ("smooth", float("nan"), "use 0 or more"),
+    ],
 )
-def test_options_out_of_range_are_refused(options):
-    message = "grounding.crop must be above 0 and at most 1, and grounding.smooth at least 0; got "
-    with pytest.raises(UserError, match=message):
-        grounding.Options(**options)
+def test_options_out_of_range_are_refused(option, value, remedy):
+    with pytest.raises(UserError, match=f"config.eval.grounding.{option} is {value}; {remedy}"):
+        grounding.Options(**{option: value})

@@ -32,7 +32,7 @@ QUICK = Options(
     layers=1,
     visual_dropout=0.1,
     learning_rate=1e-2,
-    clip_norm=1.0,
+    clip_value=1.0,
     epochs=30,
     beam_size=2,
     num_examples=3,
@@ -159,7 +159,7 @@ def test_the_optimiser_is_that_of_torch_with_amsgrad_and_l2():
         learning_rate=0.1,
         visual_learning_rate=0.01,
         weight_decay=0.3,
-        clip_norm=0.5,
+        clip_value=0.5,
     )
     optimiser = report_generation.build_optimiser(options, steps_per_epoch=1)
     params = {"head": {"w": jnp.array([2.0, -1.0])}, "tower": {"w": jnp.array([2.0, -1.0])}}
@@ -200,6 +200,7 @@ def test_rare_words_and_cut_ends_lower_the_strict_metrics_only():
             {"width": 30, "heads": 4},
             "report_generation.width 30 is not divisible by 4 heads; use 28 or 32",
         ),
+        ({"width": 3, "heads": 4}, "width 3 is not divisible by 4 heads; use 4$"),
         ({"beam_size": 0}, "report_generation.beam_size is 0; use at least 1"),
         ({"length_penalty": -1.0}, "report_generation.length_penalty is -1.0; use at least 0"),
         ({"max_length": 1}, "report_generation.max_length is 1; use at least 2"),

@@ -219,7 +219,7 @@ def test_training_examples_are_balanced_then_limited():
     records = make_records(3)[::-1]
     splits = make_splits(4, 2, 2) | {"train": [records[-1]] * 40 + records[:1]}
     options = Options(targets=("nodule",), max_train_records=1)
-    message = "no training record has a mask of 'nodule' with segmentation.max_train_records 1; use"
+    message = "no training record has a mask of 'nodule' with config.eval.segmentation.max_train"
     with pytest.raises(UserError, match=message):
         run_task(segmentation, make_model(pooled_tower()), splits, options, findings=FINDINGS)
 

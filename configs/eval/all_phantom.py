@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
         "summary": True,
         "visual_dropout": 0.1,
         "learning_rate": 2e-3,
-        "clip_norm": 1.0,
+        "clip_value": 1.0,
         "epochs": 5,
         "no_repeat_ngram": 0,
     }

@@ -108,7 +108,7 @@ class DatasetEvalData(EvalData):
     def _fit_and_select(self) -> tuple[list[Record], list[Record]]:
         if self.split.partition("[")[0] == "train":
             raise UserError(
-                f"eval.split is {self.split}, and heads are fitted to train; use val or test"
+                f"config.eval.split is {self.split}, and heads are fitted to train; use val or test"
             )
         # Patients are divided after the limit, so that the limit bounds what is read.
         train = self._records("train", self.max_fit_records or None)

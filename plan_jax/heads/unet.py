@@ -62,8 +62,8 @@ class UNet(nn.Module):
         sizes = block_sizes([(skip.shape[1], skip.shape[2]) for skip in maps], self.size)
         if len(sizes) > len(self.widths):
             raise UserError(
-                f"segmentation.unet_widths has {len(self.widths)} widths, and this tower needs "
-                f"{len(sizes)} blocks; give {len(sizes)} widths"
+                f"config.eval.segmentation.unet_widths has {len(self.widths)} widths, and this "
+                f"tower needs {len(sizes)} blocks; give {len(sizes)} widths"
             )
         # The finest blocks keep their widths whatever the depth of the tower.
         widths = self.widths[len(self.widths) - len(sizes) :]

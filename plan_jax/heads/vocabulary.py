@@ -135,8 +135,8 @@ def build_vocabulary(texts: Sequence[str], min_count: int) -> Vocabulary:
     words = sorted(word for word, count in counts.items() if count >= min_count)
     if not words:
         raise UserError(
-            f"report_generation.min_count {min_count} leaves no word of {len(texts)} reports; "
-            "lower it"
+            f"config.eval.report_generation.min_count {min_count} leaves no word of {len(texts)} "
+            "reports; lower it"
         )
     # A report may itself contain a special word; its id is the special one.
     return Vocabulary(tuple(word for word in words if word not in SPECIAL))

@@ -167,7 +167,8 @@ class Options:
         check_options("classification", self, minima)
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise UserError(
-                f"classification.fractions is {self.fractions}; use numbers above 0, at most 1"
+                f"config.eval.classification.fractions is {self.fractions}; use numbers above 0, "
+                "at most 1"
             )
 
 
@@ -199,12 +200,13 @@ def check(data: EvalData, options: Options) -> None:
         if not (labels >= 0).any():
             raise UserError(
                 f"task classification needs labels, and split {split} has none; add labels, or "
-                "leave classification out of eval.tasks"
+                "leave classification out of config.eval.tasks"
             )
         invalid = int(((labels == 1).sum(1) != 1).sum())
         if options.kind == "multiclass" and invalid:
             raise UserError(
-                f"classification.kind multiclass needs exactly one of {', '.join(names)} in each "
+                "config.eval.classification.kind multiclass needs exactly one of "
+                f"{', '.join(names)} in each "
                 f"record, and {invalid} of {len(labels)} in split {split} have none or several; "
                 "use multilabel"
             )
@@ -290,18 +292,18 @@ def _label_names(options: Options, findings: Sequence[str]) -> tuple[str, ...]:
     if not findings:
         raise UserError(
             "task classification needs labels, and the dataset has no findings; leave "
-            "classification out of eval.tasks"
+            "classification out of config.eval.tasks"
         )
     if unknown := [name for name in options.labels if name not in findings]:
         raise UserError(
-            f"classification.labels {', '.join(unknown)} are not findings of the data; choose from "
-            f"{', '.join(findings)}"
+            f"config.eval.classification.labels {', '.join(unknown)} are not findings of the data; "
+            f"choose from {', '.join(findings)}"
         )
     names = tuple(options.labels) or tuple(findings)
     if options.kind == "multiclass" and len(names) < 2:
         raise UserError(
-            f"classification.kind multiclass has the single label {names[0]}; give two, or use "
-            "multilabel"
+            f"config.eval.classification.kind multiclass has the single label {names[0]}; give "
+            "two, or use multilabel"
         )
     return names
 

@@ -163,7 +163,8 @@ class Options:
         check_options("detection", self, minima)
         if len(self.widths) != 3:
             raise UserError(
-                f"detection.widths is {self.widths}; give three widths, coarsest map first"
+                f"config.eval.detection.widths is {self.widths}; give three widths, coarsest map "
+                "first"
             )
 
 
@@ -179,7 +180,7 @@ def check(data: EvalData, options: Options) -> None:
         if not any(len(true_boxes(r, options, data.findings)[0].boxes) for r in records):
             raise UserError(
                 f"task detection needs boxes or masks of phrases, and split {split} has none; add "
-                "some, or leave detection out of eval.tasks"
+                "some, or leave detection out of config.eval.tasks"
             )
 
 
@@ -202,8 +203,8 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         num_dropped += sum(dropped for _, dropped in pairs)
     if not any(len(boxes.boxes) for boxes in truth["train"]):
         raise UserError(
-            f"detection.max_train_records {options.max_train_records} leaves no box to learn from; "
-            "use more records"
+            f"config.eval.detection.max_train_records {options.max_train_records} leaves no box to "
+            "learn from; use more records"
         )
     tower = require_tower(model)
     images = {split: np.stack([r.image for r in records[split]]) for split in SPLITS}

@@ -169,11 +169,13 @@ class Options:
 
     def __post_init__(self) -> None:
         check_options("grounding", self, {"bootstrap_samples": 2, "num_examples": 0})
-        if not (0 < self.crop <= 1 and 0 <= self.smooth < np.inf):
+        # Written as `not`, so that NaN is refused too.
+        if not 0 < self.crop <= 1:
             raise UserError(
-                f"grounding.crop must be above 0 and at most 1, and grounding.smooth at least 0; "
-                f"got {self.crop} and {self.smooth}"
+                f"config.eval.grounding.crop is {self.crop}; use a number above 0, at most 1"
             )
+        if not 0 <= self.smooth < np.inf:
+            raise UserError(f"config.eval.grounding.smooth is {self.smooth}; use 0 or more")
 
 
 @dataclass(frozen=True)

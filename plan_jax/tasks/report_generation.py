@@ -155,7 +155,7 @@ class Options:
         never.
       decay_factor: see `decay_epochs`.
       weight_decay: the L2 penalty.
-      clip_norm: the largest absolute value of a gradient's entry; 0 for no bound. R2Gen clips by
+      clip_value: the largest absolute value of a gradient's entry; 0 for no bound. R2Gen clips by
         value, not by norm.
       batch: examples in a batch.
       epochs: the largest number of epochs.
@@ -190,7 +190,7 @@ class Options:
     decay_epochs: int = 50
     decay_factor: float = 0.1
     weight_decay: float = 5e-5
-    clip_norm: float = 0.1
+    clip_value: float = 0.1
     batch: int = 16
     epochs: int = 100
     patience: int = 10
@@ -215,7 +215,7 @@ class Options:
             "decay_epochs",
             "decay_factor",
             "weight_decay",
-            "clip_norm",
+            "clip_value",
             "no_repeat_ngram",
             "length_penalty",
             "max_train_records",
@@ -238,9 +238,10 @@ class Options:
         check_options("report_generation", self, minima | {"max_length": 2})
         if self.width % self.heads:
             lower = self.width // self.heads * self.heads
+            nearest = " or ".join(str(width) for width in (lower, lower + self.heads) if width)
             raise UserError(
-                f"report_generation.width {self.width} is not divisible by {self.heads} heads; use "
-                f"{lower or self.heads} or {lower + self.heads}"
+                f"config.eval.report_generation.width {self.width} is not divisible by "
+                f"{self.heads} heads; use {nearest}"
             )
 
 
@@ -264,7 +265,7 @@ def check(data: EvalData, options: Options) -> None:
         if not any(clean_report(text, options.cleaning) for text in texts):
             raise UserError(
                 f"task report_generation needs text in split {split}, and none of its {len(texts)} "
-                "records has any; add reports, or leave report_generation out of eval.tasks"
+                "records has any; add reports, or leave report_generation out of config.eval.tasks"
             )
 
 
@@ -373,7 +374,7 @@ def build_optimiser(options: Options, steps_per_epoch: int) -> optax.GradientTra
     def amsgrad(learning_rate: float) -> optax.GradientTransformation:
         schedule = optax.piecewise_constant_schedule(learning_rate, factors)
         return optax.chain(
-            optax.clip(options.clip_norm) if options.clip_norm else optax.identity(),
+            optax.clip(options.clip_value) if options.clip_value else optax.identity(),
             # Before the moments, as torch's Adam: an L2 penalty, not AdamW's decoupled decay.
             optax.add_decayed_weights(options.weight_decay),
             optax.scale_by_amsgrad(),

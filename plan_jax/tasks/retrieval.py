@@ -114,7 +114,7 @@ class Options:
         minima = {"per_class": 1, "bootstrap_samples": 2, "num_examples": 0}
         check_options("retrieval", self, minima)
         if any(cutoff < 1 for cutoff in self.cuts):
-            raise UserError(f"retrieval.cuts is {self.cuts}; use numbers of at least 1")
+            raise UserError(f"config.eval.retrieval.cuts is {self.cuts}; use numbers of at least 1")
 
 
 def requirements(options: Options) -> tuple[str, ...]:
@@ -187,7 +187,7 @@ def class_precision(
     if not candidates:
         raise UserError(
             f"no record has exactly one of {', '.join(classes)} and none of them unknown; use "
-            "fewer retrieval.classes"
+            "fewer config.eval.retrieval.classes"
         )
     count = np.bincount(label, minlength=len(classes))
     has_report = np.array([bool(record.text.strip()) for record in candidates])

@@ -159,11 +159,13 @@ class Options:
         check_options("segmentation", self, minima)
         if not 0 < self.threshold < 1:
             raise UserError(
-                f"segmentation.threshold is {self.threshold}; use a number between 0 and 1"
+                f"config.eval.segmentation.threshold is {self.threshold}; use a number between 0 "
+                "and 1"
             )
         if not self.targets or len({slug(name) for name in self.targets}) < len(self.targets):
             raise UserError(
-                f"segmentation.targets is {self.targets}; name at least one target, and each once"
+                f"config.eval.segmentation.targets is {self.targets}; name at least one target, "
+                "and each once"
             )
 
 
@@ -200,11 +202,13 @@ def check(data: EvalData, options: Options) -> None:
             if not any(target_mask(r, target, data.findings).any() for r in data.train):
                 raise UserError(
                     f"task segmentation needs masks or boxes of {target!r}, and no training record "
-                    f"has any; add some, or drop {target!r} from segmentation.targets"
+                    f"has any; add some, or drop {target!r} from config.eval.segmentation.targets"
                 )
         else:
             choices = ", ".join(dict.fromkeys([LUNGS, FINDINGS, *data.findings, *anatomy]))
-            raise UserError(f"segmentation.targets names {target!r}; choose from {choices}")
+            raise UserError(
+                f"config.eval.segmentation.targets names {target!r}; choose from {choices}"
+            )
 
 
 def evaluate(model: Model, data: EvalData, options: Options, context: TaskContext) -> Result:
@@ -228,7 +232,8 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     if not is_present.all():
         raise UserError(
             f"no training record has a mask of {options.targets[int(np.argmin(is_present))]!r} "
-            f"with segmentation.max_train_records {options.max_train_records}; use more records"
+            f"with config.eval.segmentation.max_train_records {options.max_train_records}; use "
+            "more records"
         )
     attached = _attach_decoder(tower, train, options, seed)
     description = f"{tower.name} {options} {tuple(data.findings)}"
@@ -363,7 +368,7 @@ def _check_anatomy(target: str, data: EvalData) -> None:
     if not any(_anatomy_names(record, target) for record in data.train):
         raise UserError(
             f"task segmentation needs masks of {target!r}, and no training record has one; add "
-            f"some, or drop {target!r} from segmentation.targets"
+            f"some, or drop {target!r} from config.eval.segmentation.targets"
         )
     for split in SPLITS:
         for n, record in enumerate(getattr(data, split)):

@@ -246,7 +246,7 @@ def _has_one_class(labels: Int[np.ndarray, "I F"], names: Sequence[str]) -> Bool
     if not is_usable.any():
         raise UserError(
             f"none of {len(labels)} records has exactly one of {', '.join(names)}; use "
-            "zero_shot.kind multilabel"
+            "config.eval.zero_shot.kind multilabel"
         )
     return is_usable
 
