@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -20,16 +23,20 @@ from absl import logging
 from plan_jax.data import schema
 from plan_jax.data.builders.pairs import Pairs, PairsConfig
 from plan_jax.data.builders.phantom import Phantom, PhantomConfig
+from plan_jax.data.sources import MESSAGES_FILE, SourceFiles
 from plan_jax.types import Record, UserError
 
 # Name -> builder, configuration. A new dataset is one file under builders/ and one line here.
-BUILDERS: dict[str, tuple[type, type]] = {
+BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.BuilderConfig]]] = {
     "phantom": (Phantom, PhantomConfig),
     "pairs": (Pairs, PairsConfig),
 }
 DEFAULT_DATA_DIR = "~/.cache/plan_jax"
 # The file that marks a prepared dataset: TFDS renames the folder when everything is written.
 _INFO_FILE = "dataset_info.json"
+# What the system says of a disk that takes no more. Libraries in C++ pass on the words only.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+MANY_FILES = 1000  # so many that hashing them takes long enough to be announced
 
 
 # Access ---------------------------------------------------------------------------------------
@@ -49,6 +56,8 @@ class Dataset(Sequence):
         region_names: Sequence[str] = (),
         *,
         name: str = "",
+        folder: Path | None = None,
+        fingerprint: str = "",
         cache: bool = False,
     ):
         """Initialises a dataset.
@@ -59,6 +68,8 @@ class Dataset(Sequence):
           anatomy_names: names of the anatomy masks.
           region_names: names of the boxes of regions.
           name: name of the dataset in messages.
+          folder: where the records are stored, for messages.
+          fingerprint: digest of what the records were made from, see `open_dataset`.
           cache: keep decoded pairs in memory for the life of the process.
         """
         self.source = source
@@ -66,6 +77,8 @@ class Dataset(Sequence):
         self.anatomy_names = tuple(anatomy_names)
         self.region_names = tuple(region_names)
         self.name = name
+        self.folder = folder
+        self.fingerprint = fingerprint
         self._cache: dict[int, schema.Pair] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -74,13 +87,15 @@ class Dataset(Sequence):
     def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return schema.deserialize(self.source[index], self.anatomy_names)
+        with _name_damage(self.folder):
+            return schema.deserialize(self.source[index], self.anatomy_names)
 
     def read_pair(self, index: int) -> schema.Pair:
         """Returns image, text, labels and regions of a study; decodes nothing else."""
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        pair = schema.deserialize_pair(self.source[index])
+        with _name_damage(self.folder):
+            pair = schema.deserialize_pair(self.source[index])
         if self._cache is not None:
             # A change in place would be part of every later epoch.
             pair.image.setflags(write=False)
@@ -93,45 +108,74 @@ class Dataset(Sequence):
 
 
 def open_dataset(
-    name: str, split: str, *, data_dir: str | None = None, cache: bool = False, **builder_config
+    name: str,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    cache: bool = False,
+    fingerprint: str = "",
+    **builder_config,
 ) -> Dataset:
     """Opens a split of a dataset; prepares the dataset first if necessary.
 
     The dataset is in `data_dir/name/<hash of the builder's configuration>/<version>`, so another
-    configuration is another folder.
+    configuration is another folder. If the files that records were made from have another content
+    now, they are prepared again in a folder of their own.
 
     Args:
       name: `phantom` or `pairs`.
       split: name of a split, or a part of one, as `train[:50%]`.
       data_dir: folder of all datasets (None: ~/.cache/plan_jax).
       cache: keep decoded images and texts in memory.
+      fingerprint: digest that manifest and files must have; "" accepts any.
       **builder_config: fields of the builder's configuration.
 
     Raises:
-      UserError: for an unknown name, split or field of the configuration, and for mistakes in the
-        builder's input.
+      UserError: for an unknown name, split or field of the configuration, for mistakes in the
+        builder's input, and for records that are damaged.
     """
-    builder = prepare_dataset(name, data_dir, builder_config)
-    split_names = tuple(builder.info.splits)
-    if split.split("[")[0] not in split_names:
+    builder, sources = prepare_dataset(name, data_dir, builder_config)
+    folder = Path(builder.data_dir)
+    actual_fingerprint = _fingerprint(builder.builder_config, sources)
+    if fingerprint and fingerprint != actual_fingerprint:
         raise UserError(
-            f"split {split!r} is not in dataset {name}; use one of {', '.join(split_names)}"
+            "the data are not those that the model was trained on: "
+            f"{_explain_difference(builder, sources, fingerprint)}; restore them, "
+            "train in another --workdir, or describe them in a config of data and eval only"
         )
+    counts = {name: info.num_examples for name, info in builder.info.splits.items()}
+    listed_counts = ", ".join(f"{name} {count}" for name, count in counts.items())
+    base = split.split("[")[0]
+    if base not in counts:
+        fraction = f"{base}_fraction"
+        remedy = (
+            f"add rows of that split, or raise {fraction}"
+            if hasattr(builder.builder_config, fraction)
+            else f"use one of {', '.join(counts)}"
+        )
+        raise UserError(
+            f"split {split!r} is not in dataset {name}, which has {listed_counts}; {remedy}"
+        )
+    try:
+        is_empty = builder.info.splits[split].num_examples == 0
+    except (AssertionError, ValueError):  # of TFDS's parser of `[...]`
+        raise UserError(f"split {split!r} cannot be read; write {base} or {base}[:50%]") from None
+    if is_empty:
+        raise UserError(f"split {split!r} has no rows; {base} of dataset {name} has {counts[base]}")
     # `Dataset` decodes by itself: training decodes only a part of a record.
     raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
-    try:
+    with _name_damage(folder):
         source = builder.as_data_source(split, deserialize_method=raw_bytes)
-    except (AssertionError, ValueError):  # of TFDS's parser of `[...]`
-        raise UserError(
-            f"split {split!r} cannot be read; write {split_names[0]} or {split_names[0]}[:50%]"
-        ) from None
-    metadata = builder.info.metadata
+    with _name_damage(folder):
+        metadata = dict(builder.info.metadata)
     return Dataset(
         source,
         metadata["findings"],
         metadata["anatomy"],
         metadata["regions"],
         name=name,
+        folder=folder,
+        fingerprint=actual_fingerprint,
         cache=cache,
     )
 
@@ -142,7 +186,94 @@ def list_splits(name: str, *, data_dir: str | None = None, **builder_config) -> 
     Raises:
       UserError: as `open_dataset`.
     """
-    return tuple(prepare_dataset(name, data_dir, builder_config).info.splits)
+    builder_config.pop("fingerprint", None)
+    builder, _ = prepare_dataset(name, data_dir, builder_config)
+    return tuple(builder.info.splits)
+
+
+@contextlib.contextmanager
+def _name_damage(folder: Path | None) -> Iterator[None]:
+    """Turns what goes wrong when the records in a folder are read into one sentence.
+
+    Raises:
+      UserError: the records cannot be read.
+    """
+    try:
+        yield
+    except Exception as error:  # readers and parsers raise many kinds
+        if isinstance(error, UserError | MemoryError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
+        place = f" in {folder}" if folder else ""
+        raise UserError(
+            f"the prepared records{place} are damaged ({reason}); delete the folder, and the next "
+            "run prepares it again"
+        ) from None
+
+
+# Identity -------------------------------------------------------------------------------------
+
+
+def _fingerprint(config: tfds.core.BuilderConfig, sources: SourceFiles | None) -> str:
+    """Returns the digests of manifest and files, or "" if records are not made from files."""
+    if sources is None:
+        return ""
+    return f"{config.identity()['manifest'][:12]}-{sources.digest[:12]}"
+
+
+def _explain_difference(
+    builder: tfds.core.DatasetBuilder, sources: SourceFiles | None, expected: str
+) -> str:
+    """Returns what has another content than the data of the expected fingerprint."""
+    config = builder.builder_config
+    if sources is None:
+        return f"dataset {builder.name} is not made from files"
+    if expected.partition("-")[0] != _fingerprint(config, sources).partition("-")[0]:
+        return f"manifest {config.manifest} has another content"
+    folder = Path(builder.data_dir)
+    for old_folder in _list_prepared(folder.parents[1], _hash_builder_config(config)):
+        old = _load_sources(old_folder, config)
+        if old is not None and _fingerprint(config, old) == expected:
+            return f"{_shorten(sources.compare(old))} in {config.root} changed"
+    return f"files in {config.root} have another content"
+
+
+def _load_sources(folder: Path, config: tfds.core.BuilderConfig) -> SourceFiles | None:
+    """Returns the files that records were made from; None if the builder reads none."""
+    if not hasattr(config, "root"):
+        return None
+    with _name_damage(folder):
+        return _UNSAVED.get(folder) or SourceFiles.load(folder)
+
+
+# Files whose new state could not be written, as the folder is read-only: hash them once a process.
+_UNSAVED: dict[Path, SourceFiles] = {}
+
+
+def _find_changes(
+    folder: Path, config: tfds.core.BuilderConfig, sources: SourceFiles | None
+) -> list[str]:
+    """Returns the paths of files that changed since the records in `folder` were made of them."""
+    if sources is None:
+        return []
+
+    def announce(count: int) -> None:
+        if count >= MANY_FILES:
+            print(f"checking {count} files in {config.root}", file=sys.stderr, flush=True)
+
+    before = sources.states
+    changes = sources.find_changes(config.root, announce)
+    if not changes and sources.states != before:
+        try:
+            sources.save(folder)
+        except OSError:
+            _UNSAVED[folder] = sources
+    return changes
+
+
+def _shorten(names: Sequence[str]) -> str:
+    """Returns the first name, and how many there are besides."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 # Preparation ----------------------------------------------------------------------------------
@@ -150,23 +281,71 @@ def list_splits(name: str, *, data_dir: str | None = None, **builder_config) -> 
 
 def prepare_dataset(
     name: str, data_dir: str | None, fields: Mapping[str, Any]
-) -> tfds.core.DatasetBuilder:
-    """Returns the builder of a dataset that is prepared, by this call or an earlier one.
+) -> tuple[tfds.core.DatasetBuilder, SourceFiles | None]:
+    """Prepares a dataset, unless an earlier call did.
+
+    Returns its builder, and the files that the records were made from; None if there are none.
 
     Raises:
-      UserError: for an unknown dataset or field, and for mistakes in the builder's input.
+      UserError: for an unknown dataset or field, for mistakes in the builder's input, and if the
+        records cannot be read or written.
     """
     config = make_builder_config(name, fields)
-    config.name = _hash_builder_config(config)
+    key = _hash_builder_config(config)
     builder_class, _ = BUILDERS[name]
     root = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
     with _silence_tfds():
-        builder = builder_class(config=config, data_dir=root)
-        if not (Path(builder.data_dir) / _INFO_FILE).exists():
-            _prepare_locked(builder)
-            # A builder reads `info` from disk when it is created, so this one has no splits.
+        prepared = _find_current(root / name, key, config) or _prepare_locked(root, key, config)
+        folder, sources = prepared
+        config.name = folder.parent.name
+        # A builder reads `info` from disk when it is created.
+        with _name_damage(folder):
             builder = builder_class(config=config, data_dir=root)
-    return builder
+    _print_messages(folder)
+    return builder, sources
+
+
+def _list_prepared(location: Path, key: str) -> list[Path]:
+    """Returns the complete folders of a configuration: `<key>/<version>`, `<key>-2/<version>`."""
+    builder_class, _ = BUILDERS[location.name]
+    version = str(builder_class.VERSION)
+    return sorted(
+        (path.parent for path in location.glob(f"{key}*/{version}/{_INFO_FILE}")),
+        key=lambda folder: (len(folder.parent.name), folder.parent.name),
+    )
+
+
+def _find_current(
+    location: Path, key: str, config: tfds.core.BuilderConfig
+) -> tuple[Path, SourceFiles | None] | None:
+    """Returns the folder whose records were made from the files as they are now, and the files.
+
+    Returns None if there is no such folder.
+    """
+    for folder in reversed(_list_prepared(location, key)):
+        sources = _load_sources(folder, config)
+        if not _find_changes(folder, config, sources):
+            return folder, sources
+    return None
+
+
+def repeat_messages() -> None:
+    """Lets the messages about every dataset be printed once more, at the start of a run."""
+    _reported.clear()
+
+
+def _print_messages(folder: Path) -> None:
+    """Prints what the builder had to say about the data, once in a run."""
+    if folder in _reported:
+        return
+    _reported.add(folder)
+    path = folder / MESSAGES_FILE
+    if path.exists():
+        with _name_damage(folder):
+            print(path.read_text(), end="", file=sys.stderr, flush=True)
+
+
+_reported: set[Path] = set()  # folders whose messages are on the screen
 
 
 def make_builder_config(name: str, fields: Mapping[str, Any]) -> tfds.core.BuilderConfig:
@@ -235,41 +414,126 @@ def _hash_builder_config(config: tfds.core.BuilderConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _prepare_locked(builder: tfds.core.DatasetBuilder) -> None:
+def _prepare_locked(
+    root: Path, key: str, config: tfds.core.BuilderConfig
+) -> tuple[Path, SourceFiles | None]:
     """Prepares a dataset under a lock: of several processes one prepares it, the others wait.
 
     TFDS writes into a folder called `incomplete.*` and renames it at the end. A process that is
-    killed leaves nothing that looks complete.
+    killed leaves nothing that looks complete. Without locks every process writes a folder of its
+    own, and the first that is complete counts.
+
+    Returns the folder of the records, and the files that they were made from.
     """
-    folder = Path(builder.data_dir)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / ".lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"data folder {folder.parent} cannot be written ({error.strerror}); use another one"
-        ) from None
-    with lock:
-        # The system releases the lock of a process that dies.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (folder / _INFO_FILE).exists():  # another process prepared it while this one waited
-            return
-        # Under the lock, an incomplete folder belongs to a process that has died.
-        for stale in [folder, *folder.parent.glob("incomplete.*")]:
-            shutil.rmtree(stale, ignore_errors=True)
-        print(f"preparing {builder.name} in {folder} ... ", end="", file=sys.stderr, flush=True)
+    builder_class = next(kind for kind, fields in BUILDERS.values() if isinstance(config, fields))
+    location = root / builder_class.name
+    with _lock(location / key) as is_locked:
+        if prepared := _find_current(location, key, config):  # while this process waited
+            return prepared
+        outdated = _list_prepared(location, key)
+        _explain_outdated(outdated, config)
+        names = {folder.parent.name for folder in outdated}
+        config.name = next(
+            name
+            for name in (key if number == 1 else f"{key}-{number}" for number in itertools.count(1))
+            if name not in names
+        )
+        folder = location / config.name / str(builder_class.VERSION)
+        if is_locked:  # so an incomplete folder belongs to a process that has died
+            for stale in [folder, *folder.parent.glob("incomplete.*")]:
+                shutil.rmtree(stale, ignore_errors=True)
+        print(
+            f"preparing {builder_class.name} in {folder} ... ", end="", file=sys.stderr, flush=True
+        )
         start = time.monotonic()
+        builder = builder_class(config=config, data_dir=root)
         try:
             builder.download_and_prepare(file_format="array_record")
-        except BaseException:  # a Ctrl-C too must end the line
+        except BaseException as error:  # a Ctrl-C too must end the line
             print("failed", file=sys.stderr, flush=True)
+            if not is_locked and (prepared := _find_current(location, key, config)):
+                return prepared  # another process was faster
+            if reason := _find_disk_error(error):
+                raise UserError(
+                    f"data folder {folder.parent} cannot be written ({reason}); "
+                    f"{_describe_disk(location)}, or set config.data.dir to another folder"
+                ) from None
             raise
         sizes = ", ".join(
             f"{name} {info.num_examples}" for name, info in builder.info.splits.items()
         )
         print(f"{sizes}; {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
-        for message in getattr(builder, "messages", ()):
-            print(message, file=sys.stderr, flush=True)
+        return folder, _load_sources(folder, config)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Locks a folder, which is created if necessary; yields whether its drive has locks.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"data folder {folder} cannot be written ({error.strerror}); "
+            "set config.data.dir to another folder"
+        ) from None
+    with lock:
+        is_locked = True
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"waiting for another process that prepares {folder}"
+                print(message, file=sys.stderr, flush=True)
+                # The system releases the lock of a process that dies.
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some network drives have no locks
+            is_locked = False
+            print(
+                f"data folder {folder} has no locks ({error.strerror}); it is prepared without",
+                file=sys.stderr,
+                flush=True,
+            )
+        yield is_locked
+
+
+def _explain_outdated(folders: Sequence[Path], config: tfds.core.BuilderConfig) -> None:
+    """Prints why records are prepared again, and how to free the space of the old ones."""
+    if folders:
+        sources = _load_sources(folders[-1], config)
+        changes = _shorten(_find_changes(folders[-1], config, sources))
+        size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
+        print(
+            f"{changes} in {config.root} changed since the records were prepared; to free "
+            f"{size / 1e6:.1f} MB, delete {', '.join(str(folder.parent) for folder in folders)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _find_disk_error(error: BaseException | None) -> str:
+    """Returns what the system says of a disk that takes no more, or "" if it is something else."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return os.strerror(error.errno)
+        for number in _DISK_ERRORS:
+            if os.strerror(number).lower() in str(error).lower():
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _describe_disk(location: Path) -> str:
+    """Returns the remedy for a disk that takes no more."""
+    try:
+        free = shutil.disk_usage(location).free
+    except OSError:
+        return "free the disk"
+    return f"free the disk, which has {free / 1e6:.1f} MB left"
 
 
 @contextlib.contextmanager

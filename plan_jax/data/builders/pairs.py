@@ -14,6 +14,7 @@ from jaxtyping import Bool
 
 from plan_jax.data import images, schema
 from plan_jax.data.pairs import annotations, manifest
+from plan_jax.data.sources import MESSAGES_FILE, SourceFiles
 from plan_jax.types import Record, UserError
 
 # What a column can contain.
@@ -78,10 +79,10 @@ class PairsConfig(tfds.core.BuilderConfig):
         return Path(os.path.abspath(folder.expanduser()))
 
     def identity(self) -> dict[str, Any]:
-        """Returns all that the records depend on.
+        """Returns all that the records depend on, beside the content of images and masks.
 
         That is every field; for the manifest its content, because its name may stay the same when
-        its content changes.
+        its content changes. Where the folder is does not matter: data can be moved.
 
         Raises:
           UserError: if the manifest or the folder does not exist.
@@ -98,7 +99,7 @@ class PairsConfig(tfds.core.BuilderConfig):
             if field.name not in inherited
         }
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return values | {"manifest": digest + path.suffix, "images": str(self.root)}
+        return values | {"manifest": digest + path.suffix, "images": ""}
 
 
 def _to_builtin(value: Any) -> Any:
@@ -132,7 +133,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     Rows that cannot be used are skipped and reported in `messages`.
     """
 
-    VERSION = tfds.core.Version("1.2.0")
+    VERSION = tfds.core.Version("1.3.0")
     builder_config: PairsConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -146,6 +147,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         self._skipped: list[str] = []
+        self._sources = SourceFiles()
         studies = self._read_studies()
         self._check_skipped()
         manifest.check_patient_leaks((study.patient_id, study.split) for study in studies)
@@ -199,6 +201,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             if not (config.text_optional or any(map(str.isalnum, text))):
                 raise ValueError("its text is empty")
             if not full_path.is_file():
+                self._sources.add(config.root, full_path)  # it may exist later
                 raise ValueError("does not exist")
             boxes = annotations.parse_boxes(cells["boxes"], text)
             label_cells = {name: manifest.get_cell(row, name) for name in config.label_columns}
@@ -288,17 +291,13 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             raise UserError(
                 f"split {split!r} has no usable row: {self._list_skipped()}; fix one of them"
             )
-        # Splits are generated one after the other; the last one writes the complete list.
-        if self._skipped:
-            (Path(self.data_dir) / SKIPPED_FILE).write_text("\n".join(self._skipped) + "\n")
-            self.messages = [
-                f"skipped {len(self._skipped)} of {self._num_rows} rows: {self._list_skipped()}"
-            ]
+        self._write_reports(Path(self.data_dir))
 
     def _read_record(self, study: _Study) -> Record | str:
         """Returns the record of a study, or the reason why it cannot be used."""
         try:
             path = self._resolve_path(study.path, study.number)
+            self._sources.add(self.builder_config.root, path)
             image, shape = images.read_image(path, self.builder_config.size)
             masks = self._read_masks(study.masks, study.number, shape, image.shape)
             anatomy = self._read_masks(study.anatomy, study.number, shape, image.shape)
@@ -337,6 +336,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     ) -> dict[str, Bool[np.ndarray, "Y X"]]:
         """Reads the masks of a row by name, resized as its image."""
         full_paths = {name: self._resolve_path(path, number) for name, path in paths.items()}
+        for path in full_paths.values():
+            self._sources.add(self.builder_config.root, path)
         return {
             name: images.read_mask(path, shape, *new_shape) for name, path in full_paths.items()
         }
@@ -351,6 +352,19 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         return np.asarray([values.get(name, -1) for name in self._findings], np.int8)
 
     # Report -----------------------------------------------------------------------------------
+
+    def _write_reports(self, folder: Path) -> None:
+        """Writes what later runs need to know: files, skipped rows and messages.
+
+        Splits are generated one after the other; the last one writes the complete lists.
+        """
+        self._sources.save(folder)
+        if self._skipped:
+            (folder / SKIPPED_FILE).write_text("\n".join(self._skipped) + "\n")
+            self.messages = [
+                f"skipped {len(self._skipped)} of {self._num_rows} rows: {self._list_skipped()}"
+            ]
+            (folder / MESSAGES_FILE).write_text("\n".join(self.messages) + "\n")
 
     def _list_skipped(self) -> str:
         num_hidden = len(self._skipped) - MAX_REPORTED_ROWS

@@ -1,0 +1,117 @@
+"""Files that records are made from: a change of content is noticed, a move is none."""
+
+import os
+import shutil
+import time
+
+import pytest
+
+from plan_jax.data import sources
+from plan_jax.data.sources import SourceFiles
+
+OLD = 1_600_000_000  # seconds; a time that no clock takes for now
+
+
+def write(path, content, seconds=OLD):
+    path.write_bytes(content)
+    os.utime(path, (seconds, seconds))
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        write(folder / f"{number}.png", b"image %d" % number)
+    return folder
+
+
+@pytest.fixture
+def files(root):
+    return make_files(root)
+
+
+def make_files(root, *more):
+    files = SourceFiles()
+    for name in (*(f"{number}.png" for number in range(4)), *more):
+        files.add(root, root / name)
+    return files
+
+
+def test_unchanged_files_are_not_hashed_again(root, files, monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "YOUNG_NS", -(2**62))  # so that all times count at once
+    files = make_files(root)
+    files.save(tmp_path)
+    monkeypatch.setattr(sources, "_hash_file", lambda path: pytest.fail(f"{path} was hashed"))
+    assert SourceFiles.load(tmp_path).find_changes(root) == []
+
+
+@pytest.mark.parametrize("seconds", [OLD, OLD + 1, OLD - 1])
+@pytest.mark.parametrize("content", [b"IMAGE 1", b"another image", b""])
+def test_a_change_in_place_is_found_whatever_its_size_and_time(root, files, content, seconds):
+    write(root / "1.png", content, seconds)
+    assert files.find_changes(root) == ["1.png"]
+
+
+def test_a_file_that_appears_or_disappears_is_a_change(root, tmp_path):
+    files = make_files(root, "later.png")
+    files.save(tmp_path)
+    assert SourceFiles.load(tmp_path).find_changes(root) == []
+    write(root / "later.png", b"now")
+    assert files.find_changes(root) == ["later.png"]
+    (root / "later.png").unlink()
+    (root / "2.png").unlink()
+    assert files.find_changes(root) == ["2.png"]
+    (root / "2.png").mkdir()
+    assert files.find_changes(root) == ["2.png"]
+
+
+def test_a_link_to_another_file_is_a_change(root, files):
+    (root / "1.png").unlink()
+    (root / "1.png").symlink_to(root / "2.png")
+    assert files.find_changes(root) == ["1.png"]
+
+
+def test_a_copy_has_the_same_identity_and_is_hashed_once(root, files, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy, copy_function=shutil.copyfile)  # with times of its own
+    assert files.find_changes(copy) == []
+    assert files.digest == make_files(copy).digest
+    monkeypatch.setattr(sources, "YOUNG_NS", -(2**62))
+    numbers = []
+    files.find_changes(copy, numbers.append)
+    assert files.find_changes(copy, numbers.append) == [] and numbers == [4]
+
+
+def test_a_change_within_the_step_of_the_clock_is_found(root, monkeypatch):
+    """On drives with coarse clocks a second change leaves the size and the times as they were."""
+    now = time.time_ns()
+    monkeypatch.setattr(sources, "_read_state", lambda path: (7, now, now))
+    files = make_files(root)
+    write(root / "3.png", b"IMAGE 3")
+    assert files.find_changes(root) == ["3.png"]
+
+
+def test_the_digest_depends_on_every_content(root, files):
+    write(root / "0.png", b"IMAGE 0")
+    changed = make_files(root)
+    assert changed.digest != files.digest
+    assert changed.compare(files) == ["0.png"]
+    write(root / "0.png", b"image 0")
+    assert make_files(root).digest == files.digest
+
+
+def test_a_list_survives_the_disk(files, tmp_path, root):
+    files.save(tmp_path)
+    again = SourceFiles.load(tmp_path)
+    assert (again.digest, again.states, len(again)) == (files.digest, files.states, 4)
+    assert [path.name for path in tmp_path.glob("sources*")] == [sources.SOURCES_FILE]
+    with pytest.raises(FileNotFoundError):
+        SourceFiles.load(root)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"paths": 1}', "\0"])
+def test_a_damaged_list_is_reported(tmp_path, content):
+    (tmp_path / sources.SOURCES_FILE).write_text(content)
+    with pytest.raises(ValueError):
+        SourceFiles.load(tmp_path)
