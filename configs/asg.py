@@ -20,6 +20,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     else:
         config.vision = ConfigDict({"name": "vit_b16"})
         config.weights.vision = "timm/deit_base_patch16_224.fb_in1k"
+        config.normalisation = "imagenet"
         config.batch = 288  # 72 on each of 4 GPUs
         config.steps = 37_500
         config.optim.learning_rate = 4e-5

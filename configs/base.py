@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     config.heads.text_local = "norm"
     config.embed_dim = 64  # width of the shared space
     config.head_hidden_dim = 128  # of heads of kind mlp
-    config.normalisation = "image"  # per image; `fixed` is what published encoders expect
+    config.normalisation = "image"  # per image; published weights: fixed, unit (BioViL), imagenet
     config.channels = 1  # 3 for encoders pretrained on colour images
     config.fine_map = False  # also project the map one stage earlier, for PLAN's later rounds
     config.weights = ConfigDict()  # a file, a folder, a hub id or package:NAME; "" is random

@@ -20,6 +20,7 @@ from plan_jax import parallel
 from plan_jax.data.dataset import BUILDERS, builder_fields
 from plan_jax.data.prompts import PROMPT_SETS
 from plan_jax.encoders.bert import BERTS, Bert
+from plan_jax.encoders.dual_encoder import NORMALISATIONS
 from plan_jax.encoders.resnet import RESNETS, ResNet
 from plan_jax.encoders.vit import VITS, ViT
 from plan_jax.methods import METHODS
@@ -235,7 +236,7 @@ class Config(Section):
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     embed_dim: int = 64  # width of the shared space
     head_hidden_dim: int = 128  # hidden width of heads of kind mlp
-    normalisation: str = "image"  # of grey values: `image` is per image, `fixed` is (x - 0.5) / 0.5
+    normalisation: str = "image"  # of grey values: image, fixed, unit or imagenet (`DualEncoder`)
     channels: int = 1  # grey values repeated; 3 for encoders pretrained on colour images
     fine_map: bool = False  # also project the map one stage earlier, for PLAN's later rounds
     weights: WeightsConfig = field(default_factory=WeightsConfig)
@@ -253,7 +254,13 @@ class Config(Section):
         self.between(1, 3, "channels")
         self.decay("ema_decay")
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
-        check_choice("normalisation", self.normalisation, ("image", "fixed"))
+        check_choice("normalisation", self.normalisation, NORMALISATIONS)
+        check_that(
+            self.normalisation != "imagenet" or self.channels == 3,
+            "channels",
+            self.channels,
+            "normalisation imagenet has a mean for each of 3 colours; set channels to 3",
+        )
         check_that(
             not (self.fine_map and self.vision["name"] in VITS),
             "fine_map",

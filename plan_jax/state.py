@@ -138,7 +138,12 @@ def load_published_weights(
     ):
         if source := getattr(config.weights, side):
             load = functools.partial(
-                weights.load_tower, side, source, log=parallel.print_once, num_heads=heads
+                weights.load_tower,
+                side,
+                source,
+                log=parallel.print_once,
+                num_heads=heads,
+                normalisation=config.normalisation,
             )
             replace(part, load)
     if source := config.weights.heads:

@@ -72,3 +72,35 @@ def test_bfloat16_rounds_little_more_than_the_plain_one():
         errors.append([float(jnp.abs(a - b).mean()) for a, b in pairs])
     for kernel_error, plain_error in zip(*errors, strict=True):
         assert 0 < kernel_error < 1.5 * plain_error
+
+
+def exact_attention(query, key, value, cotangent):
+    """Values and gradients in float64, by the formula."""
+    q, k, v, g = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (query, key, value, cotangent))
+    scale = q.shape[-1] ** -0.5
+    logits = scale * q @ k.swapaxes(2, 3)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    grads = g @ v.swapaxes(2, 3)
+    grads = scale * weights * (grads - (weights * grads).sum(-1, keepdims=True))
+    results = weights @ v, grads @ k, grads.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ g
+    return [x.swapaxes(1, 2) for x in results]
+
+
+@pytest.mark.parametrize(("spread", "mean"), [(3.0, 0.0), (1.0, 10.0), (0.1, 3.0)])
+def test_logits_computed_twice_cost_no_accuracy(spread, mean):
+    """Values far from 0, whose gradients cancel, and weights computed anew for the gradient."""
+    query, key = (spread * draw(2, 110, 4, 24, seed=n) + 0.5 for n in range(2))
+    value, cotangent = 0.1 * draw(2, 110, 4, 24, seed=2) + mean, draw(2, 110, 4, 24, seed=3) + 1
+    exact = exact_attention(query, key, value, cotangent)
+    errors = []
+    for function in (attend, jax.nn.dot_product_attention):
+        out, grads = value_and_gradients(function, cotangent, query, key, value)
+        errors.append(
+            [
+                np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+                for a, b in zip((out, *grads), exact, strict=True)
+            ]
+        )
+    for kernel_error, plain_error in zip(*errors, strict=True):
+        assert kernel_error < 3 * plain_error + 1e-6, errors

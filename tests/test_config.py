@@ -63,6 +63,7 @@ def test_ints_become_floats_and_lists_tuples(content):
         ("", "ema_decay", 1.0, "below 1"),
         ("", "batch", 1, "use at least 2"),
         ("", "channels", 4, "use 1 to 3"),
+        ("", "normalisation", "zscore", "use one of image, fixed, unit, imagenet"),
     ],
 )
 def test_values_out_of_range_are_refused(content, section, field, value, remedy):
@@ -71,6 +72,13 @@ def test_values_out_of_range_are_refused(content, section, field, value, remedy)
         Config.from_dict(content)
     name = f"config.{section}.{field}" if section else f"config.{field}"
     assert str(error.value).startswith(f"{name} is {value!r}; ") and remedy in str(error.value)
+
+
+def test_colours_of_imagenet_need_three_channels(content):
+    content |= {"normalisation": "imagenet", "channels": 1}
+    with pytest.raises(UserError, match="config.channels is 1; .* set channels to 3"):
+        Config.from_dict(content)
+    assert Config.from_dict(content | {"channels": 3}).normalisation == "imagenet"
 
 
 NONSENSE = [None, 3, "x", ["x"], [None], {}, {"a": 1}, {"name": ["x"]}, True, float("nan"), -1, 2.5]

@@ -166,3 +166,19 @@ def test_bfloat16_is_near_float32_and_keeps_float32_parameters():
     actual = half.apply(variables, draw_images(), method="encode_image")
     assert actual.local.dtype == jnp.float32
     np.testing.assert_allclose(actual.pooled, expected.pooled, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "low", "high"),
+    [
+        ("fixed", [-1, -1, -1], [1, 1, 1]),
+        ("unit", [0, 0, 0], [1, 1, 1]),
+        # ImageNet's mean and deviation of red, green and blue.
+        ("imagenet", [-2.117904, -2.035714, -1.804444], [2.248908, 2.428571, 2.64]),
+    ],
+)
+def test_grey_values_are_scaled_as_published(normalisation, low, high):
+    encoder = make_encoder(normalisation=normalisation, channels=3)
+    image = jnp.asarray([[[[0], [255]]]], jnp.uint8)
+    x = encoder.apply({}, image, method="_normalise")
+    np.testing.assert_allclose(x[0, 0], [low, high], atol=1e-5)

@@ -66,6 +66,23 @@ def test_the_largest_of_packed_words_is_that_of_padded_ones():
     compare(*features.make(pairs=5), HYPER, "max")
 
 
+def test_repeated_words_do_not_multiply_the_gradient_of_the_largest():
+    """A float that is compared with its maximum lets every repeated word pass; only one is it."""
+    images, texts = features.make(pairs=4, words=4)
+    mask = jnp.ones_like(texts.mask)
+    repeated = jnp.repeat(texts.local[:, :1], 4, 1)
+
+    def total(words):
+        return gloria.local_scores(images.local, words, mask, HYPER, "max").sum()
+
+    def plain_total(words):
+        return padded(images.local, words, mask, HYPER, "max").sum()
+
+    # Where all words of a text are equal, they move the score together whichever of them it is.
+    actual, expected = (jax.jit(jax.grad(f))(repeated).sum(1) for f in (total, plain_total))
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_more_pixels_than_dimensions_and_texts_than_images():
     images, texts = features.make(pairs=9, dim=4, grid=(5, 5))
     compare(features.permute(images, np.arange(4)), texts, HYPER)

@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from plan_jax.layers.transformer import (
+    Attention,
     TransformerLayer,
     attention_weights,
     dropout,
@@ -130,6 +131,25 @@ def test_each_dropout_acts_only_with_a_key(rate):
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert np.abs(outputs[0] - outputs[2]).max() > 0.01
     assert np.abs(outputs[0] - expected).max() > 0.01
+
+
+def test_each_head_drops_weights_of_its_own():
+    """As torch's attention has it: heads that are equal without dropout differ with it."""
+    width, heads = 8, 4
+    module = Attention(width, heads, use_bias=False, dropout=0.5)
+    x = draw(2, 6, width)
+    memory_of = lambda variables: module.apply(variables, x, method="project")  # noqa: E731
+    same_value = jnp.tile(draw(width, width // heads), (1, heads))
+    params = {name: {"kernel": jnp.zeros((width, width))} for name in ("query", "key")}
+    params |= {"value": {"kernel": same_value}, "out": {"kernel": jnp.eye(width)}}
+    variables = {"params": params}
+    plain, _ = module.apply(variables, x, memory_of(variables))
+    dropped, _ = module.apply(variables, x, memory_of(variables), key=KEY)
+    plain, dropped = (np.reshape(y, (2, 6, heads, -1)) for y in (plain, dropped))
+    assert np.abs(plain - plain[:, :, :1]).max() < 1e-6
+    for first in range(heads):
+        for second in range(first):
+            assert np.abs(dropped[:, :, first] - dropped[:, :, second]).max() > 0.1
 
 
 def test_dropout_keeps_the_mean():

@@ -31,6 +31,7 @@ def make_content(**weights):
     config["text"] = {"name": "bert_tiny", "pool": "cls"}
     config["heads"] = dict.fromkeys(config["heads"], "mlp")
     config |= {"method": "convirt", "hyper": {}, "fine_map": False, "steps": 0}
+    config["normalisation"] = "fixed"
     config["weights"] |= weights
     return config
 
@@ -106,7 +107,7 @@ def test_a_published_checkpoint_is_evaluated_without_training(mgca, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     config = make_content(vision=path, text=path, heads=path)
     config["eval"]["tasks"] = ("retrieval",)
-    prefixes = ("vision", "text", "heads", "weights")
+    prefixes = ("vision", "text", "heads", "weights", "normalisation")
     flags = [
         f"--config.{name}={value}"
         for name, value in flatten(config)
@@ -127,6 +128,13 @@ def test_a_published_checkpoint_is_evaluated_without_training(mgca, tmp_path, mo
         and trained_metrics["steps"] == 0
     )
     assert trained_metrics["params_sha256"] == metrics["params_sha256"]
+
+
+def test_weights_refuse_images_of_another_scale(mgca):
+    """What an original computes and no array shows."""
+    content = make_content(vision=mgca[1]) | {"normalisation": "image"}
+    with pytest.raises(UserError, match="normalisation is image; set it to fixed"):
+        init_from(content)
 
 
 def test_heads_of_another_kind_are_refused(mgca):

@@ -13,14 +13,15 @@ from flax import traverse_util
 from published import assert_identical, fill_randomly, publish, tower_template
 from safetensors.numpy import load_file, save_file
 
-from plan_jax.encoders.dual_encoder import ProjectionHead
+from plan_jax.encoders.dual_encoder import ProjectionHead, make_text_tower
 from plan_jax.types import UserError
 from plan_jax.weights import find_source, load_head, load_tower, read_arrays
 from plan_jax.weights.convert import resize_bicubic
-from plan_jax.weights.layouts import PREFIXES, recognise_layout
+from plan_jax.weights.layouts import NORMALISATION_OF_ORIGIN, PREFIXES, recognise_layout
 
 KINDS = ("resnet", "bottleneck", "vit", "bert")
 CLI = "tools/convert_weights.py"
+MGCA_TEXT = "text_encoder_q.model."
 
 
 def tower_of(kind):
@@ -45,10 +46,10 @@ def save(tmp_path):
     return write_file
 
 
-def load_through_file(kind, state_dict, template, save):
+def load_through_file(kind, state_dict, template, save, **options):
     """Returns a tower's trees loaded from a file, and the sentences logged."""
-    notes = []
-    return load_tower(tower_of(kind), save(state_dict), template, log=notes.append), notes
+    notes, source = [], save(state_dict)
+    return load_tower(tower_of(kind), source, template, log=notes.append, **options), notes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,9 +81,37 @@ def test_prefixes(kind, prefix, save):
     heads = {"resnet": "fc.weight", "vit": "head.bias", "bert": "pooler.dense.weight"}
     ignored = [prefix + heads[kind], *other_parts]
     state |= {key: np.ones(3, np.float32) for key in ignored}
-    loaded, notes = load_through_file(kind, state, template, save)
+    normalisation = NORMALISATION_OF_ORIGIN.get(PREFIXES[prefix][0], "image")
+    loaded, notes = load_through_file(kind, state, template, save, normalisation=normalisation)
     assert_identical(loaded, trees)
     assert not notes
+
+
+@pytest.mark.parametrize(
+    ("origin", "prefix", "right"),
+    [
+        ("BioViL", "encoder.encoder.", "unit"),
+        ("GLoRIA", "gloria.img_encoder.model.", "fixed"),
+        ("MGCA", "img_encoder_q.model.", "fixed"),
+        ("ASG", "img_encoder_q.model.", "imagenet"),
+    ],
+)
+def test_images_are_normalised_as_the_weights_were_trained(origin, prefix, right, save):
+    template = tower_template("resnet")
+    state = publish("resnet", fill_randomly(template), prefix)
+    if origin == "ASG":  # MGCA's names, and a decoder of tags
+        state["irl.mlp_head.0.weight"] = np.ones((1, 3), np.float32)
+    load_through_file("resnet", state, template, save, normalisation=right)
+    for wrong in {"image", "fixed", "unit", "imagenet"} - {right}:
+        message = error_of(
+            lambda wrong=wrong: load_through_file(
+                "resnet", state, template, save, normalisation=wrong
+            )
+        )
+        assert f"are {origin}'s" in message
+        assert f"normalisation is {wrong}; set it to {right}" in message
+    (note,) = load_through_file("resnet", state, template, save)[1]
+    assert f"config.normalisation {right}" in note
 
 
 def test_the_longest_prefix_wins():
@@ -291,7 +320,7 @@ def test_vocabulary_and_positions_of_bert(save):
     assert "set data.tokenizer" in message
 
 
-def test_old_names_of_layer_norm_and_no_type_embedding(save):
+def test_old_names_of_layer_norm(save):
     template = tower_template("bert")
     trees = fill_randomly(template)
     old_names = {
@@ -300,14 +329,50 @@ def test_old_names_of_layer_norm_and_no_type_embedding(save):
     }
     assert sum(key.endswith(".gamma") for key in old_names) == 5
     assert_identical(load_through_file("bert", old_names, template, save)[0], trees)
-    state = publish("bert", trees, "text_encoder_q.model.")
-    del state["text_encoder_q.model.embeddings.token_type_embeddings.weight"]
-    cross = "text_encoder_q.model.encoder.layer.0.crossattention.self.query.weight"
-    loaded, notes = load_through_file("bert", state | {cross: np.ones((2, 2))}, template, save)
-    trees["params"]["type"] = np.zeros_like(trees["params"]["type"])
+
+
+@pytest.fixture
+def mgca_state():
+    """Random trees, and MGCA's state dict of them: no type embedding, and unused layers."""
+    trees = fill_randomly(tower_template("bert"))
+    state = publish("bert", trees, MGCA_TEXT)
+    del state[f"{MGCA_TEXT}embeddings.token_type_embeddings.weight"]
+    cross = f"{MGCA_TEXT}encoder.layer.0.crossattention.self.query.weight"
+    return trees, state | {cross: np.ones((2, 2), np.float32)}
+
+
+def test_a_text_tower_without_positions_gives_its_own_vectors(mgca_state, save):
+    """A layout whose original reads an array otherwise than its name says."""
+    trees, state = mgca_state
+    loaded, (note,) = load_through_file("bert", state, tower_template("bert"), save)
+    assert "params/type is zero" in note and "every token the first position" in note
+    tower = make_text_tower("bert_tiny", 30, jnp.float32, depth=2, positions=16)
+    rng = np.random.default_rng(1)
+    tokens = jnp.asarray(rng.integers(5, 30, (3, 9))).at[1, 6:].set(0)
+    word_index = jnp.where(tokens > 0, jnp.arange(9), -1)
+    actual = tower.apply({"params": loaded["params"]}, tokens, word_index, word_index)
+
+    # The published computation: piece and first position alone, before the first norm.
+    params = jax.tree.map(np.asarray, trees["params"])
+    params["token"] = {"embedding": params["token"]["embedding"] + params["position"][:1]}
+    params |= {name: np.zeros_like(params[name]) for name in ("position", "type")}
+    expected = tower.apply({"params": params}, tokens, word_index, word_index)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), actual, expected)
+
+    # The order of tokens means nothing to such a tower: pooled and words move with it.
+    order = np.array([0, 4, 2, 3, 1, 5, 8, 7, 6])
+    permuted = tower.apply({"params": loaded["params"]}, tokens[:1, order], *[word_index[:1]] * 2)
+    np.testing.assert_allclose(permuted.words[0], actual.words[0][order], atol=1e-4)
+
+
+def test_another_bert_under_the_same_prefix_keeps_its_positions(mgca_state, save):
+    trees, state = mgca_state
+    template = tower_template("bert")
+    whole = publish("bert", trees, MGCA_TEXT)
+    loaded, notes = load_through_file("bert", whole, template, save)
     assert_identical(loaded, trees)
-    assert "params/type is zero, because MGCA has none" in notes[0]
-    state = {k.removeprefix("text_encoder_q.model."): v for k, v in state.items()}
+    assert not notes
+    state = {key.removeprefix(MGCA_TEXT): value for key, value in state.items()}
     assert "missing: params/type (2, 16)" in error_of(
         lambda: load_through_file("bert", state, template, save)
     )

@@ -21,6 +21,10 @@ from plan_jax.layers.batch_norm import BatchNorm
 from plan_jax.layers.resize import resize_bilinear
 from plan_jax.types import Batch, Features, Stages, TextBatch
 
+# How grey values become the input of the image tower; `DualEncoder` describes each.
+NORMALISATIONS = ("image", "fixed", "unit", "imagenet")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def make_image_tower(name: str, axis: str | None, dtype: Any, **sizes: Any) -> ResNet | ViT:
     """Returns the image tower called `name` (a row of RESNETS or VITS), with `sizes` replaced.
@@ -97,9 +101,10 @@ class DualEncoder(nn.Module):
       heads: the kind of each head: image_global, image_local, text_global, text_local. A `shared`
         local head is the global one applied to each pixel or word with its running statistics
         (ConVIRT has no other: its heat map is a class activation map).
-      normalisation: of grey values, `image` (each image to mean 0, variance 1) or `fixed`
-        ((x - 0.5) / 0.5, as MGCA and GLoRIA do).
-      channels: how often the grey channel is repeated.
+      normalisation: of grey values x from 0 to 1: `image` (each image to mean 0, variance 1),
+        `fixed` ((x - 0.5) / 0.5, as MGCA and GLoRIA have it), `unit` (x itself, BioViL) or
+        `imagenet` (mean and deviation of ImageNet's three colours, ASG).
+      channels: how often the grey channel is repeated; `imagenet` needs 3.
       fine_map: whether there is a head on the map one stage earlier.
       axis: the mapped device axis of BatchNorm; None on one device.
     """
@@ -204,6 +209,8 @@ class DualEncoder(nn.Module):
         if self.normalisation == "image":
             mean, std = x.mean((1, 2, 3), keepdims=True), x.std((1, 2, 3), keepdims=True)
             x = (x - mean) / (std + 1e-3)  # an empty image has no spread
-        else:
+        elif self.normalisation == "fixed":
             x = (x - 0.5) / 0.5
+        elif self.normalisation == "imagenet":
+            x = (x - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
         return x.astype(self.dtype)

@@ -15,6 +15,10 @@ sentence is assigned to a region, where boxes come from.
 (4) ERL   soft targets `Y_ij = 0.8 I_ij + 0.2 <l_i, l_j> + 1e-6`, rows scaled to sum 1, l the tags
           as a unit vector; `(KL(Y || p) + KL(p || Y)) / 2` with `p = softmax s`, in both directions
 
+Deviation: the text tower has positions and a type embedding, as BERT has. The code took MGCA's,
+which gives every token the first position and has no type embedding.
+Deviation: an image without any region adds nothing to (2), which is 0 for a batch without regions;
+in the code it is NaN.
 Deviation: boxes stay with their images; the code's collate function sorts a batch after numbering
 the boxes' images.
 Deviation: negatives of (1) and (4) come from all devices; the code's stay on their own.

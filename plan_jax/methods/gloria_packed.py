@@ -21,7 +21,7 @@ written here. It recomputes the tables [Z P] of a block: no table [I T W P] is e
     d v_p   = sum_n (a_np d c_n + d s_np w_n)
 
 Here `sharpness` is `attention_sharpness` and `factor` is `word_sharpness`. With `kind="max"` the
-score is the largest `factor cos_n`, and h_n is g factor for that word.
+score is the largest `factor cos_n`, and h_n is g factor for that word, the first of equals.
 """
 
 from collections.abc import Callable
@@ -166,6 +166,18 @@ def _block_scores(pixels: Array, words: Array, first_slot: Array, settings: Scor
     return (largest + jnp.log(_reduce_texts(jax.ops.segment_sum, shifted, first_slot)))[:-1]
 
 
+def _is_first_largest(logits: Array, first_slot: Array) -> Array:
+    """Returns whether the word in each slot [Z] is the first of the largest of its text.
+
+    Indices are compared, not logits with their maximum: logits are computed again here and may
+    round differently, so that no word or several words would pass.
+    """
+    slots = jnp.arange(len(logits))
+    candidates = jnp.where(first_slot == slots[:, None], logits, -jnp.inf)  # a row for each text
+    largest = jnp.argmax(candidates, 1)
+    return largest.at[first_slot].get(mode="clip") == slots
+
+
 def _block_gradients(
     pixels: Array,
     words: Array,
@@ -180,8 +192,10 @@ def _block_gradients(
     """
     b, a, c, inverse_norm_w, inverse_norm_c, cosine = _attend(pixels, words, first_slot, settings)
     logits = settings.word_sharpness * cosine
-    # A tolerance for "max", since the cosine is recomputed here and may round differently.
-    share = jnp.exp(logits - score) if settings.kind == "sum" else logits > score - 1e-5
+    if settings.kind == "sum":
+        share = jnp.exp(logits - score)
+    else:
+        share = _is_first_largest(logits, first_slot).astype(jnp.float32)
     h = (grad * settings.word_sharpness * share)[:, None]
     cross, along = h * (inverse_norm_w * inverse_norm_c)[:, None], h * cosine[:, None]
     d_c = cross * words - along * (inverse_norm_c**2)[:, None] * c

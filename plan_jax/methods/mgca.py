@@ -24,6 +24,9 @@ Deviation: padded words are no candidates in (2); in the code they are, with no 
 Deviation: a word's weight is the attention that the text's summary token pays to it; in the code it
 is the attention paid to the next token (`shift_word_weights=True` uses the next word's, and the
 last word's own).
+Deviation: the text tower has positions and a type embedding, as BERT has. The code passes the token
+types, all 0, as the numbers of the positions, so every token gets the first position, and it has no
+type embedding (`weights/layouts.py` loads its checkpoints as they were trained).
 Deviation: [SEP] is no word (the code appends it to the words of a report), and a caption that fills
 every slot keeps its last word.
 Deviation: a patch's context is scaled to unit length for every encoder; the code leaves a ViT's as

@@ -19,6 +19,7 @@ from plan_jax.weights.convert import (
 )
 from plan_jax.weights.layouts import (
     HEAD_PREFIXES,
+    NORMALISATION_OF_ORIGIN,
     OWN_SIGNATURES,
     TOWER_KINDS,
     Layout,
@@ -43,12 +44,13 @@ def load_tower(
     *,
     log: Callable[[str], None],
     num_heads: int | None = None,
+    normalisation: str | None = None,
 ) -> dict[str, PyTree]:
     """Returns {"params", "batch_stats"} of a tower, filled from `source`, as float32.
 
-    Four things are adapted: the position embedding of a ViT is resized to another grid, that of
-    BERT is cut, surplus layers of BERT are dropped, and a kernel for three equal input channels is
-    summed for one.
+    Five things are adapted: the position embedding of a ViT is resized to another grid, that of
+    BERT is cut, surplus layers of BERT are dropped, a kernel for three equal input channels is
+    summed for one, and MGCA's text tower, which tells no positions apart, gets one position.
 
     Args:
       tower: `vision` or `text`.
@@ -57,10 +59,13 @@ def load_tower(
       log: called with one sentence about each adaptation.
       num_heads: the tower's attention heads. They are compared with config.json, because no array
         shows how many heads there were.
+      normalisation: that of the images, for an image tower. It is compared with the one that the
+        layout's origin was trained on, which no array shows either.
 
     Raises:
-      UserError: the weights cannot be read, are of no known layout, or any array of the tower is
-        missing, unexpected or of another shape; all of these are listed.
+      UserError: the weights cannot be read, are of no known layout, were trained on images of
+        another normalisation, or any array of the tower is missing, unexpected or of another shape;
+        all of these are listed.
     """
     arrays = read_arrays(source)
     layout = recognise_layout(arrays, tower)
@@ -79,10 +84,11 @@ def load_tower(
         )
     if tower == "text":
         _check_config(source, num_heads)
+    notes = [_check_normalisation(source, layout, normalisation)] if tower == "vision" else []
     conversion = rename_arrays(arrays, layout)
-    notes = adapt_arrays(conversion.arrays, shapes, layout, source)
+    notes += adapt_arrays(conversion.arrays, shapes, layout, source)
     check_match(conversion, shapes, f"weights {source} do not fit the {tower} tower")
-    for note in notes:
+    for note in filter(None, notes):
         log(f"{tower} tower from {source}: {note}")
     return unflatten_arrays(template, conversion.arrays)
 
@@ -112,6 +118,23 @@ def load_head(head: str, source: str, template: Mapping[str, Any]) -> dict[str, 
         conversion, flatten_shapes(template), f"weights {source} do not fit the head {head}"
     )
     return unflatten_arrays(template, conversion.arrays)
+
+
+def _check_normalisation(source: str, layout: Layout, normalisation: str | None) -> str:
+    """Returns how images have to be normalised, if that is known and cannot be compared.
+
+    Raises:
+      UserError: the normalisation is another than that of the weights.
+    """
+    trained = NORMALISATION_OF_ORIGIN.get(layout.origin)
+    if trained is None or trained == normalisation:
+        return ""
+    if normalisation is None:
+        return f"{layout.origin} trained it on images of config.normalisation {trained}"
+    raise UserError(
+        f"weights {source} are {layout.origin}'s, trained on images of normalisation {trained}, and"
+        f" config.normalisation is {normalisation}; set it to {trained}"
+    )
 
 
 def _check_config(source: str, num_heads: int | None) -> None:

@@ -14,7 +14,7 @@ from flax import traverse_util
 from jaxtyping import Float, PyTree
 
 from plan_jax.types import UserError
-from plan_jax.weights.layouts import ZERO_ARRAYS, Layout, is_ignored, translate_name
+from plan_jax.weights.layouts import POSITIONLESS_PREFIX, Layout, is_ignored, translate_name
 from plan_jax.weights.sources import Arrays
 
 Shapes = dict[str, tuple[int, ...]]
@@ -105,7 +105,7 @@ def _split_qkv(name: str, array: Float[np.ndarray, "..."]) -> Arrays:
 
 
 def adapt_arrays(arrays: Arrays, shapes: Shapes, layout: Layout, source: str) -> list[str]:
-    """Sums, resizes, cuts and zero-fills `arrays` in place; returns a sentence for each change.
+    """Sums, resizes, cuts and fills `arrays` in place; returns a sentence for each change.
 
     Raises:
       UserError: a BERT has too few layers or positions, or another vocabulary.
@@ -118,7 +118,7 @@ def adapt_arrays(arrays: Arrays, shapes: Shapes, layout: Layout, source: str) ->
             lambda: _drop_layers(arrays, shapes, source),
             lambda: _drop_positions(arrays, shapes, source),
             lambda: _check_vocabulary(arrays, shapes, source),
-            lambda: _fill_zeros(arrays, shapes, layout),
+            lambda: _fill_embeddings(arrays, shapes, layout),
         ]
     return [note for adaptation in adaptations if (note := adaptation())]
 
@@ -236,11 +236,22 @@ def _check_vocabulary(arrays: Arrays, shapes: Shapes, source: str) -> str:
     return ""
 
 
-def _fill_zeros(arrays: Arrays, shapes: Shapes, layout: Layout) -> str:
-    """Fills in zeros for arrays that the original does without, adding nothing in their place."""
-    names = [n for n in ZERO_ARRAYS.get(layout.prefix, ()) if n in shapes and n not in arrays]
-    arrays.update({name: np.zeros(shapes[name], np.float32) for name in names})
-    return f"{' and '.join(names)} is zero, because {layout.origin} has none" if names else ""
+def _fill_embeddings(arrays: Arrays, shapes: Shapes, layout: Layout) -> str:
+    """Makes the embeddings of MGCA's text tower add what they add there.
+
+    That is no type, and the first position to every token. A file that has a type embedding is of
+    another BERT, and stays as it is.
+    """
+    type_name = "params/type"
+    if layout.prefix != POSITIONLESS_PREFIX or type_name in arrays or type_name not in shapes:
+        return ""
+    arrays[type_name] = np.zeros(shapes[type_name], np.float32)
+    if POSITION in arrays:
+        arrays[POSITION] = np.repeat(arrays[POSITION][:1], len(arrays[POSITION]), 0)
+    return (
+        f"{type_name} is zero and every row of {POSITION} is its first, because {layout.origin} "
+        "has no type embedding and gives every token the first position"
+    )
 
 
 # Checking ----------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ The names are those of torchvision (ResNet), timm and DeiT (ViT), Hugging Face (
 checkpoints of MGCA, GLoRIA, BioViL and CXR-BERT. Ours are flat: `params/layer1_0/conv1/kernel`.
 Torch stores convolutions as [E C H W] and matrices as [out in], we as [H W C E] and [in out].
 
-Established from the originals' code, not from their files: MGCA's text tower has no type embedding
-(nothing is added, so ours becomes zero), and its heads have a bias before the first BatchNorm. Not
-covered: GLoRIA's heads (linear) and BioViL's and CXR-BERT's projections, which have no counterpart
-in `ProjectionHead`.
+Established from the originals' code, not from their files: MGCA's and ASG's text tower has no type
+embedding, so ours becomes zero. It has no positions either: its encoder passes the token types, all
+0, as the numbers of the positions, in training and after, so every token gets the first row of the
+table, and so do ours. MGCA's heads have a bias before the first BatchNorm. Not covered: GLoRIA's
+heads (linear) and BioViL's and CXR-BERT's projections, which have no counterpart in
+`ProjectionHead`.
 """
 
 import re
@@ -107,7 +109,7 @@ OWN_SIGNATURES = {
 }
 
 # Prefix of a tower's arrays -> whose checkpoint it is, and a pattern of the file's other parts.
-MGCA_PARTS = r"(img|text)_encoder_q\.|prototype_layer\.|\w+_atten_layer\."
+MGCA_PARTS = r"(img|text)_encoder_q\.|prototype_layer\.|\w+_atten_layer\.|irl\.|text_encoder\."
 GLORIA_PARTS = r"gloria\.(img|text)_encoder\."
 BIOVIL_PARTS = r"projector\.|classifier\.|encoder\.(backbone_to_vit|vit_pooler|missing_prev)"
 PREFIXES: dict[str, tuple[str, str | None]] = {
@@ -123,8 +125,17 @@ PREFIXES: dict[str, tuple[str, str | None]] = {
     "encoder.": ("an encoder", None),
     "": ("plain", None),
 }
-# Prefix -> our arrays that the checkpoint does without, and for which zeros are exact.
-ZERO_ARRAYS = {"text_encoder_q.model.": ("params/type",)}
+# Prefix of text towers without a type embedding, which give every token the first position.
+POSITIONLESS_PREFIX = "text_encoder_q.model."
+# ASG's checkpoints have MGCA's names, and a decoder of tags under this prefix.
+ASG_PREFIX = "irl."
+# Origin -> the normalisation of the images that its image tower was trained on.
+NORMALISATION_OF_ORIGIN = {
+    "MGCA": "fixed",
+    "ASG": "imagenet",
+    "GLoRIA": "fixed",
+    "BioViL": "unit",
+}
 # Our heads -> prefix of their arrays in MGCA's checkpoints.
 HEAD_PREFIXES = {
     "image_global": "img_encoder_q.global_embed.head.",
@@ -161,7 +172,10 @@ def recognise_layout(keys: Iterable[str], tower: str) -> Layout | None:
     for prefix in sorted(PREFIXES, key=len, reverse=True):
         for kind in TOWER_KINDS[tower]:
             if all(prefix + key in available for key in SIGNATURES[kind]):
-                return Layout(PREFIXES[prefix][0], prefix, kind)
+                origin = PREFIXES[prefix][0]
+                if origin == "MGCA" and any(key.startswith(ASG_PREFIX) for key in available):
+                    origin = "ASG"
+                return Layout(origin, prefix, kind)
     return None
 
 
