@@ -1,5 +1,6 @@
 """Sentences, pieces and words of a text."""
 
+import json
 import pickle
 
 import chex
@@ -200,3 +201,76 @@ def test_a_tokenizer_that_does_not_load_is_named(monkeypatch, tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nheart\n")
     with pytest.raises(UserError, match="its vocabulary did not load; use a folder"):
         tokenization.load_tokenizer(str(tmp_path))
+
+
+# Vocabularies whose ids are not 0 to N - 1: the embedding of an id beyond N would be NaN ----------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pieces: [*pieces, "heart"], r"piece 'heart' in lines 7 and 37; rename .* line 7"),
+        (lambda pieces: [*pieces, "heart  "], "piece 'heart' in lines 7 and 37"),
+        (lambda pieces: [*pieces, "[UNK]"], r"piece '\[UNK\]' in lines 2 and 37"),
+        (lambda pieces: [*pieces[:9], "", *pieces[9:], ""], "piece '' in lines 10 and 38; delete"),
+        (lambda pieces: [*pieces, *["##x" * 20] * 2], r"'##x##x##x##x##x##x##' in lines 37 and 38"),
+    ],
+)
+def test_a_piece_in_two_lines_is_named(change, message, tmp_path):
+    text = "\n".join(change(VOCABULARY.split())) + "\n"
+    (tmp_path / "vocab.txt").write_text(text)
+    for source in (tmp_path, tmp_path / "vocab.txt"):
+        with pytest.raises(UserError, match=message):
+            tokenization.load_tokenizer(str(source))
+    # With a config beside it, the file is read by another library, and no less wrong.
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(UserError, match=message):
+        tokenization.load_tokenizer(str(tmp_path))
+
+
+def test_line_ends_and_rare_separators_are_no_repeated_pieces(tmp_path):
+    """Windows' line ends, a last line without an end, and separators that end no line of a file."""
+    pieces = [*VOCABULARY.split(), "\u2028", "\x0bx", "\x85y"]
+    for end in ("\r\n", "\n"):
+        (tmp_path / "vocab.txt").write_bytes(end.join(pieces).encode())
+        loaded = tokenization.load_tokenizer(str(tmp_path))
+        assert sorted(loaded.backend.get_vocab().values()) == list(range(loaded.vocab_size))
+
+
+def test_a_vocabulary_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n[UNK]\n\xe4hnlich\n")
+    with pytest.raises(UserError, match=r"is not UTF-8 text \(byte 12\); save it as UTF-8"):
+        tokenization.load_tokenizer(str(tmp_path))
+
+
+def save_backend(content, folder):
+    """Writes a tokenizer.json, and the config that transformers wants beside it."""
+    special = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("cls", "sep", "pad", "unk")}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heart": 50}, r"36 pieces, but no id 6 and an id 50 \('heart'\) .*add .* \[unused6\]"),
+        ({"##a": 36}, r"no id 35 and an id 36 \('##a'\)"),
+        ({"heart": 5}, "has one id, 5, for '(the|heart)' and '(the|heart)'"),
+    ],
+)
+def test_ids_with_a_gap_or_twice_are_named(tokenizer, change, message, tmp_path):
+    content = json.loads(tokenizer.backend.to_str())
+    content["model"]["vocab"] |= change
+    with pytest.raises(UserError, match=message):
+        tokenization.load_tokenizer(save_backend(content, tmp_path))
+
+
+def test_the_id_of_an_added_piece_is_below_the_size(tokenizer, tmp_path):
+    """Whatever id a file gives to an added piece, the library may number it itself."""
+    content = json.loads(tokenizer.backend.to_str())
+    piece = content["added_tokens"][0] | {"id": 99, "content": "[NEW]", "special": False}
+    content["added_tokens"].append(piece)
+    loaded = tokenization.load_tokenizer(save_backend(content, tmp_path))
+    assert loaded.backend.token_to_id("[NEW]") == loaded.vocab_size - 1 == 36

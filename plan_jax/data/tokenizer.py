@@ -162,7 +162,7 @@ def load_vocabulary(path: str, name: str) -> Tokenizer:
     Raises:
       UserError: if the file is not a vocabulary of BERT's kind.
     """
-    pieces = Path(path).read_text("utf-8").splitlines()
+    pieces = _read_pieces(path)
     if not pieces or pieces[0] != "[PAD]":
         raise UserError(
             f"vocabulary {path} does not begin with [PAD]; "
@@ -173,7 +173,38 @@ def load_vocabulary(path: str, name: str) -> Tokenizer:
     return _build_tokenizer(name, backend._tokenizer, "[CLS]", "[SEP]", "[PAD]", "[UNK]")
 
 
+def _read_pieces(path: str | Path) -> list[str]:
+    """Returns the pieces of a vocabulary file, whose ids are the numbers of their lines.
+
+    Raises:
+      UserError: if the file is not text, or a piece is in two lines; names the lines.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"vocabulary {path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
+    # The backend ends lines at \n alone, and drops white space at their ends.
+    pieces = [line.rstrip() for line in text.removesuffix("\n").split("\n")]
+    first_lines: dict[str, int] = {}
+    for line, piece in enumerate(pieces, 1):
+        first = first_lines.setdefault(piece, line)
+        if first != line:
+            # The last line of a piece gives its id, so renaming the first changes no id.
+            remedy = f"rename the one in line {first}, as to [unused{first}], and all ids stay"
+            if not piece:
+                remedy = "delete empty lines at its end, and fill the others, as with [unused1]"
+            raise UserError(
+                f"vocabulary {path} has the piece {piece[:20]!r} in lines {first} and {line}; "
+                f"{remedy}"
+            )
+    return pieces
+
+
 def _load_pretrained(name: str, path: Path) -> Tokenizer:
+    if (path / "vocab.txt").is_file() and not (path / "tokenizer.json").exists():
+        _read_pieces(path / "vocab.txt")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is absent
     from transformers import AutoTokenizer  # imported late: it takes 1.3 s
 
@@ -221,6 +252,7 @@ def _build_tokenizer(
             f"tokenizer {name!r} is not of BERT's kind (padding {pad_id}, [CLS] {cls_id}, "
             f"[SEP] {sep_id}, unknown {unknown_id}); use a WordPiece tokenizer that pads with 0"
         )
+    _check_ids(name, backend)
     # A tokenizer.json without its vocabulary loads without an error, and knows nothing.
     if set(backend.encode("no effusion", add_special_tokens=False).ids) <= {unknown_id}:
         raise UserError(
@@ -228,6 +260,32 @@ def _build_tokenizer(
             " use a folder with tokenizer.json or vocab.txt"
         )
     return Tokenizer(name, backend.get_vocab_size(), cls_id, sep_id, unknown_id, backend)
+
+
+def _check_ids(name: str, backend: tokenizers.Tokenizer) -> None:
+    """Checks that the ids of N pieces are 0 to N - 1.
+
+    An embedding has N rows, and the vector of an id beyond the last one would be NaN.
+
+    Raises:
+      UserError: two pieces have one id, or an id is missing below the largest.
+    """
+    pieces: dict[int, str] = {}
+    for piece, index in backend.get_vocab().items():
+        if index in pieces:
+            raise UserError(
+                f"tokenizer {name!r} has one id, {index}, for {pieces[index][:20]!r} and "
+                f"{piece[:20]!r}; give each piece an id of its own in tokenizer.json"
+            )
+        pieces[index] = piece
+    largest = max(pieces)
+    if largest >= len(pieces):
+        missing = next(index for index in range(largest) if index not in pieces)
+        raise UserError(
+            f"tokenizer {name!r} has {len(pieces)} pieces, but no id {missing} and an id {largest} "
+            f"({pieces[largest][:20]!r}) beyond its size; add a piece such as [unused{missing}] to "
+            "tokenizer.json for each missing id"
+        )
 
 
 # Texts ------------------------------------------------------------------------------------------
