@@ -90,6 +90,7 @@ class DataConfig(Section):
     tokenizer: str = "phantom"  # a folder, a vocabulary file, a hub id or package:NAME
     workers: int = 0  # reader processes; 0 reads in a thread, which suffices for small images
     cache: bool = True  # keep decoded training examples in memory; size**2 bytes per image
+    fingerprint: str = ""  # digest of manifest and images that a run stores; "" accepts any data
     builder: Mapping[str, Any] = field(default_factory=dict)  # fields of the dataset's builder
 
     def __post_init__(self) -> None:
@@ -330,6 +331,7 @@ FREE_FIELDS = (
     "data.dir",
     "data.workers",
     "data.cache",
+    "data.fingerprint",  # compared when the data are opened
     "checkpoint",
     "eval",
     "parallel",
@@ -339,6 +341,8 @@ FREE_FIELDS = (
     "text.remat",
     "text.scan",
 )
+# Where data are, which a fingerprint replaces.
+PLACES = ("data.builder.manifest", "data.builder.images")
 # Names of fields in configs of 0.1, by which a config of that version is recognised.
 FIELDS_OF_0_1 = ("ema", "dim", "standard")
 
@@ -359,7 +363,7 @@ def merge_evaluation(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> d
         check_that(isinstance(content, Mapping), name, content, "use a ConfigDict of its fields")
     data = copy.deepcopy(dict(evaluation.get("data", {})))
     if "name" in data or "builder" in data:
-        data.setdefault("builder", {})
+        data = {"builder": {}, "fingerprint": ""} | data
     return dict(run) | {
         "data": dict(run["data"]) | data,
         "eval": dict(run["eval"]) | copy.deepcopy(dict(evaluation.get("eval", {}))),
@@ -375,8 +379,11 @@ def check_version(values: Mapping[str, Any], place: str) -> None:
 def difference(old: Config, new: Config, ignore: Sequence[str] = ()) -> str:
     """Returns the first field in which two configs train something else, or "" if there is none.
 
-    Fields and sections in FREE_FIELDS and in `ignore` may differ.
+    Fields and sections in FREE_FIELDS and in `ignore` may differ. So may the place of data whose
+    fingerprint is known, because data are identified by their content.
     """
+    if old.data.fingerprint:
+        ignore = (*ignore, *PLACES)
     before, after = (dict(flatten(config.to_dict())) for config in (old, new))
     for name in sorted({*before, *after}):
         is_free = any(name == f or name.startswith(f"{f}.") for f in (*FREE_FIELDS, *ignore))
@@ -384,6 +391,24 @@ def difference(old: Config, new: Config, ignore: Sequence[str] = ()) -> str:
         if not is_free and values[0] != values[1]:
             return f"config.{name} {values[0]}, not {values[1]}"
     return ""
+
+
+def expect_data(config: Config, run: Config, is_own: bool) -> Config:
+    """Returns a config that accepts no data but those of a run, in any place.
+
+    Args:
+      config: the config; a fingerprint of its own stays.
+      run: the config that the run has stored.
+      is_own: whether the config describes the run's data. If not, any data will do.
+    """
+    own = config.data.fingerprint
+    if is_own:
+        fingerprint = own or run.data.fingerprint
+    else:
+        fingerprint = own if own != run.data.fingerprint else ""
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, fingerprint=fingerprint)
+    )
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 from plan_jax import checkpoint, page
 from plan_jax import model as models
 from plan_jax.config import Config
-from plan_jax.data.dataset import Dataset, open_dataset
+from plan_jax.data.dataset import Dataset, open_dataset, open_once
 from plan_jax.data.eval_data import DatasetEvalData, report_labeller
 from plan_jax.logger import read_rows, write_atomically
 from plan_jax.tasks import CATALOGUE, TASKS, TITLES
@@ -33,7 +33,14 @@ _DESCRIPTIONS = {
 def open_split(config: Config, split: str) -> Dataset:
     """Returns a split of the config's dataset, which is prepared first if it is not on disk yet."""
     data = config.data
-    return open_dataset(data.name, split, data_dir=data.dir, cache=data.cache, **data.builder)
+    return open_dataset(
+        data.name,
+        split,
+        data_dir=data.dir,
+        cache=data.cache,
+        fingerprint=data.fingerprint,
+        **data.builder,
+    )
 
 
 def open_eval_data(config: Config, split: str) -> DatasetEvalData:
@@ -52,6 +59,7 @@ def open_eval_data(config: Config, split: str) -> DatasetEvalData:
         data_dir=settings.dir,
         builder=settings.builder,
         cache=settings.cache,
+        fingerprint=settings.fingerprint,
         limit=evaluation.limit,
         max_fit_records=evaluation.max_fit_records,
         num_prior_records=evaluation.num_prior_records,
@@ -135,6 +143,7 @@ def write_results(
     )
 
 
+@open_once()
 def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[str, Any]:
     """Evaluates a checkpoint by the tasks of a config, and writes the results into `out`.
 

@@ -233,6 +233,8 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
                 f"workdir {workdir} holds a run of {difference}; pass another --workdir, or "
                 "delete it"
             )
+        if "data.fingerprint" not in overrides:
+            config = configs.expect_data(config, previous_config, is_own=True)
     from plan_jax.train import train as train_run
 
     print_results(train_run(config, workdir), Path(workdir) / "report.html")
@@ -263,9 +265,15 @@ def evaluate(
     config = configs.Config.from_dict(apply_overrides(content, overrides))
     ignore = ("data.name", "data.builder") if name else ()
     if difference := configs.difference(run_config, config, ignore):
+        field = difference.split()[0]
+        flag = field if field.removeprefix("config.") in overrides else "config"
         raise UserError(
-            f"checkpoint {folder} is of {difference}; leave --config out to use the run's own"
+            f"checkpoint {folder} is of {difference}; leave --{flag} out to use the run's own"
         )
+    if "data.fingerprint" not in overrides:
+        data, run_data = config.data, run_config.data
+        is_own = not name or (data.name, data.builder) == (run_data.name, run_data.builder)
+        config = configs.expect_data(config, run_config, is_own)
     from plan_jax.evaluate import evaluate_checkpoint
 
     run_folder = checkpoint.locate(folder)[0].parent

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from plan_jax import checkpoint, evaluate, parallel
 from plan_jax.config import Config
 from plan_jax.data import loader
-from plan_jax.data.dataset import Dataset
+from plan_jax.data.dataset import Dataset, open_once
 from plan_jax.logger import Logger
 from plan_jax.model import Components, build_components, make_model
 from plan_jax.state import State, init_state
@@ -37,6 +37,7 @@ class Run(NamedTuple):
     manager: Any
 
 
+@open_once()
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     """Trains a config in `workdir`, evaluates the result and returns the final metrics.
 
@@ -53,6 +54,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     # Missing annotations should end a run before it trains, not after.
     evaluate.open_eval_data(config, config.eval.split)
     dataset = evaluate.open_split(config, "train")
+    # Stored with the run, which then accepts the same data in any folder, and no others.
+    data = dataclasses.replace(config.data, fingerprint=dataset.fingerprint)
+    config = dataclasses.replace(config, data=data)
     batches = iterate_batches(config, components, dataset)
     example = read_example(batches)
 

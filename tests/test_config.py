@@ -118,6 +118,33 @@ def test_difference_names_the_first_field_that_matters(content):
     assert configs.difference(old, new, ("optim",)) == ""
 
 
+def pairs_config(**data):
+    builder = {"manifest": "old/manifest.csv"} | data.pop("builder", {})
+    return Config.from_dict({"data": {"name": "pairs", "builder": builder, **data}})
+
+
+def test_data_of_a_fingerprint_may_be_in_another_place():
+    moved = {"manifest": "new/manifest.csv", "images": "images"}
+    run, config = pairs_config(fingerprint="a-b"), pairs_config(builder=moved)
+    assert configs.difference(run, config) == ""
+    assert configs.difference(run, pairs_config(builder=moved | {"size": 99})) != ""
+    difference = configs.difference(pairs_config(), config)
+    assert difference.startswith("config.data.builder.images"), "nothing proves that they are same"
+    assert configs.expect_data(config, run, is_own=True).data.fingerprint == "a-b"
+    pinned = pairs_config(fingerprint="c-d")
+    assert configs.expect_data(pinned, run, is_own=True).data.fingerprint == "c-d"
+    assert configs.expect_data(run, run, is_own=False).data.fingerprint == ""
+    assert configs.expect_data(pinned, run, is_own=False).data.fingerprint == "c-d"
+
+
+def test_an_evaluation_of_other_data_accepts_any():
+    run = pairs_config(fingerprint="a-b").to_dict()
+    other = configs.merge_evaluation(run, {"data": {"builder": {"manifest": "m.csv"}}})
+    assert other["data"]["fingerprint"] == ""
+    same = configs.merge_evaluation(run, {"data": {"cache": False}})
+    assert same["data"]["fingerprint"] == "a-b"
+
+
 def test_an_evaluation_changes_only_what_it_names(content):
     run = Config.from_dict(content)
     evaluation = {

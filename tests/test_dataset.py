@@ -223,7 +223,9 @@ def test_data_that_differ_from_the_expected_ones_are_refused_by_name(folder, tmp
         open_pairs(folder, make_rows(text="Normal."), fingerprint=expected)
     write_grey_image(folder / "3.png", 1)
     write_grey_image(folder / "10.png", 1)
-    with pytest.raises(UserError, match="10.png and 1 more in .* changed; restore .* --workdir"):
+    with pytest.raises(
+        UserError, match="10.png and 1 more in .* changed; restore .*fingerprint=''"
+    ):
         open_pairs(folder, make_rows(), fingerprint=expected)
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(UserError, match="files in .*pairs have another content; restore"):
@@ -237,9 +239,9 @@ def test_messages_about_the_data_are_repeated_in_every_run(folder, capfd):
     assert capfd.readouterr().err.endswith(message)
     open_pairs(folder, rows, "val")
     assert capfd.readouterr().err == ""
-    datasets.repeat_messages()
-    open_pairs(folder, rows)
-    assert capfd.readouterr().err == message
+    with datasets.open_once():
+        open_pairs(folder, rows)
+        assert capfd.readouterr().err == message
     write_grey_image(folder / "absent.png", 9)
     assert len(open_pairs(folder, rows)) == 8
     assert "skipped" not in capfd.readouterr().err
@@ -302,7 +304,7 @@ def test_damaged_records_are_named_with_the_remedy(folder, kind):
     dataset = open_pairs(folder, rows)
     (path,) = dataset.folder.glob(pattern)
     damage(path)
-    datasets.repeat_messages()
+    datasets._reported.clear()
     message = f"prepared records in {dataset.folder} are damaged .*; delete the folder, and the nex"
     with pytest.raises(UserError, match=message) as raised:
         damaged = open_pairs(folder, rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plan_jax import evaluate, main, train
+from plan_jax import checkpoint, evaluate, main, train
 from plan_jax.config import Config, flatten
 from plan_jax.types import UserError
 
@@ -111,6 +111,54 @@ def test_the_same_run_is_resumed_and_another_is_refused(calls, capsys):
         in capsys.readouterr().err
     )
     assert len(calls) == 1
+
+
+MOVED = "--config.data.builder.manifest=new/manifest.csv"
+
+
+def stored_pairs():
+    """Returns the stored config of a run on pairs, whose data have a fingerprint."""
+    content = main.load_config_file(CONFIG)
+    builder = {"manifest": "old/manifest.csv", "size": 32}
+    content["data"] |= {"name": "pairs", "builder": builder, "fingerprint": "a-b"}
+    return Config.from_dict(content).to_dict()
+
+
+def write_pairs_config():
+    Path("mine.py").write_text(
+        "from configs import testing\n\n\ndef get_config():\n    config = testing.get_config()\n"
+        "    config.data.name = 'pairs'\n    config.data.builder = {'size': 32}\n"
+        "    return config\n"
+    )
+    return ["--config", "mine.py"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "fingerprint"),
+    [([], "a-b"), (["--config.data.fingerprint="], ""), (["--config.data.fingerprint=c"], "c")],
+)
+@pytest.mark.parametrize("mode", ["train", "eval", "eval without --config"])
+def test_moved_data_are_accepted_by_their_fingerprint(mode, flags, fingerprint, calls, monkeypatch):
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(stored_pairs()))
+    monkeypatch.setattr(checkpoint, "read_config", lambda folder: stored_pairs())
+    monkeypatch.setattr(checkpoint, "locate", lambda folder: (Path("run/checkpoints"), 1))
+    argv = [MOVED, *flags] if "without" in mode else [*write_pairs_config(), MOVED, *flags]
+    place = ["--workdir", "run"] if mode == "train" else ["--mode", "eval", "--checkpoint", "run"]
+    assert main.run([*argv, *place]) == 0
+    ((_, config, *_),) = calls
+    assert config.data.builder["manifest"] == "new/manifest.csv"
+    assert config.data.fingerprint == fingerprint
+
+
+def test_data_without_a_fingerprint_are_known_by_their_place(calls, monkeypatch, capsys):
+    content = stored_pairs()
+    content["data"]["fingerprint"] = ""
+    monkeypatch.setattr(checkpoint, "read_config", lambda folder: content)
+    assert main.run(["--mode", "eval", "--checkpoint", "run", MOVED]) == 2
+    error = capsys.readouterr().err
+    assert "config.data.builder.manifest old/manifest.csv, not new/manifest.csv" in error
+    assert "leave --config.data.builder.manifest out" in error and not calls
 
 
 @pytest.mark.parametrize(

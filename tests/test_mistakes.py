@@ -166,7 +166,7 @@ ALL_TASKS = "--config configs/eval/all_phantom.py --checkpoint run "
 EVAL = {
     "another model": (
         ALL_TASKS + "config.embed_dim=9",
-        ["checkpoint run is of config.embed_dim 8, not 9", "leave --config out"],
+        ["checkpoint run is of config.embed_dim 8, not 9", "leave --config.embed_dim out"],
     ),
     "item of a tuple": (
         ALL_TASKS + "config.eval.classification.fractions=a",
@@ -190,7 +190,7 @@ EVAL = {
     "task": ("--checkpoint run config.eval.tasks=x", ["'x'", "use some of grounding, retrieval"]),
     "another width": (
         "--checkpoint run config.embed_dim=65",
-        ["checkpoint run is of config.embed_dim 8, not 65", "leave --config out"],
+        ["checkpoint run is of config.embed_dim 8, not 65", "leave --config.embed_dim out"],
     ),
 }
 PREDICT = {

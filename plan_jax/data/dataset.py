@@ -134,14 +134,13 @@ def open_dataset(
       UserError: for an unknown name, split or field of the configuration, for mistakes in the
         builder's input, and for records that are damaged.
     """
-    builder, sources = prepare_dataset(name, data_dir, builder_config)
+    builder, actual_fingerprint = prepare_dataset(name, data_dir, builder_config)
     folder = Path(builder.data_dir)
-    actual_fingerprint = _fingerprint(builder.builder_config, sources)
     if fingerprint and fingerprint != actual_fingerprint:
         raise UserError(
             "the data are not those that the model was trained on: "
-            f"{_explain_difference(builder, sources, fingerprint)}; restore them, "
-            "train in another --workdir, or describe them in a config of data and eval only"
+            f"{_explain_difference(builder, fingerprint)}; restore them, start a "
+            "new run, or pass --config.data.fingerprint='' to accept them as they are"
         )
     counts = {name: info.num_examples for name, info in builder.info.splits.items()}
     listed_counts = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -221,16 +220,14 @@ def _fingerprint(config: tfds.core.BuilderConfig, sources: SourceFiles | None) -
     return f"{config.identity()['manifest'][:12]}-{sources.digest[:12]}"
 
 
-def _explain_difference(
-    builder: tfds.core.DatasetBuilder, sources: SourceFiles | None, expected: str
-) -> str:
+def _explain_difference(builder: tfds.core.DatasetBuilder, expected: str) -> str:
     """Returns what has another content than the data of the expected fingerprint."""
-    config = builder.builder_config
+    folder, config = Path(builder.data_dir), builder.builder_config
+    sources = _load_sources(folder, config)
     if sources is None:
         return f"dataset {builder.name} is not made from files"
     if expected.partition("-")[0] != _fingerprint(config, sources).partition("-")[0]:
         return f"manifest {config.manifest} has another content"
-    folder = Path(builder.data_dir)
     for old_folder in _list_prepared(folder.parents[1], _hash_builder_config(config)):
         old = _load_sources(old_folder, config)
         if old is not None and _fingerprint(config, old) == expected:
@@ -281,15 +278,18 @@ def _shorten(names: Sequence[str]) -> str:
 
 def prepare_dataset(
     name: str, data_dir: str | None, fields: Mapping[str, Any]
-) -> tuple[tfds.core.DatasetBuilder, SourceFiles | None]:
+) -> tuple[tfds.core.DatasetBuilder, str]:
     """Prepares a dataset, unless an earlier call did.
 
-    Returns its builder, and the files that the records were made from; None if there are none.
+    Returns its builder, and the digest of manifest and files, "" if there are none.
 
     Raises:
       UserError: for an unknown dataset or field, for mistakes in the builder's input, and if the
         records cannot be read or written.
     """
+    call = json.dumps([name, data_dir, fields], sort_keys=True, default=str)
+    if _opened is not None and call in _opened:
+        return _opened[call]
     config = make_builder_config(name, fields)
     key = _hash_builder_config(config)
     builder_class, _ = BUILDERS[name]
@@ -301,8 +301,33 @@ def prepare_dataset(
         # A builder reads `info` from disk when it is created.
         with _name_damage(folder):
             builder = builder_class(config=config, data_dir=root)
+        opened = builder, _fingerprint(config, sources)
     _print_messages(folder)
-    return builder, sources
+    if _opened is not None:
+        _opened[call] = opened
+    return opened
+
+
+@contextlib.contextmanager
+def open_once() -> Iterator[None]:
+    """During it, as during a run, a dataset is checked and its messages are printed once.
+
+    So a file that changes while a model trains does not end the training.
+    """
+    global _opened
+    if _opened is not None:
+        yield
+        return
+    _opened = {}
+    _reported.clear()
+    try:
+        yield
+    finally:
+        _opened = None
+
+
+# Datasets that a run has opened; None outside of a run.
+_opened: dict[str, tuple[tfds.core.DatasetBuilder, str]] | None = None
 
 
 def _list_prepared(location: Path, key: str) -> list[Path]:
@@ -327,11 +352,6 @@ def _find_current(
         if not _find_changes(folder, config, sources):
             return folder, sources
     return None
-
-
-def repeat_messages() -> None:
-    """Lets the messages about every dataset be printed once more, at the start of a run."""
-    _reported.clear()
 
 
 def _print_messages(folder: Path) -> None:

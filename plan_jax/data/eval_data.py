@@ -29,6 +29,7 @@ class DatasetEvalData(EvalData):
         data_dir: str | None = None,
         builder: Mapping[str, Any] | None = None,
         cache: bool = False,
+        fingerprint: str = "",
         limit: int | None = None,
         max_fit_records: int = 0,
         num_prior_records: int = 0,
@@ -44,6 +45,7 @@ class DatasetEvalData(EvalData):
           data_dir: folder of the prepared datasets.
           builder: settings of the dataset's builder.
           cache: keep decoded training rows in memory.
+          fingerprint: digest that manifest and files must have; "" accepts any.
           limit: number of records that are evaluated, and of those in `validation`; None: all.
           max_fit_records: number of training records that heads are fitted to; 0: all.
           num_prior_records: number of training records for mean masks; 0: none.
@@ -60,10 +62,17 @@ class DatasetEvalData(EvalData):
         self.seed = seed
         self._location = {"data_dir": data_dir, **(builder or {})}
         self._cache = cache
+        self._fingerprint = fingerprint
 
     def open(self, split: str) -> Dataset:
         """Returns a split of the dataset, which is prepared first if it is not on disk yet."""
-        return open_dataset(self.name, split, cache=self._cache, **self._location)
+        return open_dataset(
+            self.name,
+            split,
+            cache=self._cache,
+            fingerprint=self._fingerprint,
+            **self._location,
+        )
 
     def _records(self, split: str, limit: int | None) -> list[Record]:
         return loader.read_records(self.open(split), limit, self.size)
