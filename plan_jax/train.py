@@ -44,12 +44,18 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     Returns {} if the run was stopped by SIGTERM; its state is saved.
 
     Raises:
-      UserError: the batch is not divisible by the devices, the dataset cannot be read or lacks what
-        a task needs, a checkpoint does not fit, and other mistakes of the user.
+      UserError: the batch is not divisible by the devices, another run holds `workdir`, the dataset
+        cannot be read or lacks what a task needs, a checkpoint does not fit, and other mistakes of
+        the user.
     """
-    workdir = Path(workdir)
     mesh = parallel.make_mesh(config.parallel.devices or None)
     parallel.split_batch(config.batch, mesh.size)
+    with checkpoint.lock_workdir(Path(workdir)):
+        return train_locked(config, Path(workdir), mesh)
+
+
+def train_locked(config: Config, workdir: Path, mesh: Any) -> dict[str, Any]:
+    """Trains a config in a folder that no other run may use meanwhile; see `train`."""
     components = build_components(config, parallel.AXIS)
     # Missing annotations should end a run before it trains, not after.
     evaluate.open_eval_data(config, config.eval.split)

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "parallel": "types",
     "optim": "types",
     "logger": "parallel types",
-    "checkpoint*": "checkpoint* parallel types",
+    "checkpoint*": "checkpoint* logger parallel types",
     "page*": "page* metrics* logger types",
     "weights*": "weights* types",
     "encoders*": "encoders* layers* types",

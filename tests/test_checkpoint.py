@@ -287,7 +287,7 @@ def test_a_checkpoint_of_0_1_is_refused(damaged):
 
 def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be used .*; choose another workdir"):
+    with pytest.raises(UserError, match="/checkpoints cannot be written .Not a dir.*; choose an"):
         checkpoint.open_manager(tmp_path / "file" / "checkpoints")
 
 

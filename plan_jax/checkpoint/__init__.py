@@ -2,15 +2,16 @@
 
 `<folder>/<step>/` holds three items: `state` (any pytree of arrays), `data` (the position of each
 process's data iterator) and `config` (with the format, the version of plan_jax and a checksum of
-every array). A step appears under its number once it is complete. If the disk damages a step later,
+every item). A step appears under its number once it is complete. If the disk damages a step later,
 even by a single bit, `restore` renames it to `broken-<step>` and falls back to the newest complete
-one.
+one. A step that only cannot be read at the moment stops the run instead (see `faults`).
 """
 
 import base64
 import contextlib
 import importlib.metadata
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +25,18 @@ from orbax.checkpoint import checkpoint_managers as policies
 from plan_jax import parallel
 from plan_jax.checkpoint import checksums, folders
 from plan_jax.checkpoint.checksums import fingerprint
-from plan_jax.checkpoint.folders import (
-    FOLDER,
+from plan_jax.checkpoint.faults import (
+    BrokenError,
+    Failure,
+    find_fault,
     first_line,
-    locate,
     read_json,
-    silence_orbax,
     try_reading,
 )
+from plan_jax.checkpoint.folders import FOLDER, locate
+from plan_jax.checkpoint.lock import lock_workdir
+from plan_jax.checkpoint.silence import silence_orbax
+from plan_jax.logger import report_write_errors
 from plan_jax.types import UserError
 
 __all__ = [
@@ -41,6 +46,7 @@ __all__ = [
     "fingerprint",
     "load_weights",
     "locate",
+    "lock_workdir",
     "open_manager",
     "read_config",
     "restore",
@@ -50,6 +56,8 @@ __all__ = [
 # Raised whenever names of parameters or config fields change. Checkpoints of 0.1 have no number.
 FORMAT = 2
 WEIGHTS = ("params", "ema_params", "batch_stats", "memory")
+# How often a reader starts again because the run has replaced the step that it was reading.
+MAX_READS = 100
 
 
 class Checkpoint(NamedTuple):
@@ -69,6 +77,8 @@ def open_manager(
 ) -> ocp.CheckpointManager:
     """Opens `folder` for writing; broken steps in it are renamed first.
 
+    Only one process at a time may write into a folder: see `lock_workdir`.
+
     Args:
       folder: where the steps are; created if it does not exist.
       keep: the number of newest steps that are kept.
@@ -76,15 +86,18 @@ def open_manager(
         steps only.
 
     Raises:
-      UserError: `folder` cannot be created, or is a file.
+      UserError: `folder` cannot be created or read, or is a file.
     """
     folder = Path(folder).absolute()
+    folders.check_name(folder)
+    silence_orbax()
     preserved: list = [policies.LatestN(keep)]
     rank: Callable[[Mapping[str, float]], float] | None = None
     if best_metric is not None:
 
         def rank(metrics: Mapping[str, float]) -> float:
-            return folders.rankable(metrics.get(best_metric))
+            value = metrics.get(best_metric)
+            return float(value) if value is not None and math.isfinite(value) else -math.inf
 
         preserved.append(
             policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False)
@@ -94,19 +107,20 @@ def open_manager(
         preservation_policy=policies.AnyPreservationPolicy(preserved),
         cleanup_tmp_directories=True,  # what a killed save left behind
     )
-    try:
+    with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # Orbax parses the metrics of all steps when it opens the folder, and fails on broken ones.
-        for step in reversed(folders.list_steps(folder)):
-            if fault := folders.find_fault(folder / str(step)):
-                folders.set_aside(folder, step, fault)
-        with silence_orbax():
-            return ocp.CheckpointManager(folder, options=options)
-    except OSError as error:
-        raise UserError(
-            f"checkpoint folder {folder} cannot be used ({error.strerror or error});"
-            " choose another workdir"
-        ) from error
+    # Orbax parses the metrics of all steps when it opens the folder, and fails on broken ones.
+    steps = folders.list_steps(folder)
+    while steps:
+        step_folder = folder / str(step := steps.pop())
+        try:
+            fault = find_fault(step_folder)
+        except OSError as error:
+            raise Failure(first_line(error)).to_error(step_folder) from error
+        if fault:
+            folders.set_aside(folder, step, fault, steps[-1] if steps else None)
+    with report_write_errors(folder):
+        return ocp.CheckpointManager(folder, options=options)
 
 
 def save(
@@ -133,21 +147,23 @@ def save(
     Raises:
       UserError: this save, or the previous one in the background, could not be written.
     """
+    # Only the main process writes these items, so it gathers the positions of all.
+    positions = {"processes": parallel.gather_strings(_encode_json(data))}
     # Checksums come first: once orbax has its copy, the next step may donate these arrays.
     about = {
         "format": FORMAT,
         "version": _installed_version(),
         "config": json.loads(_encode_json(config)),
         "checksums": checksums.leaf_checksums(state),
+        "data_checksum": checksums.json_checksum(positions),
     }
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        # Only the main process writes this item, so it gathers the positions of all.
-        data=ocp.args.JsonSave({"processes": parallel.gather_strings(_encode_json(data))}),
-        config=ocp.args.JsonSave(about),
+        data=ocp.args.JsonSave(positions),
+        config=ocp.args.JsonSave(about | {"checksum": checksums.json_checksum(about)}),
     )
     values = None if metrics is None else {name: float(x) for name, x in metrics.items()}
-    with _report_write_errors(manager), silence_orbax():
+    with _report_write_errors(manager):
         if step in manager.all_steps():
             return False
         # `force`, because when to save is decided by the caller and not by orbax's policy.
@@ -160,7 +176,7 @@ def close(manager: ocp.CheckpointManager) -> None:
     Raises:
       UserError: a save in the background could not be written.
     """
-    with _report_write_errors(manager), silence_orbax():
+    with _report_write_errors(manager):
         manager.wait_until_finished()
         manager.check_for_errors()
         manager.close()
@@ -172,7 +188,7 @@ def close(manager: ocp.CheckpointManager) -> None:
 def restore(manager: ocp.CheckpointManager, template: PyTree) -> Checkpoint | None:
     """Returns the newest complete checkpoint, or None if there is none.
 
-    A broken one is renamed to `broken-<step>`, and one line on stderr says which, why, and which
+    Broken ones are renamed to `broken-<step>`, and one line on stderr says which, why, and which
     step is used instead.
 
     Args:
@@ -181,20 +197,22 @@ def restore(manager: ocp.CheckpointManager, template: PyTree) -> Checkpoint | No
 
     Raises:
       UserError: the newest complete checkpoint has another format or other arrays than `template`,
-        or belongs to another number of processes, each at its own position in the data.
+        or belongs to another number of processes, each at its own position in the data; or a step
+        cannot be read, without a proof that it is broken.
     """
     folder = Path(manager.directory)
-    for step in reversed(folders.list_steps(folder)):
-        content, reason = try_reading(
-            lambda step_folder: _read_state(step_folder, template), folder / str(step)
-        )
-        if not reason:
-            state, positions, config = content
-            data = json.loads(_select_position(positions, step), object_hook=_decode_bytes)
-            return Checkpoint(step, state, data, config)
-        folders.set_aside(folder, step, reason)
+    content, step, failures = _read_first(
+        lambda step_folder: _read_state(step_folder, template), folder, folders.list_steps(folder)
+    )
+    for broken_step, failure in failures.items():
+        folders.set_aside(folder, broken_step, failure.reason, step)
+    if failures:
         manager.reload()
-    return None
+    if step is None:
+        return None
+    state, positions, config = content
+    data = json.loads(_select_position(positions, step), object_hook=_decode_bytes)
+    return Checkpoint(step, state, data, config)
 
 
 def read_config(folder: str | Path) -> dict:
@@ -224,27 +242,59 @@ def load_weights(folder: str | Path) -> dict[str, Any]:
     return _read_newest(folder, _read_weights)
 
 
+def _read_first(
+    read: Callable[[Path], Any], folder: Path, steps: list[int]
+) -> tuple[Any, int | None, dict[int, Failure]]:
+    """Returns what `read` returns for the newest step that it can read, and that step.
+
+    The third value holds the newer ones, which are broken. The first two are None if all are.
+
+    Raises:
+      UserError: a step cannot be read, without a proof that it is broken.
+    """
+    failures: dict[int, Failure] = {}
+    for step in reversed(steps):
+        content, failure = try_reading(read, folder / str(step))
+        if failure is None:
+            return content, step, failures
+        if failure.is_passing:
+            raise failure.to_error(folder / str(step))
+        failures[step] = failure
+    for step, failure in failures.items():
+        if not failure.is_proof:
+            raise failure.to_error(folder / str(step))
+    return None, None, failures
+
+
 def _read_about(step_folder: Path) -> dict[str, Any]:
     """Returns the `config` item of a step: format, version, config and checksums.
 
     Every reader starts here, so that a checkpoint of 0.1 is refused before its parameters or config
     fields, whose names have changed, are compared with today's.
     """
-    about = read_json(step_folder / "config")
+    about = read_json(step_folder / "config/metadata")
     number, version = about.get("format", 1), about.get("version", "unknown")
     if number != FORMAT:
         raise UserError(
             f"checkpoint {step_folder} was written by plan_jax {version} in format {number}, and"
             f" this version reads format {FORMAT}; train again, or use the version that wrote it"
         )
+    # The first checkpoints of this format have no checksum of their JSON.
+    expected = about.pop("checksum", None)
+    if expected not in (None, checksums.json_checksum(about)):
+        raise BrokenError("config is not what was saved")
     return about
 
 
 def _read_state(step_folder: Path, template: PyTree) -> tuple[PyTree, list[str], dict]:
     """Returns the state, the processes' positions in the data, and the config of a step."""
-    about, positions = _read_about(step_folder), read_json(step_folder / "data")["processes"]
+    about, positions = _read_about(step_folder), read_json(step_folder / "data/metadata")
+    if about.get("data_checksum") not in (None, checksums.json_checksum(positions)):
+        raise BrokenError("data is not what was saved")
     reader = ocp.StandardCheckpointer()
-    metadata = reader.metadata(step_folder / "state").item_metadata.tree
+    metadata = _read_metadata(reader, step_folder)
+    if checksums.named_leaves(metadata).keys() != about["checksums"].keys():
+        raise BrokenError("state/_METADATA is not what was saved")
     if difference := checksums.describe_difference(metadata, template):
         raise UserError(
             f"checkpoint {step_folder} holds {difference}; use another workdir, or the config that"
@@ -253,14 +303,14 @@ def _read_state(step_folder: Path, template: PyTree) -> tuple[PyTree, list[str],
     # Orbax checks structure and shapes, but an altered byte in an array passes without an error.
     state = reader.restore(step_folder / "state", template)
     _verify_checksums(state, about["checksums"])
-    return state, positions, about["config"]
+    return state, positions["processes"], about["config"]
 
 
 def _read_weights(step_folder: Path) -> dict[str, Any]:
     """Returns the parts of a step that are not the optimiser's, with its config and number."""
     about = _read_about(step_folder)
     reader = ocp.PyTreeCheckpointer()
-    tree = reader.metadata(step_folder / "state").item_metadata.tree
+    tree = _read_metadata(reader, step_folder)
     parts = {name: tree[name] for name in WEIGHTS if tree.get(name)}
     # As numpy arrays: the devices that the checkpoint was written from may not exist here.
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
@@ -272,25 +322,54 @@ def _read_weights(step_folder: Path) -> dict[str, Any]:
     return {**empty, **weights, "config": about["config"], "step": int(step_folder.name)}
 
 
+def _read_metadata(reader: ocp.Checkpointer, step_folder: Path) -> PyTree:
+    """Returns the tree of a step's state, with descriptions of arrays as leaves."""
+    metadata = reader.metadata(step_folder / "state").item_metadata
+    if metadata is None:  # orbax has logged why
+        raise ValueError("the metadata of its arrays cannot be read")
+    return metadata.tree
+
+
 def _read_newest(folder: str | Path, read: Callable[[Path], Any]) -> Any:
-    """Applies `read` to the step that `folder` names, else to the newest step it can read."""
-    parent, step = locate(folder)
-    for number in [step] if step is not None else reversed(folders.list_steps(parent)):
-        content, reason = try_reading(read, parent / str(number))
-        if not reason:
-            return content
-        # Not renamed: whoever only reads leaves the run as it is.
-        parallel.print_once(f"checkpoint {number} in {parent} is broken ({reason})")
+    """Applies `read` to the step that `folder` names, else to the newest step it can read.
+
+    The run may be training meanwhile. It then adds steps and deletes others while they are read, so
+    a failure counts only if the same steps are there before and after it.
+    """
+    for _ in range(MAX_READS):
+        parent, named_step = locate(folder)
+        steps = folders.list_steps(parent)
+        try:
+            content, step, failures = _read_first(
+                read, parent, steps if named_step is None else [named_step]
+            )
+        except UserError:
+            if folders.list_steps(parent) == steps:
+                raise
+            continue
+        if failures and folders.list_steps(parent) != steps:
+            continue
+        for number, failure in failures.items():
+            # Not renamed: whoever only reads leaves the run as it is.
+            parallel.print_once(f"checkpoint {number} in {parent} is broken ({failure.reason})")
+        if step is None:
+            break
+        return content
+    else:
+        raise UserError(
+            f"checkpoint {folder} is replaced by its run before it can be read; wait for the end"
+            " of the run, or train with a larger checkpoint.keep"
+        )
     raise UserError(
         f"checkpoint {folder} has no complete step; train again, or pass another folder"
     )
 
 
 def _verify_checksums(tree: PyTree, expected: Mapping[str, int]) -> None:
-    """Raises ValueError unless every array is bit for bit what was saved."""
+    """Raises BrokenError unless every array is bit for bit what was saved."""
     for name, checksum in checksums.leaf_checksums(tree).items():
-        if checksum != expected[name]:
-            raise ValueError(f"{name} is not what was saved")
+        if checksum != expected.get(name):
+            raise BrokenError(f"{name} is not what was saved")
 
 
 def _select_position(positions: list[str], step: int) -> str:

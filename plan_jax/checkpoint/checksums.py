@@ -1,6 +1,7 @@
 """Names and checksums of the leaves of a tree, to compare two trees without keeping both."""
 
 import hashlib
+import json
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -52,6 +53,15 @@ def leaf_checksums(tree: PyTree) -> dict[str, int]:
     leaves = named_leaves(tree)
     with ThreadPoolExecutor() as pool:  # zlib releases the interpreter lock
         return dict(zip(leaves, pool.map(checksum, leaves.values()), strict=True))
+
+
+def json_checksum(value: Any) -> int:
+    """Returns the CRC-32 of a value as JSON, which does not depend on the order of its keys.
+
+    >>> json_checksum({"a": 1, "b": [2]}) == json_checksum({"b": (2,), "a": 1})
+    True
+    """
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def describe_difference(actual: PyTree, expected: PyTree) -> str:
