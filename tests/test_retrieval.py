@@ -89,6 +89,13 @@ def class_precision(
     )
 
 
+def test_candidates_have_no_absent_finding():
+    labels = [[1, 0, 0], [0, 0, 1], [1, 1, 0], [1, -1, 0], [0, 0, 1]]
+    records = [make_numbered_record(i, row, f"report {i}") for i, row in enumerate(labels)]
+    metrics = class_precision(make_random_scores(), records, absent=("Pleural Effusion",))
+    assert metrics["class/normal/n"] == 1 and metrics["class/covid_19/n"] == 2
+
+
 def test_candidates_have_exactly_one_class_and_are_drawn_by_the_seed():
     labels = [[1, 0, 0]] * 6 + [[1, 1, 0]] + [[0, 1, 1]] * 4 + [[1, 0, 1], [1, 0, -1], [0, 0, 0]]
     records = [make_numbered_record(i, row, f"report {i}") for i, row in enumerate(labels)]
@@ -160,6 +167,7 @@ def test_a_candidate_without_a_report_is_retrieved_but_is_no_query():
     ("changes", "message"),
     [
         ({"classes": ("normal", "oedema")}, "class oedema is not in the data; use .*normal"),
+        ({"absent": ("oedema",)}, "absent finding oedema is not in the data; use .*normal"),
         ({"classes": ("Pleural Effusion",)}, "no record has exactly one of Pleural Effusion"),
         ({"per_class": 0}, "retrieval.per_class is 0; use at least 1"),
         ({"cuts": (1, 0)}, r"retrieval.cuts is \(1, 0\); use numbers of at least 1"),

@@ -16,6 +16,7 @@ from fake_models import (
 )
 from task_runs import run_task
 
+from configs.eval import chexpert_5x200
 from plan_jax.tasks import zero_shot
 from plan_jax.types import Features, Model, UserError
 
@@ -280,6 +281,31 @@ def test_multiclass_omits_records_without_exactly_one_class():
     assert "covid_19/f1" not in metrics and "normal/f1" in metrics
 
 
+def test_chexpert_5x200_takes_records_of_one_class_and_nothing_else():
+    """Exactly one of five labels is 1, the other four and the eight others are 0."""
+    findings = (*chexpert_5x200.CLASSES, *chexpert_5x200.ABSENT, "No Finding")
+    assert len(findings) == 14 and not {*chexpert_5x200.CLASSES} & {*chexpert_5x200.ABSENT}
+    options = chexpert_5x200.get_config().eval.zero_shot.to_dict()
+    rows = [np.eye(14, dtype=int)[n] for n in range(14)]  # one finding each
+    for column in range(14):  # atelectasis, and a second finding or a doubt
+        for value in (1, -1):
+            rows.append(np.eye(14, dtype=int)[0])
+            rows[-1][column] = value
+    # The usable ones: five classes alone, and atelectasis with itself or whatever "No Finding" is.
+    usable = [*range(5), 14, 40, 41]
+    records = [make_numbered_record(n, row) for n, row in enumerate(rows)]
+    seen = set()
+    model = make_numbered_model(lambda i, text: seen.add(i) or float(i))
+    prompts = {name.lower(): ([name], []) for name in findings}  # of all fourteen
+    del prompts["no finding"]
+    splits = {"test": records, "prompts": prompts}
+    settings = zero_shot.Options(**options, bootstrap_samples=50)
+    metrics = run_task(zero_shot, model, splits, settings, findings=findings)[0]
+    assert seen == {*usable}
+    assert metrics["n"] == 8 and metrics["left_out"] == 34
+    assert metrics["chance/accuracy"] == 1 / 5 and "pneumonia/f1" not in metrics
+
+
 # Mistakes ----------------------------------------------------------------------------------------
 
 
@@ -306,6 +332,19 @@ def test_prompts_that_do_not_fit_the_data_are_refused(prompts, message):
             "none of 1 records has exactly",
         ),
         ({"kind": "multiclass", "prompts": {"normal": (["a"], ["b"])}}, "the one class normal"),
+        (
+            {"kind": "multiclass", "absent": ("oedema",)},
+            "absent has 'oedema', which is none of the data's findings .*add its column",
+        ),
+        ({"absent": ("normal",)}, "which kind multilabel does not read; set kind to multiclass"),
+        (
+            {
+                "kind": "multiclass",
+                "absent": ("normal",),
+                "records": [make_numbered_record(0, [1, 0, 0])],
+            },
+            "none of 1 records has exactly one of Pleural Effusion, covid-19 and none of normal",
+        ),
         ({"ensemble": "embeddings", "kinds": ("local",)}, "needs a global similarity.*local"),
         ({"scoring": "pair", "kinds": ("local",)}, "needs a global similarity"),
         ({"scoring": "pair", "prompts": {"normal": (["a"], [])}}, "normal are empty on one side"),

@@ -37,6 +37,21 @@ class Predictions(NamedTuple):
     mask: Bool[np.ndarray, "N F"]
 
 
+def has_single_class(
+    labels: Int[np.ndarray, "N F"], absent: Int[np.ndarray, "N G"] | None = None
+) -> Bool[np.ndarray, " N"]:
+    """Returns which images have exactly one of F classes, as CheXpert 5x200 is selected.
+
+    No other class may be uncertain, and none of the G findings in `absent` present or uncertain.
+
+    >>> labels = np.array([[1, 0], [1, 1], [1, -1], [0, 1]])
+    >>> has_single_class(labels, np.array([[0], [0], [0], [-1]])).tolist()
+    [True, False, False, False]
+    """
+    is_single = ((labels == 1).sum(1) == 1) & (labels >= 0).all(1)
+    return is_single if absent is None else is_single & (absent == 0).all(1)
+
+
 def binarise_labels(
     labels: Int[np.ndarray, "N F"], names: Sequence[str], policy: UncertainPolicy
 ) -> tuple[Bool[np.ndarray, "N F"], Bool[np.ndarray, "N F"]]:

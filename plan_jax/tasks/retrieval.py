@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from plan_jax.metrics import classification as classification_metrics
 from plan_jax.metrics import intervals, slug
 from plan_jax.metrics import retrieval as retrieval_metrics
 from plan_jax.types import (
@@ -95,6 +96,8 @@ class Options:
 
     Attributes:
       classes: findings that are the classes; () skips the second protocol.
+      absent: other findings that must be 0 in a candidate, as CheXpert 5x200 asks of the eight that
+        are neither its classes nor "No Finding".
       per_class: largest number of candidates of a class, drawn with the seed.
       cuts: the k of precision at k.
       bootstrap_samples: number of resamples of an interval.
@@ -105,6 +108,7 @@ class Options:
     """
 
     classes: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
     per_class: int = 200
     cuts: tuple[int, ...] = PRECISION_CUTOFFS
     bootstrap_samples: int = 1000
@@ -123,11 +127,12 @@ def requirements(options: Options) -> tuple[str, ...]:
 
 
 def check(data: EvalData, options: Options) -> None:
-    """Raises UserError if a class is not a finding of the data."""
-    for name in options.classes:
+    """Raises UserError if a class, or a finding in `absent`, is not a finding of the data."""
+    for name in (*options.classes, *options.absent):
         if name not in data.findings:
+            kind = "class" if name in options.classes else "absent finding"
             raise UserError(
-                f"retrieval class {name} is not in the data; use findings of "
+                f"retrieval {kind} {name} is not in the data; use findings of "
                 f"{', '.join(data.findings) or 'another dataset, as this one has none'}"
             )
 
@@ -173,21 +178,24 @@ def class_precision(
     """Computes how many of the first k retrieved reports or images have the query's class.
 
     *GLoRIA (ICCV 2021), CheXpert 5x200: precision@k over 5 classes of 200 images each.* Candidates
-    are records in which exactly one of the classes is present and no other is unknown (-1); at most
-    `per_class` of each are drawn with the seed. An image ranks the candidates' reports, its own
-    among them, as in GLoRIA's retrieval; a report ranks the candidates' images. A candidate without
-    a report takes part with its image only. Without any report there is no direction to measure.
+    are records in which exactly one of the classes is present, no other is unknown (-1) and the
+    findings in `absent` are 0; at most `per_class` of each are drawn with the seed. An image ranks
+    the candidates' reports, its own among them, as in GLoRIA's retrieval; a report ranks the
+    candidates' images. A candidate without a report takes part with its image only. Without any
+    report there is no direction to measure.
 
     Raises:
       UserError: if there are no candidates.
     """
     classes = options.classes
-    columns = [list(findings).index(name) for name in classes]
-    candidates, label = _class_candidates(records, columns, options.per_class, seed)
+    columns, absent = (
+        [list(findings).index(name) for name in names] for names in (classes, options.absent)
+    )
+    candidates, label = _class_candidates(records, columns, absent, options.per_class, seed)
     if not candidates:
         raise UserError(
             f"no record has exactly one of {', '.join(classes)} and none of them unknown; use "
-            "fewer config.eval.retrieval.classes"
+            "fewer config.eval.retrieval.classes, or fewer findings in absent"
         )
     count = np.bincount(label, minlength=len(classes))
     has_report = np.array([bool(record.text.strip()) for record in candidates])
@@ -221,12 +229,18 @@ def _primary_kind(tables: Mapping[str, np.ndarray]) -> str:
 
 
 def _class_candidates(
-    records: Sequence[Record], columns: Sequence[int], per_class: int, seed: int
+    records: Sequence[Record],
+    columns: Sequence[int],
+    absent: Sequence[int],
+    per_class: int,
+    seed: int,
 ) -> tuple[list[Record], Int[np.ndarray, " N"]]:
     """Draws records of exactly one class; returns them with the index of their class."""
-    labels = np.array([[record.labels[column] for column in columns] for record in records])
-    labels = labels.reshape(-1, len(columns))
-    is_candidate = ((labels == 1).sum(1) == 1) & (labels >= 0).all(1)
+    if not records:
+        return [], np.array([], int)
+    all_labels = np.stack([record.labels for record in records])
+    labels = all_labels[:, columns]
+    is_candidate = classification_metrics.has_single_class(labels, all_labels[:, absent])
     candidates, label = [], []
     for index, column in enumerate(columns):
         rows = np.flatnonzero(is_candidate & (labels[:, index] == 1))

@@ -15,7 +15,8 @@
 normalised before and normalised after (BioViL); `scores` averages similarities.
 
 `Options.kind`: `multilabel` decides each finding on its own. `multiclass` predicts the finding with
-the highest score, over records with exactly one of the findings and none unknown.
+the highest score, over records with exactly one of the findings and none unknown. Findings in
+`Options.absent` are no classes; a record that has one of them, or may have it, is left out.
 
 Keys of the metrics:
 
@@ -140,6 +141,8 @@ class Options:
       scoring: from similarities to a score.
       kind: each finding on its own, or one class for each image.
       ensemble: what is averaged over the prompts of a side.
+      absent: for `multiclass`, the findings that must be 0 in a record. CheXpert 5x200 asks it of
+        the eight that are neither one of its classes nor "No Finding".
       validate: choose thresholds on the split `val`, for F1 and accuracy.
       bootstrap_samples: number of resamples of an interval.
 
@@ -150,11 +153,17 @@ class Options:
     scoring: Scoring = "contrast"
     kind: Kind = "multilabel"
     ensemble: Ensemble = "scores"
+    absent: tuple[str, ...] = ()
     validate: bool = False
     bootstrap_samples: int = 1000
 
     def __post_init__(self) -> None:
         check_options("zero_shot", self, {"bootstrap_samples": 2})
+        if self.absent and self.kind != "multiclass":
+            raise UserError(
+                f"config.eval.zero_shot.absent is {self.absent}, which kind {self.kind} does not "
+                "read; set kind to multiclass, or absent to ()"
+            )
 
 
 def requirements(options: Options) -> tuple[str, ...]:
@@ -181,10 +190,18 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     # Findings without prompts are ignored, also as classes of `multiclass`.
     columns = [data.findings.index(name) for name in names]
     records = list(data.test)
-    labels = np.stack([record.labels for record in records])[:, columns]
+    all_labels = np.stack([record.labels for record in records])
+    labels = all_labels[:, columns]
     metrics: dict[str, float] = {"chance/auroc_macro": 0.5}
     if options.kind == "multiclass":
-        is_usable = _has_one_class(labels, names)
+        absent = [data.findings.index(name) for name in _absent_findings(data.findings, options)]
+        is_usable = classification_metrics.has_single_class(labels, all_labels[:, absent])
+        if not is_usable.any():
+            without = f" and none of {', '.join(options.absent)}" if absent else ""
+            raise UserError(
+                f"none of {len(labels)} records has exactly one of {', '.join(names)}{without}; use"
+                " config.eval.zero_shot.kind multilabel, or fewer findings in absent"
+            )
         records = [records[row] for row in np.flatnonzero(is_usable)]
         labels = labels[is_usable]
         metrics |= {"n": float(is_usable.sum()), "left_out": float((~is_usable).sum())}
@@ -224,7 +241,8 @@ def _select_prompts(
     The negative prompts are empty for `max`, so that they are not encoded in vain.
     """
     prompts_of_slug = {slug(name): pair for name, pair in prompts.items()}
-    names = [name for name in findings if slug(name) in prompts_of_slug]
+    absent = _absent_findings(findings, options)
+    names = [name for name in findings if slug(name) in prompts_of_slug and name not in absent]
     if not names:
         raise UserError(
             f"prompts for {', '.join(prompts) or 'nothing'} name none of the data's findings "
@@ -240,15 +258,20 @@ def _select_prompts(
     return names, [(pair[0], pair[1] if num_sides == 2 else ()) for pair in pairs]
 
 
-def _has_one_class(labels: Int[np.ndarray, "I F"], names: Sequence[str]) -> Bool[np.ndarray, " I"]:
-    """Returns which records have exactly one of the classes, and none of them unknown."""
-    is_usable = ((labels == 1).sum(1) == 1) & (labels >= 0).all(1)
-    if not is_usable.any():
-        raise UserError(
-            f"none of {len(labels)} records has exactly one of {', '.join(names)}; use "
-            "config.eval.zero_shot.kind multilabel"
-        )
-    return is_usable
+def _absent_findings(findings: Sequence[str], options: Options) -> list[str]:
+    """Returns the data's findings that records must not have.
+
+    Raises:
+      UserError: the data have no such finding.
+    """
+    finding_of_slug = {slug(name): name for name in findings}
+    for name in options.absent:
+        if slug(name) not in finding_of_slug:
+            raise UserError(
+                f"config.eval.zero_shot.absent has {name!r}, which is none of the data's findings "
+                f"({', '.join(findings)}); add its column, or leave it out"
+            )
+    return [finding_of_slug[slug(name)] for name in options.absent]
 
 
 # Scores ------------------------------------------------------------------------------------------
