@@ -79,6 +79,8 @@ def write_heat_map(
 
     pixels = read_image(image)
     model = models.load(checkpoint)
+    if bit_depth := model.config and model.config.data.builder.get("bit_depth"):
+        pixels = read_image(image, bit_depth)  # as the images that the model was trained on
     heat = compute_heat_map(model, pixels, text, rounds)
     try:
         kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
@@ -91,8 +93,10 @@ def write_heat_map(
     return f"{out}: highest at x {x}, y {y} of {heat.shape[1]} x {heat.shape[0]}, patient's {side}"
 
 
-def read_image(image: str) -> UInt8[np.ndarray, "Y X 1"]:
-    """Reads an image as 8-bit grey [Y X 1], scaled down if it is larger than MAX_SIDE.
+def read_image(image: str, bit_depth: int = 0) -> UInt8[np.ndarray, "Y X 1"]:
+    """Reads an image as 8-bit grey, upright, scaled down if it is larger than MAX_SIDE.
+
+    `bit_depth` is that of images of more than 8 bits that do not say it (0: guessed).
 
     Raises:
       UserError: the file is missing, or is not an image.
@@ -100,13 +104,14 @@ def read_image(image: str) -> UInt8[np.ndarray, "Y X 1"]:
     from plan_jax.data import images
 
     try:
-        pixels, shape = images.read_image(Path(image), MAX_SIDE)
+        pixels, shape = images.read_image(Path(image), MAX_SIDE, bit_depth)
         if max(shape) < MAX_SIDE:  # never scaled up: read it again at its own size
-            pixels, _ = images.read_image(Path(image), max(shape))
+            pixels, _ = images.read_image(Path(image), max(shape), bit_depth)
     except OSError as error:
         raise UserError(f"--image {image} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(f"--image {image} {error}; pass a PNG, JPEG or DICOM file") from None
+        remedy = "" if ";" in str(error) else "; pass a PNG, JPEG or DICOM file"
+        raise UserError(f"--image {image} {error}{remedy}") from None
     return pixels[..., None]
 
 

@@ -14,6 +14,8 @@ from manifests import (
     open_pairs,
     write_mask,
 )
+from PIL import Image
+from radiographs import save_with_orientation
 
 from plan_jax.data import loader
 from plan_jax.data.dataset import open_dataset
@@ -153,6 +155,59 @@ def test_images_without_text_have_labels_in_columns_and_masks_of_organs(folder):
     assert len(open_pairs(folder, without_text, text_optional=True)) == 8
 
 
+# Images and masks ---------------------------------------------------------------------------
+
+
+def test_boxes_and_masks_refer_to_the_upright_image(folder, capfd):
+    upright = np.full((40, 30), 20, np.uint8)
+    upright[10:20, 4:12] = 250
+    save_with_orientation(upright, folder / "0.png", 6)
+    save_with_orientation((upright > 99) * np.uint8(255), folder / "mask.png", 8)
+    box = '[{"box": [4, 10, 12, 20], "phrase": "nodule"}]'
+    rows = change_first_row(boxes=box, mask=json.dumps({"mass": "mask.png"}))
+    record = next(r for r in open_pairs(folder, rows, size=40) if number_of(r) == "0")
+    assert record.image.shape == (40, 30, 1)
+    with_box, with_mask = record.phrases
+    assert with_box.boxes == ((4.0, 10.0, 12.0, 20.0),)
+    np.testing.assert_array_equal(record.image[..., 0] > 99, with_mask.mask)
+    assert record.image[10:20, 4:12].min() == 250
+    assert "turned 1 image (0.png) upright by the EXIF orientation" in capfd.readouterr().err
+
+
+def test_masks_without_meaning_are_counted_and_broken_ones_listed(folder, capfd):
+    Image.fromarray(np.zeros((30, 40), np.uint8)).save(folder / "empty.png")
+    Image.fromarray(np.full((30, 40), 255, np.uint8)).save(folder / "full.png")
+    write_mask(folder / "mask.png")
+    broken = bytearray((folder / "mask.png").read_bytes())
+    broken[37:41] = b"IDAX"
+    (folder / "broken.png").write_bytes(broken)
+    rows = make_rows(mask="mask.png")
+    for row, name in zip(rows, ("empty.png", "full.png", "broken.png"), strict=False):
+        row["mask"] = name
+    open_pairs(folder, rows)
+    output = capfd.readouterr().err
+    assert "1 mask (empty.png) without any pixel" in output
+    assert "1 mask (full.png) of the whole image" in output
+    assert "skipped 1 of 12 rows: 2.png (mask broken.png is a broken PNG, or a kind that" in output
+
+
+def test_films_of_several_depths_are_named_and_can_be_read_as_one(folder, capfd):
+    for number in range(4):
+        film = np.full((30, 40), 4000 if number else 900, np.uint16)
+        Image.fromarray(film).save(folder / f"{number}.png")
+    dataset = open_pairs(folder, make_rows())
+    greys = {number_of(record): record.image[0, 0, 0] for record in dataset}
+    assert greys["0"] == round(900 / 1023 * 255) and greys["2"] == round(4000 / 4095 * 255)
+    output = capfd.readouterr().err
+    assert "(10 bits in 1, 12 bits in 3)" in output and "data.builder.bit_depth=12" in output
+    dataset = open_pairs(folder, make_rows(), bit_depth=12)
+    assert "bits" not in capfd.readouterr().err
+    greys = {number_of(record): record.image[0, 0, 0] for record in dataset}
+    assert greys["0"] == round(900 / 4095 * 255)
+    with pytest.raises(UserError, match="bit_depth 3 of dataset pairs is none of images; use 8"):
+        open_pairs(folder, make_rows(), bit_depth=3)
+
+
 # Mistakes -----------------------------------------------------------------------------------
 
 
@@ -165,7 +220,7 @@ def test_unusable_rows_are_skipped_counted_and_named(folder, capfd):
     assert len(open_pairs(folder, rows, max_bad=0.5)) == 4
     output = capfd.readouterr().err
     assert "skipped 4 of 12 rows: absent.png (does not exist), 3.png (its text is empty)" in output
-    assert "0.png (is not an image)" in output and "1.png (" in output
+    assert "0.png (is not an image that can be read)" in output and "1.png (" in output
     (list_of_skipped,) = (folder.parent / "data").rglob("skipped_rows.txt")
     assert len(list_of_skipped.read_text().splitlines()) == 4
     with pytest.raises(UserError, match=r"4 of 12 rows cannot be used.*absent.png.*max_bad"):

@@ -324,9 +324,9 @@ import sys, time
 from plan_jax.data import dataset, images
 from plan_jax.types import UserError
 read_image = images.read_image
-def read_slowly(path, size):
+def read_slowly(path, size, *rest):
     time.sleep(float(sys.argv[3]))
-    return read_image(path, size)
+    return read_image(path, size, *rest)
 images.read_image = read_slowly
 data_dir, manifest = sys.argv[1:3]
 try:

@@ -1,12 +1,33 @@
-"""Radiographs of every kind become 8-bit grey."""
+"""Radiographs of every kind become 8-bit grey, and masks of every kind their foreground."""
 
-from importlib.util import find_spec
+import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
+from radiographs import draw_picture, make_dicom, make_png, make_tiff, save_with_orientation
 
 from plan_jax.data import images
+
+PICTURE = draw_picture()
+GREY = np.round(PICTURE * 255).astype(np.uint8)
+SHAPE = GREY.shape
+MASK = np.zeros(SHAPE, bool)
+MASK[8:20, 4:24] = True
+
+
+def read(path):
+    """Reads an image at its own size."""
+    pixels, shape = images.read_image(path, max(SHAPE))
+    assert shape == pixels.shape == SHAPE
+    return pixels
+
+
+def read_mask(path):
+    return images.read_mask(path, SHAPE, *SHAPE)
+
+
+# Depth ------------------------------------------------------------------------------------------
 
 
 def test_depths_colours_and_alpha_become_grey(tmp_path):
@@ -27,6 +48,76 @@ def test_depths_colours_and_alpha_become_grey(tmp_path):
     assert np.ptp(images.read_image(tmp_path / "colour.jpg", 8)[0]) <= 2
 
 
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (4, 2), (2, 3), (6, 4)])
+@pytest.mark.parametrize("alpha_white", [4095, 65535])
+def test_16_bit_colour_keeps_its_grey_levels(tmp_path, colour_type, channels, alpha_white):
+    stored = np.round(PICTURE * 4095)[..., None].repeat(channels, -1)
+    if channels in (2, 4):
+        stored[..., -1] = alpha_white
+    (tmp_path / "film.png").write_bytes(make_png(stored, colour_type))
+    np.testing.assert_allclose(read(tmp_path / "film.png"), PICTURE * 255, atol=0.6)
+
+
+def test_16_bit_alpha_and_luminance_are_those_of_8_bits(tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (*SHAPE, 4)).astype(np.uint8)
+    Image.fromarray(colour).save(tmp_path / "8.png")
+    (tmp_path / "16.png").write_bytes(make_png(colour.astype(np.uint16) * 257, 6))
+    difference = read(tmp_path / "8.png").astype(int) - read(tmp_path / "16.png")
+    assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bit_tiff_keeps_its_grey_levels(tmp_path, deflate, channels):
+    stored = np.round(PICTURE * 4095).astype("<u2")[..., None].repeat(channels, -1)
+    if channels == 4:
+        stored[..., 3] = 65535
+    (tmp_path / "film.tif").write_bytes(make_tiff(stored, deflate=deflate))
+    np.testing.assert_allclose(read(tmp_path / "film.tif"), PICTURE * 255, atol=0.6)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<i2", "<i4"])
+def test_real_and_signed_tiff_keep_their_grey_levels(tmp_path, dtype):
+    white = 1 if "f" in dtype else 4095
+    stored = (PICTURE * white if "f" in dtype else np.round(PICTURE * white)).astype(dtype)
+    (tmp_path / "film.tif").write_bytes(make_tiff(stored[..., None]))
+    np.testing.assert_allclose(read(tmp_path / "film.tif"), PICTURE * 255, atol=0.6)
+    (tmp_path / "negative.tif").write_bytes(make_tiff(-stored[..., None] - 1))
+    with pytest.raises(ValueError, match="has pixels from -.*, not 0 to 65535; shift or scale"):
+        read(tmp_path / "negative.tif")
+
+
+def test_a_tiff_of_a_kind_that_is_not_read_is_named(tmp_path):
+    (tmp_path / "film.tif").write_bytes(make_tiff(PICTURE.astype("<f8")[..., None]))
+    with pytest.raises(ValueError, match="is a broken TIFF, or a kind that cannot be read"):
+        read(tmp_path / "film.tif")
+
+
+def test_a_tiff_whose_zero_is_white_is_inverted(tmp_path):
+    for dtype, white in (("u1", 255), ("<u2", 4095)):
+        stored = np.round((1 - PICTURE) * white).astype(dtype)[..., None]
+        (tmp_path / "film.tif").write_bytes(make_tiff(stored, photometric=0))
+        np.testing.assert_allclose(read(tmp_path / "film.tif"), PICTURE * 255, atol=0.6)
+
+
+def test_16_bit_planes_are_refused_rather_than_misread(tmp_path):
+    stored = np.zeros((*SHAPE, 3), "<u2")
+    (tmp_path / "planes.tif").write_bytes(make_tiff(stored, planar=2))
+    with pytest.raises(ValueError, match="has 16 bits a channel in an unusual layout; save it as"):
+        read(tmp_path / "planes.tif")
+
+
+def test_the_depth_is_guessed_noted_or_set(tmp_path):
+    Image.fromarray(np.round(PICTURE * 900).astype(np.uint16)).save(tmp_path / "dim.png")
+    notes = set()
+    images.read_image(tmp_path / "dim.png", 48, notes=notes)
+    assert notes == {10}
+    notes = set()
+    pixels, _ = images.read_image(tmp_path / "dim.png", 48, 12, notes)
+    assert not notes
+    np.testing.assert_allclose(pixels, PICTURE * 900 / 4095 * 255, atol=0.6)
+
+
 def test_a_large_jpeg_keeps_its_shape_for_boxes(tmp_path):
     Image.fromarray(np.full((800, 600), 90, np.uint8)).save(tmp_path / "large.jpg")
     pixels, shape = images.read_image(tmp_path / "large.jpg", 48)
@@ -34,41 +125,125 @@ def test_a_large_jpeg_keeps_its_shape_for_boxes(tmp_path):
     assert abs(pixels.astype(int) - 90).max() <= 1
 
 
-@pytest.mark.skipif(find_spec("pydicom") is None, reason="the extra `dicom` is not installed")
-def test_dicom_is_windowed_and_inverted(tmp_path):
-    import pydicom
+# Orientation ------------------------------------------------------------------------------------
 
-    stored = np.arange(64, dtype=np.uint16).reshape(8, 8) * 64
-    dicom = pydicom.Dataset()
-    dicom.file_meta = pydicom.dataset.FileMetaDataset()
-    dicom.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    dicom.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
-    dicom.SOPInstanceUID = pydicom.uid.generate_uid()
-    dicom.Rows = dicom.Columns = 8
-    dicom.SamplesPerPixel, dicom.PixelRepresentation = 1, 0
-    dicom.BitsAllocated, dicom.BitsStored, dicom.HighBit = 16, 12, 11
-    dicom.PhotometricInterpretation = "MONOCHROME1"
-    dicom.WindowCenter, dicom.WindowWidth = 2048, 1024
-    dicom.PixelData = stored.tobytes()
-    dicom.save_as(tmp_path / "whole.dcm", enforce_file_format=True)
-    pixels, _ = images.read_image(tmp_path / "whole.dcm", 8)
-    expected = 255 - np.clip((stored.astype(float) - 1536) / 1024, 0, 1) * 255
-    np.testing.assert_allclose(pixels, expected, atol=2)
-    (tmp_path / "truncated.dcm").write_bytes((tmp_path / "whole.dcm").read_bytes()[:400])
-    with pytest.raises(ValueError, match="is not readable as DICOM"):
-        images.read_image(tmp_path / "truncated.dcm", 8)
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_an_image_is_upright_as_viewers_show_it(tmp_path, suffix, orientation):
+    path = tmp_path / f"film.{suffix}"
+    options = {"quality": 95} if suffix == "jpg" else {"lossless": True} if suffix == "webp" else {}
+    pixels = np.stack([GREY] * 3, -1) if suffix == "webp" else GREY
+    if suffix == "tif":
+        save_with_orientation(GREY, tmp_path / "film.png", orientation)
+        with Image.open(tmp_path / "film.png") as image:
+            path.write_bytes(make_tiff(np.asarray(image)[..., None], orientation))
+    else:
+        save_with_orientation(pixels, path, orientation, **options)
+    notes = set()
+    read_pixels, shape = images.read_image(path, 48, notes=notes)
+    assert shape == SHAPE
+    # JPEG ripples beside the bright square.
+    assert abs(read_pixels.astype(int) - GREY).mean() < (2 if suffix == "jpg" else 0.5)
+    assert notes == (set() if orientation == 1 else {images.TURNED})
+
+
+def test_16_bit_colour_is_upright_too(tmp_path):
+    turned = np.ascontiguousarray(np.rot90(np.round(PICTURE * 4095).astype("<u2")))
+    tiff = make_tiff(turned[..., None].repeat(3, -1), orientation=6)
+    (tmp_path / "film.tif").write_bytes(tiff)
+    np.testing.assert_allclose(read(tmp_path / "film.tif"), PICTURE * 255, atol=0.6)
+
+
+def test_an_orientation_that_does_not_exist_is_ignored(tmp_path):
+    for orientation in (0, 9, 6000):
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray(GREY).save(tmp_path / "film.png", exif=exif)
+        np.testing.assert_array_equal(read(tmp_path / "film.png"), GREY)
+    Image.fromarray(GREY).save(tmp_path / "film.jpg", exif=b"Exif\0\0II*\0broken")
+    assert abs(read(tmp_path / "film.jpg").astype(int) - GREY).mean() < 3
+
+
+# Files ------------------------------------------------------------------------------------------
 
 
 def test_a_file_of_another_kind_is_not_an_image(tmp_path):
     (tmp_path / "notes.png").write_text("not pixels")
     with pytest.raises(ValueError, match="is not an image"):
         images.read_image(tmp_path / "notes.png", 8)
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="is an empty file"):
+        images.read_image(tmp_path / "empty.png", 8)
 
 
-@pytest.mark.parametrize(("low", "high"), [(-5, 9), (0, 2**17)])
-def test_pixels_beyond_sixteen_bits_are_refused(low, high):
-    with pytest.raises(ValueError, match=f"has pixels from {low} to .*, not 0 to 65535"):
-        images.scale_to_uint8(np.asarray([[low, high]], np.int32))
+def test_several_frames_are_refused(tmp_path):
+    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    for suffix in ("gif", "tif", "png", "webp"):
+        path = tmp_path / f"stack.{suffix}"
+        frames[0].convert("RGB").save(path, save_all=True, append_images=frames[1:])
+        with pytest.raises(ValueError, match="has 2 frames, not one; save the frame to use"):
+            read(path)
+        with pytest.raises(ValueError, match=f"mask stack.{suffix} has 2 frames, not one"):
+            read_mask(path)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    Image.fromarray(GREY).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(ValueError, match=r"is a broken image \(Image size \(1536 pixels\) exceeds"):
+        read(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match="mask bomb.png is a broken image"):
+        read_mask(tmp_path / "bomb.png")
+
+
+def encode(pixels, kind, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+FILES = {
+    "png": encode(GREY, "PNG"),
+    "jpeg": encode(GREY, "JPEG"),
+    "tiff": encode(GREY, "TIFF", compression="tiff_lzw"),
+    "bmp": encode(GREY, "BMP"),
+    "gif": encode(GREY, "GIF"),
+    "webp": encode(GREY, "WEBP"),
+    "jpeg2000": encode(GREY, "JPEG2000"),
+    "png of 16 bits": encode(GREY.astype(np.uint16) * 16, "PNG"),
+    "colour of 16 bits": make_png(GREY.astype(np.uint16)[..., None].repeat(3, -1), 2),
+    "tiff of 16 bits": make_tiff(GREY.astype("<u2")[..., None].repeat(3, -1), deflate=True),
+    "dicom": make_dicom(GREY),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_damaged_file_is_read_in_its_shape_or_refused(tmp_path, kind):
+    data, rng = FILES[kind], np.random.default_rng(0)
+    num_refused = 0
+    for trial in range(12):
+        damaged = bytearray(data)
+        if trial % 3 == 0:
+            del damaged[rng.integers(len(data)) :]
+        else:
+            for position in rng.integers(0, len(data) if trial % 3 == 1 else 64, 4):
+                damaged[position] ^= 1 << int(rng.integers(8))
+        (tmp_path / "film").write_bytes(damaged)
+        try:
+            pixels, shape = images.read_image(tmp_path / "film", 24)
+            assert max(pixels.shape) == 24 and pixels.dtype == np.uint8 and min(shape) > 0
+        except ValueError as error:
+            num_refused += 1
+            assert len(str(error)) < 300 and "\n" not in str(error)
+        try:
+            assert images.read_mask(tmp_path / "film", SHAPE, 24, 16).shape == (24, 16)
+        except ValueError as error:
+            assert str(error).startswith("mask film ")
+    assert num_refused
+
+
+# Masks ------------------------------------------------------------------------------------------
 
 
 def test_a_mask_has_the_size_of_its_image(tmp_path):
@@ -79,3 +254,122 @@ def test_a_mask_has_the_size_of_its_image(tmp_path):
     assert mask[11:19, 13:23].all() and not mask[:9].any() and not mask[:, 26:].any()
     with pytest.raises(ValueError, match="mask mask.png has 20 x 30 pixels, its image 30 x 20"):
         images.read_mask(tmp_path / "mask.png", (30, 20), 40, 60)
+    with pytest.raises(ValueError, match="mask absent.png cannot be read"):
+        read_mask(tmp_path / "absent.png")
+
+
+def paint(foreground, background):
+    """Returns pixels of two colours."""
+    colours = np.asarray([background, foreground])
+    return colours[MASK.astype(int)].astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        paint(1, 0),
+        paint(255, 0),
+        paint(128, 0),
+        MASK,
+        MASK.astype(np.uint16),
+        MASK.astype(np.uint16) * 65535,
+        paint((255, 255), (0, 255)),
+        paint((255, 255), (0, 0)),
+        paint((255, 255), (255, 0)),
+        paint((255, 0, 0, 255), (0, 0, 0, 255)),
+        paint((255, 0, 0, 255), (0, 0, 0, 0)),
+        paint((0, 0, 255, 255), (255, 255, 255, 0)),
+        paint((0, 0, 0, 255), (0, 0, 0, 0)),
+        paint((0, 9, 0), (0, 0, 0)),
+    ],
+)
+def test_a_mask_is_its_colour_where_it_is_opaque(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), MASK)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<u2", "u1"])
+def test_a_tiff_mask_is_read(tmp_path, dtype):
+    (tmp_path / "mask.tif").write_bytes(make_tiff(MASK[..., None].astype(dtype)))
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.tif"), MASK)
+
+
+def test_a_mask_of_16_bit_colour_keeps_small_values(tmp_path):
+    (tmp_path / "mask.png").write_bytes(make_png(MASK[..., None].repeat(3, -1), 2))
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), MASK)
+
+
+@pytest.mark.parametrize(
+    ("indices", "palette"),
+    [
+        (MASK, [0, 0, 0, 128, 0, 0]),  # as of PASCAL VOC
+        (~MASK, [255, 255, 255, 0, 0, 0]),  # sorted by brightness: index 0 is the foreground
+        (MASK, [255, 255, 255, 200, 30, 30]),  # no black: index 0 is the background
+        (MASK, [0, 0, 0, 0, 0, 0]),  # no colour at all
+    ],
+)
+def test_a_palette_is_read_by_its_colours(tmp_path, indices, palette):
+    image = Image.fromarray(indices.astype(np.uint8))
+    image.putpalette(palette)
+    image.save(tmp_path / "mask.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), MASK)
+    image.save(tmp_path / "clear.png", transparency=int(indices[0, 0]))
+    np.testing.assert_array_equal(read_mask(tmp_path / "clear.png"), MASK)
+
+
+@pytest.mark.parametrize("quality", [30, 75, 95])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_ripples_and_soft_edges_are_no_mask(tmp_path, quality, mode):
+    image = Image.fromarray(paint(255, 0)).convert(mode)
+    image.save(tmp_path / "mask.jpg", quality=quality)
+    with Image.open(tmp_path / "mask.jpg") as lossy:
+        assert ((np.asarray(lossy) > 0).reshape(*SHAPE, -1).any(-1) != MASK).sum() > 10
+        lossy.save(tmp_path / "mask.png")
+    for name in ("mask.jpg", "mask.png"):
+        assert (read_mask(tmp_path / name) != MASK).sum() <= 4
+    image.filter(ImageFilter.GaussianBlur(1)).save(tmp_path / "soft.png")
+    assert (read_mask(tmp_path / "soft.png") != MASK).sum() <= 8
+
+
+@pytest.mark.parametrize("labels", [(0, 128, 255), (0, 1, 2), (1, 2, 3), (0, 1, 255)])
+def test_several_labels_are_refused(tmp_path, labels):
+    stored = np.full(SHAPE, labels[0], np.uint8)
+    stored[8:20, 4:14], stored[8:20, 18:28] = labels[1:]
+    Image.fromarray(stored).save(tmp_path / "mask.png")
+    message = f"mask mask.png has the grey levels {', '.join(map(str, labels))}, as of several"
+    with pytest.raises(ValueError, match=message):
+        read_mask(tmp_path / "mask.png")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_like_its_image(tmp_path, orientation):
+    save_with_orientation(paint(255, 0), tmp_path / "mask.png", orientation)
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), MASK)
+
+
+def test_a_mask_that_cannot_be_a_picture_is_named(tmp_path):
+    (tmp_path / "mask.dcm").write_bytes(make_dicom(paint(255, 0)))
+    with pytest.raises(ValueError, match="mask mask.dcm is DICOM; save it as PNG"):
+        read_mask(tmp_path / "mask.dcm")
+    stored = np.where(MASK, np.nan, 0).astype("<f4")
+    (tmp_path / "mask.tif").write_bytes(make_tiff(stored[..., None]))
+    with pytest.raises(ValueError, match="mask mask.tif has pixels that are NaN or infinite"):
+        read_mask(tmp_path / "mask.tif")
+
+
+def test_notes_become_one_sentence_each():
+    notes = {
+        images.TURNED: ["a.jpg"],
+        images.ENLARGED: ["d.png", "c.png", "b.png", "a.png"],
+        10: ["x.png"],
+        12: ["y.png", "z.png"],
+        images.EMPTY: ["m.png"],
+        images.FULL: ["n.png"],
+    }
+    turned, enlarged, depths, empty, full = images.summarise_notes(notes, 224)
+    assert turned.startswith("turned 1 image (a.jpg) upright by the EXIF orientation")
+    assert enlarged.startswith("enlarged 4 images (a.png, b.png, c.png and 1 more) to size 224")
+    assert "(10 bits in 1, 12 bits in 2)" in depths and "data.builder.bit_depth=12" in depths
+    assert empty.startswith("1 mask (m.png) without any pixel")
+    assert full.startswith("1 mask (n.png) of the whole image")
+    assert images.summarise_notes({12: ["y.png"]}, 224) == []

@@ -225,7 +225,7 @@ def folder(tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     (folder / "configs").symlink_to(ROOT / "configs")
-    Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "ok.png")
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "ok.png")
     config = Config.from_dict(main.load_config_file(str(ROOT / CONFIG)))
     manager = checkpoint.open_manager(folder / "run" / checkpoint.FOLDER)
     checkpoint.save(manager, 1, {"params": {"a": jnp.ones(2)}}, {}, config.to_dict())

@@ -1,8 +1,12 @@
 """The heat map of a phrase on the command line."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
+from radiographs import save_with_orientation
 
 from plan_jax import model as models
 from plan_jax import predict
@@ -53,3 +57,29 @@ def test_a_heat_map_is_written(name, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{name}: highest at x 39, y 18 of 40 x 50, patient's left\n"
     with Image.open(name) as picture:
         assert picture.mode == "RGB" and picture.height / picture.width == 50 / 40
+
+
+def test_an_image_is_read_as_the_builder_reads_it():
+    film = np.zeros((50, 40), np.uint8)
+    film[5:15, 5:15] = 200
+    save_with_orientation(film, "phone.png", 6)
+    np.testing.assert_array_equal(predict.read_image("phone.png")[..., 0], film)
+    Image.fromarray(film.astype(np.uint16) * 4).save("dim.png")
+    assert predict.read_image("dim.png").max() == round(800 / 1023 * 255)
+    assert predict.read_image("dim.png", 12).max() == round(800 / 4095 * 255)
+
+
+def test_a_heat_map_uses_the_bit_depth_of_the_run(monkeypatch, capsys):
+    config = SimpleNamespace(data=SimpleNamespace(builder={"bit_depth": 12}))
+    depths = []
+    read_image = predict.read_image
+
+    def record_depth(image, bit_depth=0):
+        depths.append(bit_depth)
+        return read_image(image, bit_depth)
+
+    monkeypatch.setattr(models, "load", lambda folder: replace(toy_model(), config=config))
+    monkeypatch.setattr(predict, "read_image", record_depth)
+    Image.fromarray(np.full((50, 40), 90, np.uint8)).save("chest.png")
+    assert predict.run(["--checkpoint", "x", "--image", "chest.png", "--text", "effusion"]) == 0
+    assert depths == [0, 12]

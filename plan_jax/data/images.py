@@ -1,123 +1,389 @@
-"""Reading of radiographs as 8-bit grey: PNG or JPEG, 8 or 16 bits, colour, alpha, DICOM."""
+"""Reading of image files: radiographs as 8-bit grey, and masks; PNG, JPEG, TIFF, DICOM ..."""
 
 import io
+import sys
+from collections.abc import Mapping, MutableSet, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Num, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from scipy import ndimage
 
-from plan_jax.data import transforms
-from plan_jax.types import UserError
+from plan_jax.data import dicom, grey, transforms
+from plan_jax.data.grey import ImageError
 
-BIT_DEPTHS = (8, 10, 12, 14, 16)  # of detectors and of the files that they write
+MAX_REASON = 80  # characters of a decoder's own words in a message
+# Orientation of EXIF -> whether to transpose, then to reverse the rows, and the columns.
+ORIENTATIONS = {
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+# Layouts of 16-bit colour whose low bytes can be decoded like the high bytes.
+COLOUR_LAYOUTS = ("RGB", "RGBX", "RGBA", "LA")
+SIGNATURES = {
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"GIF8": "GIF",
+    b"RIFF": "WebP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+WHITE_IS_ZERO = 0  # of the TIFF tag PhotometricInterpretation
+SEPARATE_PLANES = 2  # of the TIFF tag PlanarConfiguration
+# Formats whose frames are pictures of their own, not a preview or a depth map.
+FRAME_FORMATS = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
+FEW_LEVELS = 8  # grey levels of a mask that was not compressed with loss or drawn with soft edges
+RIPPLE = 1 / 8  # of a mask's maximum: how far lossy compression moves its pixels, or nearly so
+MAX_FLAT = 0.05  # largest fraction of a mask with soft edges that is flat and half bright
+# What is noted of an image, and of a mask.
+TURNED, ENLARGED, EMPTY, FULL = "turned", "enlarged", "empty", "full"
+MAX_NAMES = 3  # of files in a sentence
 
 
-def read_image(path: Path, size: int) -> tuple[UInt8[np.ndarray, "Y X"], tuple[int, int]]:
+# Images -----------------------------------------------------------------------------------------
+
+
+def read_image(
+    path: Path, size: int, bit_depth: int = 0, notes: MutableSet[str | int] | None = None
+) -> tuple[UInt8[np.ndarray, "Y X"], tuple[int, int]]:
     """Reads an image as 8-bit grey with the longer side `size`, and its original rows and columns.
 
-    Colour becomes luminance, and transparent pixels become black. More than 8 bits are scaled by
-    the smallest usual depth that holds the image's maximum, so a 12-bit radiograph in a 16-bit file
-    keeps its contrast. For DICOM, see `decode_dicom`.
+    The image is upright, as viewers show it: turned and mirrored as the EXIF orientation says.
+    Colour becomes luminance, and transparent pixels become black. Pixels of more than 8 bits are
+    scaled by `grey.scale_to_uint8`. For DICOM, see `dicom.decode_dicom`.
+
+    Args:
+      path: the file.
+      size: longer side of the result in pixels.
+      bit_depth: depth of images of more than 8 bits that do not say it (0: guessed from each).
+      notes: receives TURNED if the image was turned, ENLARGED if it was smaller than `size`, and
+        the bit depth if it was guessed.
 
     Raises:
       OSError, ValueError: if the file is missing or is not a readable image.
       UserError: if it is DICOM and pydicom is not installed.
     """
+    notes = set() if notes is None else notes
     data = path.read_bytes()
-    if data[128:132] == b"DICM":
-        pixels = decode_dicom(data, path)
+    if dicom.is_dicom(data):
+        pixels, guessed_depth = dicom.decode_dicom(data, path, bit_depth)
         shape = pixels.shape
     else:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                shape = image.height, image.width
-                if image.mode in ("L", "RGB"):
-                    # A JPEG decoder skips the finest frequencies of an image far larger than this.
-                    image.draft("L", (2 * size, 2 * size))
-                pixels = _convert_to_grey(image)
+            pixels, shape, guessed_depth, is_turned = _decode_image(data, size, bit_depth)
         except Exception as error:  # decoders raise many kinds for a broken file
-            raise ValueError(_describe_error(error)) from None
+            raise ValueError(_describe_error(error, data)) from None
+        if is_turned:
+            notes.add(TURNED)
+    if guessed_depth:
+        notes.add(guessed_depth)
+    if max(shape) < size:
+        notes.add(ENLARGED)
     return transforms.resize_image(pixels, *transforms.scale_shape(shape, size)), shape
 
 
-def _describe_error(error: Exception) -> str:
+def summarise_notes(notes: Mapping[str | int, Sequence[str]], size: int) -> list[str]:
+    """Returns one sentence on each thing that a user should know of how images were read.
+
+    Args:
+      notes: what `read_image` noted, and FULL or EMPTY of masks -> the names of the files.
+      size: longer side of the stored images, in pixels.
+    """
+    messages = []
+    if names := notes.get(TURNED):
+        messages.append(
+            f"turned {_count(names, 'image')} upright by the EXIF orientation, as viewers show "
+            "them; boxes and masks drawn on the stored pixels need files without that tag"
+        )
+    if names := notes.get(ENLARGED):
+        messages.append(f"enlarged {_count(names, 'image')} to size {size}; use a smaller size")
+    depths = sorted(depth for depth in notes if isinstance(depth, int))
+    if len(depths) > 1:
+        counts = ", ".join(f"{depth} bits in {len(notes[depth])}" for depth in depths)
+        messages.append(
+            f"images have different bit depths ({counts}); if all are of one detector, set "
+            f"data.builder.bit_depth={depths[-1]}"
+        )
+    if names := notes.get(EMPTY):
+        messages.append(f"{_count(names, 'mask')} without any pixel; draw or remove them")
+    if names := notes.get(FULL):
+        messages.append(f"{_count(names, 'mask')} of the whole image; make the background black")
+    return messages
+
+
+def _count(names: Sequence[str], noun: str) -> str:
+    """Returns `1 image (a.png)` or `7 images (a.png, b.png, c.png and 4 more)`."""
+    names = sorted(set(names))
+    suffix = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    plural = noun + "s" * (len(names) > 1)
+    return f"{len(names)} {plural} ({', '.join(names[:MAX_NAMES])}{suffix})"
+
+
+def _decode_image(
+    data: bytes, size: int, bit_depth: int
+) -> tuple[UInt8[np.ndarray, "Y X"], tuple[int, int], int, bool]:
+    """Returns grey, the upright shape in the file, the depth if guessed, and if it was turned."""
+    guessed_depth = 0
+    with Image.open(io.BytesIO(data)) as image:
+        _check_frames(image)
+        layout = _find_colour_layout(image)
+        columns, rows = image.size
+        is_turned = _read_orientation(image) in ORIENTATIONS
+        if image.mode in ("L", "RGB") and not layout:
+            # A JPEG decoder skips the finest frequencies of an image far larger than this.
+            image.draft("L", (2 * size, 2 * size))
+        if layout or image.mode.startswith(("I", "F")):
+            values = _read_luminance(data, layout) if layout else np.asarray(image)
+            image.load()  # reads the metadata behind the pixels too
+            pixels = grey.scale_to_uint8(values, bit_depth)
+            if not bit_depth and not grey.is_unit(values):
+                guessed_depth = grey.find_bit_depth(values)
+            if _is_white_zero(image):
+                pixels = 255 - pixels
+        else:
+            pixels = _convert_to_grey(image)
+        pixels, is_transposed = _turn_upright(pixels, image)
+    if is_transposed:
+        rows, columns = columns, rows
+    return pixels, (rows, columns), guessed_depth, is_turned
+
+
+def _describe_error(error: Exception, data: bytes) -> str:
+    """Returns what is wrong with a file, as the end of a sentence about it."""
+    if not data:
+        return "is an empty file"
     if isinstance(error, UnidentifiedImageError):
-        return "is not an image"
-    return (str(error) or type(error).__name__).splitlines()[0]
+        kind = next((kind for start, kind in SIGNATURES.items() if data.startswith(start)), "")
+        if not kind:
+            return "is not an image that can be read"
+        return f"is a broken {kind}, or a kind that cannot be read; save it as 8 or 16-bit PNG"
+    reason = (str(error) or type(error).__name__).splitlines()[0][:MAX_REASON]
+    return reason if isinstance(error, ImageError) else f"is a broken image ({reason})"
+
+
+def _check_frames(image: Image.Image) -> None:
+    """Raises ImageError if a file has several pictures; reduced copies of the first are none."""
+    if image.format not in FRAME_FORMATS:
+        return
+    num_frames = getattr(image, "n_frames", 1)
+    if num_frames > 1 and image.format == "TIFF":
+        num_copies = 0
+        for page in range(1, num_frames):
+            image.seek(page)
+            num_copies += image.tag_v2.get(ExifTags.Base.NewSubfileType, 0) & 1  # type: ignore[attr-defined]
+        image.seek(0)
+        num_frames -= num_copies
+    if num_frames > 1:
+        raise ImageError(
+            f"has {num_frames} frames, not one; save the frame to use as a file of its own"
+        )
+
+
+def _convert_to_grey(image: Image.Image) -> UInt8[np.ndarray, "Y X"]:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image)
+    return np.asarray(image.convert("L"))
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    """Returns whether 0 is white; Pillow inverts such a TIFF itself only if it has 8 bits."""
+    if image.format != "TIFF" or not image.mode.startswith(("I", "F")):
+        return False
+    return image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO  # type: ignore[attr-defined]
+
+
+# Orientation ------------------------------------------------------------------------------------
+
+
+def _read_orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation, 1 if there is none that can be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata, which viewers ignore
+        return 1
+
+
+def _turn_upright(
+    pixels: Num[np.ndarray, "Y X"], image: Image.Image
+) -> tuple[Num[np.ndarray, "V U"], bool]:
+    """Returns pixels upright, and whether rows have become columns.
+
+    Pillow turns a TIFF when it loads it, and deletes the orientation.
+    """
+    is_transposed, reverses_rows, reverses_columns = ORIENTATIONS.get(
+        _read_orientation(image), (False, False, False)
+    )
+    if is_transposed:
+        pixels = pixels.T
+    return pixels[:: -1 if reverses_rows else 1, :: -1 if reverses_columns else 1], is_transposed
+
+
+# 16-bit colour ----------------------------------------------------------------------------------
+
+
+def _find_colour_layout(image: Image.Image) -> str:
+    """Returns the layout of an image of 16 bits a channel, as `RGB;16B`; "" for other images.
+
+    Raises:
+      ImageError: if it is a layout whose low bytes cannot be decoded.
+    """
+    if image.mode.startswith(("I", "F")):
+        return ""
+    is_separate = image.format == "TIFF" and (
+        image.tag_v2.get(ExifTags.Base.PlanarConfiguration) == SEPARATE_PLANES  # type: ignore[attr-defined]
+        and 16 in image.tag_v2.get(ExifTags.Base.BitsPerSample, ())  # type: ignore[attr-defined]
+    )
+    for tile in image.tile:  # type: ignore[attr-defined]
+        layout = tile.args if isinstance(tile.args, str) else next(iter(tile.args or ()), "")
+        if not is_separate and not (isinstance(layout, str) and ";16" in layout):
+            continue
+        if is_separate or layout.partition(";")[0] not in COLOUR_LAYOUTS:
+            raise ImageError("has 16 bits a channel in an unusual layout; save it as 16-bit grey")
+        return layout
+    return ""
+
+
+def _read_channels(data: bytes, layout: str) -> Num[np.ndarray, "Y X C"]:
+    """Reads the channels of an image of 16 bits a channel, of which Pillow keeps the high bytes.
+
+    Decoded in the other byte order, the low bytes take the place of the high ones.
+    """
+    if layout == "LA;16B":  # four bytes a pixel, like RGBA of 8 bits
+        return np.ascontiguousarray(_read_bytes(data, layout, "RGBA")).view(">u2").astype(np.uint16)
+    native, foreign = ("L", "B") if sys.byteorder == "little" else ("B", "L")
+    other = {"L": "B", "B": "L", "N": foreign}[layout[-1]]
+    high, low = (_read_bytes(data, layout, new) for new in (layout, layout[:-1] + other))
+    return high.astype(np.uint16) << 8 | low
+
+
+def _read_bytes(data: bytes, layout: str, new_layout: str) -> UInt8[np.ndarray, "Y X C"]:
+    """Decodes an image with another layout of its bytes."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.tile = [  # type: ignore[attr-defined]
+            tile._replace(
+                args=(new_layout, *tile.args[1:]) if isinstance(tile.args, tuple) else new_layout
+            )
+            for tile in image.tile  # type: ignore[attr-defined]
+        ]
+        return np.asarray(image)
+
+
+def _read_luminance(data: bytes, layout: str) -> Num[np.ndarray, "Y X"]:
+    """Reads an image of 16 bits a channel as grey of 16 bits, transparent pixels black."""
+    channels = _read_channels(data, layout)
+    colours, alpha = _split_alpha(channels)
+    luminance = colours[..., 0] if colours.shape[-1] == 1 else grey.convert_to_luminance(colours)
+    if alpha is None:
+        return luminance
+    return np.round(luminance * (alpha / (2 ** grey.find_bit_depth(alpha) - 1)))
+
+
+def _split_alpha(
+    channels: Num[np.ndarray, "Y X C"],
+) -> tuple[Num[np.ndarray, "Y X N"], Num[np.ndarray, "Y X"] | None]:
+    """Returns the channels of colour, and that of alpha if there are two or four."""
+    has_alpha = channels.shape[-1] in (2, 4)
+    return (channels[..., :-1], channels[..., -1]) if has_alpha else (channels, None)
+
+
+# Masks ------------------------------------------------------------------------------------------
 
 
 def read_mask(
     path: Path, shape: tuple[int, int], rows: int, columns: int
 ) -> Bool[np.ndarray, "{rows} {columns}"]:
-    """Reads a mask (non-zero is True) of an image of `shape`, resized to `rows` and `columns`.
+    """Reads a mask of an image of `shape`, resized to `rows` and `columns`.
+
+    Like its image, a mask is turned upright. True is what is at least half as bright as the
+    brightest pixel, so that neither soft edges nor the ripples of JPEG count. A pixel of colour is
+    as bright as its brightest channel, and a transparent one is background. Where all opaque pixels
+    are black, the opaque ones are the mask. A palette without black has its background at index 0.
 
     Raises:
-      OSError, ValueError: if it is missing, unreadable, or not of `shape`.
+      ValueError: if it is missing, unreadable, not of `shape`, or shows several labels.
     """
-    with Image.open(path) as image:
-        if (image.height, image.width) != shape:
-            raise ValueError(
-                f"mask {path.name} has {image.height} x {image.width} pixels, "
-                f"its image {shape[0]} x {shape[1]}"
-            )
-        pixels = np.asarray(image)
-    mask = np.any(pixels.reshape(*shape, -1), axis=-1)  # any channel of a coloured mask
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"mask {path.name} cannot be read ({error.strerror})") from None
+    try:
+        if dicom.is_dicom(data):
+            raise ImageError("is DICOM; save it as PNG")
+        with Image.open(io.BytesIO(data)) as image:
+            _check_frames(image)
+            values, _ = _turn_upright(_read_brightness(image, data), image)
+            is_lossy = image.format in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+        mask = _find_foreground(values, is_lossy)
+    except Exception as error:  # as in `read_image`
+        raise ImageError(f"mask {path.name} {_describe_error(error, data)}") from None
+    if mask.shape != shape:
+        raise ImageError(
+            f"mask {path.name} has {mask.shape[0]} x {mask.shape[1]} pixels, "
+            f"its image {shape[0]} x {shape[1]}"
+        )
     return transforms.resize_image(mask.astype(np.uint8) * 255, rows, columns) >= 128
 
 
-def decode_dicom(data: bytes, path: Path) -> UInt8[np.ndarray, "Y X"]:
-    """Decodes the pixels of a DICOM file: rescaled, windowed if the file has a window.
-
-    MONOCHROME1 is inverted, so that bone is bright in every image.
-
-    Args:
-      data: content of the file.
-      path: its path, for messages.
-
-    Raises:
-      UserError: if pydicom is not installed.
-      ValueError: if the pixels cannot be read.
-    """
-    try:
-        import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
-    except ImportError:
-        raise UserError(f"image {path} is DICOM; pip install plan-jax[dicom]") from None
-    try:
-        dicom = pydicom.dcmread(io.BytesIO(data))
-        pixels = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
-    except Exception as error:  # pydicom raises many kinds, each for a file it cannot read
-        raise ValueError(f"is not readable as DICOM: {type(error).__name__}") from None
-    if pixels.ndim != 2:
-        raise ValueError(f"has {pixels.ndim} dimensions, not rows and columns of grey")
-    pixels = pixels.astype(np.float64) - pixels.min()
-    pixels *= 255 / max(float(pixels.max()), 1e-9)  # an image of one value stays black
-    if dicom.PhotometricInterpretation == "MONOCHROME1":
-        pixels = 255 - pixels
-    return np.round(pixels).astype(np.uint8)
-
-
-def _convert_to_grey(image: Image.Image) -> UInt8[np.ndarray, "Y X"]:
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits; Pillow's own conversion clips at 255
-        return scale_to_uint8(np.asarray(image).astype(np.float32))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image.convert("RGBA"))
-    return np.asarray(image.convert("L"))
+def _read_brightness(image: Image.Image, data: bytes) -> Num[np.ndarray, "Y X"]:
+    """Returns the brightest channel of each pixel of a mask, 0 where it is transparent."""
+    layout = _find_colour_layout(image)
+    indices = np.asarray(image) if image.mode == "P" else None
+    if layout:
+        channels = _read_channels(data, layout)
+        image.load()
+    elif image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;"):
+        image = image.convert("L") if image.mode == "1" else image
+        channels = np.asarray(image)[..., None]
+        if "transparency" in image.info and image.mode == "L":
+            channels = np.asarray(image.convert("LA"))
+        if _is_white_zero(image):
+            channels = channels.max() - channels
+    else:
+        has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
+        has_alpha = has_alpha or "transparency" in image.info
+        channels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+    if not np.isfinite(channels).all():
+        raise ImageError("has pixels that are NaN or infinite")
+    colours, alpha = _split_alpha(channels)
+    values = colours.max(-1)
+    is_opaque = np.ones(values.shape, bool) if alpha is None else alpha >= max(alpha.max(), 1) / 2
+    if indices is not None and is_opaque.all() and values.all():
+        values = np.where(indices == 0, 0, values)
+    elif indices is not None and not values[is_opaque].any():
+        values = indices
+    elif not values[is_opaque].any() and not is_opaque.all():
+        return is_opaque.astype(np.uint8)
+    return np.where(is_opaque, values, 0)
 
 
-def scale_to_uint8(pixels: Num[np.ndarray, "Y X"]) -> UInt8[np.ndarray, "Y X"]:
-    """Scales pixels to 8 bits by the smallest depth of `BIT_DEPTHS` that holds their maximum.
-
-    >>> scale_to_uint8(np.asarray([[0, 2048, 4095]], np.uint16)).tolist()
-    [[0, 128, 255]]
+def _find_foreground(values: Num[np.ndarray, "Y X"], is_lossy: bool) -> Bool[np.ndarray, "Y X"]:
+    """Returns which pixels of a mask are at least half as bright as its brightest one.
 
     Raises:
-      ValueError: for negative pixels, or more than 16 bits.
+      ImageError: if pixels of a brightness between have an area of their own, as several labels do.
     """
-    low, high = float(pixels.min()), float(pixels.max())
-    if not 0 <= low <= high < 2**16:
-        raise ValueError(f"has pixels from {low:g} to {high:g}, not 0 to 65535")
-    white = next(2**depth - 1 for depth in BIT_DEPTHS if high <= 2**depth - 1)
-    return np.round(pixels * (255 / white)).astype(np.uint8)
+    low, high = float(values.min()), float(values.max())
+    if low < 0:
+        raise ImageError(f"has pixels from {low:g} to {high:g}; save it with 0 and 255")
+    levels = np.unique(values)
+    is_exact = len(levels) <= FEW_LEVELS and not is_lossy
+    margin = 0 if is_exact else high * RIPPLE
+    is_between = (values > margin) & (values < high - margin)
+    if is_between.any():
+        is_flat = ndimage.minimum_filter(values, 3) == ndimage.maximum_filter(values, 3)
+        area = (is_between & is_flat).sum() / max((values > margin).sum(), 1)
+        if area > (0 if is_exact else MAX_FLAT):
+            names = ", ".join(f"{level:g}" for level in levels[:FEW_LEVELS])
+            raise ImageError(
+                f"has the grey levels {names}{' ...' * (len(levels) > FEW_LEVELS)}, as of several "
+                "labels; save one mask of 0 and 255 for each"
+            )
+    return (values >= high / 2) & (values > 0)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +38,8 @@ class PairsConfig(tfds.core.BuilderConfig):
     images: str = ""
     # Longer side of a stored image, in pixels.
     size: int = 224
+    # Bits of an image of more than 8 that does not say it (0: guessed from each, see `data.grey`).
+    bit_depth: int = 0
     # Role (see ROLES) -> column, where the column is not called like its role.
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # Conditions on columns: only rows that fulfil them are used.
@@ -67,6 +70,10 @@ class PairsConfig(tfds.core.BuilderConfig):
         if self.size < 8:
             raise UserError(
                 f"size {self.size} of dataset pairs is too small; use at least 8 pixels"
+            )
+        if self.bit_depth not in (0, *range(8, 17)):
+            raise UserError(
+                f"bit_depth {self.bit_depth} of dataset pairs is none of images; use 8 to 16, or 0"
             )
         for name in ("val_fraction", "test_fraction", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
@@ -133,7 +140,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     Rows that cannot be used are skipped and reported in `messages`.
     """
 
-    VERSION = tfds.core.Version("1.3.0")
+    VERSION = tfds.core.Version("1.4.0")
     builder_config: PairsConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -148,6 +155,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         self._skipped: list[str] = []
         self._sources = SourceFiles()
+        # What was noted of images and masks -> their names; filled by several threads.
+        self._notes: dict[str | int, list[str]] = defaultdict(list)
         studies = self._read_studies()
         self._check_skipped()
         manifest.check_patient_leaks((study.patient_id, study.split) for study in studies)
@@ -298,7 +307,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         try:
             path = self._resolve_path(study.path, study.number)
             self._sources.add(self.builder_config.root, path)
-            image, shape = images.read_image(path, self.builder_config.size)
+            config, notes = self.builder_config, set[str | int]()
+            image, shape = images.read_image(path, config.size, config.bit_depth, notes)
             masks = self._read_masks(study.masks, study.number, shape, image.shape)
             anatomy = self._read_masks(study.anatomy, study.number, shape, image.shape)
             # Stored masks have no names but their order, so a study has all of them or none.
@@ -317,6 +327,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             return reason.splitlines()[0]
+        for note in notes:
+            self._notes[note].append(study.path)
         return Record(
             image=image,
             text=study.text,
@@ -338,9 +350,13 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         full_paths = {name: self._resolve_path(path, number) for name, path in paths.items()}
         for path in full_paths.values():
             self._sources.add(self.builder_config.root, path)
-        return {
+        masks = {
             name: images.read_mask(path, shape, *new_shape) for name, path in full_paths.items()
         }
+        for name, mask in masks.items():
+            if mask.all() or not mask.any():
+                self._notes[images.FULL if mask.any() else images.EMPTY].append(paths[name])
+        return masks
 
     def _order_labels(self, labels: annotations.Labels) -> np.ndarray:
         """Returns labels Int8[F] in the order of the findings.
@@ -359,11 +375,13 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         Splits are generated one after the other; the last one writes the complete lists.
         """
         self._sources.save(folder)
+        self.messages = images.summarise_notes(self._notes, self.builder_config.size)
         if self._skipped:
             (folder / SKIPPED_FILE).write_text("\n".join(self._skipped) + "\n")
-            self.messages = [
+            self.messages.append(
                 f"skipped {len(self._skipped)} of {self._num_rows} rows: {self._list_skipped()}"
-            ]
+            )
+        if self.messages:
             (folder / MESSAGES_FILE).write_text("\n".join(self.messages) + "\n")
 
     def _list_skipped(self) -> str:

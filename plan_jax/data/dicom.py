@@ -1,0 +1,299 @@
+"""Reading of DICOM files as 8-bit grey, as viewers show them."""
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Num, UInt8
+
+from plan_jax.data import grey
+from plan_jax.data.grey import ImageError
+from plan_jax.types import UserError
+
+MIN_PYDICOM = 3  # the first version that has `pydicom.pixels`
+MAX_REASON = 80  # characters of a library's own words in a message
+MIN_LEVELS = 32  # grey values of 255 that an image without a window reaches if BitsStored is right
+PIXEL_ELEMENTS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+
+
+def is_dicom(data: bytes) -> bool:
+    """Returns whether a file begins like DICOM, with its preamble or directly with an element."""
+    starts_with_element = data[:2] in (b"\x02\x00", b"\x08\x00") and data[3:4] == b"\x00"
+    return data[128:132] == b"DICM" or starts_with_element
+
+
+def decode_dicom(
+    data: bytes, path: Path, bit_depth: int = 0
+) -> tuple[UInt8[np.ndarray, "Y X"], int]:
+    """Decodes a DICOM file of one frame as grey in which bone is bright.
+
+    Returns the grey values, and their bit depth if it was guessed (else 0).
+
+    Colour, also by palette, becomes luminance. Grey values are rescaled and shown in the file's
+    first window that has a width. Without one, black and white are the ends of what `BitsStored`
+    can hold. Where that is the whole of 16 bits, or the image is far from using it, the depth is
+    that of `grey.find_bit_depth`; 16 bits with negative pixels reach from their minimum to their
+    maximum. Pixels of padding are black and have no part in
+    the scale. MONOCHROME1 is inverted.
+
+    Args:
+      data: content of the file.
+      path: its path, for messages.
+      bit_depth: depth of an image without a window that does not say it (0: guessed).
+
+    Raises:
+      UserError: if pydicom is not installed, or too old.
+      ImageError: if the pixels cannot be read; the message says what is missing.
+    """
+    pydicom = _import_pydicom(path)
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        has_rows = "Rows" in dataset
+    except Exception as error:  # pydicom raises many kinds, each for a file it cannot read
+        raise ImageError(f"is not readable as DICOM ({_shorten(error)})") from None
+    if data[128:132] != b"DICM" and not has_rows:
+        raise ImageError("is not an image that can be read")
+    _check_elements(dataset, has_prefix=data[128:132] == b"DICM")
+    stored = _decode_pixels(dataset)
+    try:
+        if stored.ndim == 3 or dataset.PhotometricInterpretation == "PALETTE COLOR":
+            return _show_colour(stored, dataset), 0
+        return _show_grey(stored, dataset, bit_depth)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"is not readable as DICOM ({_shorten(error)})") from None
+
+
+def _import_pydicom(path: Path) -> Any:
+    try:
+        import pydicom
+    except ImportError:
+        raise UserError(f"image {path} is DICOM; pip install 'plan-jax[dicom]'") from None
+    version = pydicom.__version__
+    if int(version.partition(".")[0]) < MIN_PYDICOM:
+        raise UserError(
+            f"image {path} is DICOM, and pydicom {version} is too old to read it; "
+            f"pip install 'pydicom>={MIN_PYDICOM}'"
+        )
+    return pydicom
+
+
+def _shorten(error: Exception) -> str:
+    """Returns the words of a library's error, or its kind if it has none.
+
+    Where several decoders failed, its last line is what the last of them said.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:MAX_REASON]
+
+
+# Pixels -----------------------------------------------------------------------------------------
+
+
+def _check_elements(dataset: Any, has_prefix: bool) -> None:
+    """Raises ImageError if a dataset has not what an image of one frame needs."""
+    if not any(dataset.get(name) for name in PIXEL_ELEMENTS):
+        modality = str(dataset.get("Modality") or "unknown")[:MAX_REASON]
+        raise ImageError(f"is DICOM without pixel data (its modality is {modality})")
+    for name in ("Rows", "Columns", "PhotometricInterpretation"):
+        if not dataset.get(name):
+            raise ImageError(f"is DICOM without {name}, which its pixels need")
+    if not getattr(dataset, "file_meta", {}).get("TransferSyntaxUID"):
+        prefix = "" if has_prefix else "the prefix DICM and "
+        raise ImageError(
+            f"is DICOM without {prefix}the transfer syntax (0002,0010), which says how its pixels "
+            "are coded; export it again as a whole DICOM file"
+        )
+    num_frames = _read_number(dataset, "NumberOfFrames", 1)
+    if num_frames > 1:
+        raise ImageError(
+            f"has {num_frames:g} frames, not one; save the frame to use as a file of its own"
+        )
+
+
+def _decode_pixels(dataset: Any) -> Num[np.ndarray, "Y X *C"]:
+    """Returns the stored values, [Y X] or [Y X 3], where YBR has become RGB.
+
+    Raises:
+      ImageError: if they are damaged, or no decoder for them is installed.
+    """
+    from pydicom.pixels import get_decoder, pixel_array
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    try:
+        decoder = get_decoder(syntax)
+    except RuntimeError:  # pydicom has none
+        raise ImageError(
+            f"is coded as {syntax.name[:MAX_REASON]}, which pydicom cannot decode; "
+            "save it uncompressed"
+        ) from None
+    if not decoder.is_available:
+        raise ImageError(
+            f"is compressed as {syntax.name}, and no decoder for it is installed; "
+            f"{_name_decoders(decoder)}"
+        )
+    try:
+        return pixel_array(dataset)
+    except Exception as error:
+        reason = f"has pixels that cannot be decoded ({_shorten(error)})"
+        # A decoder that reads one kind of a compression may not read all of them.
+        if syntax.is_compressed and decoder.missing_dependencies:
+            reason += f"; they are compressed as {syntax.name}, try {_name_decoders(decoder)}"
+        raise ImageError(reason) from None
+
+
+def _name_decoders(decoder: Any) -> str:
+    """Returns which packages to install: those that pydicom says a decoder lacks.
+
+    Its lines are `pylibjpeg - requires pylibjpeg>=2.0 and pylibjpeg-libjpeg>=2.1`.
+    """
+    choices = []
+    for line in decoder.missing_dependencies:
+        packages = [word.partition(">=")[0] for word in line.split() if ">=" in word]
+        if packages:
+            choices.append(" ".join({"gdcm": "python-gdcm"}.get(name, name) for name in packages))
+    extra = "'plan-jax[dicom]', or " if "python-gdcm" in choices else ""
+    return f"pip install {extra}{', or '.join(choices)}"
+
+
+# Scale ------------------------------------------------------------------------------------------
+
+
+def _show_colour(stored: Num[np.ndarray, "Y X *C"], dataset: Any) -> UInt8[np.ndarray, "Y X"]:
+    from pydicom.pixels import apply_color_lut
+
+    depth = _read_number(dataset, "BitsStored", 8)
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        stored = apply_color_lut(stored, dataset)
+        # Entries of 8 bits are also stored in tables of 16.
+        depth = 8 if stored.max() < 256 else dataset.RedPaletteColorLookupTableDescriptor[2]
+    return grey.clip_to_uint8(grey.convert_to_luminance(stored[..., :3]), 0.0, 2.0**depth - 1)
+
+
+def _show_grey(
+    stored: Num[np.ndarray, "Y X"], dataset: Any, bit_depth: int
+) -> tuple[UInt8[np.ndarray, "Y X"], int]:
+    """Returns the grey values that a viewer shows, and their depth if it was guessed (else 0)."""
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    _repair_scale(dataset)
+    is_padding = _find_padding(stored, dataset)
+    film = stored.ravel() if is_padding.all() else stored[~is_padding]
+    values = apply_modality_lut(stored, dataset)
+    guessed_depth = 0
+    if "VOILUTSequence" in dataset:
+        length, first, _ = dataset.VOILUTSequence[0].LUTDescriptor
+        table = apply_voi_lut(np.arange(first, first + (length or 2**16)), dataset)
+        values = apply_voi_lut(np.round(values).astype(np.int64), dataset)
+        black, white = table.min(), table.max()
+    elif "WindowWidth" in dataset:
+        # What infinity becomes is the black and the white of the window.
+        shown = apply_voi_lut(np.append(values.ravel(), [-np.inf, np.inf]), dataset)
+        values, (black, white) = shown[:-2].reshape(stored.shape), shown[-2:]
+        if np.ptp(values) == 0 < np.ptp(film):
+            raise ImageError(
+                f"has a window (center {dataset.WindowCenter}, width {dataset.WindowWidth}) that "
+                "shows none of its grey values; delete the window or correct it"
+            )
+    else:
+        low, high, guessed_depth = _find_range(film, dataset, bit_depth)
+        has_table = "ModalityLUTSequence" in dataset
+        ends = np.arange(int(low), int(high) + 1) if has_table else np.asarray([low, high])
+        limits = apply_modality_lut(ends, dataset)
+        black, white = limits.min(), limits.max()
+    pixels = grey.clip_to_uint8(values, float(black), float(white))
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        pixels = 255 - pixels
+    return np.where(is_padding, np.uint8(0), pixels), guessed_depth
+
+
+def _repair_scale(dataset: Any) -> None:
+    """Completes or deletes elements of the scale that say nothing, as viewers ignore them.
+
+    An empty slope is 1, an empty intercept 0. A window is the first with a centre and a width.
+    """
+    if not _has_table(dataset, "ModalityLUTSequence"):
+        dataset.RescaleSlope = _read_number(dataset, "RescaleSlope", 1) or 1
+        dataset.RescaleIntercept = _read_number(dataset, "RescaleIntercept", 0)
+    dataset.PixelRepresentation = _read_number(dataset, "PixelRepresentation", 0)
+    _has_table(dataset, "VOILUTSequence")
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
+    dataset.VOILUTFunction = (
+        function if function in ("LINEAR", "LINEAR_EXACT", "SIGMOID") else "LINEAR"
+    )
+    min_width = 1 if dataset.VOILUTFunction == "LINEAR" else 1e-9
+    centers, widths = (_read_numbers(dataset, f"Window{name}") for name in ("Center", "Width"))
+    for center, width in zip(centers, widths, strict=False):
+        if not math.isnan(center) and width >= min_width:
+            dataset.WindowCenter, dataset.WindowWidth = center, width
+            return
+    for name in ("WindowCenter", "WindowWidth"):
+        if name in dataset:
+            del dataset[name]
+
+
+def _has_table(dataset: Any, name: str) -> bool:
+    """Returns whether a sequence has a look-up table; a sequence without one is deleted."""
+    items = dataset.get(name)
+    if items and items[0].get("LUTDescriptor") and items[0].get("LUTData"):
+        return True
+    if name in dataset:
+        del dataset[name]
+    return False
+
+
+def _find_padding(stored: Num[np.ndarray, "Y X"], dataset: Any) -> Bool[np.ndarray, "Y X"]:
+    """Returns which pixels are padding, by its value or its range of values."""
+    first = _read_number(dataset, "PixelPaddingValue", math.nan)
+    last = _read_number(dataset, "PixelPaddingRangeLimit", first)
+    return (stored >= min(first, last)) & (stored <= max(first, last))
+
+
+def _find_range(
+    film: Num[np.ndarray, " N"], dataset: Any, bit_depth: int
+) -> tuple[float, float, int]:
+    """Returns the stored values of black and white, and the depth if it was guessed (else 0)."""
+    low, high = float(film.min()), float(film.max())
+    allocated = _read_number(dataset, "BitsAllocated", 16)
+    bits = _read_number(dataset, "BitsStored", allocated)
+    if np.issubdtype(film.dtype, np.floating):
+        return (0.0, 1.0, 0) if grey.is_unit(film) else (low, high, 0)
+    if low < 0:
+        half = 2.0 ** (bits - 1)
+        return (-half, half - 1, 0) if bits < allocated else (low, high, 0)
+    if high >= 2**16:
+        return 0.0, high, 0
+    depth = bits - dataset.PixelRepresentation if bits < max(allocated, 8) else bit_depth
+    if depth:
+        is_film = (film >= 2**depth).mean() <= grey.MAX_MARKER
+        if (is_film and high * 255 >= MIN_LEVELS * 2**depth) or depth in (bit_depth, 1):
+            return 0.0, 2.0**depth - 1, 0
+    depth = grey.find_bit_depth(film)
+    return 0.0, 2.0**depth - 1, depth
+
+
+def _read_numbers(dataset: Any, name: str) -> list[float]:
+    """Returns the values of an element, NaN for those that are not numbers."""
+    try:
+        value = dataset.get(name)
+    except Exception:  # of pydicom, for a text that is no number
+        return []
+    items = value if isinstance(value, list | tuple) or hasattr(value, "append") else [value]
+    numbers = []
+    for item in items:
+        try:
+            number = float(item)
+        except (TypeError, ValueError):
+            number = math.nan
+        numbers.append(number if math.isfinite(number) else math.nan)
+    return numbers
+
+
+def _read_number(dataset: Any, name: str, default: Any) -> Any:
+    """Returns the first value of an element, an int if it is whole, or a default without one."""
+    number = next(iter(_read_numbers(dataset, name)), math.nan)
+    if math.isnan(number):
+        return default
+    return int(number) if number == int(number) else number
