@@ -1,7 +1,9 @@
 """Checkpoints: a round trip is exact, a broken step is skipped, and every failure is reported."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -331,3 +333,185 @@ def test_names_are_the_same_on_disk(complete):
     assert checksums.describe_difference(metadata, jax.eval_shape(make_state)) == ""
     leaf = SimpleNamespace(shape=(2,))
     assert checksums.describe_difference({"a": leaf}, {}) == "a (2,) where nothing is expected"
+
+
+# Steps that cannot be read, and are not broken for that -------------------------------------------
+
+PASSING = {
+    "memory": MemoryError("Unable to allocate 3.00 GiB"),
+    "memory of the device": RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
+    "open files": ValueError("Failed to open: Too many open files [os_error_code='24']"),
+    "locale": RuntimeError("Unable to cast Python instance of type <class 'str'> to C++ type"),
+    "library": ImportError("libzstd.so.1: cannot open shared object file"),
+    "disk": OSError(5, "Input/output error"),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_a_passing_failure_breaks_no_checkpoint(damaged, name, monkeypatch, capfd):
+    """All files are whole, so whatever stops orbax is not the fault of the checkpoint."""
+
+    def fail(*_, **__):
+        raise PASSING[name]
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", fail)
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", fail)
+    reason = re.escape(str(PASSING[name]).removeprefix("[Errno 5] ").partition(" [")[0])
+    reason = reason.removeprefix("Failed\\ to\\ open:\\ ")
+    sentence = f"/3 cannot be read .{reason}.*, which does not prove it broken; remove the cause"
+    for read in (
+        lambda: checkpoint.load_weights(damaged),
+        lambda: checkpoint.load_weights(damaged / "3"),
+        lambda: checkpoint.restore(checkpoint.open_manager(damaged), make_state(0)),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            read()
+    assert sorted(path.name for path in damaged.iterdir()) == ["1", "2", "3"]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["config/metadata", "data/metadata", "state/_METADATA"])
+def test_a_file_without_permission_breaks_no_checkpoint(damaged, name, monkeypatch):
+    read_bytes = Path.read_bytes
+
+    def refuse(path):
+        if path == damaged / "3" / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match="/3 cannot be read .Permission denied.*remove the cause"):
+        checkpoint.open_manager(damaged)
+    if name == "config/metadata":
+        with pytest.raises(UserError, match="/3 cannot be read .Permission denied"):
+            checkpoint.read_config(damaged)
+    assert sorted(path.name for path in damaged.iterdir()) == ["1", "2", "3"]
+
+
+def test_an_array_without_permission_breaks_no_checkpoint(damaged, monkeypatch):
+    """Orbax fails first and by another error; the reason is that of the second look."""
+    (damaged / "3/state/manifest.ocdbt").rename(damaged / "3/hidden")
+    (damaged / "3/state/manifest.ocdbt").symlink_to(damaged / "3/state/manifest.ocdbt")  # ELOOP
+    with pytest.raises(UserError, match="/3 cannot be read .Too many levels of symbolic links"):
+        checkpoint.load_weights(damaged)
+
+
+def test_a_folder_without_permission(damaged, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    for read in (checkpoint.load_weights, checkpoint.open_manager):
+        with pytest.raises(UserError, match="cannot be read .Permission denied.; remove the cause"):
+            read(damaged)
+
+
+def test_content_that_means_nothing(damaged, capfd):
+    """It is JSON, but orbax cannot restore: the step is broken only if another one can be read."""
+    for step in (3, 2):
+        (damaged / f"{step}/state/_sharding").write_text('{"wrong": 1}')
+        restored = checkpoint.restore(checkpoint.open_manager(damaged), make_state(0))
+        assert restored.step == step - 1
+        assert f"checkpoint {step} is broken (" in capfd.readouterr().err
+    (damaged / "1/state/_sharding").write_text('{"wrong": 1}')
+    with pytest.raises(UserError, match="/1 cannot be read .*does not prove it broken"):
+        checkpoint.restore(checkpoint.open_manager(damaged), make_state(0))
+    assert sorted(path.name for path in damaged.iterdir()) == ["1", "broken-2", "broken-3"]
+
+
+@pytest.mark.parametrize("name", ["config/metadata", "data/metadata", "state/_METADATA"])
+def test_a_wrong_character_in_valid_json(damaged, name):
+    """A checksum finds what a parser does not: a digit, a letter of a name."""
+    path = damaged / "3" / name
+    content = path.read_text()
+    wrong = content.replace("0.001", "0.003").replace("3}", "7}").replace("kernel", "kornel")
+    path.write_text(wrong)
+    assert wrong != content and json.loads(wrong)
+    restored = checkpoint.restore(checkpoint.open_manager(damaged), make_state(0))
+    assert (restored.step, restored.data) == (2, {"next": 2})
+    assert (damaged / "broken-3").exists()
+
+
+def test_a_checkpoint_without_checksums_of_its_json(damaged):
+    """The first checkpoints of this format have none."""
+    path = damaged / "3/config/metadata"
+    about = json.loads(path.read_text())
+    del about["checksum"], about["data_checksum"]
+    path.write_text(json.dumps(about))
+    assert checkpoint.restore(checkpoint.open_manager(damaged), make_state(0)).step == 3
+
+
+# Reading while the run trains ---------------------------------------------------------------------
+
+
+def replace_step(folder, step, is_partial=False):
+    """Does what a run with `keep=1` does: the next step appears, and then this one is deleted."""
+    shutil.copytree(folder / str(step), folder / str(step + 1))
+    shutil.rmtree(folder / str(step) / "state" if is_partial else folder / str(step))
+
+
+@pytest.mark.parametrize("is_partial", [False, True])
+@pytest.mark.parametrize("num_replacements", [1, 5])
+def test_a_step_that_is_replaced_is_not_broken(
+    damaged, is_partial, num_replacements, monkeypatch, capfd
+):
+    """Only steps that still exist can be broken; the newest is read instead, without a word."""
+    read_weights = checkpoint._read_weights
+    newest = 3 + num_replacements
+
+    def read_slowly(step_folder):
+        if int(step_folder.name) < newest:
+            replace_step(damaged, int(step_folder.name), is_partial)
+        return read_weights(step_folder)
+
+    monkeypatch.setattr(checkpoint, "_read_weights", read_slowly)
+    assert checkpoint.load_weights(damaged)["step"] == newest
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_named_step_that_is_deleted(damaged, monkeypatch):
+    def read_slowly(step_folder):
+        replace_step(damaged, 3)
+        return (step_folder / "config/metadata").read_bytes()
+
+    monkeypatch.setattr(checkpoint, "_read_weights", read_slowly)
+    with pytest.raises(UserError, match="has no step 3; use one of 1, 2, 4"):
+        checkpoint.load_weights(damaged / "3")
+
+
+def test_steps_that_are_replaced_faster_than_they_are_read(damaged, monkeypatch):
+    def read_slowly(step_folder):
+        replace_step(damaged, int(step_folder.name))
+        return (step_folder / "config/metadata").read_bytes()
+
+    monkeypatch.setattr(checkpoint, "_read_weights", read_slowly)
+    monkeypatch.setattr(checkpoint, "MAX_READS", 5)
+    with pytest.raises(UserError, match="is replaced by its run before it can be read; wait for"):
+        checkpoint.load_weights(damaged)
+
+
+# What else lies in the folder ---------------------------------------------------------------------
+
+
+def test_files_and_folders_that_are_no_steps(damaged):
+    """A number in another script, a leading zero, and a file whose name is a number."""
+    for name in ("\u0664", "\u00b2", "007", "3.5", "-1", "best"):
+        (damaged / name).mkdir()
+    (damaged / "9").write_text("notes")
+    names = {path.name for path in damaged.iterdir()}
+    manager = checkpoint.open_manager(damaged)
+    assert checkpoint.restore(manager, make_state(0)).step == 3
+    assert checkpoint.load_weights(damaged)["step"] == 3
+    assert checkpoint.save(manager, 4, make_state(4), {}, CONFIG)
+    checkpoint.close(manager)
+    assert {path.name for path in damaged.iterdir()} == names - {"1"} | {"4"}
+
+
+def test_a_broken_step_that_cannot_be_renamed(damaged, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    flip_one_bit(damaged / "3")
+    with pytest.raises(UserError, match="broken-3 cannot be written .Read-only file system"):
+        checkpoint.restore(checkpoint.open_manager(damaged), make_state(0))

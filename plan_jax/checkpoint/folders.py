@@ -1,7 +1,9 @@
 """The folders of a run's checkpoints: which steps exist, and renaming of broken ones."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from plan_jax import parallel
@@ -22,7 +24,7 @@ def locate(folder: str | Path) -> tuple[Path, int | None]:
     """
     path = Path(folder).absolute()
     check_name(path)
-    try:
+    with _report_read_errors(folder):
         parent, step = path, None
         # A run, else one step (which may not exist), else the folder of checkpoints itself.
         if (path / FOLDER).is_dir():
@@ -31,11 +33,6 @@ def locate(folder: str | Path) -> tuple[Path, int | None]:
             parent, step = path.parent, int(path.name)
         available = list_steps(parent) if parent.is_dir() else []
         exists = path.is_dir()
-    except OSError as error:
-        raise UserError(
-            f"checkpoint {folder} cannot be read ({error.strerror}); remove the cause and repeat"
-            " the command"
-        ) from None
     if not available:
         problem = "holds no checkpoint" if exists else "does not exist"
         raise UserError(f"checkpoint {folder} {problem}; pass the folder of a run that was trained")
@@ -46,12 +43,28 @@ def locate(folder: str | Path) -> tuple[Path, int | None]:
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Returns the steps in a folder of checkpoints, complete or broken, in ascending order."""
-    return sorted(
-        int(path.name)
-        for path in folder.iterdir()
-        if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
-    )
+    """Returns the steps in a folder of checkpoints, complete or broken, in ascending order.
+
+    Raises:
+      UserError: the system does not let us look.
+    """
+    with _report_read_errors(folder):
+        return sorted(
+            int(path.name)
+            for path in folder.iterdir()
+            if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
+        )
+
+
+@contextlib.contextmanager
+def _report_read_errors(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {folder} cannot be read ({error.strerror or error}); remove the cause and"
+            " repeat the command"
+        ) from error
 
 
 def check_name(folder: Path) -> None:
