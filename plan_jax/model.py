@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from plan_jax import checkpoint
 from plan_jax.config import Config
-from plan_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenize_batch
+from plan_jax.data.tokenizer import Tokenizer, check_known, load_tokenizer, tokenize_batch
 from plan_jax.encoders.bert import BERTS
 from plan_jax.encoders.dual_encoder import DualEncoder
 from plan_jax.encoders.resnet import RESNETS
@@ -118,6 +118,8 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
         return map_chunks(lambda some: apply_image(encoders, some), images, batch)
 
     def encode_text(texts: list[str]) -> Features:
+        name = f"{len(texts)} texts" if len(texts) > 1 else "the text"
+        check_known(tokenizer, texts, name, "write them in the language of the model's tokenizer")
         tokens = tokenize_batch(tokenizer, texts, config.data.max_tokens, config.data.max_words)
         return map_chunks(lambda some: apply_text(encoders, some), tokens, batch)
 

@@ -63,6 +63,7 @@ def train_locked(config: Config, workdir: Path, mesh: Any) -> dict[str, Any]:
     # Stored with the run, which then accepts the same data in any folder, and no others.
     data = dataclasses.replace(config.data, fingerprint=dataset.fingerprint)
     config = dataclasses.replace(config, data=data)
+    unknown_share = loader.check_texts(dataset, components.tokenizer)
     batches = iterate_batches(config, components, dataset)
     example = read_example(batches)
 
@@ -96,6 +97,9 @@ def train_locked(config: Config, workdir: Path, mesh: Any) -> dict[str, Any]:
     )
     run = Run(config, components, mesh, step, batches, manager)
     with Logger(workdir, config.to_dict(), config.steps, start) as logger, StopSignal() as stop:
+        if unknown_share > 0:
+            name = components.tokenizer.name
+            logger.info(f"{unknown_share:.1%} of the texts' pieces are unknown to tokenizer {name}")
         if restored:
             logger.info(f"resumed at step {start} of {config.steps}")
         elif config.steps == 0:

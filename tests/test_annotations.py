@@ -86,9 +86,7 @@ def test_boxes_are_scaled_and_cut_at_the_border():
         80.0,
         40.0,
     )
-    with pytest.raises(
-        ValueError, match=r"box \(50.0, 2.0, 60.0, 4.0\) lies outside of its 40 x 30"
-    ):
+    with pytest.raises(ValueError, match=r"box \(50, 2, 60, 4\) lies outside of its 40 x 30"):
         annotations.scale_box((50.0, 2.0, 60.0, 4.0), (30, 40), (60, 80))
 
 

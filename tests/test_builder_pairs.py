@@ -43,8 +43,12 @@ def test_a_manifest_of_any_kind_is_built(folder, name, capfd):
     assert record_of_text["Finding number 3. No effusion."].image[0, 0, 0] == 60
     output = capfd.readouterr()
     assert output.out == ""
-    assert output.err.startswith("preparing pairs in ") and output.err.count("\n") == 1
-    assert "train 8, val 2, test 2; " in output.err
+    preparing, *summary = output.err.splitlines()
+    assert preparing.startswith("preparing pairs in ") and "train 8, val 2, test 2; " in preparing
+    assert summary == [
+        f"{name}: 12 studies, 12 images, 6 patients; splits by column 'split'",
+        "columns: image, text, split, patient_id",
+    ]
     assert len(open_pairs(folder, make_rows(), "test", name=name)) == 2
     assert capfd.readouterr().err == "", "a prepared dataset was prepared again"
 

@@ -120,7 +120,10 @@ def test_unknown_names_are_reported(folder):
 def test_a_split_without_rows_names_the_sizes_and_the_remedy(folder):
     rows = [{"image": f"{number}.png", "text": "Normal."} for number in range(3)]
     fractions = {"val_fraction": 0.0, "test_fraction": 0.0}
-    message = "split 'val' is not in .* which has train 3; add rows .*, or raise val_fraction"
+    message = (
+        "split 'val' is not in .* which has train 3; none of its 3 patients fell into val with "
+        "val_fraction 0; add rows .*, or raise val_fraction"
+    )
     with pytest.raises(UserError, match=message):
         open_pairs(folder, rows, "val", **fractions)
 
@@ -152,7 +155,7 @@ def test_images_that_are_mended_in_place_are_prepared_again(folder, capfd):
     capfd.readouterr()
     second = open_pairs(folder, make_rows())
     assert grey_values(second) == [115, 135, 155, 175, 195, 215, 235, 255]
-    line, preparing = capfd.readouterr().err.splitlines()
+    line, preparing, *_ = capfd.readouterr().err.splitlines()
     assert "0.png" in line and "changed since the records were prepared" in line
     assert f"delete {first.folder.parent}" in line and preparing.startswith("preparing pairs in ")
     assert first.folder.exists(), "the old records were deleted"
@@ -241,7 +244,9 @@ def test_messages_about_the_data_are_repeated_in_every_run(folder, capfd):
     assert capfd.readouterr().err == ""
     with datasets.open_once():
         open_pairs(folder, rows)
-        assert capfd.readouterr().err == message
+        summary, columns, repeated = capfd.readouterr().err.splitlines(keepends=True)
+        assert summary.startswith("manifest.csv: 11 studies") and columns.startswith("columns: ")
+        assert repeated == message
     write_grey_image(folder / "absent.png", 9)
     assert len(open_pairs(folder, rows)) == 8
     assert "skipped" not in capfd.readouterr().err
@@ -384,7 +389,7 @@ def test_a_drive_without_locks_is_used_without(folder, number, monkeypatch, capf
 
     monkeypatch.setattr(datasets.fcntl, "flock", flock)
     dataset = open_pairs(folder, make_rows())
-    line, preparing = capfd.readouterr().err.splitlines()
+    line, preparing, *_ = capfd.readouterr().err.splitlines()
     assert f"data folder {dataset.folder.parent} has no locks ({os.strerror(number)})" in line
     assert preparing.startswith("preparing pairs in ") and len(dataset) == 8
     open_pairs(folder, make_rows())

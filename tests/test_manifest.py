@@ -27,7 +27,7 @@ def test_a_manifest_of_any_kind_is_read(tmp_path, name):
         ("m.jsonl", b'{"image": 1}\n{', "line 2 is not JSON: .*; fix the file"),
         ("m.jsonl", b"[1]\n", "line 1 is not a JSON object; fix the file"),
         ("m.parquet", b"nothing", "cannot be read: .*; fix the file"),
-        ("m.xlsx", b"", "is not CSV, JSONL or Parquet; use one of .csv, .jsonl, .parquet"),
+        ("m.xlsx", b"", "is not CSV, JSONL or Parquet; use one of .csv, .tsv, .jsonl"),
     ],
 )
 def test_a_malformed_manifest_is_named(tmp_path, name, content, message):

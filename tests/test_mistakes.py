@@ -34,7 +34,7 @@ FILES = {
     "    config.data.builder = {'manifest': 'good.csv', 'size': 32}\n"
     "    config.hyper, config.eval.tasks = {}, ('retrieval',)\n    return config\n",
     "good.csv": "image,text,split,patient_id\n"
-    + "".join(f"ok.png,No effusion.,{split},{split}\n" for split in ("train", "val", "test")),
+    + "".join(f"{split}.png,No effusion.,{split},{split}\n" for split in ("train", "val", "test")),
     "pairs.csv": "image,report\nx.png,No effusion.\n",
     "text.png": "not an image",
     "file": "",
@@ -225,7 +225,8 @@ def folder(tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     (folder / "configs").symlink_to(ROOT / "configs")
-    Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "ok.png")
+    for name in ("ok", "train", "val", "test"):
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / f"{name}.png")
     config = Config.from_dict(main.load_config_file(str(ROOT / CONFIG)))
     manager = checkpoint.open_manager(folder / "run" / checkpoint.FOLDER)
     checkpoint.save(manager, 1, {"params": {"a": jnp.ones(2)}}, {}, config.to_dict())
@@ -249,7 +250,9 @@ def run_and_read_error(run, arguments, folder, monkeypatch, capfd):
     out, err = capfd.readouterr()
     assert list_files(folder) == files
     assert out == ""
-    lines = [line for line in err.splitlines() if not line.startswith("preparing ")]
+    # What the preparation of data says is no complaint.
+    summary = ("preparing ", "good.csv: ", "columns: ")
+    lines = [line for line in err.splitlines() if not line.startswith(summary)]
     assert len(lines) == 1 and "Traceback" not in err, err
     return lines[0]
 

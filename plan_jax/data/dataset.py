@@ -102,6 +102,11 @@ class Dataset(Sequence):
             self._cache[index] = pair
         return pair
 
+    def read_text(self, index: int) -> str:
+        """Returns the text of a study; decodes nothing else."""
+        with _name_damage(self.folder):
+            return schema.deserialize_text(self.source[index])
+
     def __getstate__(self) -> dict[str, Any]:
         # A worker process fills a cache of its own.
         return self.__dict__ | {"_cache": None if self._cache is None else {}}
@@ -147,11 +152,16 @@ def open_dataset(
     base = split.split("[")[0]
     if base not in counts:
         fraction = f"{base}_fraction"
-        remedy = (
-            f"add rows of that split, or raise {fraction}"
-            if hasattr(builder.builder_config, fraction)
-            else f"use one of {', '.join(counts)}"
-        )
+        share = getattr(builder.builder_config, fraction, None)
+        remedy = f"use one of {', '.join(counts)}"
+        if share is not None and builder.info.metadata["split_column"]:
+            remedy = "add rows of that split, or evaluate another one"
+        elif share is not None:
+            remedy = (
+                f"none of its {builder.info.metadata['num_patients']} patients fell into {base} "
+                f"with {fraction} {share:g}; add rows of that split in a column `split`, or raise "
+                f"{fraction}"
+            )
         raise UserError(
             f"split {split!r} is not in dataset {name}, which has {listed_counts}; {remedy}"
         )
@@ -362,7 +372,7 @@ def _print_messages(folder: Path) -> None:
     path = folder / MESSAGES_FILE
     if path.exists():
         with _name_damage(folder):
-            print(path.read_text(), end="", file=sys.stderr, flush=True)
+            print(path.read_text("utf-8"), end="", file=sys.stderr, flush=True)
 
 
 _reported: set[Path] = set()  # folders whose messages are on the screen

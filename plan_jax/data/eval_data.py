@@ -139,7 +139,7 @@ class DatasetEvalData(EvalData):
             return prompts.PROMPT_SETS[self.prompt_set]()
         if self.name == "phantom":
             return phantom.PROMPTS
-        return {name: ([f"there is {name}"], [f"there is no {name}"]) for name in self.findings}
+        return prompts.build_plain(self.findings)
 
 
 def split_by_patient(

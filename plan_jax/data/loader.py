@@ -15,6 +15,7 @@ from plan_jax.data.dataset import Dataset
 from plan_jax.types import Batch, Record, UserError
 
 PREFETCHED_BATCHES = 4  # read ahead of the step, by each worker
+CHECKED_TEXTS = 256  # of which unknown pieces are counted before training
 # What a batch can have in `extra` -> the column of a manifest that it needs.
 EXTRA_COLUMNS = {"labels": "labels", "regions": "regions", "region_words": "regions"}
 
@@ -89,6 +90,22 @@ def train_batches(
     )
     order = {"seed": seed, "batch": global_batch, "examples": len(dataset)}
     return BatchIterator(grain.MapDataset.source(source), workers, order)
+
+
+def check_texts(dataset: Dataset, tokenizer: tokenization.Tokenizer) -> float:
+    """Returns the share of unknown pieces in a sample of a dataset's texts.
+
+    Raises:
+      UserError: if the texts are in a script that the tokenizer does not know.
+    """
+    stride = max(1, len(dataset) // CHECKED_TEXTS)
+    texts = [dataset.read_text(index) for index in range(0, len(dataset), stride)]
+    return tokenization.check_known(
+        tokenizer,
+        texts,
+        f"the texts of dataset {dataset.name!r}",
+        "set config.data.tokenizer to one of their language",
+    )
 
 
 def _check_extra(dataset: Dataset, extra: Sequence[str]) -> None:

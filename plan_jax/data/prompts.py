@@ -17,6 +17,7 @@ finding" of it).
 """
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 
 # Class -> positive prompts, negative prompts.
@@ -201,3 +202,54 @@ PROMPT_SETS: dict[str, Callable[[], Prompts]] = {
     "biovil": build_biovil,
     "covid": build_covid,
 }
+
+
+# Prompts of a user's own findings ---------------------------------------------------------------
+
+# Names of images without a finding, without blanks and in lower case.
+_NORMAL_NAMES = frozenset(
+    (
+        *("normal", "healthy", "negative", "unremarkable", "clear", "notabnormal"),
+        *("nofinding", "nofindings", "withoutfinding", "withoutfindings", "nodisease"),
+        *("noabnormality", "noabnormalities", "nopathology", "noacutefinding", "noacutefindings"),
+        *("noacutedisease", "nosignificantfinding", "nosignificantfindings"),
+        *("normalstudy", "normalchest", "normalchestxray", "normalcxr"),
+    )
+)
+_NEGATION = re.compile(r"(?:no|not|non|without|absence of|absent)[ \-]+(?=\S)", re.IGNORECASE)
+
+
+def is_normal_name(name: str) -> bool:
+    """Returns whether a label says that nothing is found, as `No Finding` and `normal` do.
+
+    >>> is_normal_name("No_Finding"), is_normal_name("No pneumothorax")
+    (True, False)
+    """
+    return re.sub(r"[^a-z]", "", name.casefold()) in _NORMAL_NAMES
+
+
+def build_plain(findings: Sequence[str]) -> Prompts:
+    """Returns one prompt for and one against each finding.
+
+    A label that says that nothing is found is opposed to an abnormal finding, and one that is a
+    negation to what it denies: "there is no No Finding" means nothing.
+
+    >>> build_plain(["Edema", "No Finding"])["No Finding"]
+    (['no finding'], ['abnormal finding'])
+    >>> build_plain(["Pleural_Effusion"])["Pleural_Effusion"]
+    (['there is Pleural Effusion'], ['there is no Pleural Effusion'])
+    """
+    return {name: _build_plain_pair(name) for name in findings}
+
+
+def _build_plain_pair(name: str) -> tuple[list[str], list[str]]:
+    words = " ".join(name.replace("_", " ").split())
+    if is_normal_name(name):
+        says_finding = "finding" in words.casefold()
+        positive, negative = ("no", "abnormal") if says_finding else ("normal", "abnormal")
+        subject = "finding" if says_finding else "chest radiograph"
+        return [f"{positive} {subject}"], [f"{negative} {subject}"]
+    denied = _NEGATION.sub("", words, count=1) if _NEGATION.match(words) else ""
+    if denied:
+        return [f"there is no {denied}"], [f"there is {denied}"]
+    return [f"there is {words}"], [f"there is no {words}"]

@@ -203,6 +203,11 @@ def deserialize_pair(data: bytes) -> Pair:
     )
 
 
+def deserialize_text(data: bytes) -> str:
+    """Returns the text of a serialised record; decodes nothing else."""
+    return _decode_text(_text_features().deserialize_example_np(data)["text"])
+
+
 def unpack_masks(packed: UInt8[np.ndarray, "N Y _"], width: int) -> Bool[np.ndarray, "N Y X"]:
     """Inverts `pack_masks` for masks of `width` columns.
 
@@ -222,6 +227,11 @@ def _cached_features() -> tfds.features.FeaturesDict:
 def _pair_features() -> tfds.features.FeaturesDict:
     features = _cached_features()
     return tfds.features.FeaturesDict({name: features[name] for name in Pair._fields})
+
+
+@cache
+def _text_features() -> tfds.features.FeaturesDict:
+    return tfds.features.FeaturesDict({"text": _cached_features()["text"]})
 
 
 def _decode_png(encoded: bytes) -> UInt8[np.ndarray, "Y X 1"]:

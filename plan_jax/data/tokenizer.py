@@ -22,6 +22,9 @@ WORD_HASHES = 2**20
 # Sentences and texts to remember: a report returns every epoch.
 CACHE_SIZE = 2**15
 
+# Share of unknown pieces of texts that are still in the language of a tokenizer.
+MAX_UNKNOWN = 0.3
+
 # Where a sentence may end: after . ! or ? and a space; after a full stop between a small and a
 # capital letter ("effusion.Lungs", as de-identified reports have it); at a blank line; and before a
 # numbered item on a new line.
@@ -333,7 +336,7 @@ def tokenize(
     """
     sentences = tokenizer.tokenize_sentences(text)
     if not sentences:
-        raise UserError(f"text {name or repr(text[:9])} has no word; drop that row")
+        raise UserError(f"text {name or f'of {len(text)} characters'} has no word; drop that row")
     if rng is not None and len(sentences) > 1:
         sentences = [sentences[index] for index in rng.permutation(len(sentences))]
     max_pieces = max_tokens - 2  # [CLS] and [SEP]
@@ -391,6 +394,29 @@ def _concatenate(
     sentence_number[:num_words] = np.repeat(np.arange(len(sentences)), words_per_sentence)
     texts = tuple(sentence.text for sentence in sentences)
     return TokenizedText(tokens, word_index, word_id, sentence_number, texts)
+
+
+def check_known(tokenizer: Tokenizer, texts: Sequence[str], name: str, remedy: str) -> float:
+    """Returns the share of the pieces of texts that the tokenizer does not know.
+
+    Args:
+      tokenizer: the tokenizer.
+      texts: the texts.
+      name: what the texts are, in messages.
+      remedy: what to do if most pieces are unknown.
+
+    Raises:
+      UserError: if the share is more than `MAX_UNKNOWN`: then the texts are in another script.
+    """
+    sentences = [sentence for text in texts for sentence in tokenizer.tokenize_sentences(text)]
+    tokens = np.concatenate([np.zeros(0, np.int32), *(sentence.tokens for sentence in sentences)])
+    share = float(np.mean(tokens == tokenizer.unknown_id)) if len(tokens) else 0.0
+    if share > MAX_UNKNOWN:
+        raise UserError(
+            f"{share:.0%} of the pieces of {name} are unknown to tokenizer {tokenizer.name!r}; "
+            f"{remedy}"
+        )
+    return share
 
 
 def tokenize_batch(

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import os
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,13 +14,27 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool
 
-from plan_jax.data import images, schema
-from plan_jax.data.pairs import annotations, manifest
+from plan_jax.data import images, quoting, schema
+from plan_jax.data.pairs import (
+    annotations,
+    boxes,
+    cells,
+    columns,
+    label_names,
+    manifest,
+    paths,
+    patients,
+    summary,
+)
+from plan_jax.data.pairs.studies import DUPLICATES, Study, merge_duplicates
 from plan_jax.data.sources import MESSAGES_FILE, SourceFiles
-from plan_jax.types import Record, UserError
+from plan_jax.types import Phrase, Record, UserError
 
-# What a column can contain.
-ROLES = ("image", "text", "split", "patient_id", "labels", "boxes", "mask", "regions", "anatomy")
+# What a column can contain. `reader` is who has labelled the row, if several have.
+ROLES = (
+    *("image", "text", "split", "patient_id", "labels", "boxes", "mask", "regions", "anatomy"),
+    "reader",
+)
 MAX_REPORTED_ROWS = 5  # in a message; SKIPPED_FILE, next to the data, lists all
 SKIPPED_FILE = "skipped_rows.txt"
 CHUNK_SIZE = 256  # rows whose images are decoded at a time, so that memory stays bounded
@@ -32,10 +47,12 @@ class PairsConfig(tfds.core.BuilderConfig):
     Conditions (`filters`, `box_where`) are {column: {"in": [..]}} or {column: {"not": [..]}}.
     """
 
-    # Path of the manifest: .csv, .jsonl or .parquet.
+    # Path of the manifest: .csv, .tsv, .jsonl, .json or .parquet.
     manifest: str = ""
     # Folder that image paths start from and must not leave ("": the manifest's folder).
     images: str = ""
+    # Suffix that image names lack, as ".dcm".
+    image_suffix: str = ""
     # Longer side of a stored image, in pixels.
     size: int = 224
     # Bits of an image of more than 8 that does not say it (0: guessed from each, see `data.grey`).
@@ -50,6 +67,10 @@ class PairsConfig(tfds.core.BuilderConfig):
     min_words: int = 0
     # Accept rows, or a manifest, without text: enough to classify, segment and detect.
     text_optional: bool = False
+    # A text that is a list is one report: its items are joined.
+    join_text: bool = False
+    # Sections of a text that is an object, in the order in which they are joined.
+    text_sections: Sequence[str] = ()
     # Fraction of patients in val, if there is no column of splits.
     val_fraction: float = 0.1
     # Fraction of patients in test, if there is no column of splits.
@@ -60,6 +81,15 @@ class PairsConfig(tfds.core.BuilderConfig):
     label_columns: Sequence[str] = ()
     # Value of an empty cell of `label_columns`; work on CheXpert usually reads it as 0.
     label_blank: int = -1
+    # What divides the names of a cell of labels ("": `;`, `|`, or a comma where that is certain).
+    label_separator: str = ""
+    # Four columns that contain the coordinates of one box; ("x", "y", "width", "height") and other
+    # usual names are recognised.
+    box_columns: Sequence[str] = ()
+    # Format of boxes, see `boxes.FORMATS` ("": corners in pixels, unless the numbers deny it).
+    box_format: str = ""
+    # What becomes of several rows of one image, see `studies.merge_duplicates`.
+    duplicates: str = "merge"
     # Largest fraction of rows that cannot be used; more than that is an error.
     max_bad: float = 0.1
 
@@ -78,6 +108,17 @@ class PairsConfig(tfds.core.BuilderConfig):
         for name in ("val_fraction", "test_fraction", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} is not a fraction; use 0 to 1")
+
+        boxes.check_format(self.box_format)
+        if self.duplicates not in DUPLICATES:
+            raise UserError(
+                f"duplicates {quoting.quote(self.duplicates)} is unknown; use one of "
+                f"{', '.join(DUPLICATES)}"
+            )
+        if len(self.box_columns) not in (0, 4):
+            raise UserError(
+                f"box_columns names {len(self.box_columns)} columns; name the four of a box"
+            )
 
     @property
     def root(self) -> Path:
@@ -118,20 +159,25 @@ def _to_builtin(value: Any) -> Any:
     return value
 
 
-@dataclasses.dataclass(frozen=True)
-class _Study:
-    """A parsed row of the manifest whose images are not read yet; `number` counts from 1."""
+def _rename_labels(study: Study, matches: Mapping[str, str]) -> annotations.Labels:
+    """Returns the labels of a study by the names of findings; those without a finding are left out.
 
-    number: int
-    path: str
-    split: str
-    patient_id: str
-    text: str
-    labels: annotations.Labels
-    boxes: list[dict[str, Any]]
-    masks: dict[str, str]
-    regions: dict[str, annotations.Box]
-    anatomy: dict[str, str]
+    Raises:
+      UserError: if two spellings of one finding contradict each other.
+    """
+    values: dict[str, int] = {}
+    for name, value in study.labels.values.items():
+        if name not in matches:
+            continue
+        finding = matches[name]
+        earlier = values.get(finding, -1)
+        if min(earlier, value) >= 0 and earlier != value:
+            raise UserError(
+                f"row {study.number} says 1 and 0 of {quoting.quote(finding)}, in two spellings; "
+                "correct it"
+            )
+        values[finding] = max(earlier, value)
+    return annotations.Labels(values, study.labels.default)
 
 
 class Pairs(tfds.core.GeneratorBasedBuilder):
@@ -149,7 +195,15 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description="Image-text pairs of a user's own manifest.",
             features=schema.record_features(),
-            metadata=tfds.core.MetadataDict({"findings": [], "anatomy": [], "regions": []}),
+            metadata=tfds.core.MetadataDict(
+                {
+                    "findings": [],
+                    "anatomy": [],
+                    "regions": [],
+                    "num_patients": 0,
+                    "split_column": "",
+                }
+            ),
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
@@ -157,11 +211,22 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         self._sources = SourceFiles()
         # What was noted of images and masks -> their names; filled by several threads.
         self._notes: dict[str | int, list[str]] = defaultdict(list)
+        self._path_hint = ""
+        self._tiny_boxes: list[str] = []
+        self._cut_boxes: list[str] = []
+        self._has_corner_proof = False
         studies = self._read_studies()
         self._check_skipped()
+        studies = self._choose_box_format(self._filter_boxes(studies))
+        studies = self._match_findings(studies)
+        num_rows = len(studies)
+        studies = merge_duplicates(studies, self.builder_config.duplicates)
         manifest.check_patient_leaks((study.patient_id, study.split) for study in studies)
-        studies = self._filter_boxes(studies)
         self._collect_names(studies)
+        self._summary.num_merged = num_rows - len(studies)
+        self.messages = self._summary.describe(studies, self._findings)
+        self.info.metadata["num_patients"] = len({study.patient_id for study in studies})
+        self.info.metadata["split_column"] = self._summary.columns.get("split", "")
         generators = {}
         for split in manifest.SPLITS:
             # TFDS refuses a split without examples, so one without rows does not exist.
@@ -171,66 +236,180 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
 
     # Rows -------------------------------------------------------------------------------------
 
-    def _read_studies(self) -> list[_Study]:
-        """Reads the manifest, filters its rows, and parses their cells."""
+    def _read_studies(self) -> list[Study]:
+        """Reads the manifest, filters its rows, looks at its columns, and parses its cells."""
         config = self.builder_config
-        all_rows = manifest.read_manifest(Path(config.manifest).expanduser())
+        path = Path(config.manifest).expanduser()
+        all_rows = manifest.read_manifest(path)
         required = ("image",) if config.text_optional else ("image", "text")
-        columns = manifest.match_columns(all_rows, config.columns, required, ROLES)
+        label_columns = [cells.normalise_name(name) for name in config.label_columns]
+        column_of = manifest.match_columns(all_rows, config.columns, required, ROLES)
+        if column_of["labels"] in label_columns:  # a column of one finding that is called `labels`
+            column_of["labels"] = None
+        self._match_box_columns(all_rows, column_of)
         manifest.check_conditions(config.filters, all_rows, "filters")
-        label_conditions: dict[str, Any] = {name: [] for name in config.label_columns}
+        label_conditions: dict[str, Any] = {name: [] for name in label_columns}
         manifest.check_conditions(label_conditions, all_rows, "label_columns")
 
-        def count_words(row: manifest.Row) -> int:
-            return len(str(manifest.get_cell(row, columns["text"]) or "").split())
-
         rows = manifest.filter_rows(all_rows, config.filters)
-        rows = [row for row in rows if count_words(row) >= config.min_words]
-        if not rows:
+        cells_of = {
+            role: [cells.get_cell(row, column) for row in rows]
+            for role, column in column_of.items()
+        }
+        columns.check_images(cells_of["image"], column_of["image"] or "", config.max_bad)
+        if column_of["text"] and column_of["text"] == column_of["labels"]:
+            raise UserError(
+                f"column {quoting.quote(column_of['text'])} is mapped to text and to labels; "
+                "leave one of them out of data.builder.columns"
+            )
+        if column_of["text"]:
+            columns.check_texts(
+                cells_of["text"], column_of["text"], config.join_text, config.text_sections
+            )
+        patient_ids = patients.match_patient_ids(cells_of["patient_id"])
+        separator = label_names.choose_separator(
+            cells_of["labels"], config.label_separator, config.findings
+        )
+        self._summary = summary.Summary(
+            manifest=path.name,
+            columns={role: name for role, name in column_of.items() if name},
+            label_columns=label_columns,
+            box_columns=self._box_columns,
+            unused=self._list_unused(all_rows, column_of, label_columns),
+            num_missing={
+                role: sum(cell is None for cell in cells_of[role])
+                for role, name in column_of.items()
+                if name
+            },
+            separator=separator.pattern,
+        )
+        # Messages and keys use the number in the manifest, which filtering must not change.
+        numbers = {id(row): number for number, row in enumerate(all_rows, 1)}
+        self._num_rows = 0
+        studies = []
+        for position, row in enumerate(rows):
+            row_cells = {role: cells_of[role][position] for role in ROLES}
+            row_cells["patient_id"] = patient_ids[position]
+            if self._count_words(row_cells["text"]) < config.min_words:
+                continue
+            self._num_rows += 1
+            label_cells = {name: cells.get_cell(row, name) for name in label_columns}
+            box_cells = [cells.get_cell(row, name) for name in self._box_columns]
+            study = self._parse_row(
+                row_cells, numbers[id(row)], column_of, label_cells, box_cells, separator
+            )
+            if study is not None:
+                studies.append(study)
+        if not self._num_rows:
             raise UserError(
                 f"manifest {config.manifest} has no row left; loosen filters or min_words"
             )
-        self._num_rows = len(rows)
-        # Messages and keys use the number in the manifest, which filtering must not change.
-        numbers = {id(row): number for number, row in enumerate(all_rows, 1)}
-        studies = (self._parse_row(row, numbers[id(row)], columns) for row in rows)
-        return [study for study in studies if study is not None]
+        return studies
+
+    def _match_box_columns(
+        self, rows: Sequence[manifest.Row], column_of: Mapping[str, str | None]
+    ) -> None:
+        """Finds the columns of coordinates: the named ones, or those with usual names."""
+        config = self.builder_config
+        self._box_columns: list[str] = [cells.normalise_name(n) for n in config.box_columns]
+        manifest.check_conditions({name: [] for name in self._box_columns}, rows, "box_columns")
+        is_without_boxes = column_of["boxes"] is None and "boxes" not in config.columns
+        if not self._box_columns and is_without_boxes:
+            match = boxes.match_coordinates(
+                list(dict.fromkeys(name for row in rows for name in row))
+            )
+            self._box_columns = list(match[0]) if match else []
+
+    def _list_unused(
+        self,
+        rows: Sequence[manifest.Row],
+        column_of: Mapping[str, str | None],
+        label_columns: Sequence[str],
+    ) -> list[str]:
+        names = dict.fromkeys(name for row in rows for name in row)
+        used = {*column_of.values(), *label_columns, *self._box_columns}
+        return [
+            name for name in names if name not in used and name not in self.builder_config.filters
+        ]
+
+    def _count_words(self, cell: Any) -> int:
+        try:
+            return len(self._read_text(cell).split())
+        except ValueError:
+            return 0
+
+    def _read_text(self, cell: Any) -> str:
+        return columns.read_text(
+            cell, self.builder_config.join_text, self.builder_config.text_sections
+        )
 
     def _parse_row(
-        self, row: manifest.Row, number: int, columns: Mapping[str, str | None]
-    ) -> _Study | None:
-        """Parses a row; returns None, and reports the row, if it cannot be used."""
+        self,
+        row: Mapping[str, Any],
+        number: int,
+        column_of: Mapping[str, str | None],
+        label_cells: Mapping[str, Any],
+        box_cells: Sequence[Any],
+        separator: re.Pattern[str],
+    ) -> Study | None:
+        """Parses a row; returns None, and reports the row, if it cannot be used.
+
+        Args:
+          row: role -> cell.
+          number: number of the row in the manifest, from 1.
+          column_of: role -> column.
+          label_cells: name -> cell of the columns of one label each.
+          box_cells: the coordinates of the row's box.
+          separator: what divides the names of a cell of labels.
+        """
         config = self.builder_config
-        cells = {role: manifest.get_cell(row, column) for role, column in columns.items()}
-        path, text = str(cells["image"] or ""), str(cells["text"] or "")
-        # Without a column of patients, every image is a patient.
-        patient_id = str(path if cells["patient_id"] is None else cells["patient_id"])
+        path = ""
         try:
-            full_path = self._resolve_path(path, number)
-            if not (config.text_optional or any(map(str.isalnum, text))):
-                raise ValueError("its text is empty")
+            path = paths.read_image_name(row["image"]) + config.image_suffix
+            full_path = paths.resolve_path(config.root, path, number)
             if not full_path.is_file():
                 self._sources.add(config.root, full_path)  # it may exist later
+                self._path_hint = self._path_hint or paths.suggest_folder(config.root, path)
                 raise ValueError("does not exist")
-            boxes = annotations.parse_boxes(cells["boxes"], text)
-            label_cells = {name: manifest.get_cell(row, name) for name in config.label_columns}
-            phrases = [box["phrase"] for box in boxes]
-            organ = annotations.organ_from_column(columns["anatomy"] or "")
-            return _Study(
+            path = full_path.relative_to(config.root).as_posix()
+            # Without a column of patients, every image is a patient.
+            patient_id = str(row["patient_id"] or path)
+            text = self._read_text(row["text"])
+            if not (config.text_optional or any(map(str.isalnum, text))):
+                raise ValueError("its text is empty")
+            labels = annotations.parse_labels(
+                row["labels"], label_cells, config.label_blank, separator
+            )
+            present = [name for name, value in labels.values.items() if value == 1]
+            all_boxes = annotations.parse_boxes(row["boxes"], text)
+            if box_cells and not all(cell is None for cell in box_cells):
+                label = present[0] if len(present) == 1 else ""
+                item = {"box": dict(zip(self._box_columns, box_cells, strict=True)), "label": label}
+                if boxes.match_coordinates(self._box_columns) is None:
+                    item["box"] = list(box_cells)
+                all_boxes += annotations.parse_boxes([item], label or text)
+            organ = annotations.organ_from_column(column_of["anatomy"] or "")
+            return Study(
                 number=number,
                 path=path,
-                split=self._assign_split(cells["split"], columns["split"], patient_id, number),
+                split=self._assign_split(row["split"], column_of["split"], patient_id, number),
                 patient_id=patient_id,
                 text=text,
-                labels=annotations.parse_labels(cells["labels"], label_cells, config.label_blank),
-                boxes=boxes,
-                masks=annotations.parse_masks(cells["mask"], phrases, text),
-                regions=annotations.parse_regions(cells["regions"]),
-                anatomy=annotations.parse_masks(cells["anatomy"], [organ], ""),
+                labels=labels,
+                boxes=all_boxes,
+                masks=annotations.parse_masks(
+                    row["mask"], [box["phrase"] for box in all_boxes], text
+                ),
+                regions=annotations.parse_regions(row["regions"]),
+                anatomy=annotations.parse_masks(row["anatomy"], [organ], ""),
+                reader=str(row["reader"] or ""),
             )
-        except ValueError as error:
-            self._skipped.append(f"{path or f'row {number}'} ({error})")
-            return None
+        except (OverflowError, RecursionError):
+            error = ValueError("has a cell that is too large to be read")
+        except ValueError as cause:
+            error = cause
+        self._skipped.append(f"{quoting.quote_path(path) if path else f'row {number}'} ({error})")
+        return None
 
     def _assign_split(self, split: Any, column: str | None, patient_id: str, number: int) -> str:
         config = self.builder_config
@@ -242,31 +421,81 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         fractions = (config.val_fraction, config.test_fraction)
         return manifest.assign_split(split, patient_id, fractions)
 
-    def _resolve_path(self, path: str, number: int) -> Path:
-        """Returns the full path of an image or a mask, which must be inside the root.
+    # Columns ----------------------------------------------------------------------------------
 
-        A manifest may come from somebody else: it must not make this process read other files.
-        """
-        root = self.builder_config.root
-        if not path:
-            raise ValueError("names no image")
-        full_path = Path(os.path.abspath(root / path))
-        if not full_path.is_relative_to(root):
-            raise UserError(
-                f"path {path!r} of row {number} leaves the images folder {root}; move it inside"
-            )
-        return full_path
-
-    def _filter_boxes(self, studies: list[_Study]) -> list[_Study]:
+    def _filter_boxes(self, studies: list[Study]) -> list[Study]:
+        """Returns studies with the boxes that fulfil `box_where`; all zeros are no box."""
         conditions = self.builder_config.box_where
         all_boxes = [box for study in studies for box in study.boxes]
         manifest.check_conditions(conditions, all_boxes, "box_where")
+        self._summary.num_zero_boxes = sum(not any(box["box"]) for box in all_boxes)
         return [
-            dataclasses.replace(study, boxes=manifest.filter_rows(study.boxes, conditions))
+            dataclasses.replace(
+                study,
+                boxes=[
+                    box for box in manifest.filter_rows(study.boxes, conditions) if any(box["box"])
+                ],
+            )
             for study in studies
         ]
 
-    def _collect_names(self, studies: list[_Study]) -> None:
+    def _choose_box_format(self, studies: list[Study]) -> list[Study]:
+        """Returns studies whose boxes all name their format; checks it over the whole column."""
+        option = self.builder_config.box_format
+        all_boxes = [box for study in studies for box in study.boxes]
+        formats: dict[str, str] = {}
+        for stated in ("", *boxes.FORMATS[:2]):
+            group = [box["box"] for box in all_boxes if box.get("box_format", "") == stated]
+            # Names of coordinates state corners or sizes, but not whether they are fractions.
+            is_normalised = option.startswith(boxes.NORMALISED)
+            named = f"{boxes.NORMALISED}{stated}" if stated and is_normalised else option or stated
+            if stated == boxes.CORNERS and not is_normalised:
+                named = ""
+            formats[stated] = boxes.choose_format(group, "boxes", named if not stated else named)
+        self._region_format = boxes.choose_format(
+            [box for study in studies for box in study.regions.values()], "boxes of regions", option
+        )
+        self._summary.box_formats = {formats[box.get("box_format", "")]: None for box in all_boxes}
+        return [
+            dataclasses.replace(
+                study,
+                boxes=[
+                    box | {"box_format": formats[box.get("box_format", "")]} for box in study.boxes
+                ],
+            )
+            for study in studies
+        ]
+
+    def _match_findings(self, studies: list[Study]) -> list[Study]:
+        """Returns studies whose labels, also those of boxes, have one spelling for each finding."""
+        findings = self.builder_config.findings
+        counts = Counter(
+            name
+            for study in studies
+            for name, value in study.labels.values.items()
+            for _ in range(value != -1)
+        )
+        counts.update({name: 0 for study in studies for name in study.labels.values})
+        matches, notes = label_names.match_names(counts, findings)
+        box_labels = {box["label"]: 1 for study in studies for box in study.boxes if box["label"]}
+        spellings = {cells.fold_name(name): name for name in (*matches.values(), *findings)}
+        for name in sorted(box_labels):
+            spellings.setdefault(cells.fold_name(name), name)
+        self._spellings = spellings
+        self._summary.notes += notes
+        return [
+            dataclasses.replace(
+                study,
+                labels=_rename_labels(study, matches),
+                boxes=[
+                    box | {"label": spellings.get(cells.fold_name(box["label"]), "")}
+                    for box in study.boxes
+                ],
+            )
+            for study in studies
+        ]
+
+    def _collect_names(self, studies: list[Study]) -> None:
         """Stores the names of findings, regions and anatomy, also in the dataset's metadata."""
         self._label_names = {name for study in studies for name in study.labels.values}
         box_labels = {box["label"] for study in studies for box in study.boxes if box["label"]}
@@ -281,7 +510,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     # Records ----------------------------------------------------------------------------------
 
     def _generate_examples(
-        self, studies: list[_Study], split: str
+        self, studies: list[Study], split: str
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         num_examples = 0
         with ThreadPoolExecutor() as pool:  # decoders release Python's lock
@@ -293,7 +522,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                         num_examples += 1
                         yield f"{study.number:09d}", schema.to_example(record)
                     else:
-                        self._skipped.append(f"{study.path} ({record})")
+                        self._skipped.append(f"{quoting.quote_path(study.path)} ({record})")
                 # After each chunk, so that a folder of broken images fails early.
                 self._check_skipped()
         if not num_examples:
@@ -302,10 +531,10 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             )
         self._write_reports(Path(self.data_dir))
 
-    def _read_record(self, study: _Study) -> Record | str:
+    def _read_record(self, study: Study) -> Record | str:
         """Returns the record of a study, or the reason why it cannot be used."""
         try:
-            path = self._resolve_path(study.path, study.number)
+            path = paths.resolve_path(self.builder_config.root, study.path, study.number)
             self._sources.add(self.builder_config.root, path)
             config, notes = self.builder_config, set[str | int]()
             image, shape = images.read_image(path, config.size, config.bit_depth, notes)
@@ -314,12 +543,19 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             # Stored masks have no names but their order, so a study has all of them or none.
             if anatomy and (missing := sorted({*self._anatomy_names} - {*anatomy})):
                 raise ValueError(f"has masks of anatomy, but not of {', '.join(missing)}")
-            phrases = annotations.build_phrases(
-                study.boxes, masks, self._findings, shape, image.shape
-            )
+            corners = [
+                box | {"box": boxes.to_corners(box["box"], box["box_format"], shape)}
+                for box in study.boxes
+            ]
+            phrases = annotations.build_phrases(corners, masks, self._findings, shape, image.shape)
+            self._check_boxes(study, corners, phrases, shape)
             unknown_region = (0.0,) * 4
             regions = [
-                annotations.scale_box(study.regions[name], shape, image.shape)
+                boxes.scale_box(
+                    boxes.to_corners(study.regions[name], self._region_format, shape),
+                    shape,
+                    image.shape,
+                )
                 if name in study.regions
                 else unknown_region
                 for name in self._region_names
@@ -328,7 +564,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             reason = getattr(error, "strerror", None) or str(error)
             return reason.splitlines()[0]
         for note in notes:
-            self._notes[note].append(study.path)
+            self._notes[note].append(quoting.quote_path(study.path))
         return Record(
             image=image,
             text=study.text,
@@ -341,22 +577,46 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
 
     def _read_masks(
         self,
-        paths: Mapping[str, str],
+        mask_paths: Mapping[str, str],
         number: int,
         shape: tuple[int, int],
         new_shape: tuple[int, int],
     ) -> dict[str, Bool[np.ndarray, "Y X"]]:
         """Reads the masks of a row by name, resized as its image."""
-        full_paths = {name: self._resolve_path(path, number) for name, path in paths.items()}
-        for path in full_paths.values():
-            self._sources.add(self.builder_config.root, path)
-        masks = {
-            name: images.read_mask(path, shape, *new_shape) for name, path in full_paths.items()
-        }
+        masks = {}
+        for name, path in mask_paths.items():
+            full_path = paths.resolve_path(self.builder_config.root, path, number)
+            self._sources.add(self.builder_config.root, full_path)
+            try:
+                masks[name] = images.read_mask(full_path, shape, *new_shape)
+            except OSError as error:
+                reason = error.strerror or "is not an image"
+                raise ValueError(f"mask {quoting.quote_path(path)}: {reason}") from None
         for name, mask in masks.items():
             if mask.all() or not mask.any():
-                self._notes[images.FULL if mask.any() else images.EMPTY].append(paths[name])
+                note = images.FULL if mask.any() else images.EMPTY
+                self._notes[note].append(quoting.quote_path(mask_paths[name]))
         return masks
+
+    def _check_boxes(
+        self,
+        study: Study,
+        corners: Sequence[Mapping[str, Any]],
+        phrases: Sequence[Phrase],
+        shape: tuple[int, int],
+    ) -> None:
+        """Notes boxes that are under a pixel after resizing, or that reach beyond their image."""
+        name = quoting.quote_path(study.path)
+        scaled = [box for phrase in phrases for box in phrase.boxes]
+        if any(x1 - x0 < 1 or y1 - y0 < 1 for x0, y0, x1, y1 in scaled):
+            self._tiny_boxes.append(name)
+        for item in corners:
+            x0, y0, x1, y1 = item["box"]
+            # More than a rounding of coordinates: they may be of another size of the image.
+            if max(-x0, -y0, x1 - shape[1], y1 - shape[0]) > max(2, 0.02 * max(shape)):
+                self._cut_boxes.append(name)
+            if boxes.proves_corners(item["box"], shape):
+                self._has_corner_proof = True
 
     def _order_labels(self, labels: annotations.Labels) -> np.ndarray:
         """Returns labels Int8[F] in the order of the findings.
@@ -375,14 +635,33 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         Splits are generated one after the other; the last one writes the complete lists.
         """
         self._sources.save(folder)
-        self.messages = images.summarise_notes(self._notes, self.builder_config.size)
         if self._skipped:
-            (folder / SKIPPED_FILE).write_text("\n".join(self._skipped) + "\n")
+            content = "\n".join(self._skipped) + "\n"
+            (folder / SKIPPED_FILE).write_text(content, encoding="utf-8")
+        self.messages = [
+            *self._summary.lines,
+            *images.summarise_notes(self._notes, self.builder_config.size),
+        ]
+        is_guess = not self.builder_config.box_format and boxes.CORNERS in self._summary.box_formats
+        if is_guess and not self._has_corner_proof:
+            self.messages.append(
+                "boxes are read as x0, y0, x1, y1, but would fit as x, y, width, height too: "
+                f"set data.builder.box_format to {boxes.CORNERS} or {boxes.CORNER_AND_SIZE}"
+            )
+        for names, fault in (
+            (self._tiny_boxes, f"a box under a pixel at size {self.builder_config.size}"),
+            (self._cut_boxes, "a box that reaches beyond the image and is cut"),
+        ):
+            if names:
+                shown = ", ".join(names[:MAX_REPORTED_ROWS])
+                more = ", ..." if len(names) > MAX_REPORTED_ROWS else ""
+                self.messages.append(f"{len(names)} images have {fault}: {shown}{more}")
+        if self._skipped:
             self.messages.append(
                 f"skipped {len(self._skipped)} of {self._num_rows} rows: {self._list_skipped()}"
             )
-        if self.messages:
-            (folder / MESSAGES_FILE).write_text("\n".join(self.messages) + "\n")
+        content = "\n".join(self.messages) + "\n"
+        (folder / MESSAGES_FILE).write_text(content, encoding="utf-8")
 
     def _list_skipped(self) -> str:
         num_hidden = len(self._skipped) - MAX_REPORTED_ROWS
@@ -393,7 +672,9 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         """Raises UserError if more rows than `max_bad` cannot be used."""
         limit = self.builder_config.max_bad
         if len(self._skipped) > limit * self._num_rows:
+            hint = f"; {self._path_hint}" if self._path_hint else ""
             raise UserError(
                 f"{len(self._skipped)} of {self._num_rows} rows cannot be used, more than the "
-                f"fraction max_bad {limit:g}: {self._list_skipped()}; fix them or raise max_bad"
+                f"fraction max_bad {limit:g}: {self._list_skipped()}{hint}; fix them or raise "
+                "max_bad"
             )

@@ -3,17 +3,23 @@
 The parsers raise ValueError for a malformed cell. The builder then skips and reports the row.
 """
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plan_jax.data.pairs.manifest import parse_json
+from plan_jax.data import quoting
+from plan_jax.data.pairs.boxes import Box, parse_box, scale_box
+from plan_jax.data.pairs.cells import is_missing, normalise_name, parse_literal, to_number
 from plan_jax.types import Phrase
 
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
-
-_LABEL_VALUES = {"1": 1, "true": 1, "0": 0, "false": 0, "-1": -1, "none": -1, "": -1, "nan": -1}
+LABEL_WORDS = {
+    **dict.fromkeys(("true", "yes", "y", "t", "positive", "present"), 1),
+    **dict.fromkeys(("false", "no", "n", "f", "negative", "absent"), 0),
+    **dict.fromkeys(("uncertain", "unknown", "u"), -1),
+}
+DEFAULT_SEPARATOR = re.compile(r"[;|\n\t]")
+_SENTENCE = re.compile(r"[.!?]\s|[.!?]$|[。！？]")
 
 
 # Labels ---------------------------------------------------------------------------------------
@@ -30,8 +36,13 @@ class Labels:
     default: int = -1
 
 
-def parse_labels(value: Any, columns: Mapping[str, Any] | None = None, blank: int = -1) -> Labels:
-    """Parses labels: JSON {name: 1, 0 or -1}, a JSON list of present names, or `a; b`.
+def parse_labels(
+    value: Any,
+    columns: Mapping[str, Any] | None = None,
+    blank: int = -1,
+    separator: re.Pattern[str] = DEFAULT_SEPARATOR,
+) -> Labels:
+    """Parses labels: an object {name: 1, 0 or -1}, a list of present names, or `a; b` or `a|b`.
 
     A name that is not in a list is absent (0). A name that is not in an object is unknown (-1), and
     so are all names if the cell is empty.
@@ -47,39 +58,58 @@ def parse_labels(value: Any, columns: Mapping[str, Any] | None = None, blank: in
       value: the cell of the column of labels.
       columns: name -> cell of the columns that contain one label each. They win over `value`.
       blank: value of an empty cell of `columns`.
+      separator: what divides the names of a cell.
 
     Raises:
-      ValueError: if a cell is none of these.
+      ValueError: if a cell is none of these, or contains sentences.
     """
-    content = parse_json(value)
     if columns:
-        cells = {name: blank if cell in (None, "") else cell for name, cell in columns.items()}
-        labels = Labels({}) if content is None else parse_labels(content)
+        cells = {name: blank if is_missing(cell) else cell for name, cell in columns.items()}
+        labels = parse_labels(value, separator=separator)
         return Labels({**labels.values, **_parse_label_values(cells)}, labels.default)
-    if content is None:
+    content: Any = None if is_missing(value) else parse_literal(value)
+    if is_missing(content):
         return Labels({})
     if isinstance(content, Mapping):
         return Labels(_parse_label_values(content))
     if isinstance(content, str | int | float):
-        content = [name.strip() for name in str(content).split(";")]
-    if not isinstance(content, Sequence) or not all(isinstance(name, str) for name in content):
-        raise ValueError("labels are not names")
-    return Labels({name: 1 for name in content if name}, default=0)
+        content = separator.split(str(content))
+    is_list = isinstance(content, list | tuple)
+    if not is_list or not all(isinstance(name, str) or is_missing(name) for name in content):
+        raise ValueError(f"labels are not names but {quoting.quote(content)}")
+    names = [normalise_name(name) for name in content if not is_missing(name)]
+    for name in names:
+        _check_label_name(name)
+    if content and not names and any(name != "" for name in content):
+        return Labels({})  # the only name is a word that means missing
+    return Labels(dict.fromkeys(names, 1), default=0)
+
+
+def _check_label_name(name: str) -> None:
+    is_sentence = _SENTENCE.search(name) and len(name.split()) > quoting.MAX_WORDS
+    if is_sentence or len(name) > quoting.MAX_CHARACTERS:
+        raise ValueError(f"labels are a text of {len(name)} characters, not names of findings")
 
 
 def _parse_label_values(cells: Mapping[str, Any]) -> dict[str, int]:
-    for name, cell in cells.items():
-        if _label_text(cell) not in _LABEL_VALUES:
-            raise ValueError(f"label {name!r} is {cell!r}, not 1, 0 or -1")
-    return {str(name): _LABEL_VALUES[_label_text(cell)] for name, cell in cells.items()}
+    values: dict[str, int] = {}
+    for key, cell in cells.items():
+        name = normalise_name(key)
+        _check_label_name(name)
+        values[name] = _parse_label_value(name, cell)
+    return values
 
 
-def _label_text(cell: Any) -> str:
-    if isinstance(cell, str):
-        cell = cell.removesuffix(".0")  # pandas writes ints of a column with gaps as floats
-    if isinstance(cell, float) and math.isfinite(cell) and cell == int(cell):
-        cell = int(cell)
-    return str(cell).strip().lower()
+def _parse_label_value(name: str, cell: Any) -> int:
+    if is_missing(cell):
+        return -1
+    number = to_number(cell)  # pandas writes ints of a column with gaps as floats
+    if number in (1, 0, -1):
+        return int(number or 0)
+    word = str(cell).strip().casefold() if isinstance(cell, str) else ""
+    if word not in LABEL_WORDS:
+        raise ValueError(f"label {quoting.quote(name)} is {quoting.quote(cell)}, not 1, 0 or -1")
+    return LABEL_WORDS[word]
 
 
 # Boxes, masks and regions ---------------------------------------------------------------------
@@ -88,7 +118,9 @@ def _label_text(cell: Any) -> str:
 def parse_boxes(value: Any, text: str) -> list[dict[str, Any]]:
     """Parses boxes: JSON [{"box": [x0, y0, x1, y1], "phrase": .., "label": ..}] or [[x0, ..], ..].
 
-    A box without a phrase belongs to the whole text. Additional fields are kept, for `box_where`.
+    A box without a phrase belongs to the whole text. Additional fields are kept, for `box_where`. A
+    box whose numbers are all missing is none. A box may also be an object of named coordinates, as
+    {"x": .., "y": .., "width": .., "height": ..}; `box_format` is then the format that they name.
 
     >>> parse_boxes("[[1, 2, 3, 4]]", "Effusion.")
     [{'box': (1.0, 2.0, 3.0, 4.0), 'phrase': 'Effusion.', 'label': ''}]
@@ -96,27 +128,30 @@ def parse_boxes(value: Any, text: str) -> list[dict[str, Any]]:
     Raises:
       ValueError: if the cell is neither.
     """
-    content = parse_json(value)
-    if content is None:
+    content = parse_literal(value)
+    if is_missing(content):
         return []
     # A single box may stand without its list.
-    is_box = isinstance(content, Sequence) and len(content) == 4 and all(map(_is_number, content))
+    is_list = isinstance(content, Sequence) and not isinstance(content, str | bytes)
+    is_box = is_list and len(content) == 4 and all(map(_is_coordinate, content))
     if is_box or isinstance(content, Mapping):
         content = [content]
-    if isinstance(content, str) or not isinstance(content, Sequence):
+    elif not is_list:
         raise ValueError("boxes are not a list")
     boxes = []
     for item in content:
         fields = dict(item) if isinstance(item, Mapping) else {"box": item}
-        boxes.append(
-            fields
-            | {
-                "box": _parse_box(fields.get("box")),
-                "phrase": str(fields.get("phrase") or text),
-                "label": str(fields.get("label") or ""),
-            }
-        )
+        box, box_format = parse_box(fields)
+        if box is None:
+            continue
+        label = normalise_name(fields.get("label") or "")
+        fields |= {"box": box, "phrase": str(fields.get("phrase") or text), "label": label}
+        boxes.append(fields | ({"box_format": box_format} if box_format else {}))
     return boxes
+
+
+def _is_coordinate(value: Any) -> bool:
+    return is_missing(value) or to_number(value) is not None
 
 
 def parse_masks(value: Any, phrases: Sequence[str], text: str) -> dict[str, str]:
@@ -130,11 +165,14 @@ def parse_masks(value: Any, phrases: Sequence[str], text: str) -> dict[str, str]
     Raises:
       ValueError: if the cell is neither, or is one path and there are several phrases.
     """
-    content = parse_json(value)
-    if content is None:
+    content = parse_literal(value)
+    if is_missing(content):
         return {}
     if isinstance(content, Mapping):
-        return {str(phrase): str(path) for phrase, path in content.items() if path}
+        paths = {str(phrase): path for phrase, path in content.items() if not is_missing(path)}
+        if not all(isinstance(path, str) for path in paths.values()):
+            raise ValueError("mask is not a path")
+        return paths
     names = list(dict.fromkeys(phrases)) or [text]
     if not isinstance(content, str) or len(names) > 1:
         raise ValueError("mask is neither one path for one phrase nor {phrase: path}")
@@ -160,44 +198,16 @@ def parse_regions(value: Any) -> dict[str, Box]:
     Raises:
       ValueError: if the cell is something else.
     """
-    content = parse_json(value)
-    if content is None:
+    content = parse_literal(value)
+    if is_missing(content):
         return {}
     if not isinstance(content, Mapping):
         raise ValueError("regions are not {region: [x0, y0, x1, y1]}")
-    return {str(name): _parse_box(box) for name, box in content.items()}
-
-
-def _parse_box(value: Any) -> Box:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 4
-    if not is_list or not all(map(_is_number, value)):
-        raise ValueError(f"box {value!r} is not [x0, y0, x1, y1]")
-    x0, y0, x1, y1 = map(float, value)
-    return x0, y0, x1, y1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    boxes = {str(name): parse_box({"box": box})[0] for name, box in content.items()}
+    return {name: box for name, box in boxes.items() if box is not None}
 
 
 # Phrases --------------------------------------------------------------------------------------
-
-
-def scale_box(box: Box, shape: tuple[int, int], new_shape: tuple[int, int]) -> Box:
-    """Scales a box from an image of `shape` (rows, columns) to `new_shape`, cut at its border.
-
-    Raises:
-      ValueError: if the box lies outside of the image.
-    """
-    scale = (new_shape[1] / shape[1], new_shape[0] / shape[0]) * 2
-    limits = (new_shape[1], new_shape[0]) * 2
-    x0, y0, x1, y1 = (
-        min(max(coordinate * factor, 0.0), float(limit))
-        for coordinate, factor, limit in zip(box, scale, limits, strict=True)
-    )
-    if x0 >= x1 or y0 >= y1:
-        raise ValueError(f"box {box} lies outside of its {shape[1]} x {shape[0]} image")
-    return x0, y0, x1, y1
 
 
 def build_phrases(

@@ -4,13 +4,18 @@ import csv
 import difflib
 import hashlib
 import json
-import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plan_jax.data import quoting
+from plan_jax.data.pairs.cells import Row, get_cell
 from plan_jax.types import UserError
 
+DELIMITERS = ",;\t|"
+MAX_REASON = 200  # characters of an error of a reader in a message
+_IMAGE_NAME = re.compile(r"\.(png|jpe?g|dcm|dicom|tiff?|bmp|webp)$", re.IGNORECASE)
 SPLITS = ("train", "val", "test")
 _SPLIT_SYNONYMS = {
     "training": "train",
@@ -20,30 +25,38 @@ _SPLIT_SYNONYMS = {
     "dev": "val",
 }
 
-Row = dict[str, Any]
-
 # Reading --------------------------------------------------------------------------------------
 
 
 def read_manifest(path: Path) -> list[Row]:
-    """Reads a manifest: CSV, JSON Lines or Parquet, by its suffix.
+    """Reads a manifest: CSV, TSV, JSON Lines, JSON or Parquet, by its suffix.
+
+    The delimiter of a CSV file is a comma, a semicolon, a tab or `|`, whichever its header has.
 
     Raises:
       UserError: if it is missing, of another kind, malformed or empty.
     """
     if not path.is_file():
         raise UserError(f"manifest {path} does not exist; give the path of a file")
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
+    readers = {
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".json": _read_json,
+        ".parquet": _read_parquet,
+    }
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise UserError(
             f"manifest {path} is not CSV, JSONL or Parquet; use one of {', '.join(readers)}"
         )
     try:
-        rows = readers[path.suffix](path)
+        rows = readers[suffix](path)
     except UnicodeDecodeError:
         raise UserError(f"manifest {path} is not UTF-8; save it as UTF-8") from None
     except (csv.Error, OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:MAX_REASON]
         raise UserError(f"manifest {path} cannot be read: {reason}; fix the file") from None
     if not rows:
         raise UserError(f"manifest {path} has no rows; list at least one image and its text")
@@ -54,65 +67,100 @@ def _read_csv(path: Path) -> list[Row]:
     csv.field_size_limit(2**31 - 1)  # the boxes of one row can be long; the default is 128 KiB
     # `utf-8-sig` drops the mark that Excel writes at the start of a file.
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+        first = lines.readline()
+        declaration = re.fullmatch(r"sep=(.)", first.strip(), re.IGNORECASE)  # Excel writes it
+        if not declaration:
+            lines.seek(0)
+        delimiter = declaration[1] if declaration else _choose_delimiter(first)
+        # Leading blanks are dropped, or a quotation after `, ` would not be one.
+        reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
+        header = [name.strip() for name in next(reader, [])]
+        # Spreadsheets write columns without a name at the end.
+        while header and not header[-1]:
+            header.pop()
+        _check_header(header)
         rows = []
-        for row in reader:
-            # DictReader stores surplus fields under None, and None for missing fields.
-            if None in row or None in row.values():
+        for fields in reader:
+            if not fields:  # a blank line
+                continue
+            while len(fields) > len(header) and not fields[-1].strip():
+                fields.pop()
+            if len(fields) != len(header):
                 raise ValueError(
                     f"line {reader.line_num} does not have as many fields as the header"
                 )
-            rows.append(row)
+            rows.append(dict(zip(header, fields, strict=True)))
     return rows
+
+
+def _choose_delimiter(header: str) -> str:
+    """Returns the delimiter that divides a header into the most fields; a comma if in doubt."""
+    outside_quotes = re.sub(r'"[^"]*"', "", header)
+    return max(DELIMITERS, key=outside_quotes.count)
+
+
+def _check_header(names: Sequence[str]) -> None:
+    """Raises ValueError for a name that is there twice, or for a header that is a row."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"column {quoting.quote(name)} is there twice; rename or drop one of them"
+            )
+        if _IMAGE_NAME.search(name):
+            raise ValueError("it has no header; write the names of the columns in line 1")
 
 
 def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
     # Not `splitlines`, which also splits at separators that JSON allows inside a string.
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is not JSON: {error.msg}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not a JSON object")
-            rows.append(row)
+    lines = enumerate(path.read_text("utf-8-sig").split("\n"), 1)
+    return [_read_object(line, f"line {number}") for number, line in lines if line.strip()]
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = path.read_text("utf-8-sig")
+    if not text.lstrip().startswith("["):
+        return _read_jsonl(path)
+    rows = _parse_json(text, "the file")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"item {number} is not a JSON object")
     return rows
+
+
+def _read_object(line: str, name: str) -> Row:
+    row = _parse_json(line, name)
+    if not isinstance(row, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    return row
+
+
+def _parse_json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_build_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> Row:
+    """Returns an object of JSON, in which no name may stand twice: Python would keep the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {quoting.quote(twice)} is there twice")
+    return row
 
 
 def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(path).to_pylist()
-
-
-# Cells ----------------------------------------------------------------------------------------
-
-
-def get_cell(row: Row, column: str | None) -> Any:
-    """Returns a cell, or None if the column or the value is missing, blank or not a number.
-
-    >>> [get_cell({"a": " x ", "b": " "}, column) for column in ("a", "b", "c", None)]
-    ['x', None, None, None]
-    """
-    value = None if column is None else row.get(column)
-    if isinstance(value, float) and math.isnan(value):  # an empty cell of a numeric Parquet column
-        return None
-    if isinstance(value, str):
-        return value.strip() or None
-    return value
-
-
-def parse_json(value: Any) -> Any:
-    """Parses a cell that contains a JSON list or object; returns any other cell unchanged.
-
-    Raises:
-      ValueError: if it begins like JSON and is not JSON.
-    """
-    if isinstance(value, str) and value[:1] in ("[", "{"):
-        return json.loads(value)
-    return value
+    with pyarrow.parquet.ParquetFile(path) as file:
+        _check_header(file.schema_arrow.names)
+        return file.read().to_pylist()
 
 
 # Columns --------------------------------------------------------------------------------------
@@ -159,9 +207,11 @@ def match_columns(
 
 
 def _suggest(name: str, candidates: Iterable[str]) -> str:
-    candidates = sorted(candidates)
+    candidates = sorted(str(candidate) for candidate in candidates)
     matches = difflib.get_close_matches(name, candidates, 1)
-    return f"did you mean {matches[0]!r}?" if matches else f"it has {', '.join(candidates)}"
+    # A file without a header has a report for a name.
+    names = [quoting.quote(candidate).strip("'") for candidate in candidates]
+    return f"did you mean {matches[0]!r}?" if matches else f"it has {', '.join(names)}"
 
 
 # Filters --------------------------------------------------------------------------------------
@@ -204,13 +254,14 @@ def filter_rows(rows: Iterable[Row], conditions: Mapping[str, Any]) -> list[Row]
         rules = condition if isinstance(condition, Mapping) else {"in": condition}
         for rule, values in rules.items():
             texts = {str(value) for value in values}
-            rows = [row for row in rows if (_cell_text(row, column) in texts) == (rule == "in")]
+            rows = [row for row in rows if bool(_cell_texts(row, column) & texts) == (rule == "in")]
     return rows
 
 
-def _cell_text(row: Row, column: str) -> str:
+def _cell_texts(row: Row, column: str) -> set[str]:
+    """Returns how a condition may write a cell: a missing one as "" or as its word."""
     value = get_cell(row, column)
-    return "" if value is None else str(value)
+    return {"", str(row.get(column, "")).strip()} if value is None else {str(value)}
 
 
 # Splits ---------------------------------------------------------------------------------------
@@ -233,7 +284,7 @@ def assign_split(split: Any, patient_id: str, fractions: tuple[float, float]) ->
     if split is not None:
         name = _SPLIT_SYNONYMS.get(str(split).lower(), str(split).lower())
         if name not in SPLITS:
-            raise UserError(f"split {split!r} is unknown; use {', '.join(SPLITS)}")
+            raise UserError(f"split {quoting.quote(split)} is unknown; use {', '.join(SPLITS)}")
         return name
     # Uniform in [0, 1) and the same in every run. So new rows do not move old patients.
     digest = hashlib.sha256(patient_id.encode()).digest()
@@ -255,6 +306,6 @@ def check_patient_leaks(assignments: Iterable[tuple[str, str]]) -> None:
         first_split = split_of_patient.setdefault(patient_id, split)
         if first_split != split:
             raise UserError(
-                f"patient {patient_id!r} is in splits {first_split!r} and {split!r}; "
-                "put all rows of a patient into one"
+                f"patient {quoting.quote_path(patient_id)!r} is in splits {first_split!r} and "
+                f"{split!r}; put all rows of a patient into one"
             )

@@ -1,0 +1,141 @@
+"""Names of findings over a whole column of labels: what divides them, and how they are spelled."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plan_jax.data import quoting
+from plan_jax.data.pairs.annotations import DEFAULT_SEPARATOR, LABEL_WORDS
+from plan_jax.data.pairs.cells import fold_name, is_missing, normalise_name, to_number
+from plan_jax.types import UserError
+
+# What may divide two findings, and may as well be part of the name of one.
+_AMBIGUOUS_SEPARATORS = ("/", "+", "&", " and ", " ")
+MAX_NAMES = 12  # of a list in a message
+
+
+def choose_separator(
+    cells: Sequence[Any], separator: str = "", findings: Sequence[str] = ()
+) -> re.Pattern[str]:
+    """Returns the pattern that divides the names of a column of labels.
+
+    A comma divides names if all of its parts are names by themselves or of several lists.
+
+    >>> choose_separator(["Edema, Effusion", "Edema", "Effusion"]).split("a,b")
+    ['a', 'b']
+
+    Args:
+      cells: all cells of the column.
+      separator: the separator that the user has named, or "".
+      findings: names that are one finding, whatever they contain.
+
+    Raises:
+      UserError: if a cell may be one finding or several.
+    """
+    if separator:
+        return re.compile(re.escape(separator.strip() or separator))
+    texts = [cell for cell in cells if isinstance(cell, str) and cell[:1] not in ("[", "{")]
+    names = Counter(
+        normalise_name(name)
+        for text in texts
+        for name in DEFAULT_SEPARATOR.split(text)
+        if not is_missing(name)
+    )
+    known = {fold_name(name) for name in findings}
+    lists = [name for name in names if "," in name and fold_name(name) not in known]
+    if lists:
+        parts = Counter(fold_name(part) for name in lists for part in set(name.split(",")))
+        known |= {fold_name(name) for name in names if name not in lists}
+        known |= {part for part, count in parts.items() if count > 1}
+        if not set(parts) <= known:
+            raise UserError(
+                f"labels contain commas, as {quoting.quote(lists[0])}; set "
+                "data.builder.label_separator to ',' if a comma divides findings, else to ';'"
+            )
+        return re.compile(f"{DEFAULT_SEPARATOR.pattern}|,")
+    single = known | {fold_name(name) for name in names}
+    for name in names:
+        for mark in _AMBIGUOUS_SEPARATORS:
+            pieces = [fold_name(piece) for piece in name.split(mark)]
+            if len(pieces) > 1 and fold_name(name) not in known and set(pieces) <= single:
+                raise UserError(
+                    f"label {quoting.quote(name)} may be one finding or {len(pieces)}; set "
+                    f"data.builder.label_separator to {mark!r} if it divides findings, else list "
+                    "the names in data.builder.findings"
+                )
+    return DEFAULT_SEPARATOR
+
+
+def match_names(
+    counts: Mapping[str, int], findings: Sequence[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """Returns the finding of each name that is a label, and notes for the user.
+
+    Spellings that differ in case, `_`, `-`, blanks or the composition of accents are one finding:
+    that of `findings`, else the most frequent spelling.
+
+    >>> match_names({"Edema": 3, "edema": 1})
+    ({'Edema': 'Edema', 'edema': 'Edema'}, ["'edema' (1) is read as 'Edema' (3)"])
+
+    Args:
+      counts: name -> number of rows.
+      findings: the names of the findings that the user wants; () for all.
+
+    Raises:
+      UserError: if the names are numbers or words as `yes`, or if none is in `findings`.
+    """
+    wanted = {fold_name(name): str(name) for name in findings}
+    if len(wanted) < len(findings):
+        raise UserError(f"findings {list_names(findings)} has one name twice; name it once")
+    _check_values(counts, wanted)
+    spellings: dict[str, list[str]] = {}
+    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+        spellings.setdefault(fold_name(name), []).append(name)
+    matches: dict[str, str] = {}
+    notes = []
+    for key, group in spellings.items():
+        if wanted and key not in wanted:
+            continue
+        finding = wanted.get(key, group[0])
+        matches |= dict.fromkeys(group, finding)
+        variants = [f"{quoting.quote(n)} ({counts[n]})" for n in group if n != finding]
+        if variants:
+            count = f" ({counts[finding]})" if finding in counts else ""
+            verb = "is" if len(variants) == 1 else "are"
+            notes.append(f"{', '.join(variants)} {verb} read as {quoting.quote(finding)}{count}")
+    if wanted and counts and not matches:
+        raise UserError(
+            f"none of the findings {list_names(findings)} is a label; the labels are "
+            f"{list_names(list(counts))}: correct data.builder.findings"
+        )
+    unmatched = [name for name in counts if name not in matches]
+    if unmatched:
+        notes.append(f"labels that are not in findings: {list_names(unmatched, counts)}")
+    if counts and (absent := [name for name in findings if name not in matches.values()]):
+        notes.append(f"findings that no row names: {list_names(absent)}")
+    return matches, notes
+
+
+def _check_values(counts: Mapping[str, int], wanted: Mapping[str, str]) -> None:
+    """Raises UserError if the names are the values of one label."""
+    names = [name for name in counts if fold_name(name) not in wanted]
+    values = [name for name in names if to_number(name) is not None]
+    if names and all(name.casefold() in LABEL_WORDS for name in names):
+        values = names
+    if values:
+        raise UserError(
+            f"labels are the values {list_names(sorted(values))}, not names of findings; rename "
+            "their column after its finding and list it in data.builder.label_columns"
+        )
+
+
+def list_names(names: Sequence[str], counts: Mapping[str, int] | None = None) -> str:
+    """Returns names in a line for a message, with their counts, the most frequent ones first."""
+    names = sorted(names, key=lambda name: -counts[name]) if counts else list(names)
+    shown = [
+        quoting.shorten(str(name)) + (f" {counts[name]}" if counts else "")
+        for name in names[:MAX_NAMES]
+    ]
+    hidden = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {hidden} more" if hidden else "")

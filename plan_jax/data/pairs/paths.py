@@ -1,0 +1,130 @@
+"""Paths of images and masks: inside the images folder, in any spelling, and hints where not."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from plan_jax.data import quoting
+from plan_jax.data.pairs.cells import is_missing, parse_literal
+from plan_jax.types import UserError
+
+_URL = re.compile(r"[a-z][a-z0-9+]+://", re.IGNORECASE)
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+MAX_FOLDERS = 50  # below the images folder that a hint looks into
+
+
+def read_image_name(value: Any) -> str:
+    """Returns the path in the cell of an image.
+
+    >>> read_image_name("a.png"), read_image_name(["a.png"])
+    ('a.png', 'a.png')
+
+    Raises:
+      ValueError: if the cell is not one path.
+    """
+    content = parse_literal(value)
+    if isinstance(content, list | tuple) and len(content) == 1:
+        content = content[0]
+    if is_missing(content):
+        raise ValueError("names no image")
+    if isinstance(content, list | tuple):
+        raise ValueError(f"is a list of {len(content)} images; write one row for each image")
+    if isinstance(content, dict) and "bytes" in content:
+        raise ValueError("is an embedded image; save it as a file and write its path")
+    if isinstance(content, bytes):
+        raise ValueError("holds bytes of an image; save them as a file and write its path")
+    if not isinstance(content, str):
+        raise ValueError(f"is {quoting.quote(content)}, not the path of an image")
+    return content.strip()
+
+
+def resolve_path(root: Path, path: str, number: int) -> Path:
+    """Returns the full path of an image or a mask, which must be inside the root.
+
+    A manifest may come from somebody else: it must not make this process read other files. The
+    spelling is that of an existing file, if there is one: with `/` for a backslash, or with
+    accents composed in another way.
+
+    Raises:
+      ValueError: if the path is a web address, or too long for a path.
+      UserError: if it leaves the root.
+    """
+    if _URL.match(path):
+        raise ValueError("is a web address; download it")
+    full_paths = [Path(os.path.abspath(root / spelling)) for spelling in _list_spellings(path)]
+    for full_path in full_paths:
+        if full_path.is_relative_to(root) and _is_file(full_path):
+            return full_path
+    # `..\\x` leaves the folder on a system that reads backslashes as `/`.
+    if not all(full_path.is_relative_to(root) for full_path in full_paths):
+        inside = find_inside(root, path)
+        remedy = f"write {quoting.quote_path(inside)}" if inside else "move it inside"
+        raise UserError(
+            f"path {quoting.quote_path(path)!r} of row {number} leaves the images folder {root}; "
+            f"{remedy}"
+        )
+    return full_paths[0]
+
+
+def _list_spellings(path: str) -> list[str]:
+    slashes = [path, path.replace("\\", "/")]
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD") for text in slashes]
+    return list(dict.fromkeys([*slashes, *forms]))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise ValueError(f"is not a path ({error.strerror})") from None
+
+
+def find_inside(root: Path, path: str) -> str | None:
+    """Returns the end of a path that exists inside the root, or None."""
+    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    for start in range(1, len(parts)):
+        end = "/".join(parts[start:])
+        if (root / end).is_file():
+            return end
+    return None
+
+
+def suggest_folder(root: Path, path: str) -> str:
+    """Returns a hint on where a missing path may be, as the end of a sentence, or ""."""
+    try:
+        return next(_list_hints(root, path.replace("\\", "/")), "")
+    except OSError:  # a folder that may not be read, a name that is too long
+        return ""
+
+
+def _list_hints(root: Path, path: str) -> Iterator[str]:
+    name = quoting.quote_path(path)
+    for folder in (root.parent, root.parent.parent):
+        if (folder / path).is_file():
+            yield f"{name} exists from {folder}: set data.builder.images to it"
+    folders = [folder for folder in sorted(root.iterdir())[:MAX_FOLDERS] if folder.is_dir()]
+    for folder in folders:
+        if (folder / path).is_file():
+            yield f"{name} exists in {folder}: set data.builder.images to it"
+    if inside := find_inside(root, path):
+        yield f"it exists as {quoting.quote_path(inside)}: write paths from {root}"
+    for suffix in _SUFFIXES:
+        if (root / f"{path}{suffix}").is_file():
+            yield f"it exists with the suffix {suffix}: set data.builder.image_suffix to it"
+        for folder in folders:
+            if (folder / f"{path}{suffix}").is_file():
+                yield (
+                    f"it exists in {folder} with the suffix {suffix}: set data.builder.images and "
+                    "data.builder.image_suffix to them"
+                )
+    siblings = (root / path).parent
+    if siblings.is_dir():
+        wanted = Path(path).name.casefold()
+        for entry in siblings.iterdir():
+            if entry.name.casefold() == wanted:
+                yield f"the file is called {quoting.quote_path(entry.name)}: write it so"
+    if re.search(r"\.\w+\s*[,;|]\s*\S", path):
+        yield "a cell that names several images needs one row for each"

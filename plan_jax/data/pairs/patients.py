@@ -1,0 +1,63 @@
+"""Ids of patients over a whole column: one patient is one id, however a row spells it."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from plan_jax.data import quoting
+from plan_jax.data.pairs.cells import fold_name, normalise_name
+from plan_jax.types import UserError
+
+_FLOAT_SPELLING = re.compile(r"([+-]?\d+)\.0+")
+_EXCEL_SPELLING = re.compile(r"\d(?:[.,]\d+)?[eE]\+\d+")
+_NUMBER_AT_END = re.compile(r"(.*?)0*(\d+)")
+MAX_EXACT = 2**53  # ints up to here are exact as floats
+
+
+def match_patient_ids(cells: Sequence[Any]) -> list[str | None]:
+    """Returns the id of the patient of each row; None where it is missing.
+
+    7 and 7.0 are one patient, because pandas writes ints of a column with gaps as floats.
+
+    >>> match_patient_ids([7, 7.0, "7.0", None, "p1"])
+    ['7', '7', '7', None, 'p1']
+
+    Raises:
+      UserError: if two ids differ in leading zeros or in case only, if Excel has shortened ids, or
+        if a cell is a list or an object.
+    """
+    ids = [None if cell is None else _read_id(cell) for cell in cells]
+    first_spelling: dict[str, str] = {}
+    for name in ids:
+        if name is None:
+            continue
+        key = fold_name(name)
+        match = _NUMBER_AT_END.fullmatch(key)
+        key = f"{match[1]}{match[2]}" if match else key
+        spelling = first_spelling.setdefault(key, name)
+        if spelling != name:
+            raise UserError(
+                f"patients {quoting.quote_path(spelling)!r} and {quoting.quote_path(name)!r} "
+                "differ in zeros, case or blanks only; write each patient in one way"
+            )
+    return ids
+
+
+def _read_id(cell: Any) -> str:
+    if isinstance(cell, float):
+        if abs(cell) >= MAX_EXACT:
+            raise UserError(
+                f"patient {cell:g} is a float, which has lost digits; store ids as text"
+            )
+        return str(int(cell)) if cell == int(cell) else str(cell)
+    if not isinstance(cell, str | int) or isinstance(cell, bool):
+        if isinstance(cell, list | tuple | dict | bytes | bool):
+            raise UserError(f"a patient is {quoting.quote(cell)}; write one id for each row")
+        cell = str(cell)
+    name = normalise_name(cell)
+    if _EXCEL_SPELLING.fullmatch(name):
+        raise UserError(
+            f"patient {name!r} is a number that a spreadsheet has shortened; store ids as text"
+        )
+    match = _FLOAT_SPELLING.fullmatch(name)
+    return match[1] if match else name

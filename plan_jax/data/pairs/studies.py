@@ -1,0 +1,173 @@
+"""Studies: parsed rows of a manifest, and the merging of rows that describe one image."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from plan_jax.data import quoting
+from plan_jax.data.pairs.annotations import Labels
+from plan_jax.data.pairs.boxes import Box
+from plan_jax.data.prompts import is_normal_name
+from plan_jax.types import UserError
+
+DUPLICATES = ("merge", "any", "majority", "separate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A parsed row of the manifest whose images are not read yet; `number` counts from 1.
+
+    `reader` is who has labelled the row, or "".
+    """
+
+    number: int
+    path: str
+    split: str
+    patient_id: str
+    text: str
+    labels: Labels
+    boxes: list[dict[str, Any]]
+    masks: dict[str, str]
+    regions: dict[str, Box]
+    anatomy: dict[str, str]
+    reader: str = ""
+
+
+def merge_duplicates(studies: Sequence[Study], policy: str) -> list[Study]:
+    """Returns one study for each image: rows of one image are one row a finding.
+
+    Args:
+      studies: all studies, in order.
+      policy: `merge` joins rows that do not contradict each other. `any` and `majority` decide on
+        contradictory labels, `majority` among the readers. `separate` merges nothing.
+
+    Raises:
+      UserError: if rows of an image contradict each other, or are in two splits.
+    """
+    groups: dict[str, list[Study]] = {}
+    for study in studies:
+        groups.setdefault(study.path, []).append(study)
+    for group in groups.values():
+        _check_equal("split", [row.split for row in group], group)
+        _check_equal("patient", [row.patient_id for row in group], group)
+    if policy == "separate":
+        return list(studies)
+    return [
+        group[0] if len(group) == 1 else _merge_rows(group, policy) for group in groups.values()
+    ]
+
+
+def _merge_rows(rows: Sequence[Study], policy: str) -> Study:
+    texts = {" ".join(row.text.split()): row.text for row in rows if row.text}
+    if len(texts) > 1:
+        _refuse(
+            rows, "with different texts", "set data.builder.duplicates to 'separate' to keep them"
+        )
+    boxes: list[dict[str, Any]] = []
+    for row in rows:
+        boxes += [box for box in row.boxes if box not in boxes]
+    return dataclasses.replace(
+        rows[0],
+        text=next(iter(texts.values()), ""),
+        labels=_merge_labels(rows, policy),
+        boxes=boxes,
+        masks=_merge_mappings("masks", rows),
+        regions=_merge_mappings("regions", rows),
+        anatomy=_merge_mappings("anatomy", rows),
+    )
+
+
+def _check_equal(name: str, values: Sequence[str], rows: Sequence[Study]) -> None:
+    different = list(dict.fromkeys(values))
+    if len(different) > 1:
+        shown = " and ".join(repr(quoting.quote_path(value)) for value in different[:2])
+        _refuse(rows, f"of {name} {shown}", "put all of its rows into one")
+
+
+def _merge_mappings(name: str, rows: Sequence[Study]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for row in rows:
+        for key, value in getattr(row, name).items():
+            if merged.setdefault(key, value) != value:
+                _refuse(rows, f"with different {name}", "leave one of them")
+    return merged
+
+
+def _refuse(rows: Sequence[Study], fault: str, remedy: str) -> None:
+    numbers = ", ".join(str(row.number) for row in rows[:3])
+    more = ", ..." if len(rows) > 3 else ""
+    raise UserError(
+        f"image {quoting.quote_path(rows[0].path)} is in rows {numbers}{more} {fault}; {remedy}"
+    )
+
+
+# Labels ---------------------------------------------------------------------------------------
+
+
+def _merge_labels(rows: Sequence[Study], policy: str) -> Labels:
+    """Returns the labels of one image: within a reader those of any row, then among readers."""
+    is_list = any(row.labels.default == 0 for row in rows)
+    if policy == "majority" and is_list and not all(row.reader for row in rows):
+        raise UserError(
+            "duplicates 'majority' counts readers, and rows with lists of labels name none; map "
+            "their column with data.builder.columns={'reader': '...'}"
+        )
+    by_reader: dict[str, list[Labels]] = {}
+    for position, row in enumerate(rows):
+        # Without readers, each row of values is a vote of its own.
+        is_vote = not row.reader and policy == "majority"
+        by_reader.setdefault(f"row {position}" if is_vote else row.reader, []).append(row.labels)
+    opinions = [_join_labels(labels, rows, policy) for labels in by_reader.values()]
+    if len(opinions) == 1:
+        return opinions[0]
+    names = list(dict.fromkeys(name for opinion in opinions for name in opinion.values))
+    default = max(opinion.default for opinion in opinions)
+    values = {}
+    for name in names:
+        votes = [opinion.values.get(name, opinion.default) for opinion in opinions]
+        values[name] = _decide(name, votes, rows, policy)
+    return Labels(values, default)
+
+
+def _join_labels(labels: Sequence[Labels], rows: Sequence[Study], policy: str) -> Labels:
+    """Returns the labels of rows that complete each other, as one row a finding does.
+
+    A list says that the names of other rows are absent from it; here it is one of several lists of
+    one image, so a name is present if any list has it.
+    """
+    names = list(dict.fromkeys(name for item in labels for name in item.values))
+    values = {}
+    for name in names:
+        votes = [item.values[name] for item in labels if name in item.values]
+        values[name] = _decide(name, votes, rows, policy)
+    present = [name for name, value in values.items() if value == 1]
+    normal = [name for name in present if is_normal_name(name)]
+    if normal and len(normal) < len(present):
+        if policy == "merge":
+            other = next(name for name in present if name not in normal)
+            _refuse_labels(rows, f"{quoting.quote(normal[0])} and {quoting.quote(other)}")
+        values |= dict.fromkeys(normal, 0)
+    return Labels(values, max(item.default for item in labels))
+
+
+def _decide(name: str, votes: Sequence[int], rows: Sequence[Study], policy: str) -> int:
+    """Returns the value of a label: the known one, or what the policy makes of several."""
+    known = [vote for vote in votes if vote >= 0]
+    if not known:
+        return -1
+    if len(set(known)) == 1:
+        return known[0]
+    if policy == "merge":
+        _refuse_labels(rows, f"{quoting.quote(name)} is 1 and 0")
+    if policy == "majority":
+        return int(sum(known) > len(known) / 2)
+    # Any reader who sees a finding decides; a normal image is one that all call normal.
+    return min(known) if is_normal_name(name) else max(known)
+
+
+def _refuse_labels(rows: Sequence[Study], fault: str) -> None:
+    _refuse(
+        rows,
+        f"with contradictory labels ({fault})",
+        "set data.builder.duplicates to 'any', 'majority' or 'separate', or correct them",
+    )

@@ -1,0 +1,133 @@
+"""The short summary of what was understood of a manifest; it contains no text of a report."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from plan_jax.data import quoting
+from plan_jax.data.pairs.boxes import CORNERS
+from plan_jax.data.pairs.studies import Study
+
+MAX_LISTED = 12  # names in a line
+MAX_SHARE = 0.3  # of the images that belong to one patient, before it is remarkable
+MIN_IMAGES = 10  # below, any share is usual
+_KINDS = {CORNERS: "x0, y0, x1, y1", "xywh": "x, y, width, height"}
+
+
+@dataclasses.dataclass
+class Summary:
+    """The facts that were understood of a manifest.
+
+    Attributes:
+      manifest: name of the file.
+      columns: role -> column.
+      label_columns: columns of one label each.
+      box_columns: columns of coordinates.
+      unused: columns without a role.
+      num_missing: role -> number of rows without a value.
+      separator: pattern that divides labels.
+      num_merged: rows that were merged into another row of the same image.
+      num_zero_boxes: boxes of zeros, which are none.
+      box_formats: formats of the boxes.
+      notes: what else the user should know.
+      lines: the summary, after `describe`.
+    """
+
+    manifest: str
+    columns: Mapping[str, str]
+    label_columns: Sequence[str]
+    box_columns: Sequence[str]
+    unused: Sequence[str]
+    num_missing: Mapping[str, int]
+    separator: str
+    num_merged: int = 0
+    num_zero_boxes: int = 0
+    box_formats: Mapping[str, None] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    lines: list[str] = dataclasses.field(default_factory=list)
+
+    def describe(self, studies: Sequence[Study], findings: Sequence[str]) -> list[str]:
+        """Returns the summary in a few lines, and stores it in `lines`."""
+        self.lines = [
+            self._describe_rows(studies),
+            self._describe_columns(),
+            *self._describe_findings(studies, findings),
+            *self._describe_boxes(studies),
+            *(f"note: {note}" for note in [*self._remark_patients(studies), *self.notes]),
+        ]
+        return self.lines
+
+    def _describe_rows(self, studies: Sequence[Study]) -> str:
+        num_patients = len({study.patient_id for study in studies})
+        num_images = len({study.path for study in studies})
+        merged = f" ({self.num_merged} rows merged into others)" if self.num_merged else ""
+        repeated = (
+            f" ({len(studies) - num_images} images are there again)"
+            if num_images < len(studies)
+            else ""
+        )
+        return (
+            f"{self.manifest}: {len(studies)} studies{merged}, {num_images} images{repeated}, "
+            f"{num_patients} patients; splits by {self._describe_source()}"
+        )
+
+    def _describe_source(self) -> str:
+        if "split" in self.columns:
+            return f"column {quoting.quote(self.columns['split'])}"
+        return "a hash of the patient"
+
+    def _describe_columns(self) -> str:
+        items = []
+        for role, name in self.columns.items():
+            missing = self.num_missing.get(role, 0)
+            source = "" if name == role else f" {quoting.quote(name)}"
+            items.append(f"{role}{source}" + (f" ({missing} missing)" if missing else ""))
+        if self.label_columns:
+            items.append(f"one label each: {_list_names(self.label_columns)}")
+        if self.box_columns:
+            items.append(f"coordinates: {_list_names(self.box_columns)}")
+        unused = f"; not used: {_list_names(self.unused)}" if self.unused else ""
+        return f"columns: {', '.join(items)}{unused}"
+
+    def _describe_findings(self, studies: Sequence[Study], findings: Sequence[str]) -> list[str]:
+        if not findings:
+            return []
+        items = []
+        label_names = {name for study in studies for name in study.labels.values}
+        for name in findings:
+            values = [
+                study.labels.values.get(name, study.labels.default if name in label_names else -1)
+                for study in studies
+            ]
+            counts = "/".join(str(values.count(value)) for value in (1, 0, -1))
+            items.append(f"{quoting.shorten(name)} {counts}")
+        hidden = len(items) - MAX_LISTED
+        more = f" and {hidden} more" if hidden > 0 else ""
+        return [f"findings (1/0/unknown): {', '.join(items[:MAX_LISTED])}{more}"]
+
+    def _describe_boxes(self, studies: Sequence[Study]) -> list[str]:
+        counts = [len(study.boxes) for study in studies if study.boxes]
+        if not counts and not self.num_zero_boxes:
+            return []
+        kinds = " and ".join(_KINDS.get(name, name) for name in self.box_formats)
+        zeros = f"; {self.num_zero_boxes} of zeros are no box" if self.num_zero_boxes else ""
+        return [f"boxes: {sum(counts)} in {len(counts)} images, as {kinds or 'none'}{zeros}"]
+
+    def _remark_patients(self, studies: Sequence[Study]) -> list[str]:
+        """Returns what is remarkable about the patients."""
+        missing = self.num_missing.get("patient_id", 0)
+        if "patient_id" not in self.columns:
+            return ["no column of patients, so each image is a patient of its own"]
+        notes = [f"{missing} rows without a patient are one each"] if missing else []
+        counts: dict[str, int] = {}
+        for study in studies:
+            counts[study.patient_id] = counts.get(study.patient_id, 0) + 1
+        name, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
+        if count > MAX_SHARE * len(studies) and len(studies) >= MIN_IMAGES and len(counts) > 1:
+            notes.append(f"patient {quoting.quote_path(name)} has {count} of the images")
+        return notes
+
+
+def _list_names(names: Sequence[str]) -> str:
+    shown = [quoting.quote(name).strip("'") for name in names[:MAX_LISTED]]
+    hidden = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {hidden} more" if hidden > 0 else "")

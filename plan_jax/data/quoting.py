@@ -1,0 +1,76 @@
+"""Quotation of cells in messages: short, and never the text of a report."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_CHARACTERS = 60  # of a cell in a message
+MAX_WORDS = 3  # a text with more words may be a report
+_SENTENCE_END = re.compile(r"[.!?]\s|[.!?]$|[。！？؟।]")
+
+
+def quote(value: Any) -> str:
+    """Returns a cell as a message may show it: its value if it is short, else its kind and size.
+
+    >>> quote("held out"), quote("No effusion. Heart is normal."), quote(b"GIF89"), quote([1, 2])
+    ("'held out'", 'a text of 29 characters', '5 bytes', '[1, 2]')
+    >>> quote({"bytes": b"GIF89", "path": None})
+    'an object of bytes, path'
+    """
+    if isinstance(value, str):
+        if is_prose(value):
+            return f"a text of {len(value)} characters"
+        return repr(value) if len(value) <= MAX_CHARACTERS else repr(shorten(value))
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"{len(value)} bytes"
+    if isinstance(value, Mapping):
+        return shorten(f"an object of {', '.join(map(_quote_key, value))}")
+    if isinstance(value, Sequence):
+        is_short = len(value) <= 8 and all(isinstance(item, bool | float | int) for item in value)
+        return shorten(_represent(list(value))) if is_short else f"a list of {len(value)}"
+    return shorten(_represent(value))
+
+
+def quote_path(value: Any) -> str:
+    """Returns a path as a message may show it: a long one from its end, a report not at all.
+
+    >>> quote_path("img/001.png"), quote_path("There is effusion in the left lower zone")
+    ('img/001.png', 'a text of 40 characters')
+    """
+    if not isinstance(value, str):
+        return quote(value)
+    name = value.replace("\\", "/").rpartition("/")[2]
+    has_suffix = re.search(r"[^\s.]\.\w{1,5}$", name) is not None
+    is_text = len(value.split()) > (2 * MAX_WORDS if has_suffix else MAX_WORDS)
+    if is_text or (not has_suffix and is_prose(value)):
+        return f"a text of {len(value)} characters"
+    line = " ".join(value.split())
+    return line if len(line) <= MAX_CHARACTERS else f"...{line[3 - MAX_CHARACTERS :]}"
+
+
+def is_prose(text: str) -> bool:
+    """Returns whether a text may be a sentence: more than three words, or an end of a sentence.
+
+    >>> is_prose("Pleural Effusion"), is_prose("No effusion.")
+    (False, True)
+    """
+    return len(text.split()) > MAX_WORDS or (
+        _SENTENCE_END.search(text) is not None and any(map(str.isalpha, text))
+    )
+
+
+def shorten(text: str) -> str:
+    """Returns a text in one line of at most `MAX_CHARACTERS` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 3]}..."
+
+
+def _quote_key(key: Any) -> str:
+    return quote(key) if isinstance(key, str) and is_prose(key) else str(key)
+
+
+def _represent(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python refuses to write an int of more than 4,300 digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a list"
