@@ -5,7 +5,6 @@ them, and `config.eval.tasks` selects some.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from plan_jax import model as models
 from plan_jax.config import Config
 from plan_jax.data.dataset import Dataset, open_dataset, open_once
 from plan_jax.data.eval_data import DatasetEvalData, report_labeller
-from plan_jax.logger import read_rows, write_atomically
+from plan_jax.logger import encode_json, read_rows, write_atomically
 from plan_jax.tasks import CATALOGUE, TASKS, TITLES
 from plan_jax.types import EvalData, Model, Result, TaskContext, UserError
 
@@ -28,6 +27,15 @@ _DESCRIPTIONS = {
     "anatomy": "anatomy masks",
     "regions": "region boxes",
 }
+
+
+class UnwrittenResults(UserError):
+    """Results that could not be written: the sentence, and the metrics to print at least."""
+
+    def __init__(self, sentence: str, metrics: dict[str, Any]) -> None:
+        """Stores the metrics with the sentence."""
+        super().__init__(sentence)
+        self.metrics = metrics
 
 
 def open_split(config: Config, split: str) -> Dataset:
@@ -128,19 +136,34 @@ def _with_random_tower(model: Model, config: Config) -> Model:
 def write_results(
     folder: Path, config: Config, result: Result, history: Sequence[Mapping[str, Any]]
 ) -> Path:
-    """Writes `metrics.json`, `table.md` and `report.html` into a folder; returns the page."""
-    metrics = result.metrics
-    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True))
-    write_atomically(folder / "table.md", page.markdown(metrics, CATALOGUE, TITLES))
-    return page.write_page(
-        folder,
-        config=config.to_dict(),
-        metrics=metrics,
-        catalogue=CATALOGUE,
-        titles=TITLES,
-        history=history,
-        rows=result.rows,
-    )
+    """Writes `metrics.json`, `table.md` and `report.html` into a folder; returns the page.
+
+    Raises:
+      UnwrittenResults: one of them cannot be written.
+    """
+    metrics = dict(result.metrics)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "metrics.json", encode_json(metrics, indent=2, sort_keys=True))
+        write_atomically(folder / "table.md", page.markdown(metrics, CATALOGUE, TITLES))
+        return page.write_page(
+            folder,
+            config=config.to_dict(),
+            metrics=metrics,
+            catalogue=CATALOGUE,
+            titles=TITLES,
+            history=history,
+            rows=result.rows,
+        )
+    except UserError as error:  # what the system says
+        raise UnwrittenResults(str(error), metrics) from error
+    except Exception as error:  # the metrics are worth more than any picture
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UnwrittenResults(
+            f"{folder / 'report.html'} could not be made ({reason[:200]}); the metrics are in"
+            f" {folder / 'metrics.json'}",
+            metrics,
+        ) from error
 
 
 @open_once()
@@ -159,7 +182,6 @@ def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[s
         "evaluated_s": time.monotonic() - start,
         "params_sha256": checkpoint.fingerprint(weights["params"]),
     }
-    out.mkdir(parents=True, exist_ok=True)
     # The page shows the training curves of the run that the checkpoint belongs to.
     history = read_rows(checkpoint.locate(folder)[0].parent / "metrics.jsonl")
     write_results(out, config, Result(metrics, result.rows), history)

@@ -6,7 +6,9 @@
     python -m plan_jax.main --config configs/eval/all_phantom.py --checkpoint runs/demo
 
 `--config.field=value` overrides a field. Re-run the same command to resume an interrupted run.
-SIGTERM saves and exits with 0. A mistake is one sentence on stderr and exit code 2.
+Ctrl-C, SIGTERM and a closed terminal save the state of a training run; a second Ctrl-C does not
+wait. SIGTERM exits with 0, signal n otherwise with 128 + n, and a mistake is one sentence on stderr
+and exit code 2.
 """
 
 import ast
@@ -17,7 +19,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,13 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from plan_jax import command
 from plan_jax.types import UserError
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs the command and returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    try:
-        run_command(argv)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    return command.run(lambda: run_command(argv))
 
 
 def run_command(argv: Sequence[str]) -> None:
@@ -67,7 +62,7 @@ def run_command(argv: Sequence[str]) -> None:
     if values.mode == "eval" or is_evaluation:
         folder = values.checkpoint or values.workdir or default_workdir(values.config)
         name = Path(default_workdir(values.config)).name if is_evaluation else ""
-        evaluate(content, overrides, folder, name)
+        evaluate(content, overrides, folder, name, values.workdir)
     else:
         train(content, overrides, values.workdir or default_workdir(values.config))
 
@@ -79,7 +74,13 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "config", None, "a file with get_config(), such as configs/demo.py", **options
     )
-    flags.DEFINE_string("workdir", None, "folder of the run; by default runs/<config>", **options)
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "folder of the run, by default runs/<config>; of an evaluation's results, by default the "
+        "run's",
+        **options,
+    )
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do", **options)
     flags.DEFINE_string("checkpoint", None, "run, or one of its steps, to evaluate", **options)
     flags.DEFINE_bool("help", False, "show this and exit", short_name="h", **options)
@@ -237,11 +238,16 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
             config = configs.expect_data(config, previous_config, is_own=True)
     from plan_jax.train import train as train_run
 
-    print_results(train_run(config, workdir), Path(workdir) / "report.html")
+    command.describe_interruption("the same command continues")
+    report_results(lambda: train_run(config, workdir), Path(workdir) / "report.html")
 
 
 def evaluate(
-    content: Mapping[str, Any] | None, overrides: Mapping[str, str], folder: str, name: str = ""
+    content: Mapping[str, Any] | None,
+    overrides: Mapping[str, str],
+    folder: str,
+    name: str = "",
+    workdir: str | None = None,
 ) -> None:
     """Evaluates a checkpoint by the config of its run, with overrides.
 
@@ -250,8 +256,9 @@ def evaluate(
         tasks then count; None for the run's own.
       overrides: fields set on the command line.
       folder: the run, or one of its checkpoints.
-      name: name of an evaluation-only config, and of the folder for its results beside the
-        checkpoint; otherwise that folder is named after the split.
+      name: name of an evaluation-only config, and of the folder for its results; otherwise that
+        folder is named after the split.
+      workdir: the folder under which results are written; None for that of the run.
 
     Raises:
       UserError: for a mistake of the user.
@@ -276,14 +283,31 @@ def evaluate(
         config = configs.expect_data(config, run_config, is_own)
     from plan_jax.evaluate import evaluate_checkpoint
 
-    run_folder = checkpoint.locate(folder)[0].parent
-    programs = run_folder.absolute().parent / "programs"
+    parent = Path(workdir) if workdir else checkpoint.locate(folder)[0].parent
+    out = parent / "eval" / (name or config.eval.split)
+    require_writable(out, "the results", "pass another folder as --workdir")
+    programs = parent.absolute().parent / "programs"
     parallel.configure_backend(1, config.parallel.cache or programs)
-    out = run_folder / "eval" / (name or config.eval.split)
-    print_results(evaluate_checkpoint(config, folder, out), out / "report.html")
+    command.describe_interruption("no results were written")
+    report_results(lambda: evaluate_checkpoint(config, folder, out), out / "report.html")
 
 
-def print_results(metrics: Mapping[str, Any], page: Path) -> None:
+def report_results(compute_metrics: Callable[[], Mapping[str, Any]], page: Path) -> None:
+    """Prints the metrics that a function returns, also where it could not write them.
+
+    Raises:
+      UserError: for a mistake of the user, and for files that could not be written.
+    """
+    from plan_jax.evaluate import UnwrittenResults
+
+    try:
+        print_results(compute_metrics(), page)
+    except UnwrittenResults as error:
+        print_results(error.metrics)
+        raise
+
+
+def print_results(metrics: Mapping[str, Any], page: Path | None = None) -> None:
     """Prints the headline metrics beside their baselines, and the path of the page."""
     from plan_jax import parallel
     from plan_jax.metrics import headlines, is_number
@@ -300,7 +324,8 @@ def print_results(metrics: Mapping[str, Any], page: Path) -> None:
         if is_number(metrics.get(key)) and not math.isnan(metrics[key]):
             print(f"{key:<{width}}{metrics[key]:>8.0f}")
     print(f"params_sha256 {metrics['params_sha256']}")
-    print(f"all metrics, with pictures: {page}")
+    if page:
+        print(f"all metrics, with pictures: {page}")
 
 
 def read_run_config(workdir: Path) -> dict[str, Any]:
@@ -309,11 +334,7 @@ def read_run_config(workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: the folder cannot be created or written, or its config cannot be read.
     """
-    existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise UserError(f"workdir {workdir} is inside {existing}, a file; pass another --workdir")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"workdir {workdir} cannot be written; pass another --workdir")
+    require_writable(workdir, "workdir", "pass another --workdir")
     path = workdir / "config.json"
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
@@ -322,6 +343,15 @@ def read_run_config(workdir: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError):
         raise UserError(f"{path} cannot be read; pass another --workdir, or delete it") from None
+
+
+def require_writable(folder: Path, name: str, remedy: str) -> None:
+    """Raises UserError if a folder can neither be written nor created; creates nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{name} {folder} is inside {existing}, a file; {remedy}")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{name} {folder} cannot be written; {remedy}")
 
 
 def default_workdir(config: str | None) -> str:
@@ -400,4 +430,5 @@ def _error_line(error: Exception, name: str) -> int | None:
 
 
 if __name__ == "__main__":
+    command.end_on_signals()
     sys.exit(run(sys.argv[1:]))

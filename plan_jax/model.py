@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from plan_jax import checkpoint
+from plan_jax.checkpoint.checksums import find_nonfinite
 from plan_jax.config import Config
 from plan_jax.data.tokenizer import Tokenizer, check_known, load_tokenizer, tokenize_batch
 from plan_jax.encoders.bert import BERTS
@@ -204,7 +205,7 @@ def load(folder: str | Path) -> Model:
     """Loads the model of a run from its folder, or from one of its checkpoints.
 
     Raises:
-      UserError: there is no complete checkpoint.
+      UserError: there is no complete checkpoint, or its weights are not finite.
     """
     variables = load_variables(folder)
     config = variables["config"]
@@ -217,9 +218,15 @@ def load_variables(folder: str | Path) -> dict[str, Any]:
     `params` are the moving average of the parameters if the run kept one.
 
     Raises:
-      UserError: there is no complete checkpoint.
+      UserError: there is no complete checkpoint, or its weights are not finite.
     """
     variables = checkpoint.load_weights(folder)
+    names = ("params", "ema_params", "batch_stats", "memory")
+    if array := find_nonfinite({name: variables[name] for name in names}):
+        raise UserError(
+            f"checkpoint {folder} has values in {array} that are not finite; use an older step, or"
+            " train again"
+        )
     return variables | {
         "params": variables["ema_params"] or variables["params"],
         "config": Config.from_dict(variables["config"]),

@@ -6,6 +6,7 @@ The state is replicated on every device and the batch is sharded along its first
 must be equal on every device, so the step averages them before it returns.
 """
 
+import collections
 import contextlib
 import functools
 import os
@@ -26,6 +27,7 @@ from plan_jax.types import UserError
 
 AXIS = "devices"
 IMPLEMENTATIONS = ("shard_map", "pmap")
+NO_GPU = "JAX sees no NVIDIA GPU, or its CUDA plugin is not installed"
 
 # How an array lies on a mesh: a copy on every device, or its first axis divided among them.
 REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
@@ -46,6 +48,8 @@ def initialize() -> None:
     """
     if jax.distributed.is_initialized():
         return
+    # Its handler of SIGTERM would replace the one that lets training save.
+    jax.config.update("jax_enable_preemption_service", False)
     if os.environ.get("JAX_DISTRIBUTED") == "auto":
         jax.distributed.initialize()
         return
@@ -69,6 +73,9 @@ def configure_backend(cpu_devices: int, cache: str | Path) -> None:
     per core, each with its share of the batch, is faster. Neither setting overrides
     JAX_COMPILATION_CACHE_DIR or XLA_FLAGS, and the devices have no effect where there is an
     accelerator or once JAX has been used.
+
+    Raises:
+      UserError: there is no device of the kind that JAX_PLATFORMS names.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser().absolute()))
@@ -77,6 +84,9 @@ def configure_backend(cpu_devices: int, cache: str | Path) -> None:
         with contextlib.suppress(RuntimeError):  # JAX has been used: its devices are fixed
             jax.config.update("jax_num_cpu_devices", cpu_devices)
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    platforms, platform = os.environ.get("JAX_PLATFORMS", ""), list_devices()[0].platform
+    if platforms.startswith("cuda,") and platform != "gpu":
+        print_once(f"JAX_PLATFORMS is {platforms}: {NO_GPU}; using {platform}")
 
 
 class CompilationCounter:
@@ -120,6 +130,31 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+class Agreement:
+    """Agrees in every step on whether any process has raised a flag, as `any_process` without wait.
+
+    The answer to a call comes two calls later. It has arrived by then, so that the host need not
+    wait for the devices, and it is the same in all processes.
+    """
+
+    def __init__(self, mesh: Mesh, delay: int = 2) -> None:
+        """Starts without a flag; `delay` is the number of steps until an answer."""
+        self.mesh, self.delay = mesh, delay
+        self.pending: collections.deque[Array] = collections.deque()
+        self.any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, REPLICATED))
+
+    def any_process(self, flag: bool) -> bool:
+        """Returns whether the flag of any process was raised, `delay` calls ago.
+
+        Every process calls it in every step. With one process the answer is `flag`.
+        """
+        if jax.process_count() == 1:
+            return flag
+        flags = np.full(len(self.mesh.local_devices), flag)
+        self.pending.append(self.any(shard(flags, self.mesh)))
+        return len(self.pending) > self.delay and bool(to_host(self.pending.popleft()))
+
+
 def gather_strings(text: str) -> list[str]:
     """Returns the texts of all processes, in their order. Every process must call it."""
     if jax.process_count() == 1:
@@ -136,6 +171,21 @@ def gather_strings(text: str) -> list[str]:
 # Devices -----------------------------------------------------------------------------------------
 
 
+def list_devices() -> list[jax.Device]:
+    """Returns the devices of all hosts.
+
+    Raises:
+      UserError: there are none of the kind that JAX_PLATFORMS names.
+    """
+    try:
+        return jax.devices()
+    # JAX passes over `cuda` where it sees no GPU, and asserts that another device is there.
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        reason = (str(error).splitlines() or [NO_GPU])[0]
+        raise UserError(f"JAX_PLATFORMS is {platforms}: {reason}; unset it, or use cpu") from None
+
+
 @functools.cache
 def make_mesh(count: int | None = None) -> Mesh:
     """Returns a mesh of the first `count` devices of all hosts along `AXIS`; None or 0 means all.
@@ -144,11 +194,7 @@ def make_mesh(count: int | None = None) -> Mesh:
       UserError: there are fewer devices, none of the kind that JAX_PLATFORMS names, or `count`
         leaves one of several hosts without a device.
     """
-    try:
-        devices = jax.devices()
-    except RuntimeError as error:
-        platform, reason = os.environ.get("JAX_PLATFORMS"), str(error).splitlines()[0]
-        raise UserError(f"JAX_PLATFORMS is {platform}: {reason}; unset it, or use cpu") from None
+    devices = list_devices()
     count = count or len(devices)
     if not 0 < count <= len(devices):
         raise UserError(

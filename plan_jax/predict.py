@@ -16,6 +16,7 @@ from typing import NoReturn
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from plan_jax import command
 from plan_jax.types import Model, UserError
 
 MAX_SIDE = 1024  # pixels of the longer side of the picture: more does not fit a screen
@@ -31,7 +32,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs the command and returns the exit code: 0, or 2 for a user's mistake."""
+    """Runs the command and returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    return command.run(lambda: run_command(argv))
+
+
+def run_command(argv: Sequence[str]) -> None:
+    """Parses the arguments, writes the heat map, and prints where it is highest.
+
+    Raises:
+      UserError: for a mistake of the user.
+    """
     parser = ArgumentParser(
         "plan_jax.predict",
         description=__doc__,
@@ -42,16 +52,10 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--text", required=True, help="a phrase, or a whole report")
     parser.add_argument("--out", default="heat.png", help="the picture to write: PNG or JPEG")
     parser.add_argument("--rounds", type=int, help="of refinement; by default as trained")
-    try:
-        options = parser.parse_args(argv)
-        summary = write_heat_map(
-            options.checkpoint, options.image, options.text, options.out, options.rounds
-        )
-        print(summary)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(argv)
+    print(
+        write_heat_map(options.checkpoint, options.image, options.text, options.out, options.rounds)
+    )
 
 
 def write_heat_map(
@@ -75,8 +79,10 @@ def write_heat_map(
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Imported once the arguments are known to be sensible: JAX takes seconds.
     from plan_jax import model as models
+    from plan_jax import parallel
     from plan_jax.page import figures
 
+    parallel.list_devices()
     pixels = read_image(image)
     model = models.load(checkpoint)
     if bit_depth := model.config and model.config.data.builder.get("bit_depth"):
@@ -139,4 +145,5 @@ def compute_heat_map(
 
 
 if __name__ == "__main__":
+    command.end_on_signals()
     sys.exit(run(sys.argv[1:]))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 from jaxtyping import Array, PyTree
@@ -12,6 +13,8 @@ from plan_jax import parallel
 from plan_jax.model import Components
 from plan_jax.state import State
 from plan_jax.types import Batch, Memory, Metrics, Params
+
+FIRST_NONFINITE = "first_nonfinite"  # key of the metrics of `watch_numbers`
 
 
 def make_step(
@@ -89,3 +92,24 @@ def make_step(
         return state, parallel.mean(metrics, axis)
 
     return step
+
+
+def watch_numbers(
+    step: Callable[[State, Batch], tuple[State, Metrics]],
+) -> Callable[[tuple[State, Array], Batch], tuple[tuple[State, Array], Metrics]]:
+    """Returns a step that also carries the numbers of the first steps that were not finite.
+
+    It maps (state, first) and a batch to a new pair and the metrics, with `first` [2] among them as
+    `FIRST_NONFINITE`. `first` holds the first step whose loss was NaN or infinite, and the first
+    step whose gradient was; 0 where there was none. It stays on the device, so that the host does
+    not wait for each step.
+    """
+
+    def watched(carry: tuple[State, Array], batch: Batch) -> tuple[tuple[State, Array], Metrics]:
+        state, first = carry
+        state, metrics = step(state, batch)
+        is_finite = jnp.isfinite(jnp.stack([metrics["loss"], metrics["gradient_norm"]]))
+        first = jnp.where((first == 0) & ~is_finite, state.step, first)
+        return (state, first), {**metrics, FIRST_NONFINITE: first}
+
+    return watched

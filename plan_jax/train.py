@@ -5,25 +5,31 @@ host.
 """
 
 import dataclasses
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from plan_jax import checkpoint, evaluate, parallel
+from plan_jax.checkpoint.checksums import find_nonfinite
+from plan_jax.checkpoint.folders import list_steps
+from plan_jax.command import StopSignal, describe_interruption
 from plan_jax.config import Config
 from plan_jax.data import loader
 from plan_jax.data.dataset import Dataset, open_once
 from plan_jax.logger import Logger
 from plan_jax.model import Components, build_components, make_model
 from plan_jax.state import State, init_state
-from plan_jax.step import make_step
-from plan_jax.types import Batch, Metrics
+from plan_jax.step import FIRST_NONFINITE, make_step, watch_numbers
+from plan_jax.types import Batch, Metrics, Model, UserError
+
+# Steps after which the run looks for NaN and infinity, if it does not log or save before.
+FINITE_EVERY = 100
 
 
 class Run(NamedTuple):
@@ -32,21 +38,36 @@ class Run(NamedTuple):
     config: Config
     components: Components
     mesh: Any
-    step: Callable[[State, Batch], tuple[State, Metrics]]
+    step: Callable[[tuple[State, Array], Batch], tuple[tuple[State, Array], Metrics]]
     batches: loader.BatchIterator
     manager: Any
+    logger: Logger
+    stop: StopSignal
+
+
+class NotFinite(Exception):
+    """Names the first numbers of a run that are NaN or infinite."""
+
+    def __init__(self, subject: str, step: int) -> None:
+        """Stores the subject of a sentence, and the step."""
+        super().__init__(subject, step)
+        self.subject, self.step = subject, step
+
+
+class Stopped(Exception):
+    """A signal arrived in the middle of a validation."""
 
 
 @open_once()
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     """Trains a config in `workdir`, evaluates the result and returns the final metrics.
 
-    Returns {} if the run was stopped by SIGTERM; its state is saved.
+    Returns {} if the run was stopped by a signal; its state is saved.
 
     Raises:
       UserError: the batch is not divisible by the devices, another run holds `workdir`, the dataset
-        cannot be read or lacks what a task needs, a checkpoint does not fit, and other mistakes of
-        the user.
+        cannot be read or lacks what a task needs, a checkpoint does not fit, the loss is not
+        finite, and other mistakes of the user.
     """
     mesh = parallel.make_mesh(config.parallel.devices or None)
     parallel.split_batch(config.batch, mesh.size)
@@ -89,27 +110,35 @@ def train_locked(config: Config, workdir: Path, mesh: Any) -> dict[str, Any]:
             state, optimiser = init_state(components, config, example, dataset.findings)
         state = parallel.replicate(state, mesh)
     start = restored.step if restored else 0
+    require_finite_start(state, config, folder, start)
 
     step = parallel.parallelise(
-        make_step(components, optimiser, config.ema_decay, parallel.AXIS),
+        watch_numbers(make_step(components, optimiser, config.ema_decay, parallel.AXIS)),
         mesh,
         implementation=config.parallel.implementation,
     )
-    run = Run(config, components, mesh, step, batches, manager)
     with Logger(workdir, config.to_dict(), config.steps, start) as logger, StopSignal() as stop:
+        run = Run(config, components, mesh, step, batches, manager, logger, stop)
         if unknown_share > 0:
             name = components.tokenizer.name
             logger.info(f"{unknown_share:.1%} of the texts' pieces are unknown to tokenizer {name}")
         if restored:
             logger.info(f"resumed at step {start} of {config.steps}")
+            validate_again(run, state)
         elif config.steps == 0:
             save(run, 0, state, None)  # published weights become a checkpoint of this library
-        state = run_steps(run, state, start, logger, stop)
-        is_stopped = int(state.step) < config.steps
-        if is_stopped:
-            logger.info(f"stopped at step {int(state.step)} and saved; the same command resumes")
+        try:
+            state = run_steps(run, state, start)
+        except NotFinite as error:
+            checkpoint.close(manager)
+            raise UserError(describe_divergence(error, config, folder)) from None
         checkpoint.close(manager)
-        return {} if is_stopped else finish(run, state, logger)
+        batches.close()
+    describe_interruption("the state is saved, and the same command continues", is_saved=True)
+    if parallel.any_process(stop.number != 0):
+        logger.info(f"stopped at step {int(state.step)} and saved; the same command resumes")
+        return {}
+    return finish(run, state)
 
 
 def iterate_batches(
@@ -140,44 +169,67 @@ def read_example(batches: loader.BatchIterator) -> Batch:
     return example
 
 
-def run_steps(run: Run, state: State, start: int, logger: Logger, stop: "StopSignal") -> State:
-    """Takes the steps from `start` on; logs, validates and saves between them."""
-    config, rate = run.config, ThroughputMeter(run.config.batch)
+def run_steps(run: Run, state: State, start: int) -> State:
+    """Takes the steps from `start` on, until a signal; logs, validates and saves between them.
+
+    Raises:
+      NotFinite: the loss, the gradient or the weights are NaN or infinite.
+    """
+    config, logger, rate = run.config, run.logger, ThroughputMeter(run.config.batch)
     programs, start_time = parallel.CompilationCounter(), time.monotonic()
+    agreement = parallel.Agreement(run.mesh)
+    first_nonfinite = parallel.replicate(jnp.zeros(2, jnp.int32), run.mesh)
     pending: Metrics | None = None  # of the previous step, fetched while this one runs
     for step in range(start, config.steps):
-        state, metrics = run.step(state, parallel.shard(next(run.batches), run.mesh))
+        batch = parallel.shard(next(run.batches), run.mesh)
+        (state, first_nonfinite), metrics = run.step((state, first_nonfinite), batch)
         if step == start:
             jax.block_until_ready(metrics)
+            # Until now there was nothing to save, and a signal need not wait for the compiler.
+            run.stop.start()
             seconds = time.monotonic() - start_time
             logger.summary["first_step_s"] = seconds
             logger.info(
                 f"first step after {seconds:.1f} s ({programs.compiled} programs compiled, "
                 f"{programs.cache_hits} read from the cache)"
             )
-        if pending is not None and step % config.log_every == 0:
-            logger.log(step, parallel.to_host(pending) | rate.measure(step))
+        if pending is not None and step % min(config.log_every, FINITE_EVERY) == 0:
+            require_finite(pending)
+            if step % config.log_every == 0:
+                log_metrics(run, step, pending, rate)
         pending = metrics
         logger.advance()
 
         done = step + 1
         is_last = done == config.steps
-        # All processes must leave at the same step, so they agree on it now and then.
-        must_stop = done % config.log_every == 0 and parallel.any_process(stop.requested)
+        # All processes leave at the same step.
+        must_stop = agreement.any_process(run.stop.number != 0)
         validation = None
-        if config.eval.every and done % config.eval.every == 0 and not is_last:
-            validation = validate(run, state)
-            logger.log(done, validation)
+        if is_validated(config, done) and not must_stop:
+            require_finite(metrics)
+            try:
+                validation = validate(run, state)
+                logger.log(done, validation)
+            except Stopped:
+                must_stop = True
         if must_stop or is_last or done % config.checkpoint.every == 0 or validation:
+            require_finite(metrics, state)
             # A row of this step has to be on disk before its checkpoint: a resumed run does not
             # take the step again.
             if done % config.log_every == 0 or is_last:
-                logger.log(done, parallel.to_host(metrics) | rate.measure(done))
+                log_metrics(run, done, metrics, rate)
                 pending = None
             save(run, done, state, validation)
         if must_stop:
             break
     return state
+
+
+def log_metrics(run: Run, step: int, metrics: Metrics, rate: "ThroughputMeter") -> None:
+    """Logs the metrics of a step, with the images per second since the last call."""
+    values = parallel.to_host({name: x for name, x in metrics.items() if name != FIRST_NONFINITE})
+    row = {name: float(value) for name, value in values.items()}
+    run.logger.log(step, row | rate.measure(step))
 
 
 def save(run: Run, step: int, state: State, validation: Mapping[str, float] | None) -> None:
@@ -186,14 +238,61 @@ def save(run: Run, step: int, state: State, validation: Mapping[str, float] | No
     checkpoint.save(run.manager, step, state, position, run.config.to_dict(), validation)
 
 
+def is_validated(config: Config, step: int) -> bool:
+    """Returns whether the state after a step is evaluated on the validation split."""
+    every = config.eval.every
+    return bool(every) and 0 < step < config.steps and step % every == 0
+
+
 def validate(run: Run, state: State) -> dict[str, float]:
-    """Evaluates the state on the validation split, and writes nothing."""
+    """Evaluates the state on the validation split, and writes nothing.
+
+    Raises:
+      Stopped: a signal arrived; with several processes it waits, since all of them take part.
+    """
     model = make_model(run.components, run.config, model_variables(state))
+    if jax.process_count() == 1:
+        model = stop_between_calls(model, run.stop)
     return evaluate.evaluate_model(model, run.config, "val").metrics
 
 
-def finish(run: Run, state: State, logger: Logger) -> dict[str, Any]:
+def stop_between_calls(model: Model, stop: StopSignal) -> Model:
+    """Returns a model whose functions raise `Stopped` once a signal has arrived."""
+
+    def check(function: Callable) -> Callable:
+        def call(*args: Any, **options: Any) -> Any:
+            if stop.number:
+                raise Stopped
+            return function(*args, **options)
+
+        return call
+
+    return dataclasses.replace(
+        model,
+        encode_image=check(model.encode_image),
+        encode_text=check(model.encode_text),
+        similarity=check(model.similarity),
+        heatmap=check(model.heatmap),
+    )
+
+
+def validate_again(run: Run, state: State) -> None:
+    """Evaluates a restored state whose validation a signal has prevented."""
+    step = int(state.step)
+    keys = {key for row in run.logger.history if row["step"] == step for key in row}
+    if not is_validated(run.config, step) or any("/" in key for key in keys):
+        return
+    validation = validate(run, state)
+    run.logger.log(step, validation)
+    if run.config.checkpoint.best:
+        # Saved again with the metric by which it is compared with other steps.
+        run.manager.delete(step)
+        save(run, step, state, validation)
+
+
+def finish(run: Run, state: State) -> dict[str, Any]:
     """Evaluates the final state, writes its metrics and the page, and returns the metrics."""
+    logger = run.logger
     # Every process takes part in gathering arrays, also those that do not evaluate.
     variables = model_variables(state)
     rates = [row["images_per_s"] for row in logger.history if "images_per_s" in row]
@@ -202,22 +301,23 @@ def finish(run: Run, state: State, logger: Logger) -> dict[str, Any]:
         "images_per_s": float(np.median(rates)) if rates else float("nan"),
         "params_sha256": checkpoint.fingerprint(parallel.to_host(state.params)),
     }
-    if not parallel.is_main():
+    try:
+        if not parallel.is_main():
+            return summary
+        logger.info("evaluating")
+        model = make_model(run.components, run.config, variables)
+        result = evaluate.evaluate_model(model, run.config, run.config.eval.split, logger.folder)
+        metrics: dict[str, Any] = {
+            **result.metrics,
+            **summary,
+            **logger.summary,
+            "wall_s": logger.elapsed(),
+        }
+        result = dataclasses.replace(result, metrics=metrics)
+        evaluate.write_results(logger.folder, run.config, result, logger.history)
+        return metrics
+    finally:
         parallel.barrier("evaluated")
-        return summary
-    logger.info("evaluating")
-    model = make_model(run.components, run.config, variables)
-    result = evaluate.evaluate_model(model, run.config, run.config.eval.split, logger.folder)
-    metrics: dict[str, Any] = {
-        **result.metrics,
-        **summary,
-        **logger.summary,
-        "wall_s": logger.elapsed(),
-    }
-    result = dataclasses.replace(result, metrics=metrics)
-    evaluate.write_results(logger.folder, run.config, result, logger.history)
-    parallel.barrier("evaluated")
-    return metrics
 
 
 def model_variables(state: State) -> dict[str, PyTree]:
@@ -228,31 +328,62 @@ def model_variables(state: State) -> dict[str, PyTree]:
     )
 
 
-class StopSignal:
-    """Remembers that SIGTERM arrived, so that the loop can save and leave; a context manager."""
+# Finite numbers ----------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
-        """Starts without a request."""
-        self.requested = False
-        self.previous_handler: Any = None
 
-    def __enter__(self) -> "StopSignal":
-        """Installs the handler."""
+def require_finite(metrics: Metrics, state: State | None = None) -> None:
+    """Checks the metrics of a step, which know of all steps before, and a state to be saved.
 
-        def handle(*_: Any) -> None:
-            self.requested = True
+    Raises:
+      NotFinite: the loss, the gradient or an array of the state is NaN or infinite.
+    """
+    loss, gradient = parallel.to_host(metrics[FIRST_NONFINITE]).tolist()
+    if loss and (not gradient or loss <= gradient):
+        raise NotFinite("the loss is", loss)
+    if gradient:
+        raise NotFinite("the gradient is", gradient)
+    if state is not None and (name := find_nonfinite(state)):
+        raise NotFinite(f"{name} is", int(state.step))
 
-        try:
-            self.previous_handler = signal.signal(signal.SIGTERM, handle)
-        except ValueError:
-            # Only the main thread may install handlers; in a notebook's worker nobody signals us.
-            self.previous_handler = None
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        """Restores the previous handler."""
-        if self.previous_handler is not None:
-            signal.signal(signal.SIGTERM, self.previous_handler)
+def require_finite_start(state: State, config: Config, folder: Path, start: int) -> None:
+    """Raises UserError if the state that a run starts from is NaN or infinite anywhere."""
+    name = find_nonfinite(state)
+    if not name:
+        return
+    if start:
+        raise UserError(
+            f"checkpoint {folder / str(start)} has values in {name} that are not finite; delete it,"
+            " and the same command resumes from an older one"
+        )
+    sources = {key: source for key, source in vars(config.weights).items() if source}
+    raise UserError(
+        f"the initial weights have values in {name} that are not finite; use others than"
+        f" config.weights {sources or 'random'}"
+    )
+
+
+def describe_divergence(error: NotFinite, config: Config, folder: Path) -> str:
+    """Returns a sentence on what is not finite, the remedy, and the checkpoint to fall back on."""
+    optim = config.optim
+    remedies = [f"lower config.optim.learning_rate, now {optim.learning_rate:g}"]
+    if not optim.clip_norm:
+        remedies.append("set config.optim.clip_norm, now 0")
+    if error.step == 1:
+        # No update has been made yet.
+        remedies = ["look at config.hyper, config.weights and the data of the first batch"]
+    if config.dtype != "float32":
+        remedies.append("use config.dtype=float32")
+    steps = list_steps(folder)
+    saved = (
+        f"checkpoint {folder / str(steps[-1])} has the last finite weights that were saved"
+        if steps
+        else "no checkpoint was saved before"
+    )
+    return (
+        f"{error.subject} not finite from step {error.step} of {config.steps} on;"
+        f" {', or '.join(remedies)}, with another --workdir; {saved}"
+    )
 
 
 class ThroughputMeter:

@@ -165,7 +165,7 @@ def test_data_without_a_fingerprint_are_known_by_their_place(calls, monkeypatch,
     ("error", "code", "message"),
     [
         (UserError("batch 3 is odd; use 4"), 2, "batch 3 is odd; use 4\n"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command resumes from the last"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues\n"),
     ],
 )
 def test_exit_codes(error, code, message, monkeypatch, capsys):
@@ -174,7 +174,7 @@ def test_exit_codes(error, code, message, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "train", fail)
     assert main.run(["--config", CONFIG]) == code
-    assert capsys.readouterr().err.startswith(message)
+    assert capsys.readouterr().err == message
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
@@ -228,8 +228,15 @@ def test_results_are_printed_beside_their_baselines(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_there_is_no_such_device():
-    argv = [sys.executable, "-m", "plan_jax.main", "--config=configs/testing.py", "--workdir=no"]
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("main", "--config=configs/testing.py --workdir=no"),
+        ("predict", "--checkpoint=no --image=no.png --text=effusion"),
+    ],
+)
+def test_there_is_no_such_device(module, arguments):
+    argv = [sys.executable, "-W", "error", "-m", f"plan_jax.{module}", *arguments.split()]
     environment = {**os.environ, "JAX_PLATFORMS": "tpu"}
     process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert process.returncode == 2 and "Traceback" not in process.stderr, process.stderr

@@ -1,6 +1,10 @@
 """Pictures of the page: what is painted, tinted and outlined, and where."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,3 +127,21 @@ def test_faint_boxes_are_not_drawn():
 def test_an_image_without_boxes_is_drawn():
     example = BoxExample(uniform_image(), np.zeros((0, 4)), np.zeros((0, 4)), np.zeros(0))
     assert figures.box_picture(example, side=64).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_the_backend_of_a_notebook_is_not_needed(backend):
+    script = (
+        "from plan_jax.page import charts, figures; import os;"
+        "figures.css_colour_bar();"
+        "_, png = charts.render_figure((2, 2), lambda figure: figure.add_subplot());"
+        "print(png[1:4], os.environ['MPLBACKEND'])"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "MPLBACKEND": backend},
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert (process.stdout, process.stderr) == (f"b'PNG' {backend}\n", "")

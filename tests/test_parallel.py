@@ -164,6 +164,8 @@ def test_one_process():
     assert parallel.to_host(batch)["a"].tolist() == list(range(16))
     assert parallel.is_main() and parallel.any_process(True) and not parallel.any_process(False)
     assert parallel.gather_strings("ä") == ["ä"]
+    agreement = parallel.Agreement(parallel.make_mesh())
+    assert [agreement.any_process(flag) for flag in (False, True, False)] == [False, True, False]
     parallel.barrier()
     parallel.initialize()
 
@@ -208,6 +210,23 @@ def test_mistakes(call, sentence):
         call()
 
 
+def test_the_plugin_of_cuda_is_missing(monkeypatch):
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match="JAX_PLATFORMS is cuda: .*no NVIDIA GPU.*; unset it, or"):
+        parallel.configure_backend(1, "programs")
+
+
+def test_the_device_that_is_used_instead_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    parallel.configure_backend(1, "programs")
+    error = capsys.readouterr().err
+    assert error.startswith("JAX_PLATFORMS is cuda,cpu: ") and error.endswith("; using cpu\n")
+
+
 @pytest.mark.parametrize(("name", "value"), [("JAX_PROCESS_ID", "one"), ("JAX_NUM_PROCESSES", "")])
 def test_incomplete_cluster_variables(monkeypatch, name, value):
     cluster = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
@@ -237,6 +256,9 @@ CLUSTER_SCRIPT = """
         assert parallel.to_host(metrics)["all"].tolist() == list(range(8))
         assert parallel.to_host(parallel.shard(batch)).tolist() == list(range(8))
     assert parallel.any_process(process == 1) and not parallel.any_process(False)
+    agreement = parallel.Agreement(parallel.make_mesh())
+    flags = [agreement.any_process(process == 1 and call == 3) for call in range(7)]
+    assert flags == [False] * 5 + [True, False], flags
     assert parallel.gather_strings("x" * (process + 1)) == ["x", "xx"]
     parallel.barrier()
     print("done", parallel.is_main())

@@ -1,18 +1,24 @@
-"""The training step with its optimiser and average; tests/soak/test_steps.py has every method."""
+"""The training step and the loop around it; tests/soak/test_steps.py has every method."""
+
+import signal
+from types import SimpleNamespace
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import testing
-from plan_jax import parallel
+from plan_jax import checkpoint, evaluate, parallel, train
+from plan_jax.command import StopSignal
 from plan_jax.config import Config
+from plan_jax.logger import Logger
 from plan_jax.model import build_components
-from plan_jax.state import init_state
-from plan_jax.step import make_step
+from plan_jax.state import State, init_state
+from plan_jax.step import make_step, watch_numbers
 from plan_jax.train import ThroughputMeter
-from plan_jax.types import Batch, TextBatch, UserError
+from plan_jax.types import Batch, Model, Result, TextBatch, UserError
 
 # ConVIRT compiles soonest.
 CONVIRT = {"method": "convirt", "hyper": {}, "fine_map": False}
@@ -101,3 +107,184 @@ def test_the_rate_leaves_out_the_first_step():
     assert meter.measure(1) == {}
     assert meter.measure(3)["images_per_s"] > 0
     assert meter.measure(3) == {}
+
+
+# The loop -----------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Images that hold the number of their batch; `on_batch` is called with it."""
+
+    def __init__(self, on_batch):
+        self.step, self.on_batch = 0, on_batch
+
+    def __next__(self):
+        self.step += 1
+        self.on_batch(self.step)
+        words = np.zeros((8, 3), np.int32)
+        image = np.full((8, 1, 1, 1), self.step % 256, np.uint8)
+        return Batch(image, TextBatch(words, words, words, words))
+
+    def get_state(self):
+        return {"step": self.step}
+
+
+def initial_state(step=0):
+    return State(
+        step=jnp.int32(step),
+        key=jnp.zeros(2, jnp.uint32),
+        params={"w": jnp.zeros(2)},
+        batch_stats={},
+        opt_state={},
+        memory={},
+        ema_params={},
+    )
+
+
+def one_number_step(compute=lambda number: {}):
+    """Returns a step with the batch's number as loss; `compute` replaces loss, norm and weights."""
+
+    def step(state, batch):
+        number = parallel.mean(batch.image.astype(jnp.float32).mean())
+        values = {"loss": number, "gradient_norm": number, "w": number} | compute(number)
+        params = {"w": jnp.full(2, values.pop("w"))}
+        return state.replace(step=state.step + 1, params=params), values
+
+    return step
+
+
+def run_loop(folder, compute=lambda number: {}, on_batch=lambda number: None, start=0, **fields):
+    """Runs the loop of training with a step of one number; returns the last state."""
+    devices = fields.pop("devices", 1)
+    content = testing.get_config().to_dict() | {"steps": 8, "log_every": 10_000}
+    for name, value in fields.items():
+        section, _, field = name.rpartition("__")
+        (content[section] if section else content)[field] = value
+    config = Config.from_dict(content)
+    mesh = parallel.make_mesh(devices)
+    state = parallel.replicate(initial_state(start), mesh)
+    step = parallel.parallelise(watch_numbers(one_number_step(compute)), mesh)
+    best = config.checkpoint.best or None
+    manager = checkpoint.open_manager(folder / checkpoint.FOLDER, 9, best)
+    batches = Batches(on_batch)
+    batches.step = start
+    with Logger(folder, {}, config.steps, start) as logger, StopSignal() as stop:
+        run = train.Run(config, None, mesh, step, batches, manager, logger, stop)
+        try:
+            train.validate_again(run, state)
+            return train.run_steps(run, state, start)
+        finally:
+            checkpoint.close(manager)
+
+
+def saved_steps(folder):
+    return checkpoint.folders.list_steps(folder / checkpoint.FOLDER)
+
+
+def infinite_from(first, name):
+    """Returns what makes a number infinite from a step on; it is finite again two steps later."""
+
+    def compute(number):
+        is_bad = (number >= first) & (number < first + 2)
+        return {name: jnp.where(is_bad, jnp.inf, number)}
+
+    return compute
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    ("name", "subject"),
+    [("loss", "the loss is"), ("gradient_norm", "the gradient is"), ("w", "params.w is")],
+)
+def test_the_first_step_that_is_not_finite_is_named(name, subject, devices, tmp_path):
+    # Neither logged nor saved at that step: it is known at the next save, here of step 6 or 5.
+    every = 5 if name == "w" else 3
+    with pytest.raises(train.NotFinite) as error:
+        run_loop(tmp_path, infinite_from(4 if name != "w" else 5, name), checkpoint__every=every)
+    assert (error.value.subject, error.value.step) == (subject, 4 if name != "w" else 5)
+    assert saved_steps(tmp_path) == ([] if name == "w" else [3])
+
+
+def test_nothing_is_logged_from_the_first_step_on_that_is_not_finite(tmp_path):
+    with pytest.raises(train.NotFinite):
+        run_loop(tmp_path, infinite_from(4, "loss"), log_every=1)
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 3 and "first_nonfinite" not in rows[0]
+
+
+def test_a_long_run_without_logs_and_checkpoints_ends_soon(tmp_path):
+    seen = []
+    with pytest.raises(train.NotFinite):
+        run_loop(
+            tmp_path, infinite_from(4, "loss"), seen.append, steps=9000, checkpoint__every=9000
+        )
+    assert max(seen) <= train.FINITE_EVERY + 1
+
+
+def test_the_sentence_names_the_step_the_remedy_and_the_checkpoint(tmp_path):
+    for step in (5, 10):
+        (tmp_path / str(step)).mkdir()
+    config = make_config(learning_rate=1e30, clip_norm=0.0)
+    sentence = train.describe_divergence(train.NotFinite("the loss is", 12), config, tmp_path)
+    assert sentence == (
+        "the loss is not finite from step 12 of 50 on; lower config.optim.learning_rate, now"
+        " 1e+30, or set config.optim.clip_norm, now 0, with another --workdir; checkpoint"
+        f" {tmp_path / '10'} has the last finite weights that were saved"
+    )
+    config = make_config({"dtype": "bfloat16"} | CONVIRT)
+    sentence = train.describe_divergence(train.NotFinite("the loss is", 1), config, tmp_path / "5")
+    assert "the data of the first batch, or use config.dtype=float32" in sentence
+    assert "learning_rate" not in sentence and "no checkpoint was saved before" in sentence
+
+
+@pytest.mark.parametrize(("start", "name"), [(0, "initial weights"), (3, "checkpoint")])
+def test_a_start_that_is_not_finite_is_refused(start, name, tmp_path):
+    state = initial_state().replace(params={"w": jnp.array([0, jnp.nan])})
+    with pytest.raises(UserError, match=f"{name}.* has?v?e? values in params.w .*not finite; "):
+        train.require_finite_start(state, make_config(), tmp_path, start)
+    train.require_finite_start(initial_state(), make_config(), tmp_path, start)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_is_seen_in_the_step_in_which_it_arrives(name, tmp_path, capfd):
+    def send(number):
+        if number == 4:
+            signal.raise_signal(getattr(signal, name))
+
+    state = run_loop(tmp_path, on_batch=send)
+    assert int(state.step) == 4 and saved_steps(tmp_path)[-1] == 4
+    assert "stopping after this step, whose state is saved" in capfd.readouterr().err
+
+
+@pytest.fixture
+def validations(monkeypatch):
+    """Replaces evaluation by one call of the model; `on_call` may send a signal before it."""
+    calls = SimpleNamespace(on_call=lambda: None, count=0)
+
+    def encode(images):
+        calls.count += 1
+
+    model = Model("toy", (1, 1), 0, 8, encode, encode, encode, encode)
+
+    def evaluate_model(model, config, split, folder=None):
+        calls.on_call()
+        model.encode_image(np.zeros((1, 8, 8, 1), np.uint8))
+        return Result({"retrieval/i2t_r5": 0.5})
+
+    monkeypatch.setattr(train, "make_model", lambda *_: model)
+    monkeypatch.setattr(evaluate, "evaluate_model", evaluate_model)
+    return calls
+
+
+@pytest.mark.parametrize("best", ["", "retrieval/i2t_r5"])
+def test_a_validation_that_a_signal_prevents_is_made_up_for(best, validations, tmp_path):
+    options = {"eval__every": 4, "checkpoint__best": best, "checkpoint__every": 100}
+    validations.on_call = lambda: signal.raise_signal(signal.SIGTERM)
+    state = run_loop(tmp_path, **options)
+    assert int(state.step) == 4 and saved_steps(tmp_path) == [4] and not validations.count
+    validations.on_call = lambda: None
+    run_loop(tmp_path, start=4, **options)
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert rows[0] == '{"step": 4, "retrieval/i2t_r5": 0.5}' and validations.count == 1
+    assert saved_steps(tmp_path) == [4, 8]
+    assert (tmp_path / checkpoint.FOLDER / "4" / "metrics").exists() == bool(best)

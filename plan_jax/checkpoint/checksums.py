@@ -64,6 +64,18 @@ def json_checksum(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
+def find_nonfinite(tree: PyTree) -> str:
+    """Returns the name of the first leaf that is NaN or infinite anywhere, "" if there is none.
+
+    >>> find_nonfinite({"a": np.zeros(2), "b": np.array([0, np.nan])})
+    'b'
+    """
+    for name, leaf in named_leaves(tree).items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all():
+            return name
+    return ""
+
+
 def describe_difference(actual: PyTree, expected: PyTree) -> str:
     """Returns the first leaf, by name, whose presence or shape differs; "" if there is none.
 

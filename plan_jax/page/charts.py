@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from plan_jax.metrics import Catalogue, entries, is_number
+from plan_jax.page.figures import import_matplotlib
 from plan_jax.types import Curve
 
 INK = "#010203"  # near black in a PNG; in an SVG it becomes the text colour of the page
@@ -109,8 +110,7 @@ def render_figure(size: tuple[float, float], draw: Callable[[Any], None]) -> tup
 
     `draw` is called with the empty figure.
     """
-    # Imported here: it takes a second, and most commands draw nothing.
-    from matplotlib import rc_context
+    matplotlib = import_matplotlib()
     from matplotlib.figure import Figure
 
     # Text stays text, ids do not vary between runs, and a `$` in a name does not start a formula.
@@ -124,7 +124,7 @@ def render_figure(size: tuple[float, float], draw: Callable[[Any], None]) -> tup
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     )
     svg_stream, png_stream = io.StringIO(), io.BytesIO()
-    with rc_context(style):
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(png_stream, format="png", dpi=110)

@@ -3,9 +3,13 @@
 Pictures are RGB arrays [V U 3] of V x U pixels: the radiograph's Y x X pixels, enlarged.
 """
 
+import contextlib
 import io
+import os
+import sys
 from collections.abc import Sequence
 from functools import cache
+from types import ModuleType
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
@@ -179,10 +183,29 @@ def _enlarge_mask(
     return np.asarray(Image.fromarray(mask).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
 
 
+def import_matplotlib() -> ModuleType:
+    """Returns matplotlib, whatever MPLBACKEND says.
+
+    Matplotlib cannot be imported if the variable names a backend that is not installed, as it does
+    in what a notebook starts. Files are drawn without a backend.
+    """
+    # Imported here: it takes a second, and most commands draw nothing.
+    is_first, backend = "matplotlib" not in sys.modules, os.environ.pop("MPLBACKEND", "")
+    try:
+        import matplotlib
+
+        if is_first and backend:
+            # For whatever else draws in this process.
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend
+    finally:
+        if backend:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
+
+
 @cache
 def _heat_colours() -> UInt8[np.ndarray, "256 3"]:
     """Returns 256 perceptually uniform colours, without the dark end, lost on a radiograph."""
-    from matplotlib import colormaps
-
-    colours = colormaps["inferno"](np.linspace(0.3, 0.97, 256))[:, :3]
+    colours = import_matplotlib().colormaps["inferno"](np.linspace(0.3, 0.97, 256))[:, :3]
     return (colours * 255).round().astype(np.uint8)

@@ -1,0 +1,250 @@
+"""Exit codes, signals, and output that nobody can read any more: common to all commands.
+
+SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) end a command at once. Nothing is unwound:
+files are complete or absent at any moment, and an exception that arises while XLA calls Python ends
+in a segmentation fault. While a `StopSignal` is open, the first signal only asks for the end, so
+that training can save its state.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from plan_jax.types import UserError
+
+# SIGHUP does not exist on Windows.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+BROKEN_PIPE = 13  # the number of SIGPIPE: a pipe without a reader asks for the end like a signal
+
+
+class _Process:
+    """How this process takes signals; it has only one set of handlers."""
+
+    def __init__(self) -> None:
+        self.stops: list[StopSignal] = []
+        self.is_listening = False
+        self.number = 0  # of the signal that training has heeded
+        self.remark, self.is_saved = "", False
+
+
+_process = _Process()
+
+
+def run(command: Callable[[], None]) -> int:
+    """Runs a command and returns its exit code.
+
+    The code is 0, 2 for a user's mistake and for what the system says (one sentence on stderr), and
+    128 + n after signal n. It is 0 after SIGTERM if the same command continues.
+    """
+    _open_closed_streams()
+    stderr, sys.stderr = sys.stderr, _PatientStream(sys.stderr)
+    _process.number = 0
+    describe_interruption("")
+    try:
+        with warnings.catch_warnings():
+            # Warnings of other packages are not the user's to correct.
+            if any(action == "error" for action, *_ in warnings.filters):
+                warnings.simplefilter("default")
+            command()
+        sys.stdout.flush()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        _flush_output()
+        return 2
+    except KeyboardInterrupt:
+        print(_interruption(), file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # as of `| head`, which has read enough
+        _flush_output()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "the output"
+        print(f"{place} cannot be written ({error.strerror}); free disk space", file=sys.stderr)
+        _flush_output()
+        return 2
+    finally:
+        sys.stderr = stderr
+    return _exit_code(_process.number, is_saved=True) if _process.number else 0
+
+
+def describe_interruption(remark: str, *, is_saved: bool = False) -> None:
+    """Sets what a signal says from now on when it ends the process.
+
+    Args:
+      remark: what is not lost, and what continues; the second half of a sentence.
+      is_saved: whether the same command continues, so that SIGTERM is no failure.
+    """
+    _process.remark, _process.is_saved = remark, is_saved
+
+
+# Signals -----------------------------------------------------------------------------------------
+
+
+def end_on_signals() -> None:
+    """Lets signals end this process from now on, at any moment and without a traceback.
+
+    A thread receives them. Python runs handlers in the main thread only, between two of its
+    instructions, and while XLA compiles that can take minutes.
+    """
+    if not _install(lambda *_: None):
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    # The thread owns the writer too: it would be closed once it is collected.
+    arguments = (reader, writer)
+    threading.Thread(target=_receive_signals, args=arguments, name="signals", daemon=True).start()
+    _process.is_listening = True
+
+
+class StopSignal:
+    """Remembers the signal that arrives between `start` and its end; a context manager.
+
+    A second Ctrl-C ends the process at once.
+
+    Attributes:
+      number: the number of the signal, 0 if there was none.
+    """
+
+    def __init__(self) -> None:
+        """Starts without a signal."""
+        self.number = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        """Changes nothing yet."""
+        return self
+
+    def start(self) -> None:
+        """Waits for signals from now on, which so far have ended the process."""
+        if not _process.is_listening:
+            self._previous = _install(self._handle)
+        _process.stops.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        """Restores the previous handlers."""
+        if self in _process.stops:
+            _process.stops.remove(self)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def receive(self, number: int) -> bool:
+        """Remembers a signal; returns False for a second Ctrl-C, which does not wait."""
+        if self.number:
+            return number != signal.SIGINT
+        self.number = _process.number = number
+        again = "; press Ctrl-C again to end at once" if number == signal.SIGINT else ""
+        _say(f"stopping after this step, whose state is saved{again}")
+        return True
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if not self.receive(number):
+            raise KeyboardInterrupt
+
+
+def _install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Installs a handler of the signals that end a command; returns the previous ones."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # only the main thread may; nobody signals a thread of a notebook
+    # What `nohup` and the background jobs of a shell ignore stays ignored.
+    numbers = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _receive_signals(reader: socket.socket, _: socket.socket) -> None:
+    while True:
+        for number in reader.recv(16):
+            stop = _process.stops[-1] if _process.stops else None
+            if number not in STOP_SIGNALS or (stop and stop.receive(number)):
+                continue
+            _say(_interruption())
+            os._exit(_exit_code(number, is_saved=_process.is_saved and not stop))
+
+
+def _interruption() -> str:
+    remark = _process.remark
+    if _process.stops:
+        remark = "the same command resumes from the last checkpoint"
+    return f"interrupted; {remark}" if remark else "interrupted"
+
+
+def _exit_code(number: int, is_saved: bool) -> int:
+    return 0 if is_saved and number == signal.SIGTERM else 128 + number
+
+
+def _say(sentence: str) -> None:
+    """Prints a line on stderr, without the locks that the main thread may hold."""
+    from tqdm import tqdm
+
+    # A progress bar leaves the cursor behind itself.
+    start = "\n" if getattr(tqdm, "_instances", None) else ""
+    with contextlib.suppress(OSError, ValueError):
+        os.write(sys.stderr.fileno(), f"{start}{sentence}\n".encode())
+
+
+# Output ------------------------------------------------------------------------------------------
+
+
+class _PatientStream:
+    """A stream whose errors end nothing: a terminal may be closed, and the reader of a pipe gone.
+
+    Training whose output nobody reads any more saves its state and ends.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._tolerate():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._tolerate():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _tolerate(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            for stop in _process.stops:
+                stop.receive(BROKEN_PIPE)
+        except OSError:
+            pass
+
+
+def _open_closed_streams() -> None:
+    """Opens a sink for each of stdin, stdout and stderr that the caller has closed.
+
+    Otherwise the next file takes its number, and what libraries print goes into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
+def _flush_output() -> None:
+    """Flushes stdout, or drops what it cannot write: the interpreter would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

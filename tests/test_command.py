@@ -1,0 +1,180 @@
+"""Exit codes, signals, and output that nobody reads: what all commands share."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from plan_jax import command
+from plan_jax.types import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+# A command in its own process: signals end it at once. `{body}` is what it does.
+SCRIPT = """
+import signal, sys, time
+from plan_jax import command
+
+def body():
+    {body}
+
+command.end_on_signals()
+sys.exit(command.run(body))
+"""
+
+
+def start(body, *, before="", **options):
+    """Starts a command in its own process."""
+    script = before + SCRIPT.format(body=body)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, **streams)
+
+
+def raising(error):
+    """Returns a command that raises an error."""
+
+    def body():
+        raise error
+
+    return body
+
+
+def test_exit_codes(capsys):
+    assert command.run(lambda: None) == 0
+    assert command.run(raising(UserError("batch 3 is odd; use 4"))) == 2
+    assert capsys.readouterr().err == "batch 3 is odd; use 4\n"
+    full = OSError(errno.ENOSPC, "No space left on device", "run/x")
+    assert command.run(raising(full)) == 2
+    assert capsys.readouterr().err == (
+        "run/x cannot be written (No space left on device); free disk space\n"
+    )
+    assert command.run(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(ZeroDivisionError):  # a bug is not hidden
+        command.run(raising(ZeroDivisionError()))
+    with pytest.raises(OSError, match="mistake"):
+        command.run(raising(OSError(errno.EINVAL, "mistake")))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_saved", "code"),
+    [("SIGINT", False, 130), ("SIGTERM", False, 143), ("SIGHUP", True, 129), ("SIGTERM", True, 0)],
+)
+def test_a_signal_ends_a_command_at_once(name, is_saved, code):
+    # Almost all of the time in C, where Python runs no handler, as while XLA compiles.
+    body = (
+        f"command.describe_interruption('no results were written', is_saved={is_saved});"
+        "import ctypes; print('ready', flush=True);"
+        "[ctypes.CDLL(None).sleep(60) for _ in range(9)]"
+    )
+    process = start(body)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "")
+    assert err == "interrupted; no results were written\n"
+
+
+def test_training_survives_the_first_signal_and_not_a_second_ctrl_c():
+    body = (
+        "stop = command.StopSignal(); stop.start(); signal.raise_signal(signal.SIGTERM)\n"
+        "    while not stop.number: time.sleep(0.01)\n"
+        "    print(stop.number, flush=True); signal.raise_signal(signal.SIGTERM)\n"
+        "    time.sleep(0.1); signal.raise_signal(signal.SIGINT); time.sleep(60)"
+    )
+    process = start(body)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, f"{signal.SIGTERM:d}\n")
+    assert err == (
+        "stopping after this step, whose state is saved\n"
+        "interrupted; the same command resumes from the last checkpoint\n"
+    )
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 0), ("SIGHUP", 129)])
+def test_a_signal_is_remembered_until_the_state_is_saved(name, code, capfd):
+    number = getattr(signal, name)
+    handler = signal.getsignal(number)
+
+    def body():
+        with command.StopSignal() as stop:
+            stop.start()
+            signal.raise_signal(number)
+            assert stop.number == number
+
+    assert command.run(body) == code
+    assert "stopping after this step" in capfd.readouterr().err
+    assert signal.getsignal(number) == handler
+
+
+def test_a_second_ctrl_c_interrupts_also_outside_of_a_command():
+    with command.StopSignal() as stop, pytest.raises(KeyboardInterrupt):
+        stop.start()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert stop.number == signal.SIGTERM
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    process = start("signal.raise_signal(signal.SIGHUP); print('alive')", before=before)
+    assert process.communicate(timeout=60) == ("alive\n", "")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_has_read_enough_ends_the_output_quietly(stream):
+    reader, writer = os.pipe()
+    os.close(reader)
+    body = f"print('line' * 100000, file=sys.{stream})"
+    process = start(body, **{stream: writer})
+    os.close(writer)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out or "", err or "") == (0, "", "")
+
+
+def test_training_whose_output_nobody_reads_is_saved():
+    reader, writer = os.pipe()
+    os.close(reader)
+    body = (
+        "stop = command.StopSignal(); stop.start(); print('loss', file=sys.stderr, flush=True);"
+        "print(stop.number)"
+    )
+    process = start(body, stderr=writer)
+    os.close(writer)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + command.BROKEN_PIPE, f"{command.BROKEN_PIPE}\n")
+
+
+def test_closed_streams_do_not_give_their_number_to_a_file(tmp_path):
+    body = f"print('lost'); print('lost', file=sys.stderr); f = open({str(tmp_path / 'x')!r}, 'w')"
+    body += f"; open({str(tmp_path / 'numbers')!r}, 'w').write(str(f.fileno()))"
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(body=body))
+    shell = f'exec "{sys.executable}" "{script}" <&- >&- 2>&-'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(["sh", "-c", shell], env=environment).returncode == 0
+    assert int((tmp_path / "numbers").read_text()) > 2
+    assert (tmp_path / "x").read_text() == ""
+
+
+def test_a_full_disk_behind_the_output_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        process = start("print('result')", stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err == "the output cannot be written (No space left on device); free disk space\n"
+
+
+def test_warnings_of_other_packages_are_no_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.warns(DeprecationWarning, match="theirs"):
+            assert command.run(lambda: warnings.warn("theirs", DeprecationWarning, 2)) == 0
+        with pytest.raises(DeprecationWarning):  # the filters are as before
+            warnings.warn("ours", DeprecationWarning, stacklevel=1)
