@@ -1,6 +1,7 @@
 """Checkpoints: a round trip is exact, a broken step is skipped, and every failure is reported."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -388,11 +389,26 @@ def test_a_file_without_permission_breaks_no_checkpoint(damaged, name, monkeypat
     assert sorted(path.name for path in damaged.iterdir()) == ["1", "2", "3"]
 
 
-def test_an_array_without_permission_breaks_no_checkpoint(damaged, monkeypatch):
-    """Orbax fails first and by another error; the reason is that of the second look."""
-    (damaged / "3/state/manifest.ocdbt").rename(damaged / "3/hidden")
-    (damaged / "3/state/manifest.ocdbt").symlink_to(damaged / "3/state/manifest.ocdbt")  # ELOOP
+def test_arrays_that_cannot_be_opened_break_no_checkpoint(damaged):
+    """Orbax fails by an error of its own; the reason is that of the second look at the files."""
+    (damaged / "3/state/manifest.ocdbt").unlink()
+    (damaged / "3/state/manifest.ocdbt").symlink_to("manifest.ocdbt")
     with pytest.raises(UserError, match="/3 cannot be read .Too many levels of symbolic links"):
+        checkpoint.load_weights(damaged)
+
+
+def test_arrays_in_a_folder_without_permission_break_no_checkpoint(damaged, monkeypatch):
+    """To orbax the files in it are missing, and to a search for files the folder is empty."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == damaged / "3/state/d":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    largest_file(damaged / "3/state/d").rename(damaged / "3/hidden")
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(UserError, match="/3 cannot be read .Permission denied"):
         checkpoint.load_weights(damaged)
 
 

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,12 +118,10 @@ def _find_fault_in_arrays(folder: Path) -> str:
     context, source = tensorstore.Context(), {"driver": "ocdbt", "base": "memory://"}
     memory = tensorstore.KvStore.open({"driver": "memory"}, context=context).result()
     try:
-        for path in (folder / "_sharding", *folder.glob("array_metadatas/*")):
-            if path.exists():
+        for path in (folder / "manifest.ocdbt", *_list_files(folder)):
+            if path.name == "_sharding" or path.parent.name == "array_metadatas":
                 read_json(path)
-        for path in (folder / "manifest.ocdbt", *folder.rglob("*")):
-            if path.name == "manifest.ocdbt" or not path.is_dir():
-                memory.write(str(path.relative_to(folder)), path.read_bytes()).result()
+            memory.write(str(path.relative_to(folder)), path.read_bytes()).result()
     except BrokenError as error:
         return str(error)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -140,6 +138,16 @@ def _find_fault_in_arrays(folder: Path) -> str:
     except Exception as error:  # tensorstore raises several kinds
         return first_line(error)
     return ""
+
+
+def _list_files(folder: Path) -> Iterator[Path]:
+    """Yields all files below a folder; unlike `rglob`, it does not skip what cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=fail):
+        yield from (Path(parent, name) for name in names)
 
 
 def first_line(error: Any) -> str:

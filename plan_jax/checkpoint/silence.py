@@ -6,8 +6,10 @@ tracebacks, some of them only when the interpreter exits.
 
 import functools
 import logging
+import re
 import sys
 import traceback
+import warnings
 from typing import Any
 
 
@@ -16,6 +18,7 @@ def silence_orbax() -> None:
     """Hides what orbax logs, and the tracebacks of what it abandons after a failure."""
     logging.getLogger("absl").addFilter(lambda row: "orbax" not in row.pathname)
     logging.getLogger("asyncio").addFilter(lambda row: "never retrieved" not in row.getMessage())
+    warnings.filterwarnings("ignore", r"coroutine '(run_sync|\w*Handler)\..*never awaited")
     report_uncaught, report_unraisable = sys.excepthook, sys.unraisablehook
 
     def report_uncaught_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -25,9 +28,9 @@ def silence_orbax() -> None:
             report_uncaught(kind, error, trace)
 
     def report_unraisable_error(event: Any) -> None:
-        # Python complains about each coroutine that was never awaited or whose loop is closed.
-        code = getattr(event.object, "cr_code", None)
-        is_abandoned = code is not None and "orbax" in code.co_filename
+        # Coroutines that were never awaited, or whose loop is closed or could not be opened.
+        code = getattr(event.object, "cr_code", getattr(event.object, "__code__", None))
+        is_abandoned = code is not None and re.search("orbax|asyncio", code.co_filename)
         if not is_abandoned and "Event loop is closed" not in str(event.exc_value):
             report_unraisable(event)
 
