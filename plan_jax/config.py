@@ -347,6 +347,18 @@ PLACES = ("data.builder.manifest", "data.builder.images")
 FIELDS_OF_0_1 = ("ema", "dim", "standard")
 
 
+def check_image_size(config: Config) -> None:
+    """Raises UserError if an encoder would see images larger than the dataset stores them."""
+    size, stored = config.data.size, config.data.builder.get("size", config.data.size)
+    check_that(
+        size <= stored,
+        "data.size",
+        size,
+        f"dataset {config.data.name} stores its images at {stored} pixels, so they would be "
+        f"upsampled; set config.data.builder.size={size}, or use at most {stored}",
+    )
+
+
 def is_evaluation(values: Mapping[str, Any]) -> bool:
     """Returns whether a config describes only an evaluation: it has no fields but data and eval."""
     return bool(values) and set(values) <= {"data", "eval"}

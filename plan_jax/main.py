@@ -236,6 +236,8 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
             )
         if "data.fingerprint" not in overrides:
             config = configs.expect_data(config, previous_config, is_own=True)
+    else:
+        configs.check_image_size(config)
     from plan_jax.train import train as train_run
 
     command.describe_interruption("the same command continues")
@@ -277,6 +279,8 @@ def evaluate(
         raise UserError(
             f"checkpoint {folder} is of {difference}; leave --{flag} out to use the run's own"
         )
+    if name:
+        configs.check_image_size(config)
     if "data.fingerprint" not in overrides:
         data, run_data = config.data, run_config.data
         is_own = not name or (data.name, data.builder) == (run_data.name, run_data.builder)

@@ -106,6 +106,10 @@ TRAIN = {
     "dataset": ("config.data.name=mimic", ["config.data.name is 'mimic'", "use one of phantom"]),
     "tower": ("config.vision.name=vgg", ["config.vision.name is 'vgg'", "use one of resnet50"]),
     "split": ("config.eval.split=tset", ["config.eval.split is 'tset'", "use one of train, val"]),
+    "images that would be upsampled": (
+        "config.data.size=64",
+        ["config.data.size is 64", "stores its images at 32", "config.data.builder.size=64"],
+    ),
     "too many words": (
         "config.data.max_words=500",
         ["config.data.max_words is 500", "data.max_tokens 24", "use at most 22"],

@@ -13,7 +13,7 @@ from plan_jax.data.grey import ImageError
 from plan_jax.types import UserError
 
 MIN_PYDICOM = 3  # the first version that has `pydicom.pixels`
-MAX_REASON = 80  # characters of a library's own words in a message
+MAX_REASON = 60  # characters of a file's or a library's own words in a message
 MIN_LEVELS = 32  # grey values of 255 that an image without a window reaches if BitsStored is right
 PIXEL_ELEMENTS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
@@ -48,22 +48,19 @@ def decode_dicom(
       ImageError: if the pixels cannot be read; the message says what is missing.
     """
     pydicom = _import_pydicom(path)
+    has_prefix = data[128:132] == b"DICM"
     try:
         dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-        has_rows = "Rows" in dataset
-    except Exception as error:  # pydicom raises many kinds, each for a file it cannot read
-        raise ImageError(f"is not readable as DICOM ({_shorten(error)})") from None
-    if data[128:132] != b"DICM" and not has_rows:
-        raise ImageError("is not an image that can be read")
-    _check_elements(dataset, has_prefix=data[128:132] == b"DICM")
-    stored = _decode_pixels(dataset)
-    try:
+        if not has_prefix and "Rows" not in dataset:
+            raise ImageError("is not an image that can be read")
+        _check_elements(dataset, has_prefix)
+        stored = _decode_pixels(dataset)
         if stored.ndim == 3 or dataset.PhotometricInterpretation == "PALETTE COLOR":
             return _show_colour(stored, dataset), 0
         return _show_grey(stored, dataset, bit_depth)
     except ImageError:
         raise
-    except Exception as error:
+    except Exception as error:  # pydicom raises many kinds, each for a file it cannot read
         raise ImageError(f"is not readable as DICOM ({_shorten(error)})") from None
 
 

@@ -18,6 +18,10 @@ LUMINANCE = np.asarray([0.299, 0.587, 0.114], np.float32)  # of ITU-R 601, as in
 class ImageError(ValueError):
     """A fault of an image, as the end of a sentence that begins with the name of its file."""
 
+    def __init__(self, message: str):
+        """Initialises the fault; what a damaged file says of itself may not be printable."""
+        super().__init__("".join(c if c.isprintable() else "?" for c in message))
+
 
 def scale_to_uint8(pixels: Num[np.ndarray, "Y X"], bit_depth: int = 0) -> UInt8[np.ndarray, "Y X"]:
     """Scales pixels to 8 bits: real pixels from 0 to 1 by 255, others by their bit depth.

@@ -13,7 +13,7 @@ from scipy import ndimage
 from plan_jax.data import dicom, grey, transforms
 from plan_jax.data.grey import ImageError
 
-MAX_REASON = 80  # characters of a decoder's own words in a message
+MAX_REASON = 60  # characters of a decoder's own words in a message
 # Orientation of EXIF -> whether to transpose, then to reverse the rows, and the columns.
 ORIENTATIONS = {
     2: (False, False, True),
@@ -78,7 +78,7 @@ def read_image(
         try:
             pixels, shape, guessed_depth, is_turned = _decode_image(data, size, bit_depth)
         except Exception as error:  # decoders raise many kinds for a broken file
-            raise ValueError(_describe_error(error, data)) from None
+            raise ImageError(_describe_error(error, data)) from None
         if is_turned:
             notes.add(TURNED)
     if guessed_depth:
@@ -133,7 +133,7 @@ def _decode_image(
     with Image.open(io.BytesIO(data)) as image:
         _check_frames(image)
         layout = _find_colour_layout(image)
-        columns, rows = image.size
+        shape = _read_shape(image)
         is_turned = _read_orientation(image) in ORIENTATIONS
         if image.mode in ("L", "RGB") and not layout:
             # A JPEG decoder skips the finest frequencies of an image far larger than this.
@@ -148,10 +148,7 @@ def _decode_image(
                 pixels = 255 - pixels
         else:
             pixels = _convert_to_grey(image)
-        pixels, is_transposed = _turn_upright(pixels, image)
-    if is_transposed:
-        rows, columns = columns, rows
-    return pixels, (rows, columns), guessed_depth, is_turned
+        return _turn_upright(pixels, image), shape, guessed_depth, is_turned
 
 
 def _describe_error(error: Exception, data: bytes) -> str:
@@ -163,8 +160,10 @@ def _describe_error(error: Exception, data: bytes) -> str:
         if not kind:
             return "is not an image that can be read"
         return f"is a broken {kind}, or a kind that cannot be read; save it as 8 or 16-bit PNG"
+    if isinstance(error, ImageError):
+        return str(error)
     reason = (str(error) or type(error).__name__).splitlines()[0][:MAX_REASON]
-    return reason if isinstance(error, ImageError) else f"is a broken image ({reason})"
+    return f"is a broken image ({reason})"
 
 
 def _check_frames(image: Image.Image) -> None:
@@ -211,19 +210,21 @@ def _read_orientation(image: Image.Image) -> int:
         return 1
 
 
-def _turn_upright(
-    pixels: Num[np.ndarray, "Y X"], image: Image.Image
-) -> tuple[Num[np.ndarray, "V U"], bool]:
-    """Returns pixels upright, and whether rows have become columns.
+def _read_shape(image: Image.Image) -> tuple[int, int]:
+    """Returns the rows and columns of an upright image; loads a PNG, which may end with EXIF."""
+    columns, rows = image.size
+    # Pillow turns a TIFF by itself, and deletes the orientation when it has loaded the image.
+    is_transposed = image.format != "TIFF" and ORIENTATIONS.get(_read_orientation(image), (0,))[0]
+    return (columns, rows) if is_transposed else (rows, columns)
 
-    Pillow turns a TIFF when it loads it, and deletes the orientation.
-    """
+
+def _turn_upright(pixels: Num[np.ndarray, "Y X"], image: Image.Image) -> Num[np.ndarray, "V U"]:
+    """Returns the pixels of a loaded image upright."""
     is_transposed, reverses_rows, reverses_columns = ORIENTATIONS.get(
         _read_orientation(image), (False, False, False)
     )
-    if is_transposed:
-        pixels = pixels.T
-    return pixels[:: -1 if reverses_rows else 1, :: -1 if reverses_columns else 1], is_transposed
+    pixels = pixels.T if is_transposed else pixels
+    return pixels[:: -1 if reverses_rows else 1, :: -1 if reverses_columns else 1]
 
 
 # 16-bit colour ----------------------------------------------------------------------------------
@@ -319,16 +320,20 @@ def read_mask(
             raise ImageError("is DICOM; save it as PNG")
         with Image.open(io.BytesIO(data)) as image:
             _check_frames(image)
-            values, _ = _turn_upright(_read_brightness(image, data), image)
+            # Before anything is decoded: a broken header may promise millions of rows.
+            mask_shape = image.height, image.width
+            if sorted(mask_shape) == sorted(shape):
+                values = _turn_upright(_read_brightness(image, data), image)
+                mask_shape = values.shape
+            if mask_shape != shape:
+                raise ImageError(
+                    f"has {mask_shape[0]} x {mask_shape[1]} pixels, "
+                    f"its image {shape[0]} x {shape[1]}"
+                )
             is_lossy = image.format in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
         mask = _find_foreground(values, is_lossy)
     except Exception as error:  # as in `read_image`
         raise ImageError(f"mask {path.name} {_describe_error(error, data)}") from None
-    if mask.shape != shape:
-        raise ImageError(
-            f"mask {path.name} has {mask.shape[0]} x {mask.shape[1]} pixels, "
-            f"its image {shape[0]} x {shape[1]}"
-        )
     return transforms.resize_image(mask.astype(np.uint8) * 255, rows, columns) >= 128
 
 
