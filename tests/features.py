@@ -1,4 +1,7 @@
-"""Small random features for the tests of methods: ragged texts, one full, one of a single word."""
+"""Random features, extras and contexts for the tests of methods.
+
+Texts are ragged: the first one fills all word slots, the second one has a single word.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,38 +9,41 @@ import numpy as np
 
 from plan_jax.types import Features, MethodContext
 
-WIDTH = 10  # of what an encoder gives before its heads
+ENCODER_WIDTH = 10  # channels of the encoder's output, before the projection heads
 
 
-def make(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
-    """Returns `pairs` images and texts; text 0 fills every slot, text 1 has one word."""
+def draw_features(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
+    """Returns random features of `pairs` images and of as many texts with at most `words` words.
+
+    The grid of `fine` is twice `grid`. A sentence is three words long.
+    """
     rng = np.random.default_rng(seed)
 
-    def sample(*shape):
+    def draw_normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    count = rng.integers(2, words + 1, pairs)
-    count[:2] = words, 1
-    mask = np.arange(words) < count[:, None]
+    num_words = rng.integers(2, words + 1, pairs)
+    num_words[:2] = words, 1
+    mask = np.arange(words) < num_words[:, None]
     word_id = jnp.asarray(rng.integers(1, 9, (pairs, words)) * mask, jnp.int32)
     sentence = jnp.where(mask, jnp.arange(words) // 3, -1).astype(jnp.int32)
     pixels = grid[0] * grid[1]
-    large = (2 * grid[0], 2 * grid[1])
+    fine_grid_shape = (2 * grid[0], 2 * grid[1])
     images = Features(
-        sample(pairs, dim),
-        sample(pairs, pixels, dim),
+        draw_normal(pairs, dim),
+        draw_normal(pairs, pixels, dim),
         jnp.ones((pairs, pixels), bool),
         grid=grid,
-        fine=sample(pairs, 4 * pixels, dim) if fine else None,
-        fine_grid=large if fine else None,
-        raw=sample(pairs, pixels, WIDTH),
-        attention=jax.nn.softmax(sample(pairs, pixels)),
+        fine=draw_normal(pairs, 4 * pixels, dim) if fine else None,
+        fine_grid=fine_grid_shape if fine else None,
+        raw=draw_normal(pairs, pixels, ENCODER_WIDTH),
+        attention=jax.nn.softmax(draw_normal(pairs, pixels)),
     )
-    local = sample(pairs, words, dim) * mask[..., None]
-    attention = jax.nn.softmax(sample(pairs, words)) * mask
-    raw = sample(pairs, words, WIDTH)
+    local = draw_normal(pairs, words, dim) * mask[..., None]
+    attention = jax.nn.softmax(draw_normal(pairs, words)) * mask
+    raw = draw_normal(pairs, words, ENCODER_WIDTH)
     return images, Features(
-        sample(pairs, dim),
+        draw_normal(pairs, dim),
         local,
         jnp.asarray(mask),
         word_id,
@@ -48,12 +54,15 @@ def make(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
 
 
 def make_context(dim=8):
-    """Returns the context of a method at its start: F = 4 tags, an averaged model."""
-    return MethodContext(dim, WIDTH, jax.random.normal(jax.random.key(9), (4, 12)), 0.9)
+    """Returns a `MethodContext` with F = 4 tags of width 12 and an averaged model."""
+    return MethodContext(dim, ENCODER_WIDTH, jax.random.normal(jax.random.key(9), (4, 12)), 0.9)
 
 
-def make_extra(texts, regions=3, seed=0):
-    """Returns labels, boxes of regions and their words; pair 0 lacks region 0, pair 1 has none."""
+def draw_extra(texts, regions=3, seed=0):
+    """Returns random labels of 4 findings, boxes of `regions` regions and the words of each region.
+
+    Pair 0 has no box for region 0, and pair 1 has no box at all.
+    """
     rng = np.random.default_rng(seed)
     pairs, words = texts.mask.shape
     low, size = rng.uniform(0, 0.5, (pairs, regions, 2)), rng.uniform(0.2, 0.5, (pairs, regions, 2))
@@ -68,18 +77,18 @@ def make_extra(texts, regions=3, seed=0):
 
 
 def permute(tree, order):
-    """Returns the items of features in another order."""
+    """Returns features whose items are reordered: item n is the former item `order[n]`."""
     return jax.tree.map(lambda x: x[order], tree)
 
 
-def pad(texts, count=3, noise=7.0):
-    """Returns texts with padded words of noise appended."""
-    wide = ((0, 0), (0, count))
+def append_padding(texts, num_words=3, fill_value=7.0):
+    """Returns texts with `num_words` padded words appended, whose features are `fill_value`."""
+    padding = ((0, 0), (0, num_words))
     return texts.replace(
-        local=jnp.pad(texts.local, (*wide, (0, 0)), constant_values=noise),
-        raw=jnp.pad(texts.raw, (*wide, (0, 0)), constant_values=noise),
-        attention=jnp.pad(texts.attention, wide),
-        mask=jnp.pad(texts.mask, wide),
-        word_id=jnp.pad(texts.word_id, wide),
-        sentence=jnp.pad(texts.sentence, wide, constant_values=-1),
+        local=jnp.pad(texts.local, (*padding, (0, 0)), constant_values=fill_value),
+        raw=jnp.pad(texts.raw, (*padding, (0, 0)), constant_values=fill_value),
+        attention=jnp.pad(texts.attention, padding),
+        mask=jnp.pad(texts.mask, padding),
+        word_id=jnp.pad(texts.word_id, padding),
+        sentence=jnp.pad(texts.sentence, padding, constant_values=-1),
     )

@@ -1,4 +1,4 @@
-"""Small towers, and what a published state dict of them would contain."""
+"""Builds small towers, and the state dicts that the originals would publish of them."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ BERT_MODULES = {
 
 
 def tower_template(kind, size=32, channels=3, **options):
-    """Returns the shapes of a small tower's trees."""
+    """Returns the parameters and batch statistics of a small tower, as shapes."""
     image = jnp.zeros((1, size, size, channels))
     if kind == "bert":
         tokens = jnp.zeros((1, 4), jnp.int32)
@@ -44,13 +44,16 @@ def tower_template(kind, size=32, channels=3, **options):
 
 
 def fill_randomly(template, seed=0):
-    """Returns the same trees with random numbers."""
+    """Returns trees of the template's shapes, filled with normally distributed numbers."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), template)
 
 
 def publish(kind, trees, prefix=""):
-    """Returns the original's state dict, written independently of the tables under test."""
+    """Returns the state dict in which the original stores `trees`.
+
+    Names and axes are written here once more, independently of the tables under test.
+    """
     state_dict, qkv_parts = {}, {}
     for name, value in traverse_util.flatten_dict(trees, sep="/").items():
         _, *path, leaf = name.split("/")
@@ -69,13 +72,13 @@ def publish(kind, trees, prefix=""):
                 state_dict[f"{prefix}{module}.num_batches_tracked"] = np.zeros((), np.int64)
             key = f"{module}.{leaf}"
         elif kind == "vit":
-            top = {"token": "cls_token", "position": "pos_embed"}
-            top |= {"embed_bias": "patch_embed.proj.bias"}
+            top_level = {"token": "cls_token", "position": "pos_embed"}
+            top_level |= {"embed_bias": "patch_embed.proj.bias"}
             modules = {"attention/out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
             # timm has one projection to queries, keys and values, in this order.
             modules |= dict.fromkeys([f"attention/{part}" for part in QKV], "attn.qkv")
             if not path:
-                key = top[leaf]
+                key = top_level[leaf]
             elif len(path) == 1:
                 key = {"embed": "patch_embed.proj"}.get(path[0], path[0]) + f".{leaf}"
             else:
@@ -97,7 +100,7 @@ def publish(kind, trees, prefix=""):
 
 
 def assert_identical(actual, expected):
-    """Asserts that two trees have one structure, agree bit for bit and are float32."""
+    """Asserts that two trees have the same structure and values, bit for bit, and are float32."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(actual))

@@ -1,10 +1,11 @@
-"""ASG's equations against literal loops, and what a crop does to its regions."""
+"""ASG's equations against literal loops, and the regions of cropped images."""
 
 import features
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from formulas import l2_normalise, softmax
 
 from plan_jax.data import transforms
 from plan_jax.methods import asg
@@ -14,16 +15,8 @@ KEY = jax.random.key(1)
 LOSS = jax.jit(asg.loss, static_argnames="hyper")
 
 
-def unit(x):
-    return x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-12)
-
-
-def softmax(row):
-    return np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-
-
-def slow_roi(image, box, aligned):
-    """RoIAlign of one box (in cells) to one cell, sample by sample, as torchvision does it."""
+def literal_roi_align(image, box, aligned):
+    """Computes RoIAlign of one box (in cells) to one cell, sample by sample as torchvision does."""
     rows, columns, _ = image.shape
     x0, y0, x1, y1 = box
     offset = 0.5 if aligned else 0.0
@@ -39,11 +32,11 @@ def slow_roi(image, box, aligned):
             if y < -1 or y > rows or x < -1 or x > columns:
                 continue
             y, x = min(max(y, 0), rows - 1), min(max(x, 0), columns - 1)
-            top, left = int(y), int(x)
-            low, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
-            a, b = y - top, x - left
-            total += (1 - a) * ((1 - b) * image[top, left] + b * image[top, right])
-            total += a * ((1 - b) * image[low, left] + b * image[low, right])
+            y_low, x_low = int(y), int(x)
+            y_high, x_high = min(y_low + 1, rows - 1), min(x_low + 1, columns - 1)
+            a, b = y - y_low, x - x_low
+            total += (1 - a) * ((1 - b) * image[y_low, x_low] + b * image[y_low, x_high])
+            total += a * ((1 - b) * image[y_high, x_low] + b * image[y_high, x_high])
     return total / (across * down)
 
 
@@ -51,32 +44,34 @@ def slow_roi(image, box, aligned):
 def test_roi_align_is_the_mean_of_bilinear_samples(aligned):
     rng = np.random.default_rng(0)
     image = rng.normal(size=(5, 7, 3)).astype(np.float32)
-    low = rng.uniform(0, 0.7, (9, 2))
-    boxes = np.concatenate([low, np.minimum(low + rng.uniform(0.01, 0.6, (9, 2)), 1)], -1)
+    corner = rng.uniform(0, 0.7, (9, 2))
+    boxes = np.concatenate([corner, np.minimum(corner + rng.uniform(0.01, 0.6, (9, 2)), 1)], -1)
     boxes[0], boxes[1] = (0, 0, 1, 1), (0.5, 0.5, 0.52, 0.52)
-    got = asg.roi_align(jnp.asarray(image.reshape(35, 3)), jnp.asarray(boxes), (5, 7), aligned)
-    for region, box in zip(got, boxes, strict=True):
-        want = slow_roi(image, box * np.array([7, 5, 7, 5]), aligned)
-        np.testing.assert_allclose(region, want, rtol=1e-4, atol=1e-5)
+    actual = asg.roi_align(jnp.asarray(image.reshape(35, 3)), jnp.asarray(boxes), (5, 7), aligned)
+    for region, box in zip(actual, boxes, strict=True):
+        expected = literal_roi_align(image, box * np.array([7, 5, 7, 5]), aligned)
+        np.testing.assert_allclose(region, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_roi_align_of_a_box_of_whole_cells_is_their_mean():
     image = jnp.arange(16.0).reshape(16, 1)
-    got = asg.roi_align(image, jnp.array([[0.25, 0.5, 0.75, 1.0]]), (4, 4), True)
-    np.testing.assert_allclose(got, [[(9 + 10 + 13 + 14) / 4]], rtol=1e-6)
-    off = asg.roi_align(image, jnp.array([[0.25, 0.5, 0.75, 1.0]]), (4, 4), False)
-    assert float(off[0, 0]) > float(got[0, 0]), "the code's boxes lie half a cell further on"
+    actual = asg.roi_align(image, jnp.array([[0.25, 0.5, 0.75, 1.0]]), (4, 4), True)
+    np.testing.assert_allclose(actual, [[(9 + 10 + 13 + 14) / 4]], rtol=1e-6)
+    shifted = asg.roi_align(image, jnp.array([[0.25, 0.5, 0.75, 1.0]]), (4, 4), False)
+    assert float(shifted[0, 0]) > float(actual[0, 0]), "unaligned boxes lie half a cell further on"
 
 
-def slow_regions(images, texts, extra, hyper):
+def literal_region_loss(images, texts, extra, hyper):
+    """Computes the region loss, image by image and region by region."""
     total, count = 0.0, 0
     for b in range(len(texts.mask)):
-        pixels = unit(np.asarray(images.local[b])).reshape(*images.grid, -1)
-        words, rho, sigma = unit(np.asarray(texts.local[b])), [], []
+        pixels = l2_normalise(np.asarray(images.local[b])).reshape(*images.grid, -1)
+        words = l2_normalise(np.asarray(texts.local[b]))
+        rho, sigma = [], []  # of the regions that have both a box and words
         for box, region_words in zip(extra["regions"][b], extra["region_words"][b], strict=True):
             if box[2] > box[0] and region_words.any():
                 scale = np.array([images.grid[1], images.grid[0]] * 2)
-                rho.append(slow_roi(pixels, np.asarray(box) * scale, hyper.aligned))
+                rho.append(literal_roi_align(pixels, np.asarray(box) * scale, hyper.aligned))
                 sigma.append(words[np.asarray(region_words)].mean(0))
         for table in (np.array(rho) @ np.array(sigma).T, np.array(sigma) @ np.array(rho).T):
             for r in range(len(rho)):
@@ -85,13 +80,15 @@ def slow_regions(images, texts, extra, hyper):
     return total / max(count, 1)
 
 
-def slow_soft(images, texts, labels, hyper):
-    scores = unit(np.asarray(images.pooled)) @ unit(np.asarray(texts.pooled)).T / hyper.tau
-    size, total, whole = len(scores), 0.0, 0.0
+def literal_pair_losses(images, texts, labels, hyper):
+    """Computes the losses of whole images and reports: with hard and with soft targets."""
+    x, y = (l2_normalise(np.asarray(side.pooled)) for side in (images, texts))
+    scores = x @ y.T / hyper.tau
+    size, soft_loss, hard_loss = len(scores), 0.0, 0.0
     tags = [row / max(np.sqrt(row.sum()), 1e-6) for row in (np.asarray(labels) > 0).astype(float)]
     for table in (scores, scores.T):
         for i in range(size):
-            soft = np.array(
+            target = np.array(
                 [
                     (1 - hyper.soft_share) * (i == j)
                     + hyper.soft_share * tags[i] @ tags[j]
@@ -99,51 +96,51 @@ def slow_soft(images, texts, labels, hyper):
                     for j in range(size)
                 ]
             )
-            soft, p = soft / soft.sum(), softmax(table[i])
-            total += (sum(soft * np.log(soft / p)) + sum(p * np.log(p / soft))) / 2 / size / 2
-            whole -= np.log(p[i]) / size
-    return whole, total
+            target, p = target / target.sum(), softmax(table[i])
+            divergence = sum(target * np.log(target / p)) + sum(p * np.log(p / target))
+            soft_loss += divergence / 2 / size / 2
+            hard_loss -= np.log(p[i]) / size
+    return hard_loss, soft_loss
 
 
 @pytest.mark.parametrize("pairs", [2, 6])
 def test_each_term_is_the_literal_loop(pairs):
-    images, texts = features.make(pairs=pairs)
-    extra = features.make_extra(texts)
+    images, texts = features.draw_features(pairs=pairs)
+    extra = features.draw_extra(texts)
     params, memory = asg.init(KEY, features.make_context(), HYPER)
-    value, (metrics, _) = LOSS(
+    loss, (metrics, _) = LOSS(
         params, memory, images, texts, extra, key=KEY, step=jnp.array(0), hyper=HYPER
     )
-    whole, soft = slow_soft(images, texts, extra["labels"], HYPER)
-    np.testing.assert_allclose(metrics["loss_global"], whole, rtol=1e-4)
-    np.testing.assert_allclose(metrics["loss_soft"], soft, rtol=1e-3)
-    region = slow_regions(images, texts, extra, HYPER)
-    np.testing.assert_allclose(metrics["loss_region"], region, rtol=1e-4)
-    assert pairs == 2 or region > 0
-    total = whole + region + 5 * metrics["loss_tags"] + soft
-    np.testing.assert_allclose(value, total, rtol=1e-4)
+    hard_loss, soft_loss = literal_pair_losses(images, texts, extra["labels"], HYPER)
+    np.testing.assert_allclose(metrics["loss_global"], hard_loss, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss_soft"], soft_loss, rtol=1e-3)
+    region_loss = literal_region_loss(images, texts, extra, HYPER)
+    np.testing.assert_allclose(metrics["loss_region"], region_loss, rtol=1e-4)
+    assert pairs == 2 or region_loss > 0
+    total = hard_loss + region_loss + 5 * metrics["loss_tags"] + soft_loss
+    np.testing.assert_allclose(loss, total, rtol=1e-4)
 
 
-def test_tags_are_asked_of_each_image_and_unknown_counts_as_absent():
-    images, texts = features.make(pairs=3)
-    labels = features.make_extra(texts)["labels"].at[0, 0].set(-1)
+def test_tags_are_predicted_for_each_image_and_unknown_counts_as_absent():
+    images, texts = features.draw_features(pairs=3)
+    labels = features.draw_extra(texts)["labels"].at[0, 0].set(-1)
     params, memory = asg.init(KEY, features.make_context(), HYPER)
-    got = asg.tag_losses(params["decoder"], memory["tags"], images.raw, labels, KEY, HYPER, None)
+    actual = asg.tag_losses(params["decoder"], memory["tags"], images.raw, labels, KEY, HYPER, None)
     for b in range(3):
         logits = asg.build_decoder(HYPER).apply(
             {"params": params["decoder"]}, memory["tags"], images.raw[b], False
         )
         truth, p = np.asarray(labels[b]) > 0, 1 / (1 + np.exp(-np.asarray(logits)))
-        want = -np.mean(np.where(truth, np.log(p), np.log(1 - p)))
-        np.testing.assert_allclose(got[b], want, rtol=1e-4)
+        expected = -np.mean(np.where(truth, np.log(p), np.log(1 - p)))
+        np.testing.assert_allclose(actual[b], expected, rtol=1e-4)
 
 
-def test_the_decoder_is_pre_norm_attention_layer_by_layer():
+def test_the_decoder_is_a_literal_pre_norm_transformer():
     tags, pixels = features.make_context().tags, jax.random.normal(KEY, (5, 12))
     params = asg.build_decoder(HYPER).init(KEY, tags, pixels, False)["params"]
     assert "project" not in params, "equal widths need no projection"
-    p = jax.tree.map(np.asarray, params)
-
-    layer = p["layer0"]
+    arrays = jax.tree.map(np.asarray, params)
+    layer = arrays["layer0"]
 
     def norm(x, affine):
         scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -160,8 +157,8 @@ def test_the_decoder_is_pre_norm_attention_layer_by_layer():
         out = np.zeros_like(q)
         for head in range(HYPER.num_heads):
             for n in range(len(q)):
-                share = softmax(k[:, head] @ q[n, head] / np.sqrt(q.shape[-1]))
-                out[n, head] = share @ v[:, head]
+                weights = softmax(k[:, head] @ q[n, head] / np.sqrt(q.shape[-1]))
+                out[n, head] = weights @ v[:, head]
         return dense(out.reshape(len(out), -1), layer[name]["out"])
 
     x = np.asarray(tags)
@@ -170,25 +167,25 @@ def test_the_decoder_is_pre_norm_attention_layer_by_layer():
     x = x + attend(norm(x, layer["norm_cross"]), np.asarray(pixels), "cross")
     y = dense(norm(x, layer["norm2"]), layer["fc1"])
     x = x + dense(np.maximum(y, 0), layer["fc2"])
-    want = dense(norm(x, p["norm"]), p["logit"])
-    got = asg.build_decoder(HYPER).apply({"params": params}, tags, pixels, False)
-    np.testing.assert_allclose(got, want[:, 0], rtol=1e-3, atol=1e-4)
+    expected = dense(norm(x, arrays["norm"]), arrays["logit"])
+    actual = asg.build_decoder(HYPER).apply({"params": params}, tags, pixels, False)
+    np.testing.assert_allclose(actual, expected[:, 0], rtol=1e-3, atol=1e-4)
 
 
-def test_dropout_is_drawn_for_the_image_wherever_it_is_computed():
-    images, texts = features.make(pairs=4)
+def test_dropout_differs_between_images_and_keys():
+    images, texts = features.draw_features(pairs=4)
     hyper = asg.Hyper(num_layers=1, num_heads=2, hidden_dim=8, dropout_rate=0.5)
     params, memory = asg.init(KEY, features.make_context(), hyper)
-    labels = features.make_extra(texts)["labels"]
+    labels = features.draw_extra(texts)["labels"]
 
     def losses(key):
         return asg.tag_losses(
             params["decoder"], memory["tags"], images.raw, labels, key, hyper, None
         )
 
-    same = images.raw[:1].repeat(4, 0), labels[:1].repeat(4, 0)
-    each = asg.tag_losses(params["decoder"], memory["tags"], *same, KEY, hyper, None)
-    assert len(set(np.asarray(each).round(6).tolist())) > 1, "all images drop the same"
+    copies = images.raw[:1].repeat(4, 0), labels[:1].repeat(4, 0)
+    copy_losses = asg.tag_losses(params["decoder"], memory["tags"], *copies, KEY, hyper, None)
+    assert len(set(np.asarray(copy_losses).round(6).tolist())) > 1, "all images drop the same"
     assert not np.allclose(losses(KEY), losses(jax.random.key(2)))
 
 
@@ -198,53 +195,55 @@ def test_soft_targets_sum_to_one_and_follow_the_tags():
     np.testing.assert_allclose(target.sum(-1), 1, rtol=1e-6)
     assert target[0, 1] > 1000 * target[0, 2]
     np.testing.assert_allclose(target[0, :2], [1 / 1.2, 0.2 / 1.2], rtol=1e-4)
-    np.testing.assert_allclose(target[3, 3], 1, rtol=1e-4)  # no tag is like no other
+    # A study without tags resembles no other study, not even another one without tags.
+    np.testing.assert_allclose(target[3, 3], 1, rtol=1e-4)
 
 
-def test_a_lost_region_and_one_without_words_do_not_count():
-    images, texts = features.make(pairs=3)
-    extra = features.make_extra(texts)
+def test_regions_without_box_or_without_words_do_not_count():
+    images, texts = features.draw_features(pairs=3)
+    extra = features.draw_extra(texts)
     params, memory = asg.init(KEY, features.make_context(), HYPER)
 
-    def region(extra):
-        rest = {"key": KEY, "step": jnp.array(0), "hyper": HYPER}
-        return LOSS(params, memory, images, texts, extra, **rest)[1][0]["loss_region"]
+    def region_loss(extra):
+        options = {"key": KEY, "step": jnp.array(0), "hyper": HYPER}
+        return LOSS(params, memory, images, texts, extra, **options)[1][0]["loss_region"]
 
-    more = {
+    extended = {
         "labels": extra["labels"],
         "regions": jnp.pad(extra["regions"], ((0, 0), (0, 1), (0, 0)), constant_values=0.3),
         "region_words": jnp.pad(extra["region_words"], ((0, 0), (0, 1), (0, 0))),
     }
-    np.testing.assert_allclose(region(more), region(extra), rtol=1e-5)
-    more["region_words"] = more["region_words"].at[:, -1, 0].set(True)  # words, but no box
-    np.testing.assert_allclose(region(more), region(extra), rtol=1e-5)
+    np.testing.assert_allclose(region_loss(extended), region_loss(extra), rtol=1e-5)
+    extended["region_words"] = extended["region_words"].at[:, -1, 0].set(True)  # words, but no box
+    np.testing.assert_allclose(region_loss(extended), region_loss(extra), rtol=1e-5)
 
 
 def test_images_without_any_region_give_zero_and_no_nan():
-    images, texts = features.make(pairs=3)
-    extra = features.make_extra(texts)
+    images, texts = features.draw_features(pairs=3)
+    extra = features.draw_extra(texts)
     extra["regions"] = jnp.zeros_like(extra["regions"])
     params, memory = asg.init(KEY, features.make_context(), HYPER)
 
-    def value(images):
-        rest = {"key": KEY, "step": jnp.array(0), "hyper": HYPER}
-        return asg.loss(params, memory, images, texts, extra, **rest)
+    def loss(images):
+        options = {"key": KEY, "step": jnp.array(0), "hyper": HYPER}
+        return asg.loss(params, memory, images, texts, extra, **options)
 
-    grads, (metrics, _) = jax.jit(jax.grad(value, has_aux=True, allow_int=True))(images)
+    grads, (metrics, _) = jax.jit(jax.grad(loss, has_aux=True, allow_int=True))(images)
     assert metrics["loss_region"] == 0
     assert np.isfinite(grads.local).all() and (np.asarray(grads.local) == 0).all()
 
 
 def test_a_moved_image_moves_its_regions():
-    """The region of a crop holds what it held before; one that left the image is lost."""
+    """A region keeps its content when the image is shifted; one outside the image gets no box."""
     image = np.zeros((16, 16, 1), np.uint8)
     image[4:8, 8:12] = 200
-    box = np.array([[8, 4, 12, 8], [0, 12, 3, 16]], np.float32)
+    boxes = np.array([[8, 4, 12, 8], [0, 12, 3, 16]], np.float32)
     for down, right in ((0, 0), (4, -4), (-4, 4)):
         moved = transforms.shift_image(image, down, right)
-        shares = transforms.shift_boxes(box, down, right, 16) / 16
+        relative_boxes = transforms.shift_boxes(boxes, down, right, 16) / 16
         pixels = jnp.asarray(moved.reshape(256, 1), jnp.float32)
-        region = asg.roi_align(pixels, jnp.asarray(shares), (16, 16), True)
+        region = asg.roi_align(pixels, jnp.asarray(relative_boxes), (16, 16), True)
         np.testing.assert_allclose(region[0], 200)
-        lost = shares[1, 2] <= shares[1, 0] or shares[1, 3] <= shares[1, 1]
-        assert lost == ((down, right) == (4, -4))
+        x0, y0, x1, y1 = relative_boxes[1]
+        is_empty = x1 <= x0 or y1 <= y0
+        assert is_empty == ((down, right) == (4, -4))

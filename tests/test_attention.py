@@ -11,23 +11,26 @@ import pytest
 from plan_jax.layers.cpu.attention import MIN_TABLE_SIZE, attend
 
 
-def draw(*shape, seed=0):
+def draw_normal(*shape, seed=0):
+    """Returns standard normal numbers as Float32[shape]."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def value_and_gradients(function, cotangent, *arrays):
+    """Returns a function's value, and its gradients for the cotangent of the value."""
     return jax.jit(lambda *a: (function(*a), jax.vjp(function, *a)[1](cotangent)))(*arrays)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("use_mask", [False, True])
 @pytest.mark.parametrize(("count", "batch"), [(8, 2), (110, 4), (110, 3)])
-def test_values_and_gradients_are_the_plain_ones(count, batch, masked):
-    assert 4 * 8 * 8 < MIN_TABLE_SIZE < 4 * 110 * 110  # so both ways are taken
-    query, key, value, cotangent = (draw(batch, count, 4, 8, seed=n) for n in range(4))
+def test_values_and_gradients_equal_those_of_the_plain_implementation(count, batch, use_mask):
+    # Small tables use the plain implementation, so the counts have to cover both.
+    assert 4 * 8 * 8 < MIN_TABLE_SIZE < 4 * 110 * 110
+    query, key, value, cotangent = (draw_normal(batch, count, 4, 8, seed=n) for n in range(4))
     mask = None
-    if masked:
+    if use_mask:
         mask = jnp.asarray(np.random.default_rng(9).random((batch, 1, count, count)) < 0.6)
-        mask = mask.at[0, 0, 3].set(False)  # a query that may attend to nothing
+        mask = mask.at[0, 0, 3].set(False)  # query 3 may attend to no key
 
     def plain(query, key, value):
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
@@ -38,8 +41,8 @@ def test_values_and_gradients_are_the_plain_ones(count, batch, masked):
 
 
 def test_a_mask_of_fewer_axes_is_broadcast():
-    query, key, value, cotangent = (draw(2, 110, 4, 8, seed=n) for n in range(4))
-    mask = jnp.tril(jnp.ones((110, 110), bool))  # that of the report decoder
+    query, key, value, cotangent = (draw_normal(2, 110, 4, 8, seed=n) for n in range(4))
+    mask = jnp.tril(jnp.ones((110, 110), bool))  # causal, as in the report decoder
     actual = value_and_gradients(partial(attend, mask=mask), cotangent, query, key, value)
     plain = partial(jax.nn.dot_product_attention, mask=mask[None, None])
     expected = value_and_gradients(plain, cotangent, query, key, value)
@@ -48,8 +51,8 @@ def test_a_mask_of_fewer_axes_is_broadcast():
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_fewer_keys_than_queries_under_checkpoint_and_vmap(batch):
-    query, cotangent = (draw(2, batch, 140, 4, 8, seed=n) for n in range(2))
-    key, value = (draw(2, batch, 75, 4, 8, seed=n) for n in range(2, 4))
+    query, cotangent = (draw_normal(2, batch, 140, 4, 8, seed=n) for n in range(2))
+    key, value = (draw_normal(2, batch, 75, 4, 8, seed=n) for n in range(2, 4))
     assert MIN_TABLE_SIZE < 4 * 140 * 75
     arrays = cotangent, query, key, value
     actual = value_and_gradients(jax.vmap(jax.checkpoint(attend)), *arrays)
@@ -57,16 +60,16 @@ def test_fewer_keys_than_queries_under_checkpoint_and_vmap(batch):
     chex.assert_trees_all_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_rounds_little_more_than_the_plain_one():
-    wide = [draw(2, 110, 4, 24, seed=n) for n in range(4)]
-    wide = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in wide]
+def test_rounding_in_bfloat16_is_similar_to_that_of_the_plain_implementation():
+    wide_inputs = [draw_normal(2, 110, 4, 24, seed=n) for n in range(4)]
+    wide_inputs = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in wide_inputs]
     mask = jnp.asarray(np.random.default_rng(9).random((2, 1, 110, 110)) < 0.6)
     plain = partial(jax.nn.dot_product_attention, mask=mask)
-    exact = value_and_gradients(plain, wide[3], *wide[:3])
+    exact = value_and_gradients(plain, wide_inputs[3], *wide_inputs[:3])
     errors = []
     for function in (partial(attend, mask=mask), plain):
-        narrow = [x.astype(jnp.bfloat16) for x in wide]
-        rounded = value_and_gradients(function, narrow[3], *narrow[:3])
+        narrow_inputs = [x.astype(jnp.bfloat16) for x in wide_inputs]
+        rounded = value_and_gradients(function, narrow_inputs[3], *narrow_inputs[:3])
         assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(rounded))
         pairs = zip(*map(jax.tree.leaves, (rounded, exact)), strict=True)
         errors.append([float(jnp.abs(a - b).mean()) for a, b in pairs])

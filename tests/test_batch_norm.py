@@ -13,7 +13,8 @@ from plan_jax.layers.batch_norm import BatchNorm, batch_statistics
 KEY = jax.random.key(0)
 
 
-def make_inputs(batch=8):
+def draw_inputs(batch=8):
+    """Returns random maps, scale and bias, and a mask of positions."""
     keys = jax.random.split(KEY, 4)
     x = 3.0 + 2.0 * jax.random.normal(keys[0], (batch, 3, 4, 6))
     params = {
@@ -24,30 +25,30 @@ def make_inputs(batch=8):
 
 
 def normalise(x, params, mask=None, axis=None):
-    """The result of BatchNorm in training mode."""
+    """Returns the output of BatchNorm in training mode."""
     stats = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}
     variables = {"params": params, "batch_stats": stats}
     return BatchNorm(axis).apply(variables, x, True, mask, mutable=["batch_stats"])[0]
 
 
-def literal(x, params, mask):
-    """BatchNorm as the formula has it."""
-    is_real = jnp.ones(x.shape[:-1]) if mask is None else mask.astype(jnp.float32)
-    axes, is_real = tuple(range(x.ndim - 1)), is_real[..., None]
-    mean = (x * is_real).sum(axes) / is_real.sum()
-    var = ((x - mean) ** 2 * is_real).sum(axes) / is_real.sum()
+def literal_batch_norm(x, params, mask):
+    """Computes BatchNorm in training mode by its formula, in two passes."""
+    weights = jnp.ones(x.shape[:-1]) if mask is None else mask.astype(jnp.float32)
+    axes, weights = tuple(range(x.ndim - 1)), weights[..., None]
+    mean = (x * weights).sum(axes) / weights.sum()
+    var = ((x - mean) ** 2 * weights).sum(axes) / weights.sum()
     return (x - mean) / jnp.sqrt(var + 1e-5) * params["scale"] + params["bias"]
 
 
-def assert_close(actual, expected, share):
-    """Compares trees as a share of the largest entry of each leaf."""
+def assert_close(actual, expected, tolerance):
+    """Compares trees; the tolerance is relative to the largest entry of each leaf."""
     for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=share * np.abs(b).max() + 1e-12)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max() + 1e-12)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_and_gradients_are_those_of_the_formula(masked):
-    x, params, mask = make_inputs()
+    x, params, mask = draw_inputs()
     mask = mask if masked else None
     weight = jax.random.normal(jax.random.key(1), x.shape)
 
@@ -58,11 +59,11 @@ def test_values_and_gradients_are_those_of_the_formula(masked):
 
         return jax.jit(jax.grad(total, (0, 1), has_aux=True))(x, params)
 
-    assert_close(results(normalise), results(literal), 1e-5)
+    assert_close(results(normalise), results(literal_batch_norm), 1e-5)
 
 
 def test_statistics_are_those_of_the_unmasked_positions():
-    x, params, mask = make_inputs()
+    x, params, mask = draw_inputs()
     statistics = batch_statistics(x, mask)
     positions = np.asarray(x)[np.asarray(mask)]
     assert statistics.num_positions == len(positions)
@@ -77,7 +78,7 @@ def test_statistics_are_those_of_the_unmasked_positions():
 
 
 def test_running_statistics_are_those_of_torch():
-    """Momentum 0.1 and the unbiased variance; evaluation uses them."""
+    """They have momentum 0.1 and the unbiased variance, and normalise in evaluation."""
     x, mask = jax.random.normal(KEY, (4, 5, 2)), jax.random.bernoulli(KEY, 0.6, (4, 5))
     norm = BatchNorm(None)
     variables = norm.init(KEY, x, True)
@@ -94,9 +95,9 @@ def test_running_statistics_are_those_of_torch():
 
 @pytest.mark.parametrize("implementation", ["shard_map", "pmap"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_eight_devices_are_one(implementation, masked):
-    """Devices have different shares of the positions; gradients of their parameters add up."""
-    x, params, mask = make_inputs(16)
+def test_eight_devices_equal_one(implementation, masked):
+    """Devices have different numbers of positions; the gradients of parameters are summed."""
+    x, params, mask = draw_inputs(16)
     mask = mask if masked else jnp.ones_like(mask)
     weight = jax.random.normal(jax.random.key(3), x.shape)
 

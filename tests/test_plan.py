@@ -1,10 +1,11 @@
-"""PLAN's equations against slow literal loops, and the properties that pin its refinement."""
+"""PLAN's equations against literal loops, and properties of its refinement."""
 
 import features
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from formulas import info_nce, l2_normalise
 
 from plan_jax.methods import plan, plan_contrast
 from plan_jax.types import MethodContext
@@ -14,177 +15,169 @@ LOSS = jax.jit(plan.loss, static_argnames="hyper")
 RNG = np.random.default_rng(1)
 
 
-def unit(x):
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def draw(*shape):
-    return jnp.asarray(unit(RNG.normal(size=shape)), jnp.float32)
+def draw_unit_vectors(*shape):
+    """Returns random vectors of length 1 as Float32[shape]."""
+    return jnp.asarray(l2_normalise(RNG.normal(size=shape)), jnp.float32)
 
 
-def slow_gate(values, kappa):
+def literal_gate(values, kappa):
+    """Computes equation 2's gate: the sigmoid of the values' z-scores, divided by kappa."""
     return sigmoid((values - values.mean()) / (kappa * values.std() + 1e-9))
 
 
-def slow_grounding(maps, pixels, words, hyper):
-    """Equations 2-5, word by word and pixel by pixel, on real words only."""
-    count, size = maps.shape
+def literal_grounding(maps, pixels, words, hyper):
+    """Computes equations 2-5, word by word and pixel by pixel, on real words only."""
+    num_words, num_pixels = maps.shape
     tau = hyper.tau_importance
-    e = np.array([tau * np.log(np.mean(np.exp(maps[n] / tau))) for n in range(count)])
-    f = np.array([tau * np.log(np.mean(np.exp(maps[:, p] / tau))) for p in range(size)])
-    alpha, beta = slow_gate(e, hyper.kappa), slow_gate(f, hyper.kappa)
-    if count == 1:
+    e = np.array([tau * np.log(np.mean(np.exp(maps[n] / tau))) for n in range(num_words)])
+    f = np.array([tau * np.log(np.mean(np.exp(maps[:, p] / tau))) for p in range(num_pixels)])
+    alpha, beta = literal_gate(e, hyper.kappa), literal_gate(f, hyper.kappa)
+    if num_words == 1:  # a single word cannot be compared with others
         alpha = np.array([0.5])
-    match, regions = [], []
-    for n in range(count):
-        logit = np.array([4 * alpha[n] * beta[p] * maps[n, p] for p in range(size)])
-        share = np.exp(logit / hyper.tau_region)
-        share /= share.sum()
-        vector = unit(sum(share[p] * pixels[p] for p in range(size)))
-        regions.append(vector)
-        match.append(float(words[n] @ vector))
-    return alpha, np.array(regions), np.array(match)
+    matches, regions = [], []
+    for n in range(num_words):
+        logits = np.array([4 * alpha[n] * beta[p] * maps[n, p] for p in range(num_pixels)])
+        attention = np.exp(logits / hyper.tau_region)
+        attention /= attention.sum()
+        region = l2_normalise(sum(attention[p] * pixels[p] for p in range(num_pixels)))
+        regions.append(region)
+        matches.append(float(words[n] @ region))
+    return alpha, np.array(regions), np.array(matches)
 
 
-def slow_alignment(pixels, fine, words, hyper, rounds):
-    """Equations 1-6 as a Python loop; `fine` is on the same grid here."""
+def literal_alignment(pixels, fine, words, hyper, rounds):
+    """Computes equations 1-6 as a Python loop; `fine` is on the same grid here."""
     maps = np.array([[u @ z for z in pixels] for u in words])
-    alpha, regions, match = slow_grounding(maps, pixels, words, hyper)
+    alpha, regions, match = literal_grounding(maps, pixels, words, hyper)
     matches = [match]
     for _ in range(rounds):
-        query = unit(words + hyper.eta * alpha[:, None] * regions)
+        query = l2_normalise(words + hyper.eta * alpha[:, None] * regions)
         similarity = np.array([[q @ z for z in fine] for q in query])
         maps = (1 - hyper.rho) * similarity + hyper.rho * maps
-        alpha, regions, match = slow_grounding(maps, fine, words, hyper)
+        alpha, regions, match = literal_grounding(maps, fine, words, hyper)
         matches.append(match)
     return np.array(matches), maps, alpha
 
 
-@pytest.mark.parametrize("real", [1, 2, 4])
+@pytest.mark.parametrize("num_words", [1, 2, 4])
 @pytest.mark.parametrize("rounds", [0, 1, 3])
-def test_alignment_is_the_literal_loop(real, rounds):
-    pixels, fine, words = draw(9, 6), draw(9, 6), draw(4, 6)
-    ids = jnp.arange(1, 5) * (jnp.arange(4) < real)
-    matches, maps, alpha = slow_alignment(
-        *map(np.asarray, (pixels, fine, words[:real])), HYPER, rounds
-    )
+def test_alignment_is_the_literal_loop(num_words, rounds):
+    pixels, fine, words = draw_unit_vectors(9, 6), draw_unit_vectors(9, 6), draw_unit_vectors(4, 6)
+    ids = jnp.arange(1, 5) * (jnp.arange(4) < num_words)
+    arrays = map(np.asarray, (pixels, fine, words[:num_words]))
+    matches, maps, alpha = literal_alignment(*arrays, HYPER, rounds)
     grids = ((3, 3), (3, 3))
     align = jax.jit(plan.align, static_argnums=(2, 3, 4))
-    got, got_maps, alpha_ = align(
+    actual_matches, actual_maps, actual_alpha = align(
         plan.ImageSide(pixels, fine), plan.TextSide(words, ids), grids, HYPER, rounds
     )
-    np.testing.assert_allclose(got[:, :real], matches, rtol=2e-4, atol=2e-5)
-    np.testing.assert_allclose(got_maps[:real], maps, rtol=2e-4, atol=2e-5)
-    np.testing.assert_allclose(alpha_[:real], alpha, rtol=2e-3, atol=2e-5)
+    np.testing.assert_allclose(actual_matches[:, :num_words], matches, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(actual_maps[:num_words], maps, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(actual_alpha[:num_words], alpha, rtol=2e-3, atol=2e-5)
 
 
 def test_one_real_word_has_finite_gradients():
-    pixels, words = draw(9, 6), draw(3, 6)
+    pixels, words = draw_unit_vectors(9, 6), draw_unit_vectors(3, 6)
     ids = jnp.array([4, 0, 0])
 
     def objective(pixels, words):
-        out = plan.align(plan.ImageSide(pixels), plan.TextSide(words, ids), (), HYPER, 2)
-        return jnp.sum(out[0]) + jnp.sum(out[1])
+        image, text = plan.ImageSide(pixels), plan.TextSide(words, ids)
+        matches, maps, _ = plan.align(image, text, (), HYPER, 2)
+        return jnp.sum(matches) + jnp.sum(maps)
 
-    for grad in jax.grad(objective, (0, 1))(pixels, words):
-        assert np.isfinite(grad).all()
+    for gradient in jax.grad(objective, (0, 1))(pixels, words):
+        assert np.isfinite(gradient).all()
 
 
-def test_full_history_keeps_the_first_map():
+def test_rho_1_keeps_the_first_map():
     hyper = plan.Hyper(rounds=4, rho=1.0)
-    pixels, words, ids = draw(9, 6), draw(3, 6), jnp.array([1, 2, 3])
+    pixels, words, ids = draw_unit_vectors(9, 6), draw_unit_vectors(3, 6), jnp.array([1, 2, 3])
     maps = plan.align(plan.ImageSide(pixels), plan.TextSide(words, ids), (), hyper, 4)[1]
     np.testing.assert_allclose(maps, words @ pixels.T, rtol=1e-5, atol=1e-6)
 
 
-def test_neutral_gates_leave_the_map_alone():
-    maps = draw(3, 9)
+def test_a_large_kappa_makes_the_gates_neutral():
+    maps = draw_unit_vectors(3, 9)
     hyper = plan.Hyper(kappa=1e9)
     word, pixel = plan.importance_gates(maps, jnp.ones(3, bool), hyper)
     np.testing.assert_allclose(4 * word[:, None] * pixel, 1.0, atol=1e-5)
 
 
 def test_alignment_is_equivariant_to_the_order_of_words_and_pixels():
-    pixels, words, ids = draw(9, 6), draw(4, 6), jnp.array([1, 2, 3, 0])
+    pixels, words, ids = draw_unit_vectors(9, 6), draw_unit_vectors(4, 6), jnp.array([1, 2, 3, 0])
     rows, cells = np.array([2, 0, 3, 1]), RNG.permutation(9)
-    match, maps, _ = plan.align(plan.ImageSide(pixels), plan.TextSide(words, ids), (), HYPER, 2)
-    match_, maps_, _ = plan.align(
-        plan.ImageSide(pixels[cells]), plan.TextSide(words[rows], ids[rows]), (), HYPER, 2
-    )
-    np.testing.assert_allclose(match_, match[:, rows], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(maps_, maps[rows][:, cells], rtol=1e-4, atol=1e-5)
+    image, text = plan.ImageSide(pixels), plan.TextSide(words, ids)
+    matches, maps, _ = plan.align(image, text, (), HYPER, 2)
+    image, text = plan.ImageSide(pixels[cells]), plan.TextSide(words[rows], ids[rows])
+    permuted_matches, permuted_maps, _ = plan.align(image, text, (), HYPER, 2)
+    np.testing.assert_allclose(permuted_matches, matches[:, rows], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(permuted_maps, maps[rows][:, cells], rtol=1e-4, atol=1e-5)
 
 
-def slow_loss(images, texts, memory, key, hyper):
-    """Equations 7-10 with loops over pairs, words and candidates."""
+def literal_loss(images, texts, memory, key, hyper):
+    """Computes equations 7-10 with loops over pairs, words and candidates."""
     weight = plan.history_weights(memory, texts.word_id, hyper)
-    weight, sample = (
-        np.asarray(weight),
-        np.asarray(plan_contrast.sample_words(weight, key, hyper.num_sampled_words)),
-    )
-    z, f, u = (unit(np.asarray(x)) for x in (images.local, images.fine, texts.local))
+    sample = np.asarray(plan_contrast.sample_words(weight, key, hyper.num_sampled_words))
+    weight = np.asarray(weight)
+    z, f, u = (l2_normalise(np.asarray(x)) for x in (images.local, images.fine, texts.local))
     ids, size = np.asarray(texts.word_id), len(z)
-    up = np.asarray(plan.upsample_maps(jnp.eye(z.shape[1]), images.grid, images.fine_grid))
+    upsampling = np.asarray(plan.upsample_maps(jnp.eye(z.shape[1]), images.grid, images.fine_grid))
     match = np.zeros((hyper.rounds + 1, size, size, sample.shape[1]))
     for i in range(size):
         for j in range(size):
             slots = [n for n in range(sample.shape[1]) if ids[j, sample[j, n]] > 0]
             words = u[j, sample[j, slots]]
             maps = words @ z[i].T
-            alpha, regions, match[0, i, j, slots] = slow_grounding(maps, z[i], words, hyper)
-            maps = maps @ up
+            alpha, regions, match[0, i, j, slots] = literal_grounding(maps, z[i], words, hyper)
+            maps = maps @ upsampling
             for t in range(hyper.rounds):
-                query = unit(words + hyper.eta * alpha[:, None] * regions)
+                query = l2_normalise(words + hyper.eta * alpha[:, None] * regions)
                 maps = (1 - hyper.rho) * query @ f[i].T + hyper.rho * maps
-                alpha, regions, match[t + 1, i, j, slots] = slow_grounding(maps, f[i], words, hyper)
-    total, omega = (
-        0.0,
-        np.array([hyper.gamma ** (hyper.rounds - t) for t in range(hyper.rounds + 1)]),
-    )
+                grounding = literal_grounding(maps, f[i], words, hyper)
+                alpha, regions, match[t + 1, i, j, slots] = grounding
+    total = 0.0
+    omega = np.array([hyper.gamma ** (hyper.rounds - t) for t in range(hyper.rounds + 1)])
     for t in range(hyper.rounds + 1):
         count = hyper.num_candidates if t else size
-        report, word = slow_contrast(match[t], weight, sample, ids, hyper, count)
+        report, word = literal_contrast(match[t], weight, sample, ids, hyper, count)
         total += omega[t] / omega.mean() * (hyper.weight_report * report + hyper.weight_word * word)
-    x, y = unit(np.asarray(images.pooled)), unit(np.asarray(texts.pooled))
+    x, y = l2_normalise(np.asarray(images.pooled)), l2_normalise(np.asarray(texts.pooled))
     cosines = x @ y.T / hyper.tau
-    return total + hyper.weight_global * (nce(cosines) + nce(cosines.T)) / 2
+    return total + hyper.weight_global * (info_nce(cosines) + info_nce(cosines.T)) / 2
 
 
-def nce(table):
-    return np.mean([np.log(np.exp(row).sum()) - row[i] for i, row in enumerate(table)])
-
-
-def slow_contrast(match, weight, sample, ids, hyper, candidates):
+def literal_contrast(match, weight, sample, ids, hyper, num_candidates):
+    """Computes the report and the word loss of one round from its matches."""
     size = len(match)
     w = np.take_along_axis(weight, sample, 1)
     report = (match * w[None]).sum(-1) / w.sum(-1)[None] / hyper.tau_local  # [image, text]
-    near = [[(i - j) % size < candidates for j in range(size)] for i in range(size)]
+    is_candidate = [[(i - j) % size < num_candidates for j in range(size)] for i in range(size)]
     by_text, by_image, by_word = [], [], []
     for j in range(size):
-        candidates_of_text = [i for i in range(size) if near[i][j]]
+        candidates_of_text = [i for i in range(size) if is_candidate[i][j]]
         by_text.append(np.log(sum(np.exp(report[i, j]) for i in candidates_of_text)) - report[j, j])
-        candidates_of_image = [t for t in range(size) if near[j][t]]
+        candidates_of_image = [t for t in range(size) if is_candidate[j][t]]
         by_image.append(
             np.log(sum(np.exp(report[j, t]) for t in candidates_of_image)) - report[j, j]
         )
         total = 0.0
-        for n, place in enumerate(sample[j]):
-            word = ids[j, place]
+        for n, slot in enumerate(sample[j]):
+            word = ids[j, slot]
             allowed = [i for i in candidates_of_text if i == j or word not in ids[i]]
             scores = [np.exp(match[i, j, n] / hyper.tau_local) for i in allowed]
-            own = match[j, j, n] / hyper.tau_local
-            total += w[j, n] / w[j].sum() * (np.log(sum(scores)) - own)
+            positive = match[j, j, n] / hyper.tau_local
+            total += w[j, n] / w[j].sum() * (np.log(sum(scores)) - positive)
         by_word.append(total)
     return np.mean(by_text) + np.mean(by_image), np.mean(by_word)
 
 
 @pytest.mark.parametrize("pairs", [2, 5])
 def test_loss_is_the_literal_loop(pairs):
-    images, texts = features.make(pairs=pairs)
+    images, texts = features.draw_features(pairs=pairs)
     hyper = plan.Hyper(
         num_sampled_words=4, tile_size=2, num_candidates=min(3, pairs), rounds=2, eta=0.5
     )
@@ -194,40 +187,38 @@ def test_loss_is_the_literal_loop(pairs):
         "similarity_margin": jnp.linspace(-1, 1, hyper.history_size),
         "count": jnp.ones(hyper.history_size),
     }
-    got, _ = LOSS(params, memory, images, texts, {}, key=key, step=jnp.array(0), hyper=hyper)
-    np.testing.assert_allclose(got, slow_loss(images, texts, memory, key, hyper), rtol=1e-3)
+    actual, _ = LOSS(params, memory, images, texts, {}, key=key, step=jnp.array(0), hyper=hyper)
+    np.testing.assert_allclose(actual, literal_loss(images, texts, memory, key, hyper), rtol=1e-3)
 
 
-def test_history_moves_only_the_words_drawn():
+def test_only_sampled_words_update_the_history():
     hyper = plan.Hyper(history_size=16, history_decay=0.9)
     memory = {"similarity_margin": jnp.full(16, 1.0), "count": jnp.zeros(16).at[3].set(2.0)}
-    ids, gap = jnp.array([[3, 5, 0], [3, 21, 0]]), jnp.array([[0.0, 4.0, 9.0], [2.0, 6.0, 9.0]])
-    got = plan.update_history(memory, gap, ids, hyper)
-    np.testing.assert_allclose(
-        got["similarity_margin"][3], 0.9 * 1.0 + 0.1 * 1.0
-    )  # mean of 0 and 2
-    np.testing.assert_allclose(
-        got["similarity_margin"][5], 5.0
-    )  # first seen: 5 and 21 share a slot
-    np.testing.assert_allclose(got["similarity_margin"][0], 1.0)  # padding is no word
-    assert got["count"].tolist()[:6] == [0, 0, 0, 4, 0, 2]
+    ids = jnp.array([[3, 5, 0], [3, 21, 0]])
+    margin = jnp.array([[0.0, 4.0, 9.0], [2.0, 6.0, 9.0]])
+    actual = plan.update_history(memory, margin, ids, hyper)
+    # The new margin of slot 3 is the mean of 0 and 2.
+    np.testing.assert_allclose(actual["similarity_margin"][3], 0.9 * 1.0 + 0.1 * 1.0)
+    # Words 5 and 21 share a slot that is empty so far, so its margin is their mean.
+    np.testing.assert_allclose(actual["similarity_margin"][5], 5.0)
+    np.testing.assert_allclose(actual["similarity_margin"][0], 1.0)  # padding is not a word
+    assert actual["count"].tolist()[:6] == [0, 0, 0, 4, 0, 2]
 
 
-def test_words_of_longer_history_are_drawn_more_often():
+def test_words_with_a_larger_margin_are_sampled_more_often():
     hyper = plan.Hyper(num_sampled_words=1, history_size=8)
     memory = {"similarity_margin": jnp.array([0, -2.0, 2.0, 0, 0, 0, 0, 0]), "count": jnp.ones(8)}
     ids = jnp.tile(jnp.array([[1, 2, 0]]), (400, 1))
     weight = plan.history_weights(memory, ids, hyper)
-    drawn = np.asarray(
-        plan_contrast.sample_words(weight, jax.random.key(0), hyper.num_sampled_words)
-    )[:, 0]
-    share = float(weight[0, 1] / weight[0].sum())
-    assert (drawn != 2).all(), "padding was drawn"
-    assert abs((drawn == 1).mean() - share) < 0.08
+    sample = plan_contrast.sample_words(weight, jax.random.key(0), hyper.num_sampled_words)
+    first = np.asarray(sample)[:, 0]
+    probability = float(weight[0, 1] / weight[0].sum())
+    assert (first != 2).all(), "padding was sampled"
+    assert abs((first == 1).mean() - probability) < 0.08
 
 
-def test_choice_of_words_does_not_look_at_images():
-    images, texts = features.make()
+def test_the_sample_of_words_does_not_depend_on_the_images():
+    images, texts = features.draw_features()
     swapped = images.replace(local=images.local[::-1], pooled=images.pooled[::-1])
     hyper, key = plan.Hyper(num_sampled_words=2, rounds=0), jax.random.key(0)
     params, memory = plan.init(key, MethodContext(8, ema_decay=0.9), hyper)
@@ -238,26 +229,26 @@ def test_choice_of_words_does_not_look_at_images():
     np.testing.assert_array_equal(memories[0]["count"], memories[1]["count"])
 
 
-def test_ema_progress_mixes_in_the_averaged_model():
-    images, texts = features.make()
-    teacher = features.make(seed=5)
+def test_ema_progress_adds_the_averaged_model_over_the_ramp():
+    images, texts = features.draw_features()
+    teacher = features.draw_features(seed=5)
     hyper = plan.Hyper(num_sampled_words=4, rounds=0, progress="ema", ema_ramp_steps=10)
     key = jax.random.key(0)
     params, memory = plan.init(key, MethodContext(8, ema_decay=0.9), hyper)
 
-    def value(step, hyper):
+    def loss(step, hyper):
         extra = {"teacher": teacher}
         return LOSS(
             params, memory, images, texts, extra, key=key, step=jnp.array(step), hyper=hyper
         )[0]
 
     plain = plan.Hyper(num_sampled_words=4, rounds=0)
-    np.testing.assert_allclose(value(0, hyper), value(0, plain), rtol=1e-5)
-    assert abs(value(10, hyper) - value(10, plain)) > 1e-2
-    np.testing.assert_allclose(value(10, hyper), value(99, hyper), rtol=1e-6)
+    np.testing.assert_allclose(loss(0, hyper), loss(0, plain), rtol=1e-5)
+    assert abs(loss(10, hyper) - loss(10, plain)) > 1e-2
+    np.testing.assert_allclose(loss(10, hyper), loss(99, hyper), rtol=1e-6)
 
 
-def test_enlarging_keeps_the_mean_of_a_smooth_map():
+def test_upsampling_keeps_the_mean_of_a_smooth_map():
     ramp = jnp.broadcast_to(jnp.arange(4.0), (4, 4)).reshape(1, -1)
     large = plan.upsample_maps(ramp, (4, 4), (8, 8)).reshape(8, 8)
     np.testing.assert_allclose(large.mean(), ramp.mean(), rtol=1e-5)
@@ -266,9 +257,9 @@ def test_enlarging_keeps_the_mean_of_a_smooth_map():
 
 def test_gate_is_a_standardised_sigmoid():
     x, mask = jnp.asarray(RNG.normal(size=7), jnp.float32), jnp.array([1, 1, 0, 1, 1, 0, 1], bool)
-    kept = np.asarray(x)[np.asarray(mask)]
-    want = 1 / (1 + np.exp(-(kept - kept.mean()) / (2.0 * kept.std())))
-    got = np.asarray(plan.gate(x, mask, 2.0))
-    np.testing.assert_allclose(got[mask], want, rtol=1e-4)
-    assert (got[~mask] == 0).all()
+    real_entries = np.asarray(x)[np.asarray(mask)]
+    expected = 1 / (1 + np.exp(-(real_entries - real_entries.mean()) / (2.0 * real_entries.std())))
+    actual = np.asarray(plan.gate(x, mask, 2.0))
+    np.testing.assert_allclose(actual[mask], expected, rtol=1e-4)
+    assert (actual[~mask] == 0).all()
     np.testing.assert_allclose(plan.gate(x, mask, 1e9)[mask], 0.5, atol=1e-6)

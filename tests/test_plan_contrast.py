@@ -11,37 +11,39 @@ from plan_jax.methods import plan_contrast
 RNG = np.random.default_rng(0)
 
 
-def draw(*shape):
+def draw_normal(*shape):
+    """Returns standard normal numbers as Float32[shape]."""
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
-def pair(image, text):
-    """A score of one pair that is not symmetric."""
+def score_pair(image, text):
+    """Returns scores of one pair that are not symmetric in the image and the text."""
     return {"sum": jnp.sum(image @ text.T), "rows": (image @ text.T).max(0)}
 
 
-@pytest.mark.parametrize(("candidates", "tile", "first"), [(1, 8, 0), (3, 2, 0), (5, 3, 2)])
-def test_near_pairs_walk_back_from_the_own_text(candidates, tile, first):
-    images, texts = draw(3, 3, 2), draw(5, 6, 2)
-    got = plan_contrast.score_nearby_pairs(
-        pair, images, texts, num_candidates=candidates, first=first, tile_size=tile
+@pytest.mark.parametrize(("num_candidates", "tile", "first"), [(1, 8, 0), (3, 2, 0), (5, 3, 2)])
+def test_an_image_is_scored_with_its_own_text_and_those_before(num_candidates, tile, first):
+    images, texts = draw_normal(3, 3, 2), draw_normal(5, 6, 2)
+    actual = plan_contrast.score_nearby_pairs(
+        score_pair, images, texts, num_candidates=num_candidates, first=first, tile_size=tile
     )
     for i in range(3):
-        for r in range(candidates):
-            want = pair(images[i], texts[(first + i - r) % 5])["rows"]
-            np.testing.assert_allclose(got["rows"][i, r], want, 1e-5)
+        for r in range(num_candidates):
+            expected = score_pair(images[i], texts[(first + i - r) % 5])["rows"]
+            np.testing.assert_allclose(actual["rows"][i, r], expected, 1e-5)
 
 
-def test_tiles_of_nearby_pairs_have_the_gradient_of_the_whole():
-    images, texts = draw(4, 3, 2), draw(4, 6, 2)
-    dense = jax.vmap(jax.vmap(pair, (None, 0)), (0, None))
+def test_tiles_do_not_change_the_gradient_of_nearby_pairs():
+    images, texts = draw_normal(4, 3, 2), draw_normal(4, 6, 2)
+    dense = jax.vmap(jax.vmap(score_pair, (None, 0)), (0, None))
 
-    def score(images, texts):
-        return plan_contrast.score_nearby_pairs(pair, images, texts, num_candidates=4, tile_size=2)
+    def score_in_tiles(images, texts):
+        options = {"num_candidates": 4, "tile_size": 2}
+        return plan_contrast.score_nearby_pairs(score_pair, images, texts, **options)
 
-    def value(images, texts, function):
-        return jnp.sum(jnp.tanh(function(images, texts)["sum"]))
+    def total(images, texts, score_tables):
+        return jnp.sum(jnp.tanh(score_tables(images, texts)["sum"]))
 
-    want = jax.grad(value, (0, 1))(images, texts, dense)
-    got = jax.grad(value, (0, 1))(images, texts, score)
-    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+    expected = jax.grad(total, (0, 1))(images, texts, dense)
+    actual = jax.grad(total, (0, 1))(images, texts, score_in_tiles)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)

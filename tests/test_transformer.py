@@ -1,4 +1,4 @@
-"""The transformer layer: its options against formulas, dropout, and what it returns."""
+"""The transformer layer: its options against formulas, its cache, and dropout."""
 
 import math
 
@@ -20,18 +20,19 @@ from plan_jax.layers.transformer import (
 KEY = jax.random.key(0)
 
 
-def draw(*shape, seed=0):
+def draw_normal(*shape, seed=0):
+    """Returns standard normal numbers as Float32[shape]."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def test_gelu_and_its_slope_are_right_everywhere():
+def test_gelu_and_its_derivative_are_exact_over_the_whole_range():
     x = np.concatenate([np.linspace(-8, 8, 4001), [-1e4, -90.0, 90.0, 1e4]]).astype(np.float32)
-    below = np.array([0.5 * math.erfc(-float(value) / math.sqrt(2)) for value in x])
+    cumulative = np.array([0.5 * math.erfc(-float(value) / math.sqrt(2)) for value in x])
     density = np.exp(-0.5 * x.astype(float) ** 2) / math.sqrt(2 * math.pi)
     value, pullback = jax.vjp(exact_gelu, jnp.asarray(x))
-    (slope,) = pullback(jnp.ones_like(x))
-    np.testing.assert_allclose(value, x * below, rtol=3e-7, atol=1e-6)
-    np.testing.assert_allclose(slope, below + x * density, atol=5e-7)
+    (derivative,) = pullback(jnp.ones_like(x))
+    np.testing.assert_allclose(value, x * cumulative, rtol=3e-7, atol=1e-6)
+    np.testing.assert_allclose(derivative, cumulative + x * density, atol=5e-7)
     narrow = jnp.asarray(x, jnp.bfloat16)
     assert exact_gelu(narrow).dtype == jnp.bfloat16
     np.testing.assert_allclose(
@@ -43,11 +44,11 @@ def test_gelu_and_its_slope_are_right_everywhere():
 
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_the_layer_is_its_formula(pre_norm):
-    """The weights written out by numpy, and norms where pre-norm and post-norm have them."""
+    """Compares with attention and MLP in numpy, with the norms of pre-norm and of post-norm."""
     layer = TransformerLayer(6, 2, 9, pre_norm=pre_norm, activation=nn.relu, epsilon=1e-5)
-    x = draw(3, 5, 6)
-    params = jax.tree.map(lambda a: a + 0.3 * draw(*a.shape), layer.init(KEY, x)["params"])
-    weights = jax.tree.map(np.asarray, params)
+    x = draw_normal(3, 5, 6)
+    params = jax.tree.map(lambda a: a + 0.3 * draw_normal(*a.shape), layer.init(KEY, x)["params"])
+    arrays = jax.tree.map(np.asarray, params)
     mask = np.random.default_rng(1).random((3, 1, 5, 5)) < 0.7
     mask[:, :, np.arange(5), np.arange(5)] = True
 
@@ -60,36 +61,36 @@ def test_the_layer_is_its_formula(pre_norm):
 
     def attention(x):
         query, key, value = (
-            dense(x, weights["attention"][name]).reshape(3, 5, 2, 3)
+            dense(x, arrays["attention"][name]).reshape(3, 5, 2, 3)
             for name in ("query", "key", "value")
         )
         logits = np.einsum("bnhc,bmhc->bhnm", query, key) / math.sqrt(3)
-        share = np.where(mask, np.exp(logits), 0)
-        share /= share.sum(-1, keepdims=True)
-        values = np.einsum("bhnm,bmhc->bnhc", share, value).reshape(3, 5, 6)
-        return dense(values, weights["attention"]["out"])
+        weights = np.where(mask, np.exp(logits), 0)
+        weights /= weights.sum(-1, keepdims=True)
+        values = np.einsum("bhnm,bmhc->bnhc", weights, value).reshape(3, 5, 6)
+        return dense(values, arrays["attention"]["out"])
 
     def mlp(x):
-        return dense(np.maximum(dense(x, weights["fc1"]), 0), weights["fc2"])
+        return dense(np.maximum(dense(x, arrays["fc1"]), 0), arrays["fc2"])
 
     expected = np.asarray(x)
     if pre_norm:
-        expected = expected + attention(norm(expected, weights["norm1"]))
-        expected = expected + mlp(norm(expected, weights["norm2"]))
+        expected = expected + attention(norm(expected, arrays["norm1"]))
+        expected = expected + mlp(norm(expected, arrays["norm2"]))
     else:
-        expected = norm(expected + attention(expected), weights["norm1"])
-        expected = norm(expected + mlp(expected), weights["norm2"])
+        expected = norm(expected + attention(expected), arrays["norm1"])
+        expected = norm(expected + mlp(expected), arrays["norm2"])
     output = layer.apply({"params": params}, x, jnp.asarray(mask))
     np.testing.assert_allclose(output.x, expected, rtol=1e-4, atol=1e-5)
-    attended = output.attention
-    share = attention_weights(attended.query, attended.key, jnp.asarray(mask))
-    np.testing.assert_allclose(share.sum(-1), 1, rtol=1e-6)
-    assert not np.asarray(share)[np.broadcast_to(~mask, share.shape)].any()
+    projections = output.attention
+    weights = attention_weights(projections.query, projections.key, jnp.asarray(mask))
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+    assert not np.asarray(weights)[np.broadcast_to(~mask, weights.shape)].any()
 
 
-def test_a_cache_filled_token_by_token_gives_the_causal_layer():
+def test_decoding_with_a_cache_equals_the_causal_layer():
     layer = TransformerLayer(8, 2, 8, cross_attention=True)
-    x, image = draw(2, 4, 8), draw(2, 3, 8, seed=1)
+    x, image = draw_normal(2, 4, 8), draw_normal(2, 3, 8, seed=1)
 
     def run(module, x, image, *args, **options):
         return module(x, *args, memory=module.project_memory(image), **options)
@@ -109,7 +110,7 @@ def test_a_cache_filled_token_by_token_gives_the_causal_layer():
 
 def test_rows_that_share_memory_are_those_of_repeated_memory():
     layer = TransformerLayer(8, 2, 8, cross_attention=True)
-    x, image = draw(6, 1, 8), draw(2, 3, 8, seed=1)
+    x, image = draw_normal(6, 1, 8), draw_normal(2, 3, 8, seed=1)
 
     def run(module, x, image):
         return module(x, memory=module.project_memory(image)).x
@@ -123,7 +124,7 @@ def test_rows_that_share_memory_are_those_of_repeated_memory():
 def test_each_dropout_acts_only_with_a_key(rate):
     plain = TransformerLayer(8, 2, 8)
     noisy = TransformerLayer(8, 2, 8, **{rate: 0.5})
-    x = draw(2, 4, 8)
+    x = draw_normal(2, 4, 8)
     variables = plain.init(KEY, x)
     expected = plain.apply(variables, x).x
     np.testing.assert_array_equal(noisy.apply(variables, x).x, expected)
@@ -153,6 +154,6 @@ def test_each_head_drops_weights_of_its_own():
 
 
 def test_dropout_keeps_the_mean():
-    kept = dropout(jnp.ones((200, 200)), 0.25, KEY)
-    assert set(np.unique(np.asarray(kept).round(5))) == {0.0, np.float32(1 / 0.75).round(5)}
-    assert float(kept.mean()) == pytest.approx(1, abs=0.02)
+    output = dropout(jnp.ones((200, 200)), 0.25, KEY)
+    assert set(np.unique(np.asarray(output).round(5))) == {0.0, np.float32(1 / 0.75).round(5)}
+    assert float(output.mean()) == pytest.approx(1, abs=0.02)
