@@ -78,31 +78,34 @@ def test_rounding_in_bfloat16_is_similar_to_that_of_the_plain_implementation():
 
 
 def exact_attention(query, key, value, cotangent):
-    """Values and gradients in float64, by the formula."""
+    """Returns the value and the gradients of attention by their formulas, in float64."""
     q, k, v, g = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (query, key, value, cotangent))
     scale = q.shape[-1] ** -0.5
     logits = scale * q @ k.swapaxes(2, 3)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    grads = g @ v.swapaxes(2, 3)
-    grads = scale * weights * (grads - (weights * grads).sum(-1, keepdims=True))
-    results = weights @ v, grads @ k, grads.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ g
+    gradients = g @ v.swapaxes(2, 3)
+    gradients = scale * weights * (gradients - (weights * gradients).sum(-1, keepdims=True))
+    results = weights @ v, gradients @ k, gradients.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ g
     return [x.swapaxes(1, 2) for x in results]
 
 
-@pytest.mark.parametrize(("spread", "mean"), [(3.0, 0.0), (1.0, 10.0), (0.1, 3.0)])
-def test_logits_computed_twice_cost_no_accuracy(spread, mean):
-    """Values far from 0, whose gradients cancel, and weights computed anew for the gradient."""
-    query, key = (spread * draw(2, 110, 4, 24, seed=n) + 0.5 for n in range(2))
-    value, cotangent = 0.1 * draw(2, 110, 4, 24, seed=2) + mean, draw(2, 110, 4, 24, seed=3) + 1
+@pytest.mark.parametrize(("scale_of_logits", "mean"), [(3.0, 0.0), (1.0, 10.0), (0.1, 3.0)])
+def test_recomputed_weights_are_as_accurate_as_the_plain_implementation(scale_of_logits, mean):
+    """Values far from 0 have gradients that cancel, so errors of recomputed weights would show."""
+    query, key = (scale_of_logits * draw_normal(2, 110, 4, 24, seed=n) + 0.5 for n in range(2))
+    value, cotangent = (
+        0.1 * draw_normal(2, 110, 4, 24, seed=2) + mean,
+        draw_normal(2, 110, 4, 24, seed=3) + 1,
+    )
     exact = exact_attention(query, key, value, cotangent)
     errors = []
     for function in (attend, jax.nn.dot_product_attention):
-        out, grads = value_and_gradients(function, cotangent, query, key, value)
+        output, gradients = value_and_gradients(function, cotangent, query, key, value)
         errors.append(
             [
                 np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
-                for a, b in zip((out, *grads), exact, strict=True)
+                for a, b in zip((output, *gradients), exact, strict=True)
             ]
         )
     for kernel_error, plain_error in zip(*errors, strict=True):

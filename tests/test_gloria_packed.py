@@ -68,20 +68,21 @@ def test_the_maximum_over_packed_words_is_that_over_padded_ones():
     compare_with_dense(*features.draw_features(pairs=5), HYPER, "max")
 
 
-def test_repeated_words_do_not_multiply_the_gradient_of_the_largest():
-    """A float that is compared with its maximum lets every repeated word pass; only one is it."""
-    images, texts = features.make(pairs=4, words=4)
+def test_repeated_words_do_not_multiply_the_gradient_of_the_maximum():
+    """Comparing each word's score with the maximum would count repeated words several times."""
+    images, texts = features.draw_features(pairs=4, words=4)
     mask = jnp.ones_like(texts.mask)
     repeated = jnp.repeat(texts.local[:, :1], 4, 1)
 
     def total(words):
         return gloria.local_scores(images.local, words, mask, HYPER, "max").sum()
 
-    def plain_total(words):
-        return padded(images.local, words, mask, HYPER, "max").sum()
+    def dense_total(words):
+        return dense_scores(images.local, words, mask, HYPER, "max").sum()
 
-    # Where all words of a text are equal, they move the score together whichever of them it is.
-    actual, expected = (jax.jit(jax.grad(f))(repeated).sum(1) for f in (total, plain_total))
+    # Which of several equal words gets the gradient does not matter, so only the sum is compared.
+    totals = total, dense_total
+    actual, expected = (jax.jit(jax.grad(function))(repeated).sum(1) for function in totals)
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
 
 

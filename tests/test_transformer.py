@@ -134,19 +134,19 @@ def test_each_dropout_acts_only_with_a_key(rate):
     assert np.abs(outputs[0] - expected).max() > 0.01
 
 
-def test_each_head_drops_weights_of_its_own():
-    """As torch's attention has it: heads that are equal without dropout differ with it."""
+def test_dropout_of_attention_differs_between_heads():
+    """As in torch: heads that are equal without dropout differ with it."""
     width, heads = 8, 4
     module = Attention(width, heads, use_bias=False, dropout=0.5)
-    x = draw(2, 6, width)
-    memory_of = lambda variables: module.apply(variables, x, method="project")  # noqa: E731
-    same_value = jnp.tile(draw(width, width // heads), (1, heads))
+    x = draw_normal(2, 6, width)
+    same_value = jnp.tile(draw_normal(width, width // heads), (1, heads))
     params = {name: {"kernel": jnp.zeros((width, width))} for name in ("query", "key")}
     params |= {"value": {"kernel": same_value}, "out": {"kernel": jnp.eye(width)}}
     variables = {"params": params}
-    plain, _ = module.apply(variables, x, memory_of(variables))
-    dropped, _ = module.apply(variables, x, memory_of(variables), key=KEY)
-    plain, dropped = (np.reshape(y, (2, 6, heads, -1)) for y in (plain, dropped))
+    memory = module.apply(variables, x, method="project")
+    plain, _ = module.apply(variables, x, memory)
+    dropped, _ = module.apply(variables, x, memory, key=KEY)
+    plain, dropped = (np.reshape(output, (2, 6, heads, -1)) for output in (plain, dropped))
     assert np.abs(plain - plain[:, :, :1]).max() < 1e-6
     for first in range(heads):
         for second in range(first):
