@@ -17,6 +17,12 @@ from plan_jax.data.pairs import annotations
         ("[]", {}, 0),
         ('{"oedema": 0, "effusion": null, "nodule": true}', {"oedema": 0, "effusion": -1}, -1),
         ({"oedema": 1.0, "effusion": float("nan")}, {"oedema": 1, "effusion": -1}, -1),
+        ({"oedema": "yes", "effusion": "Absent"}, {"oedema": 1, "effusion": 0}, -1),
+        ("nan", {}, -1),
+        ('["nan"]', {}, -1),
+        (["oedema", None], {"oedema": 1}, 0),
+        ("oedema|effusion", {"oedema": 1, "effusion": 1}, 0),
+        ("['oedema', 'effusion']", {"oedema": 1, "effusion": 1}, 0),
     ],
 )
 def test_labels_are_lists_or_objects(cell, values, default):
@@ -35,7 +41,11 @@ def test_columns_of_labels_win_over_the_cell():
     ("cell", "message"),
     [
         ("{x", "property name"),
-        ("[1, 2]", "labels are not names"),
+        ("[1, 2]", r"labels are not names but \[1, 2\]"),
+        ("Mr Miller has an effusion. He knows.", "labels are a text of 36 characters, not names"),
+        ("['oedema' 'effusion']", "a list without commas, as numpy writes it"),
+        ({"oedema": 10**400}, "label 'oedema' is 1000*[.]{3}, not 1, 0 or -1"),
+        ({"oedema": 0.7}, "label 'oedema' is 0.7, not 1, 0 or -1"),
         ('{"oedema": 2}', "label 'oedema' is 2, not 1, 0 or -1"),
     ],
 )
@@ -54,6 +64,15 @@ def test_boxes_may_have_phrases_labels_and_additional_fields():
     assert annotations.parse_boxes("[1, 2, 3, 4]", "whole") == single
     assert annotations.parse_boxes('{"box": [1, 2, 3, 4]}', "whole") == single
     assert annotations.parse_boxes(None, "whole") == []
+    named = annotations.parse_boxes("{'x': 1, 'y': 2, 'width': 3, 'height': 4}", "whole")
+    assert named[0]["box"] == (1.0, 2.0, 3.0, 4.0) and named[0]["box_format"] == "xywh"
+
+
+@pytest.mark.parametrize(
+    "cell", ["nan", "[NaN, NaN, NaN, NaN]", "[nan, nan, nan, nan]", [[None] * 4], '[{"box": null}]']
+)
+def test_a_healthy_image_has_no_box(cell):
+    assert annotations.parse_boxes(cell, "whole") == []
 
 
 @pytest.mark.parametrize("cell", ["[[1, 2, 3]]", '[{"phrase": "x"}]', '[["a", 1, 2, 3]]'])

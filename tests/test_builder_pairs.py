@@ -212,7 +212,220 @@ def test_films_of_several_depths_are_named_and_can_be_read_as_one(folder, capfd)
         open_pairs(folder, make_rows(), bit_depth=3)
 
 
+# Whole columns ------------------------------------------------------------------------------
+
+
+def summary_of(folder, rows, capfd, **config):
+    """Returns the lines on the data, after those on their preparation."""
+    capfd.readouterr()
+    open_pairs(folder, rows, **config)
+    return capfd.readouterr().err.splitlines()[1:]
+
+
+def vary(rows, **columns):
+    """Returns rows whose columns have the values of functions of the row's number."""
+    return [
+        row | {name: value(number) for name, value in columns.items()}
+        for number, row in enumerate(rows)
+    ]
+
+
+def test_the_summary_says_what_was_understood(folder, capfd):
+    rows = vary(
+        make_rows(age=40),
+        labels=lambda n: ("Edema|Mass", "edema", "nan")[n % 3],
+        boxes=lambda n: "[[3, 3, 39, 29]]" if n < 6 else "[0, 0, 0, 0]",
+        patient_id=lambda n: "N/A" if n == 11 else f"p{n // 2}",
+    )
+    assert summary_of(folder, rows, capfd) == [
+        "manifest.csv: 12 studies, 12 images, 7 patients; splits by column 'split'",
+        "columns: image, text, split, patient_id (1 missing), labels (4 missing), boxes; "
+        "not used: age",
+        "findings (1/0/unknown): Edema 8/0/4, Mass 4/4/4",
+        "boxes: 6 in 6 images, as x0, y0, x1, y1; 6 of zeros are no box",
+        "note: 1 row without a patient is one of its own",
+        "note: 'edema' (4) is read as 'Edema' (4)",
+    ]
+
+
+def test_words_that_mean_missing_are_no_text_label_patient_or_box(folder, capfd):
+    words = ("nan", "None", "NULL", "N/A")
+    rows = vary(make_rows(labels="Edema", boxes="nan"), text=lambda n: words[n] if n < 4 else "Ok.")
+    assert len(open_pairs(folder, rows, max_bad=0.5)) == 4
+    assert "skipped 4 of 12 rows: 0.png (its text is empty)" in capfd.readouterr().err
+    for word in words:
+        rows = vary(make_rows(patient_id=word), labels=lambda n, word=word: word if n else "Edema")
+        rows = [row | {"split": "train"} for row in rows]
+        dataset = open_pairs(folder, rows)
+        assert dataset.findings == ("Edema",)
+        assert sorted(record.labels.tolist() for record in dataset) == [[-1]] * 11 + [[1]]
+        assert len({record.patient_id for record in dataset}) == 12
+
+
+def test_ids_of_one_patient_are_in_one_split(folder):
+    rows = vary(make_rows(), patient_id=lambda n: n // 2 if n % 2 else n // 2 + 0.0)
+    no_split = {"columns": {"split": ""}, "val_fraction": 0.4, "test_fraction": 0.4}
+    patients = [
+        record.patient_id
+        for split in ("train", "val", "test")
+        for record in open_pairs(folder, rows, split, name="m.jsonl", **no_split)
+    ]
+    assert sorted(patients) == sorted([str(n // 2) for n in range(12)])
+
+
+def test_a_text_that_is_a_list_or_an_object_is_read_as_the_options_say(folder):
+    rows = make_rows(text=["No effusion", "Clear."])
+    with pytest.raises(UserError, match="set data.builder.join_text to True"):
+        open_pairs(folder, rows, name="m.jsonl")
+    assert open_pairs(folder, rows, name="m.jsonl", join_text=True)[0].text == "No effusion. Clear."
+    rows = make_rows(text={"findings": "Clear.", "impression": "No effusion."})
+    sections = {"text_sections": ("impression", "findings")}
+    assert open_pairs(folder, rows, name="m.parquet", **sections)[0].text == "No effusion. Clear."
+    rows = make_rows(text=b"No effusion.")
+    assert open_pairs(folder, rows, name="m.parquet")[0].text == "No effusion."
+
+
+def test_a_column_of_one_finding_may_be_called_labels(folder):
+    rows = vary(make_rows(), labels=lambda n: n % 2)
+    with pytest.raises(UserError, match="labels are the values 0, 1, not names .*label_columns"):
+        open_pairs(folder, rows)
+    dataset = open_pairs(folder, rows, label_columns=("labels",))
+    assert sorted(record.labels.tolist() for record in dataset) == [[0]] * 4 + [[1]] * 4
+
+
+def test_findings_are_matched_without_regard_to_case(folder):
+    rows = vary(make_rows(), labels=lambda n: ("Edema", "Mass")[n % 2])
+    dataset = open_pairs(folder, rows, findings=("edema", "mass"))
+    assert sorted(record.labels.tolist() for record in dataset) == [[0, 1]] * 4 + [[1, 0]] * 4
+
+
+def test_the_table_of_rsna_is_read_as_it_is(folder):
+    """One row a box, x, y, width, height; images without one have empty cells."""
+    rows = [
+        {"patientId": "0", "x": 4.0, "y": 10.0, "width": 8.0, "height": 10.0, "Target": 1},
+        {"patientId": "0", "x": 20.0, "y": 5.0, "width": 10.0, "height": 5.0, "Target": 1},
+        {"patientId": "1", "x": "", "y": "", "width": "", "height": "", "Target": 0},
+    ]
+    dataset = open_pairs(
+        folder,
+        rows,
+        columns={"image": "patientId"},
+        image_suffix=".png",
+        label_columns=("Target",),
+        text_optional=True,
+        val_fraction=0,
+        test_fraction=0,
+        size=80,
+    )
+    healthy, ill = sorted(dataset, key=lambda record: record.labels.tolist())
+    assert healthy.labels.tolist() == [0] and healthy.phrases == ()
+    (phrase,) = ill.phrases
+    assert phrase.boxes == ((8.0, 20.0, 24.0, 40.0), (40.0, 10.0, 60.0, 20.0))
+
+
+def test_the_list_of_boxes_of_nih_is_read_as_it_is(folder):
+    """Its header has three names more than there are fields, and an image several rows."""
+    path = folder / "boxes.csv"
+    path.write_text(
+        "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
+        "0.png,Effusion,4.0,10.0,8.0,10.0\n0.png,Mass,20.0,5.0,10.0,5.0,,,\n"
+    )
+    config = {
+        "columns": {"image": "Image Index", "labels": "Finding Label"},
+        "text_optional": True,
+        "val_fraction": 0,
+        "test_fraction": 0,
+        "size": 80,
+    }
+    data_dir = str(folder.parent / "data")
+    (record,) = open_dataset("pairs", "train", data_dir=data_dir, manifest=str(path), **config)
+    assert record.labels.tolist() == [1, 1]
+    assert [(phrase.text, phrase.boxes) for phrase in record.phrases] == [
+        ("Effusion", ((8.0, 20.0, 24.0, 40.0),)),
+        ("Mass", ((40.0, 10.0, 60.0, 20.0),)),
+    ]
+
+
+def test_boxes_in_fractions_or_with_sizes_become_corners(folder):
+    expected = ((8.0, 20.0, 24.0, 40.0),)
+    for box_format, box in (
+        ("normalised_xyxy", [0.1, 1 / 3, 0.3, 2 / 3]),
+        ("normalised_cxcywh", [0.2, 0.5, 0.2, 1 / 3]),
+        ("xywh", [4, 10, 8, 10]),
+    ):
+        rows = make_rows(boxes=json.dumps([box]))
+        dataset = open_pairs(folder, rows, size=80, box_format=box_format)
+        assert np.allclose(dataset[0].phrases[0].boxes, expected, atol=1e-4)
+
+
+def test_boxes_that_resizing_or_another_size_spoils_are_named(folder, capfd):
+    rows = vary(make_rows(), boxes=lambda n: "[[4, 10, 4.5, 20]]" if n < 2 else "[[9, 9, 39, 29]]")
+    assert "2 images have a box under a pixel at size 32: 0.png, 1.png" in summary_of(
+        folder, rows, capfd
+    )
+    with pytest.raises(UserError, match="boxes reach beyond 8 of 8 images, as .*.png; give boxes"):
+        open_pairs(folder, make_rows(boxes="[[4, 10, 200, 300]]"))
+    lines = summary_of(folder, make_rows(boxes="[[2, 2, 9, 9]]"), capfd)
+    assert "would fit as x, y, width, height too: set data.builder.box_format" in lines[-1]
+    stated = summary_of(folder, make_rows(boxes="[[2, 2, 9, 9]]"), capfd, box_format="xyxy")
+    assert not [line for line in stated if "would fit" in line]
+
+
+def test_copies_of_images_are_counted(folder, capfd):
+    (folder / "11.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "1.png").write_bytes((folder / "2.png").read_bytes())
+    expected = (
+        "2 images are copies of others, as 11.png of 0.png; 1 in two splits: keep one of them"
+    )
+    assert expected in summary_of(folder, make_rows(), capfd)
+
+
+def test_a_split_without_patients_says_how_many_there_are(folder):
+    rows = [{key: row[key] for key in ("image", "text")} | {"patient_id": 7} for row in make_rows()]
+    message = "none of its 1 patients fell into val with val_fraction 0.1; add rows .* `split`, or"
+    with pytest.raises(UserError, match=message):
+        open_pairs(folder, rows, "val")
+
+
 # Mistakes -----------------------------------------------------------------------------------
+
+
+REPORT = "Mr Miller has a large effusion. " * 20
+CELLS_WITH_REPORTS = {
+    "image of one row": change_first_row(image=REPORT),
+    "image of all rows": make_rows(image=REPORT),
+    "image and short text": make_rows(image="Miller: effusion"),
+    "embedded image": make_rows(image={"bytes": "x" * 9000, "path": REPORT}),
+    "labels": make_rows(labels=REPORT),
+    "label": make_rows(labels={REPORT: 1}),
+    "value of a label": make_rows(labels={"Edema": REPORT}),
+    "split": make_rows(split=REPORT),
+    "patient in two splits": change_first_row(patient_id=REPORT)
+    + change_first_row(patient_id=REPORT, split="val"),
+    "boxes": make_rows(boxes=REPORT),
+    "box": make_rows(boxes=[{"box": REPORT}]),
+    "coordinate": make_rows(boxes=[[1, 2, 3, REPORT]]),
+    "regions": make_rows(regions={REPORT: REPORT}),
+    "mask": make_rows(mask=REPORT),
+    "anatomy": make_rows(anatomy=REPORT),
+    "column": [{REPORT: "a", "image": "0.png"}],
+    "texts of one image": change_first_row() + change_first_row(text=REPORT),
+}
+
+
+@pytest.mark.parametrize("kind", CELLS_WITH_REPORTS)
+def test_no_message_and_no_list_shows_a_report(folder, kind, capfd):
+    rows = CELLS_WITH_REPORTS[kind]
+    try:
+        open_pairs(folder, rows, name="m.jsonl", max_bad=0.5)
+        message = ""
+    except UserError as error:
+        message = str(error)
+    shown = message + capfd.readouterr().err
+    for path in (folder.parent / "data").rglob("*.txt"):
+        shown += path.read_text("utf-8")
+    assert "Miller" not in shown and len(shown) < 1500
+    assert message or "skipped 1 of 12 rows" in shown
 
 
 def test_unusable_rows_are_skipped_counted_and_named(folder, capfd):

@@ -1,5 +1,6 @@
 """Training batches as a pure function of (seed, step), and records for evaluation."""
 
+import dataclasses
 import json
 import time
 
@@ -247,6 +248,17 @@ def test_a_text_without_words_names_its_study(tokenizer):
 
 
 # Records and speed --------------------------------------------------------------------------
+
+
+def test_texts_that_the_tokenizer_does_not_know_are_refused_before_training(tokenizer):
+    record = dataclasses.replace(make_record(1), text="\u80f8\u8154\u79ef\u6db2\u3002")
+    foreign = Dataset([schema.serialize(record)] * 2, name="pairs")
+    with pytest.raises(
+        UserError, match="100% .* dataset 'pairs' are unknown to .*data.tokenizer to"
+    ):
+        loader.check_texts(foreign, tokenizer)
+    known = Dataset([schema.serialize(make_record(number)) for number in range(3)])
+    assert loader.check_texts(known, tokenizer) < 0.3
 
 
 def test_records_are_read_for_evaluation(dataset):

@@ -1,5 +1,8 @@
 """Manifests of every kind are read, and their mistakes are named."""
 
+import json
+
+import pyarrow.parquet
 import pytest
 from manifests import NUM_ROWS, make_rows, write_manifest
 
@@ -24,6 +27,12 @@ def test_a_manifest_of_any_kind_is_read(tmp_path, name):
         ),
         ("m.csv", b"image,text\na\n", "line 2 does not have as many fields as the header; fix the"),
         ("m.csv", b"image,text\n\xff,b\n", "is not UTF-8; save it as UTF-8"),
+        ("m.csv", b"image,text, text\na,b,c\n", "column 'text' is there twice; rename or drop"),
+        ("m.csv", b"img/1.png,Mr Miller has an effusion.\n", "it has no header; write the names"),
+        ("m.jsonl", b'{"text": "a", "text": "b"}', "line 1: the name 'text' is there twice"),
+        ("m.jsonl", b'{"a": ' + b"[" * 6000 + b"]" * 6000 + b"}", "line 1 is nested too deep"),
+        ("m.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: Exceeds the limit"),
+        ("m.json", b"[1]", "item 1 is not a JSON object"),
         ("m.jsonl", b'{"image": 1}\n{', "line 2 is not JSON: .*; fix the file"),
         ("m.jsonl", b"[1]\n", "line 1 is not a JSON object; fix the file"),
         ("m.parquet", b"nothing", "cannot be read: .*; fix the file"),
@@ -34,6 +43,55 @@ def test_a_malformed_manifest_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"manifest .*{name} .*{message}"):
         manifest.read_manifest(tmp_path / name)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["m.csv", "M.CSV"])
+def test_the_delimiter_of_the_header_is_used(tmp_path, delimiter, name):
+    """Spreadsheets write `;` where the decimal mark is a comma, and declare it."""
+    lines = [
+        delimiter.join(("image", " text ", "", "")),
+        delimiter.join(("a.png", "No, clear", "", "")),
+    ]
+    if delimiter == ",":
+        lines[1] = 'a.png, "No, clear",,'
+    for declaration in ("", f"sep={delimiter}\r\n", "\ufeff", f"\ufeffsep={delimiter}\n"):
+        (tmp_path / name).write_text(declaration + "\r\n".join(lines), "utf-8")
+        assert manifest.read_manifest(tmp_path / name) == [{"image": "a.png", "text": "No, clear"}]
+    (tmp_path / "m.tsv").write_text("image\ttext;a;b\na.png\tClear\n")
+    assert manifest.read_manifest(tmp_path / "m.tsv") == [{"image": "a.png", "text;a;b": "Clear"}]
+
+
+@pytest.mark.parametrize("name", ["m.JSONL", "m.ndjson", "m.json", "lines.json", "m.Parquet"])
+def test_a_suffix_in_any_case_and_json_of_any_kind_is_read(tmp_path, name):
+    rows = make_rows()
+    if name == "m.json":
+        (tmp_path / name).write_text(json.dumps(rows))
+    else:
+        source = "m.parquet" if name == "m.Parquet" else "m.jsonl"
+        (tmp_path / write_manifest(tmp_path, rows, source)).rename(tmp_path / name)
+    assert manifest.read_manifest(tmp_path / name) == rows
+
+
+def test_a_parquet_column_that_is_there_twice_is_named(tmp_path):
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "m.parquet")
+    with pytest.raises(UserError, match="column 'text' is there twice; rename or drop one"):
+        manifest.read_manifest(tmp_path / "m.parquet")
+
+
+def test_no_message_shows_a_report_that_stands_for_a_name():
+    report = "Mr Miller has a large effusion on the left"
+    with pytest.raises(UserError, match="it has a text of 42 characters, b") as raised:
+        manifest.match_columns([{report: 1, "b": 2}], {}, ("image",), ("image",))
+    assert "Miller" not in str(raised.value)
+    with pytest.raises(UserError, match="split a text of 42 characters is unknown"):
+        manifest.assign_split(report, "p", (0.0, 0.0))
+
+
+def test_accents_of_columns_may_be_composed_in_another_way(tmp_path):
+    path = write_manifest(tmp_path, [{"E\u0301panchement": 1}], "m.jsonl")
+    assert manifest.read_manifest(tmp_path / path) == [{"\u00c9panchement": 1}]
 
 
 def test_a_missing_manifest_is_named(tmp_path):
@@ -61,6 +119,9 @@ def test_conditions_are_checked_and_filter_rows():
         rows[0],
         rows[2],
     ]
+    words = [{"view": "nan"}, {"view": None}, {"view": "PA"}]
+    assert manifest.filter_rows(words, {"view": ["nan"]}) == words[:1]
+    assert manifest.filter_rows(words, {"view": {"not": [""]}}) == words[2:]
     manifest.check_conditions({"view": {"in": ["PA"], "not": ["L"]}}, rows, "filters")
     with pytest.raises(UserError, match="column 'veiw' of filters does not exist; did you mean"):
         manifest.check_conditions({"veiw": ["L"]}, rows, "filters")

@@ -67,3 +67,22 @@ def test_a_caller_may_edit_its_copy():
     prompts.build_covid()["normal"][1].append("x")
     assert len(prompts.build_biovil()["pneumonia"][0]) == 4
     assert len(prompts.build_covid()["normal"][1]) == 3
+
+
+@pytest.mark.parametrize(
+    ("finding", "positive", "negative"),
+    [
+        ("Edema", "there is Edema", "there is no Edema"),
+        ("Pleural_Effusion", "there is Pleural Effusion", "there is no Pleural Effusion"),
+        ("No Finding", "no finding", "abnormal finding"),
+        ("no_findings", "no finding", "abnormal finding"),
+        ("NoFinding", "no finding", "abnormal finding"),
+        ("Normal", "normal chest radiograph", "abnormal chest radiograph"),
+        ("healthy", "normal chest radiograph", "abnormal chest radiograph"),
+        ("No pneumothorax", "there is no pneumothorax", "there is pneumothorax"),
+        ("non-COVID", "there is no COVID", "there is COVID"),
+        ("Nodule", "there is Nodule", "there is no Nodule"),
+    ],
+)
+def test_no_prompt_of_an_own_finding_denies_a_denial(finding, positive, negative):
+    assert prompts.build_plain([finding]) == {finding: ([positive], [negative])}

@@ -274,3 +274,22 @@ def test_the_id_of_an_added_piece_is_below_the_size(tokenizer, tmp_path):
     content["added_tokens"].append(piece)
     loaded = tokenization.load_tokenizer(save_backend(content, tmp_path))
     assert loaded.backend.token_to_id("[NEW]") == loaded.vocab_size - 1 == 36
+
+
+def test_texts_in_another_script_are_refused_by_their_share_of_unknown_pieces():
+    phantom = tokenization.load_tokenizer("phantom")
+    remedy = "set config.data.tokenizer"
+
+    def measure(*texts):
+        return tokenization.check_known(phantom, texts, "the texts", remedy)
+
+    assert measure("There is a small effusion on the left.") == 0.0 and measure() == 0.0
+    assert 0 < measure("Kein Erguss. Das Herz ist vergr\u00f6\u00dfert.") < 0.1
+    for text in ("\u5de6\u4fa7\u80f8\u8154\u79ef\u6db2\u3002", "\u0627\u0644\u0635\u062f\u0631"):
+        with pytest.raises(
+            UserError, match="100% of the pieces of the texts are unknown .*phantom"
+        ):
+            measure(text)
+        with pytest.raises(UserError, match=f"; {remedy}"):
+            measure("Effusion.", text)
+        assert measure(*["There is a small effusion on the left."] * 9, text) < 0.2

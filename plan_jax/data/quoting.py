@@ -39,12 +39,12 @@ def quote_path(value: Any) -> str:
     """
     if not isinstance(value, str):
         return quote(value)
-    name = value.replace("\\", "/").rpartition("/")[2]
-    has_suffix = re.search(r"[^\s.]\.\w{1,5}$", name) is not None
-    is_text = len(value.split()) > (2 * MAX_WORDS if has_suffix else MAX_WORDS)
-    if is_text or (not has_suffix and is_prose(value)):
+    # A name with blanks is one only if it ends like the name of a file.
+    has_suffix = re.search(r"[^\s.]\.[A-Za-z]\w{1,4}$", value) is not None
+    max_words = 2 * MAX_WORDS if has_suffix else 1
+    if len(value.split()) > max_words or (not has_suffix and is_prose(value)):
         return f"a text of {len(value)} characters"
-    line = " ".join(value.split())
+    line = _to_line(value)
     return line if len(line) <= MAX_CHARACTERS else f"...{line[3 - MAX_CHARACTERS :]}"
 
 
@@ -61,8 +61,22 @@ def is_prose(text: str) -> bool:
 
 def shorten(text: str) -> str:
     """Returns a text in one line of at most `MAX_CHARACTERS` characters."""
-    line = " ".join(text.split())
+    line = _to_line(text)
     return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 3]}..."
+
+
+def _to_line(text: str) -> str:
+    # Control characters of a manifest could rewrite what a terminal shows.
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Returns a number of things.
+
+    >>> count(1, "image"), count(2, "study", "studies")
+    ('1 image', '2 studies')
+    """
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def _quote_key(key: Any) -> str:

@@ -110,6 +110,15 @@ class SourceFiles:
             if self._files.get(path, absent)[1] != reference._files.get(path, absent)[1]
         )
 
+    def find_copies(self, paths: Iterable[str]) -> list[list[str]]:
+        """Returns the groups of paths that have the same content."""
+        groups: dict[str, list[str]] = {}
+        for path in sorted(paths):
+            _, digest = self._files.get(path, (ABSENT, ""))
+            if digest:
+                groups.setdefault(digest, []).append(path)
+        return [group for group in groups.values() if len(group) > 1]
+
     def save(self, folder: Path) -> None:
         """Writes the list into a folder, at once or not at all.
 

@@ -27,6 +27,7 @@ from plan_jax.data.pairs import (
     summary,
 )
 from plan_jax.data.pairs.studies import DUPLICATES, Study, merge_duplicates
+from plan_jax.data.prompts import is_normal_name
 from plan_jax.data.sources import MESSAGES_FILE, SourceFiles
 from plan_jax.types import Phrase, Record, UserError
 
@@ -37,6 +38,7 @@ ROLES = (
 )
 MAX_REPORTED_ROWS = 5  # in a message; SKIPPED_FILE, next to the data, lists all
 SKIPPED_FILE = "skipped_rows.txt"
+MAX_OVERHANG = 0.02  # of an image's longer side, by which a box may reach beyond it
 CHUNK_SIZE = 256  # rows whose images are decoded at a time, so that memory stays bounded
 
 
@@ -212,8 +214,10 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         # What was noted of images and masks -> their names; filled by several threads.
         self._notes: dict[str | int, list[str]] = defaultdict(list)
         self._path_hint = ""
+        # Names of images with such boxes; filled by several threads.
         self._tiny_boxes: list[str] = []
         self._cut_boxes: list[str] = []
+        self._num_with_boxes = 0
         self._has_corner_proof = False
         studies = self._read_studies()
         self._check_skipped()
@@ -224,9 +228,11 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         manifest.check_patient_leaks((study.patient_id, study.split) for study in studies)
         self._collect_names(studies)
         self._summary.num_merged = num_rows - len(studies)
+        self._summary.notes += columns.remark_texts([study.text for study in studies])
         self.messages = self._summary.describe(studies, self._findings)
         self.info.metadata["num_patients"] = len({study.patient_id for study in studies})
         self.info.metadata["split_column"] = self._summary.columns.get("split", "")
+        self._split_of = {study.path: study.split for study in studies}
         generators = {}
         for split in manifest.SPLITS:
             # TFDS refuses a split without examples, so one without rows does not exist.
@@ -243,19 +249,22 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         all_rows = manifest.read_manifest(path)
         required = ("image",) if config.text_optional else ("image", "text")
         label_columns = [cells.normalise_name(name) for name in config.label_columns]
-        column_of = manifest.match_columns(all_rows, config.columns, required, ROLES)
+        named = {role: cells.normalise_name(name) for role, name in config.columns.items()}
+        column_of = manifest.match_columns(all_rows, named, required, ROLES)
         if column_of["labels"] in label_columns:  # a column of one finding that is called `labels`
             column_of["labels"] = None
         self._match_box_columns(all_rows, column_of)
-        manifest.check_conditions(config.filters, all_rows, "filters")
+        filters = {cells.normalise_name(name): rule for name, rule in config.filters.items()}
+        manifest.check_conditions(filters, all_rows, "filters")
         label_conditions: dict[str, Any] = {name: [] for name in label_columns}
         manifest.check_conditions(label_conditions, all_rows, "label_columns")
 
-        rows = manifest.filter_rows(all_rows, config.filters)
+        rows = manifest.filter_rows(all_rows, filters)
         cells_of = {
             role: [cells.get_cell(row, column) for row in rows]
             for role, column in column_of.items()
         }
+        columns.check_order(cells_of["image"], cells_of["text"])
         columns.check_images(cells_of["image"], column_of["image"] or "", config.max_bad)
         if column_of["text"] and column_of["text"] == column_of["labels"]:
             raise UserError(
@@ -329,7 +338,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         names = dict.fromkeys(name for row in rows for name in row)
         used = {*column_of.values(), *label_columns, *self._box_columns}
         return [
-            name for name in names if name not in used and name not in self.builder_config.filters
+            name for name in names if name and name not in {*used, *self.builder_config.filters}
         ]
 
     def _count_words(self, cell: Any) -> int:
@@ -443,15 +452,15 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         """Returns studies whose boxes all name their format; checks it over the whole column."""
         option = self.builder_config.box_format
         all_boxes = [box for study in studies for box in study.boxes]
-        formats: dict[str, str] = {}
-        for stated in ("", *boxes.FORMATS[:2]):
-            group = [box["box"] for box in all_boxes if box.get("box_format", "") == stated]
-            # Names of coordinates state corners or sizes, but not whether they are fractions.
-            is_normalised = option.startswith(boxes.NORMALISED)
-            named = f"{boxes.NORMALISED}{stated}" if stated and is_normalised else option or stated
-            if stated == boxes.CORNERS and not is_normalised:
-                named = ""
-            formats[stated] = boxes.choose_format(group, "boxes", named if not stated else named)
+        formats = {
+            stated: boxes.choose_format(
+                [box["box"] for box in all_boxes if box.get("box_format", "") == stated],
+                "boxes",
+                option,
+                stated,
+            )
+            for stated in ("", boxes.CORNERS, boxes.CORNER_AND_SIZE)
+        }
         self._region_format = boxes.choose_format(
             [box for study in studies for box in study.regions.values()], "boxes of regions", option
         )
@@ -483,6 +492,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             spellings.setdefault(cells.fold_name(name), name)
         self._spellings = spellings
         self._summary.notes += notes
+        self._note_normal(studies)
         return [
             dataclasses.replace(
                 study,
@@ -494,6 +504,18 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             )
             for study in studies
         ]
+
+    def _note_normal(self, studies: list[Study]) -> None:
+        """Notes how many rows say that nothing is found, and name a finding."""
+        count = 0
+        for study in studies:
+            present = [name for name, value in study.labels.values.items() if value == 1]
+            num_normal = sum(map(is_normal_name, present))
+            count += 0 < num_normal < len(present)
+        if count:
+            self._summary.notes.append(
+                f"{count} rows say that nothing is found and name a finding too"
+            )
 
     def _collect_names(self, studies: list[Study]) -> None:
         """Stores the names of findings, regions and anatomy, also in the dataset's metadata."""
@@ -525,6 +547,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                         self._skipped.append(f"{quoting.quote_path(study.path)} ({record})")
                 # After each chunk, so that a folder of broken images fails early.
                 self._check_skipped()
+                self._num_with_boxes += sum(bool(study.boxes) for study in chunk)
+                self._check_cut_boxes()
         if not num_examples:
             raise UserError(
                 f"split {split!r} has no usable row: {self._list_skipped()}; fix one of them"
@@ -610,13 +634,15 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         scaled = [box for phrase in phrases for box in phrase.boxes]
         if any(x1 - x0 < 1 or y1 - y0 < 1 for x0, y0, x1, y1 in scaled):
             self._tiny_boxes.append(name)
-        for item in corners:
-            x0, y0, x1, y1 = item["box"]
-            # More than a rounding of coordinates: they may be of another size of the image.
-            if max(-x0, -y0, x1 - shape[1], y1 - shape[0]) > max(2, 0.02 * max(shape)):
-                self._cut_boxes.append(name)
-            if boxes.proves_corners(item["box"], shape):
-                self._has_corner_proof = True
+        # More than a rounding of coordinates: they may be of another size of the image.
+        margin = max(2, MAX_OVERHANG * max(shape))
+        if any(
+            max(-x0, -y0, x1 - shape[1], y1 - shape[0]) > margin
+            for x0, y0, x1, y1 in (item["box"] for item in corners)
+        ):
+            self._cut_boxes.append(name)
+        if any(boxes.proves_corners(item["box"], shape) for item in corners):
+            self._has_corner_proof = True
 
     def _order_labels(self, labels: annotations.Labels) -> np.ndarray:
         """Returns labels Int8[F] in the order of the findings.
@@ -640,6 +666,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             (folder / SKIPPED_FILE).write_text(content, encoding="utf-8")
         self.messages = [
             *self._summary.lines,
+            *self._describe_copies(),
             *images.summarise_notes(self._notes, self.builder_config.size),
         ]
         is_guess = not self.builder_config.box_format and boxes.CORNERS in self._summary.box_formats
@@ -653,9 +680,11 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             (self._cut_boxes, "a box that reaches beyond the image and is cut"),
         ):
             if names:
-                shown = ", ".join(names[:MAX_REPORTED_ROWS])
+                shown = ", ".join(sorted(names)[:MAX_REPORTED_ROWS])
                 more = ", ..." if len(names) > MAX_REPORTED_ROWS else ""
-                self.messages.append(f"{len(names)} images have {fault}: {shown}{more}")
+                verb = "has" if len(names) == 1 else "have"
+                number = quoting.count(len(names), "image")
+                self.messages.append(f"{number} {verb} {fault}: {shown}{more}")
         if self._skipped:
             self.messages.append(
                 f"skipped {len(self._skipped)} of {self._num_rows} rows: {self._list_skipped()}"
@@ -663,10 +692,32 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         content = "\n".join(self.messages) + "\n"
         (folder / MESSAGES_FILE).write_text(content, encoding="utf-8")
 
+    def _describe_copies(self) -> list[str]:
+        """Returns a line on images of the same content under several names."""
+        groups = self._sources.find_copies(self._split_of)
+        if not groups:
+            return []
+        num_copies = sum(len(group) - 1 for group in groups)
+        num_leaks = sum(len({self._split_of[path] for path in group}) > 1 for group in groups)
+        first, second = (quoting.quote_path(path) for path in groups[0][:2])
+        verb = "is a copy of another" if num_copies == 1 else "are copies of others"
+        leaks = f"; {num_leaks} in two splits: keep one of them" if num_leaks else ""
+        return [f"{quoting.count(num_copies, 'image')} {verb}, as {second} of {first}{leaks}"]
+
     def _list_skipped(self) -> str:
         num_hidden = len(self._skipped) - MAX_REPORTED_ROWS
         suffix = f" and {num_hidden} more" if num_hidden > 0 else ""
         return ", ".join(self._skipped[:MAX_REPORTED_ROWS]) + suffix
+
+    def _check_cut_boxes(self) -> None:
+        """Raises UserError if most boxes reach beyond their images."""
+        num_cut = len(self._cut_boxes)
+        if num_cut > max(2, self._num_with_boxes / 2):
+            raise UserError(
+                f"boxes reach beyond {num_cut} of {self._num_with_boxes} images, as "
+                f"{min(self._cut_boxes)}; give boxes in pixels of these images, or name their "
+                "format with data.builder.box_format"
+            )
 
     def _check_skipped(self) -> None:
         """Raises UserError if more rows than `max_bad` cannot be used."""

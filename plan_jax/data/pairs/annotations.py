@@ -18,7 +18,7 @@ LABEL_WORDS = {
     **dict.fromkeys(("false", "no", "n", "f", "negative", "absent"), 0),
     **dict.fromkeys(("uncertain", "unknown", "u"), -1),
 }
-DEFAULT_SEPARATOR = re.compile(r"[;|\n\t]")
+DEFAULT_SEPARATOR = re.compile(r"[;|\n\t；、｜]")
 _SENTENCE = re.compile(r"[.!?]\s|[.!?]$|[。！？]")
 
 

@@ -33,8 +33,6 @@ _NAMES = {
 }
 # Largest share of boxes that may be mistakes of a row rather than the format of the column.
 MAX_MISTAKES = 0.1
-# Boxes from which chance no longer explains that all of them fit as x, y, width, height too.
-MIN_EVIDENCE = 8
 
 
 # Cells ----------------------------------------------------------------------------------------
@@ -82,7 +80,8 @@ def parse_box(fields: Mapping[str, Any]) -> tuple[Box | None, str]:
     numbers = [None if isinstance(item, bool) else to_number(item) for item in value]
     x0, y0, x1, y1 = numbers
     if x0 is None or y0 is None or x1 is None or y1 is None:
-        raise ValueError(f"box {quoting.quote(value)} is not [x0, y0, x1, y1] of numbers")
+        shown = quoting.shorten(", ".join(quoting.quote(item) for item in value))
+        raise ValueError(f"box [{shown}] is not [x0, y0, x1, y1] of numbers")
     return (x0, y0, x1, y1), box_format
 
 
@@ -97,21 +96,26 @@ def check_format(box_format: str) -> None:
         )
 
 
-def choose_format(boxes: Sequence[Box], name: str, box_format: str = "") -> str:
-    """Returns the format of a column of boxes: the named one, or corners in pixels.
+def choose_format(boxes: Sequence[Box], name: str, option: str = "", stated: str = "") -> str:
+    """Returns the format of a column of boxes: corners in pixels, if nothing says otherwise.
 
     Args:
-      boxes: all boxes of the column whose format no names of coordinates state.
+      boxes: all boxes of the column that state the same.
       name: what the boxes are, in messages.
-      box_format: the format that the user has named, or "".
+      option: the format that the user has named, or "".
+      stated: the format that the names of their coordinates state, or "".
 
     Raises:
       UserError: if the numbers cannot have this format.
     """
+    box_format = option
+    if stated:  # names tell corners from sizes, but not pixels from fractions
+        box_format = f"{NORMALISED}{stated}" if option.startswith(NORMALISED) else stated
+    box_format = box_format or CORNERS
     num_fractions = sum(min(box) >= 0 and max(box) <= 1 for box in boxes)
     highest = max((max(box) for box in boxes), default=0.0)
-    if box_format:
-        if box_format.startswith(NORMALISED) and highest > 2:
+    if box_format.startswith(NORMALISED):
+        if highest > 2:
             raise UserError(
                 f"{name} reach to {highest:g}, so they are in pixels and not {box_format}; "
                 f"set data.builder.box_format to {CORNERS} or {CORNER_AND_SIZE}"
@@ -123,15 +127,22 @@ def choose_format(boxes: Sequence[Box], name: str, box_format: str = "") -> str:
             "they are fractions of the image, set data.builder.box_format to "
             f"{', '.join(FORMATS[2:4])} or {FORMATS[4]}"
         )
-    num_reversed = sum(box[2] <= box[0] or box[3] <= box[1] for box in boxes)
-    if num_reversed > MAX_MISTAKES * len(boxes):
-        example = next(box for box in boxes if box[2] <= box[0] or box[3] <= box[1])
+    has_sizes = box_format == CORNER_AND_SIZE
+    invalid = [box for box in boxes if not _has_area(box, has_sizes)]
+    if len(invalid) > MAX_MISTAKES * len(boxes):
+        fault, remedy = "x1 left of x0 or y1 above y0", "are x, y, width, height"
+        if has_sizes:
+            fault, remedy = "no width or height above 0", "are x0, y0, x1, y1"
         raise UserError(
-            f"{num_reversed} of {len(boxes)} {name} have x1 left of x0 or y1 above y0, as "
-            f"{describe_box(example)}; if they are x, y, width, height, set "
-            f"data.builder.box_format to {CORNER_AND_SIZE}, else correct them"
+            f"{len(invalid)} of {len(boxes)} {name} have {fault}, as {describe_box(invalid[0])}; "
+            f"if they {remedy}, set data.builder.box_format to "
+            f"{CORNERS if has_sizes else CORNER_AND_SIZE}, else correct them"
         )
-    return CORNERS
+    return box_format
+
+
+def _has_area(box: Box, has_sizes: bool) -> bool:
+    return min(box[2:]) > 0 if has_sizes else box[2] > box[0] and box[3] > box[1]
 
 
 def describe_box(box: Sequence[float]) -> str:

@@ -24,6 +24,9 @@ _MISSING_WORDS = frozenset(
 )
 _BYTES_LITERAL = re.compile(r"""b(['"]).*\1""", re.DOTALL)
 _NUMPY_SCALAR = re.compile(r"\bnp\.\w+\(([^()]*)\)")
+_QUOTED_OR_NAN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\bnan\b""", re.IGNORECASE)
+# How a list, a tuple, an object or a set of strings begins, and an array of numpy.
+_LITERAL = re.compile(r"""[\[{]|\(\s*b?['"]|array\(""")
 # Numpy writes a list of strings without commas. Python would read one string from it.
 _NUMPY_STRINGS = re.compile(r"""['"]\s+['"]""")
 MAX_LITERAL = 100_000  # characters of a list in Python's spelling
@@ -43,11 +46,11 @@ def is_missing(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     # Brackets, quotes and dashes around a word, as in `<NA>`, `(null)`, `#N/A` and `-nan`.
-    text = value.strip()
-    if text in ("[]", "{}", "()"):  # an empty list is a value
-        return False
-    word = text.casefold().strip("<>()[]{}'\"#.-?_ \u2013\u2014")
-    return not word or word in _MISSING_WORDS
+    text = value.strip().casefold()
+    word = text.strip("<>()[]{}'\"#.-?_ \u2013\u2014")
+    if not word:
+        return not set("[]{}()") & set(text)  # an empty list is a value
+    return word in _MISSING_WORDS
 
 
 def get_cell(row: Row, column: str | None) -> Any:
@@ -82,10 +85,10 @@ def parse_literal(value: Any) -> Any:
     Raises:
       ValueError: if it begins like a list or an object and is neither.
     """
-    if not isinstance(value, str) or value[:1] not in ("[", "{"):
-        if isinstance(value, str) and value.startswith("array("):
-            raise ValueError("is an array in Python's spelling; write a JSON list")
+    if not isinstance(value, str) or not _LITERAL.match(value):
         return value
+    if value.startswith("array("):
+        raise ValueError("is an array as numpy writes it; write a JSON list")
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
@@ -97,15 +100,24 @@ def parse_literal(value: Any) -> Any:
     content = _evaluate_literal(value, None)
     if content is None:
         raise ValueError(f"is not JSON: {message}")
-    return content
+    return sorted(content, key=str) if isinstance(content, set) else content
+
+
+def is_literal_of_strings(text: str) -> bool:
+    """Returns whether a text begins as a list or an object of strings, well-formed or not.
+
+    >>> is_literal_of_strings("['No effusion.' 'Clear.']"), is_literal_of_strings("[** name **]")
+    (True, False)
+    """
+    return re.match(r"""(?:array\()?[\[{(]\s*b?['"]""", text) is not None
 
 
 def _evaluate_literal(value: str, default: Any) -> Any:
     """Returns the value of a literal of Python, or `default` if it is none."""
     if len(value) > MAX_LITERAL or _count_nesting(value) > MAX_DEPTH:
         return default
-    if not re.search(r"['\"]", value):
-        value = re.sub(r"\bnan\b", "None", value, flags=re.IGNORECASE)
+    # pandas writes a missing value as nan, which is no literal.
+    value = _QUOTED_OR_NAN.sub(lambda m: "None" if m[0].lower() == "nan" else m[0], value)
     try:
         return ast.literal_eval(_NUMPY_SCALAR.sub(r"\1", value))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):

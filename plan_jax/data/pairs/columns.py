@@ -1,13 +1,34 @@
 """The columns of images and of texts: what kind of cells the whole column has."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from plan_jax.data import quoting
-from plan_jax.data.pairs.cells import fold_name, is_missing, parse_literal, to_number
+from plan_jax.data.pairs.cells import (
+    fold_name,
+    is_literal_of_strings,
+    is_missing,
+    parse_literal,
+    to_number,
+)
 from plan_jax.types import UserError
 
 MAX_LISTED = 8  # names in a message
+MAX_SHARE = 0.3  # of texts that are the same, before it is remarkable
+MIN_TEXTS = 10  # below, any share is usual
+
+
+def check_order(images: Sequence[Any], texts: Sequence[Any]) -> None:
+    """Raises UserError if the column of images holds the texts and that of texts the paths."""
+    num_texts = sum(isinstance(cell, str) and _is_text(cell) for cell in images)
+    num_paths = sum(isinstance(cell, str) and _is_path(cell) for cell in texts)
+    if min(num_texts, num_paths) > len(images) / 2:
+        raise UserError(
+            f"the columns of images and of texts are swapped in {min(num_texts, num_paths)} of "
+            f"{len(images)} rows; swap them in data.builder.columns"
+        )
 
 
 # Images ---------------------------------------------------------------------------------------
@@ -77,7 +98,7 @@ def check_texts(
     """
     contents = [_parse_text(cell) for cell in cells if cell is not None]
     name = f"column {quoting.quote(column)} (text)"
-    lists = [item for item in contents if isinstance(item, list | tuple)]
+    lists = [item for item in contents if isinstance(item, list | tuple) and item]
     if lists and not join_text:
         raise UserError(
             f"{name} is a list in {len(lists)} of {len(cells)} rows; set data.builder.join_text to "
@@ -130,10 +151,12 @@ def read_text(cell: Any, join_text: bool = False, sections: Sequence[str] = ()) 
       ValueError: if the cell is no text.
     """
     content = None if cell is None else _parse_text(cell)
+    if isinstance(content, str) and is_literal_of_strings(content):
+        raise ValueError("its text is a list or an object that cannot be read; write JSON")
     if isinstance(content, Mapping):
         by_name = {fold_name(key): value for key, value in content.items()}
         content = [by_name.get(fold_name(section)) for section in sections]
-    elif isinstance(content, list | tuple) and not join_text:
+    elif isinstance(content, list | tuple) and content and not join_text:
         raise ValueError(f"its text is a list of {len(content)}")
     if isinstance(content, list | tuple):
         parts = [read_text(part, join_text, sections) for part in content if not is_missing(part)]
@@ -142,7 +165,20 @@ def read_text(cell: Any, join_text: bool = False, sections: Sequence[str] = ()) 
         return ""
     if isinstance(content, bytes):
         raise ValueError(f"its text is {len(content)} bytes that are not UTF-8")
-    return str(content).strip()
+    text = str(content).strip()
+    # As `Findings: nan Impression: nan`, which is what pandas makes of two empty columns.
+    words = [word for word in text.split() if not word.endswith(":")]
+    return "" if all(map(is_missing, words)) else text
+
+
+def remark_texts(texts: Sequence[str]) -> list[str]:
+    """Returns what is remarkable about the texts of a dataset, without showing any."""
+    num_nan = sum(re.search(r"\bnan\b", text, re.IGNORECASE) is not None for text in texts)
+    notes = [f"{num_nan} texts contain the word nan"] if num_nan else []
+    ((_, highest),) = Counter(filter(None, texts)).most_common(1) or [("", 0)]
+    if highest > MAX_SHARE * len(texts) and len(texts) >= MIN_TEXTS:
+        notes.append(f"{highest} of {len(texts)} texts are the same")
+    return notes
 
 
 def _end_sentence(text: str) -> str:
@@ -158,7 +194,7 @@ def _parse_text(cell: Any) -> Any:
     content = _parse_quietly(cell)
     if content is cell or isinstance(content, Mapping):
         return content
-    if isinstance(content, list) and all(
+    if isinstance(content, list | tuple) and all(
         isinstance(part, str | Mapping) or is_missing(part) for part in content
     ):
         return content

@@ -1,5 +1,7 @@
 """Names of findings over a whole column of labels: what divides them, and how they are spelled."""
 
+import difflib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,8 @@ from plan_jax.types import UserError
 # What may divide two findings, and may as well be part of the name of one.
 _AMBIGUOUS_SEPARATORS = ("/", "+", "&", " and ", " ")
 MAX_NAMES = 12  # of a list in a message
+MAX_COMPARED = 60  # names, all pairs of which are compared
+MIN_RATIO = 0.8  # of letters that two spellings of one name have in common
 
 
 def choose_separator(
@@ -35,7 +39,11 @@ def choose_separator(
     """
     if separator:
         return re.compile(re.escape(separator.strip() or separator))
-    texts = [cell for cell in cells if isinstance(cell, str) and cell[:1] not in ("[", "{")]
+    texts = [
+        cell
+        for cell in cells
+        if isinstance(cell, str) and not cell.startswith(("[", "{", "array(", "('", '("'))
+    ]
     names = Counter(
         normalise_name(name)
         for text in texts
@@ -43,9 +51,10 @@ def choose_separator(
         if not is_missing(name)
     )
     known = {fold_name(name) for name in findings}
-    lists = [name for name in names if "," in name and fold_name(name) not in known]
+    commas = re.compile("[,，]")
+    lists = [name for name in names if commas.search(name) and fold_name(name) not in known]
     if lists:
-        parts = Counter(fold_name(part) for name in lists for part in set(name.split(",")))
+        parts = Counter(fold_name(part) for name in lists for part in set(commas.split(name)))
         known |= {fold_name(name) for name in names if name not in lists}
         known |= {part for part, count in parts.items() if count > 1}
         if not set(parts) <= known:
@@ -53,7 +62,7 @@ def choose_separator(
                 f"labels contain commas, as {quoting.quote(lists[0])}; set "
                 "data.builder.label_separator to ',' if a comma divides findings, else to ';'"
             )
-        return re.compile(f"{DEFAULT_SEPARATOR.pattern}|,")
+        return re.compile(f"{DEFAULT_SEPARATOR.pattern}|{commas.pattern}")
     single = known | {fold_name(name) for name in names}
     for name in names:
         for mark in _AMBIGUOUS_SEPARATORS:
@@ -112,6 +121,11 @@ def match_names(
     unmatched = [name for name in counts if name not in matches]
     if unmatched:
         notes.append(f"labels that are not in findings: {list_names(unmatched, counts)}")
+    notes += [
+        f"labels {quoting.quote(first)} and {quoting.quote(second)} look alike; if they are one, "
+        "write them in one way"
+        for first, second in _find_similar(sorted(set(matches.values())))
+    ]
     if counts and (absent := [name for name in findings if name not in matches.values()]):
         notes.append(f"findings that no row names: {list_names(absent)}")
     return matches, notes
@@ -123,11 +137,30 @@ def _check_values(counts: Mapping[str, int], wanted: Mapping[str, str]) -> None:
     values = [name for name in names if to_number(name) is not None]
     if names and all(name.casefold() in LABEL_WORDS for name in names):
         values = names
-    if values:
-        raise UserError(
-            f"labels are the values {list_names(sorted(values))}, not names of findings; rename "
-            "their column after its finding and list it in data.builder.label_columns"
-        )
+    if not values:
+        return
+    is_one_label = all(to_number(name) in (None, 0, 1, -1) for name in values)
+    remedy = (
+        "rename their column after its finding and list it in data.builder.label_columns"
+        if is_one_label
+        else "write the names of the classes in their place"
+    )
+    raise UserError(
+        f"labels are the values {list_names(sorted(values))}, not names of findings; {remedy}"
+    )
+
+
+def _find_similar(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the pairs of names that may be one finding, as `Infiltrate` and `Infiltration`."""
+    if len(names) > MAX_COMPARED:
+        return []
+    return [
+        (first, second)
+        for first, second in itertools.combinations(names, 2)
+        if difflib.SequenceMatcher(None, fold_name(first), fold_name(second)).ratio() > MIN_RATIO
+        # `Grade 1` and `Grade 2`, or `left lung` and `right lung`, are not spellings of one name.
+        and re.sub(r"\d+", "", first) != re.sub(r"\d+", "", second)
+    ]
 
 
 def list_names(names: Sequence[str], counts: Mapping[str, int] | None = None) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plan_jax.data import quoting
-from plan_jax.data.pairs.cells import Row, get_cell
+from plan_jax.data.pairs.cells import Row, get_cell, normalise_name
 from plan_jax.types import UserError
 
 DELIMITERS = ",;\t|"
@@ -58,6 +58,7 @@ def read_manifest(path: Path) -> list[Row]:
     except (csv.Error, OSError, ValueError) as error:  # pyarrow's errors are of these kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0][:MAX_REASON]
         raise UserError(f"manifest {path} cannot be read: {reason}; fix the file") from None
+    rows = [{normalise_name(name): cell for name, cell in row.items()} for row in rows]
     if not rows:
         raise UserError(f"manifest {path} has no rows; list at least one image and its text")
     return rows
@@ -68,10 +69,12 @@ def _read_csv(path: Path) -> list[Row]:
     # `utf-8-sig` drops the mark that Excel writes at the start of a file.
     with path.open(encoding="utf-8-sig", newline="") as lines:
         first = lines.readline()
-        declaration = re.fullmatch(r"sep=(.)", first.strip(), re.IGNORECASE)  # Excel writes it
+        declaration = re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE)  # Excel writes it
         if not declaration:
             lines.seek(0)
+        is_tabbed = path.suffix.lower() == ".tsv" and "\t" in first
         delimiter = declaration[1] if declaration else _choose_delimiter(first)
+        delimiter = "\t" if is_tabbed else delimiter
         # Leading blanks are dropped, or a quotation after `, ` would not be one.
         reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
         header = [name.strip() for name in next(reader, [])]
@@ -306,6 +309,6 @@ def check_patient_leaks(assignments: Iterable[tuple[str, str]]) -> None:
         first_split = split_of_patient.setdefault(patient_id, split)
         if first_split != split:
             raise UserError(
-                f"patient {quoting.quote_path(patient_id)!r} is in splits {first_split!r} and "
+                f"patient {quoting.quote(patient_id)} is in splits {first_split!r} and "
                 f"{split!r}; put all rows of a patient into one"
             )

@@ -124,7 +124,7 @@ def _list_hints(root: Path, path: str) -> Iterator[str]:
     if siblings.is_dir():
         wanted = Path(path).name.casefold()
         for entry in siblings.iterdir():
-            if entry.name.casefold() == wanted:
+            if entry.name.casefold() == wanted and entry.is_file():
                 yield f"the file is called {quoting.quote_path(entry.name)}: write it so"
     if re.search(r"\.\w+\s*[,;|]\s*\S", path):
         yield "a cell that names several images needs one row for each"

@@ -37,7 +37,7 @@ def match_patient_ids(cells: Sequence[Any]) -> list[str | None]:
         spelling = first_spelling.setdefault(key, name)
         if spelling != name:
             raise UserError(
-                f"patients {quoting.quote_path(spelling)!r} and {quoting.quote_path(name)!r} "
+                f"patients {quoting.quote(spelling)} and {quoting.quote(name)} "
                 "differ in zeros, case or blanks only; write each patient in one way"
             )
     return ids

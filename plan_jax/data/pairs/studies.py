@@ -39,7 +39,8 @@ def merge_duplicates(studies: Sequence[Study], policy: str) -> list[Study]:
     Args:
       studies: all studies, in order.
       policy: `merge` joins rows that do not contradict each other. `any` and `majority` decide on
-        contradictory labels, `majority` among the readers. `separate` merges nothing.
+        contradictory labels, `majority` among the readers; boxes of an absent finding are dropped.
+        `separate` merges nothing.
 
     Raises:
       UserError: if rows of an image contradict each other, or are in two splits.
@@ -63,13 +64,17 @@ def _merge_rows(rows: Sequence[Study], policy: str) -> Study:
         _refuse(
             rows, "with different texts", "set data.builder.duplicates to 'separate' to keep them"
         )
+    labels = _merge_labels(rows, policy)
     boxes: list[dict[str, Any]] = []
     for row in rows:
-        boxes += [box for box in row.boxes if box not in boxes]
+        # The boxes of a finding that the readers have voted down go with it.
+        boxes += [
+            box for box in row.boxes if box not in boxes and labels.values.get(box["label"], 1) != 0
+        ]
     return dataclasses.replace(
         rows[0],
         text=next(iter(texts.values()), ""),
-        labels=_merge_labels(rows, policy),
+        labels=labels,
         boxes=boxes,
         masks=_merge_mappings("masks", rows),
         regions=_merge_mappings("regions", rows),
@@ -80,7 +85,7 @@ def _merge_rows(rows: Sequence[Study], policy: str) -> Study:
 def _check_equal(name: str, values: Sequence[str], rows: Sequence[Study]) -> None:
     different = list(dict.fromkeys(values))
     if len(different) > 1:
-        shown = " and ".join(repr(quoting.quote_path(value)) for value in different[:2])
+        shown = " and ".join(quoting.quote(value) for value in different[:2])
         _refuse(rows, f"of {name} {shown}", "put all of its rows into one")
 
 

@@ -60,14 +60,10 @@ class Summary:
         num_patients = len({study.patient_id for study in studies})
         num_images = len({study.path for study in studies})
         merged = f" ({self.num_merged} rows merged into others)" if self.num_merged else ""
-        repeated = (
-            f" ({len(studies) - num_images} images are there again)"
-            if num_images < len(studies)
-            else ""
-        )
         return (
-            f"{self.manifest}: {len(studies)} studies{merged}, {num_images} images{repeated}, "
-            f"{num_patients} patients; splits by {self._describe_source()}"
+            f"{self.manifest}: {quoting.count(len(studies), 'study', 'studies')}{merged}, "
+            f"{quoting.count(num_images, 'image')}, {quoting.count(num_patients, 'patient')}; "
+            f"splits by {self._describe_source()}"
         )
 
     def _describe_source(self) -> str:
@@ -110,20 +106,23 @@ class Summary:
             return []
         kinds = " and ".join(_KINDS.get(name, name) for name in self.box_formats)
         zeros = f"; {self.num_zero_boxes} of zeros are no box" if self.num_zero_boxes else ""
-        return [f"boxes: {sum(counts)} in {len(counts)} images, as {kinds or 'none'}{zeros}"]
+        images = quoting.count(len(counts), "image")
+        return [f"boxes: {sum(counts)} in {images}, as {kinds or 'none'}{zeros}"]
 
     def _remark_patients(self, studies: Sequence[Study]) -> list[str]:
         """Returns what is remarkable about the patients."""
         missing = self.num_missing.get("patient_id", 0)
         if "patient_id" not in self.columns:
             return ["no column of patients, so each image is a patient of its own"]
-        notes = [f"{missing} rows without a patient are one each"] if missing else []
+        rows = quoting.count(missing, "row")
+        verb = "is one of its own" if missing == 1 else "are one each"
+        notes = [f"{rows} without a patient {verb}"] if missing else []
         counts: dict[str, int] = {}
         for study in studies:
             counts[study.patient_id] = counts.get(study.patient_id, 0) + 1
         name, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
         if count > MAX_SHARE * len(studies) and len(studies) >= MIN_IMAGES and len(counts) > 1:
-            notes.append(f"patient {quoting.quote_path(name)} has {count} of the images")
+            notes.append(f"patient {quoting.quote(name)} has {count} of the images")
         return notes
 
 

@@ -1,0 +1,40 @@
+"""One patient has one id, however pandas or a spreadsheet has written it."""
+
+import pytest
+
+from plan_jax.data.pairs import patients
+from plan_jax.types import UserError
+
+
+def test_ids_of_one_patient_are_one():
+    cells = [7, 7.0, "7", "7.0", " 7 ", 10**50, "p1", None, "00012"]
+    assert patients.match_patient_ids(cells) == [*["7"] * 5, str(10**50), "p1", None, "00012"]
+
+
+@pytest.mark.parametrize("pair", [("007", "7"), ("P1", "p1"), ("p01", "p1"), ("p 1", "p_1")])
+def test_ids_that_differ_in_spelling_only_are_refused(pair):
+    with pytest.raises(UserError, match=f"'{pair[0]}' and '{pair[1]}' differ in zeros, case or bl"):
+        patients.match_patient_ids(["x", *pair])
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (
+            "1.23E+12",
+            "'1.23E[+]12' is a number that a spreadsheet has shortened; store ids as text",
+        ),
+        (float(2**60), "is a float, which has lost digits; store ids as text"),
+        (float("inf"), "is a float, which has lost digits"),
+        ([1], r"a patient is \[1\]; write one id for each row"),
+        (b"\xff", "a patient is 1 bytes"),
+    ],
+)
+def test_cells_that_are_no_id_are_refused(cell, message):
+    with pytest.raises(UserError, match=message):
+        patients.match_patient_ids([cell])
+
+
+def test_different_ids_stay_different():
+    ids = ["1", "10", "100", "a1b", "a01c", "1e05", "20", "S1-01", "S10-1"]
+    assert patients.match_patient_ids(ids) == ids
