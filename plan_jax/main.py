@@ -314,7 +314,7 @@ def report_results(compute_metrics: Callable[[], Mapping[str, Any]], page: Path)
 def print_results(metrics: Mapping[str, Any], page: Path | None = None) -> None:
     """Prints the headline metrics beside their baselines, and the path of the page."""
     from plan_jax import parallel
-    from plan_jax.metrics import headlines, is_number
+    from plan_jax.metrics import headlines, is_number, undefined_sentences
     from plan_jax.tasks import CATALOGUE
 
     if not metrics or not parallel.is_main():
@@ -322,8 +322,14 @@ def print_results(metrics: Mapping[str, Any], page: Path | None = None) -> None:
     entries = headlines(CATALOGUE, metrics)
     width = max([26, *(len(entry.key) for entry in entries)]) + 2
     for entry in entries:
-        baselines = ", ".join(f"{label} {value:.3g}" for label, value in entry.baselines.items())
+        baselines = ", ".join(
+            f"{label} {value:.3g}"
+            for label, value in entry.baselines.items()
+            if not math.isnan(value)
+        )
         print(f"{entry.key:<{width}}{entry.value:>8.3f}  {baselines}".rstrip())
+    for task, sentence in undefined_sentences(CATALOGUE, metrics):
+        print(f"{task}: {sentence}")
     for key in ("images_per_s", "wall_s", "evaluated_s"):
         if is_number(metrics.get(key)) and not math.isnan(metrics[key]):
             print(f"{key:<{width}}{metrics[key]:>8.0f}")

@@ -250,7 +250,8 @@ class Metric:
     A task's `METRICS` maps keys below the task to metrics. A key may contain a placeholder for one
     path segment, as `{share}/auroc_macro`, which `label` and `baselines` may repeat. `baselines`
     maps the label of a null baseline to its key, below the task too. A headline is shown in the
-    summary tables. `higher_is_better` is False for errors and ranks.
+    summary tables. `higher_is_better` is False for errors and ranks. `undefined` says why a value
+    may be NaN, as "no finding has both classes"; tables show it in place of the value.
     """
 
     label: str
@@ -259,6 +260,7 @@ class Metric:
     baselines: Mapping[str, str] = field(default_factory=dict)
     headline: bool = False
     higher_is_better: bool = True
+    undefined: str = ""
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,8 @@ def test_findings_with_one_class_are_skipped_and_counted():
     )
     values, curves = evaluate(changed_splits, options)
     for share in ("2.5", "100"):
-        assert values[f"{share}/labels_skipped"] == 1 and f"{share}/mass/auroc" not in values
+        assert values[f"{share}/labels_skipped"] == 1
+        assert np.isnan(values[f"{share}/mass/auroc"])
         areas = [values[f"{share}/{name}/auroc"] for name in ("pleural_effusion", "edema")]
         assert values[f"{share}/auroc_macro"] == pytest.approx(np.mean(areas))
     assert values["2.5/n_train"] == 1 and values["2.5/labels_unseen"] == 2
@@ -268,7 +269,8 @@ def test_findings_with_one_class_are_skipped_and_counted():
     assert [curve.name for curve in curves] == ["Pleural Effusion", "Edema", "all findings"]
     absent = relabelled(splits, f0=lambda split, n, label: 0 if split == "train" else label)
     values, _ = evaluate(absent, dataclasses.replace(options, fractions=(1.0,), epochs=1))
-    assert values["100/labels_skipped"] == 1 and "100/pleural_effusion/auroc" not in values
+    assert values["100/labels_skipped"] == 1
+    assert np.isnan(values["100/pleural_effusion/auroc"])
 
 
 def test_the_policy_for_uncertain_labels_reaches_loss_and_metrics(fits):
@@ -395,3 +397,23 @@ def test_multiclass_counts_the_records_with_none_or_several_labels():
     check_task(classification, splits | {"test": records[2:]}, options, FINDINGS)
     with pytest.raises(UserError, match="fake has no image tower"):
         evaluate(splits, options, dataclasses.replace(make_model(), tower=None))
+
+
+def test_a_fit_that_diverges_names_its_share_and_the_option():
+    options = dataclasses.replace(QUICK, learning_rate=1e38, fractions=(1.0,))
+    message = (
+        r"the loss of classification_100 is (nan|inf) in epoch \d+; "
+        r"lower config.eval.classification.learning_rate$"
+    )
+    with pytest.raises(UserError, match=message):
+        evaluate(make_splits((40, 12, 30)), options)
+
+
+def test_one_class_in_all_findings_is_undefined_and_not_a_failure():
+    splits = make_splits((40, 12, 30))
+    changed = relabelled(
+        splits,
+        **{f"f{i}": lambda split, n, label: 1 if split == "test" else label for i in (0, 1, 2)},
+    )
+    values, _ = evaluate(changed, dataclasses.replace(QUICK, fractions=(1.0,), epochs=1))
+    assert np.isnan(values["100/auroc_macro"]) and values["100/labels_skipped"] == 3

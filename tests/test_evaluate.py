@@ -141,3 +141,38 @@ def test_every_selected_task_is_checked_before_any_runs(data_dir, monkeypatch):
     config = make_config(data_dir, tasks=("retrieval", "counting"), counting={"scale": 3.0})
     with pytest.raises(UserError, match="scale is 3.0; use 1"):
         evaluate.evaluate_model(make_tower_model(config), config, "test")
+
+
+def test_a_page_that_cannot_be_made_loses_no_metrics(data_dir, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("no such backend\nand more lines")
+
+    config = make_config(data_dir)
+    result = Result({"retrieval/i2t_r5": 0.5, "zero_shot/auroc_macro": float("nan")})
+    monkeypatch.setattr(evaluate.page, "write_page", fail)
+    with pytest.raises(evaluate.UnwrittenResults) as error:
+        evaluate.write_results(tmp_path / "new", config, result, ())
+    assert str(error.value) == (
+        f"{tmp_path / 'new/report.html'} could not be made (ValueError: no such backend); the "
+        f"metrics are in {tmp_path / 'new/metrics.json'}"
+    )
+    assert error.value.metrics == result.metrics
+    # Strict JSON, which has no NaN.
+    content = (tmp_path / "new/metrics.json").read_text()
+    assert json.loads(content, parse_constant=pytest.fail) == {
+        "retrieval/i2t_r5": 0.5,
+        "zero_shot/auroc_macro": None,
+    }
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "table.md", "figures", "report.html"])
+def test_a_file_that_cannot_be_written_loses_no_metrics(name, data_dir, tmp_path):
+    # A file stands where a folder is needed, or a folder where a file is.
+    if name == "figures":
+        (tmp_path / name).write_text("")
+    else:
+        (tmp_path / name).mkdir()
+    result = Result({"retrieval/i2t_r5": 0.5})
+    with pytest.raises(evaluate.UnwrittenResults, match=name) as error:
+        evaluate.write_results(tmp_path, make_config(data_dir), result, ())
+    assert error.value.metrics == result.metrics

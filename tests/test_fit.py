@@ -115,6 +115,6 @@ def test_no_examples_and_a_loss_that_is_not_finite_are_mistakes():
             patience=1,
             seed=0,
         )
-    message = "loss of head is (nan|inf) in epoch [12]; lower learning_rate"
+    message = "loss of head is (nan|inf) in epoch [12]; lower learning_rate$"
     with pytest.raises(UserError, match=message):
         fit_scalar_head(attached, learning_rate=1e38)

@@ -126,6 +126,8 @@ def test_records_without_phrases_have_counts_only():
     metrics, examples = run_task(
         grounding, model, {"test": records}, grounding.Options(), findings=FINDINGS
     )
+    # The table says why there is no value.
+    assert np.isnan([metrics.pop("cnr_signed"), metrics.pop("pointing")]).all()
     assert metrics == {"n": 0, "skipped": 0, "bare/n": 0, "bare/skipped": 0}
     assert examples == []
 
@@ -360,6 +362,7 @@ def test_a_phrase_outside_the_crop_is_counted():
         make_bright_model(), [make_record(corner)], FINDINGS, options=CROP
     )
     counts = {"n": 0, "skipped": 0, "outside": 1}
+    assert np.isnan([metrics.pop("cnr_signed"), metrics.pop("pointing")]).all()
     assert metrics == counts | {"bare/n": 0, "bare/skipped": 0, "bare/outside": 0}
     assert not phrases
 

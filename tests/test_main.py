@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from plan_jax import checkpoint, evaluate, main, train
@@ -224,8 +225,57 @@ def test_results_are_printed_beside_their_baselines(capsys):
         "params_sha256 ab12",
         "all metrics, with pictures: runs/x/report.html",
     ]
+    metrics = {"zero_shot/auroc_macro": float("nan"), "params_sha256": "ab12"}
+    main.print_results(metrics)
+    assert capsys.readouterr().out.splitlines() == [
+        "zero_shot/auroc_macro            nan",
+        "zero_shot: AUROC is undefined: no finding has known labels of both classes in the "
+        "evaluated split",
+        "params_sha256 ab12",
+    ]
     main.print_results({}, Path("runs/x/report.html"))
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def saved_run(tmp_path):
+    """The folder of a run with a checkpoint of the testing config, which cannot be evaluated."""
+    config = Config.from_dict(main.load_config_file(CONFIG))
+    manager = checkpoint.open_manager(tmp_path / "run" / checkpoint.FOLDER)
+    checkpoint.save(manager, 1, {"params": {"a": jnp.ones(2)}}, {}, config.to_dict())
+    checkpoint.close(manager)
+    return tmp_path / "run"
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_evaluation(saved_run, calls, capsys):
+    (saved_run / "eval").write_text("a file where the folder should be")
+    argv = ["--mode", "eval", "--checkpoint", str(saved_run)]
+    assert main.run(argv) == 2 and not calls
+    error = capsys.readouterr().err
+    assert error.startswith(f"the results {saved_run / 'eval' / 'test'} is inside ")
+    assert error.endswith("pass another folder as --workdir\n")
+    assert main.run([*argv, "--workdir", "results"]) == 0
+    ((name, _, folder, out),) = calls
+    assert (name, folder, out) == (
+        "evaluate_checkpoint",
+        str(saved_run),
+        Path("results/eval/test"),
+    )
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_metrics_that_cannot_be_written_are_printed(mode, saved_run, monkeypatch, capsys):
+    def fail(*_):
+        metrics = {"retrieval/i2t_r5": 0.5, "params_sha256": "ab12"}
+        raise evaluate.UnwrittenResults("metrics.json cannot be written; free disk space", metrics)
+
+    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", fail)
+    argv = ["--config", CONFIG] if mode == "train" else ["--mode=eval", f"--checkpoint={saved_run}"]
+    assert main.run(argv) == 2
+    out, err = capsys.readouterr()
+    assert err == "metrics.json cannot be written; free disk space\n"
+    assert out.splitlines() == ["retrieval/i2t_r5               0.500", "params_sha256 ab12"]
 
 
 @pytest.mark.parametrize(

@@ -252,3 +252,30 @@ def test_values_that_are_not_finite_are_shown(value):
     values = {"grounding/cnr": value, "grounding/prior/cnr": 1.0}
     table, *_ = tables.task_tables(CATALOGUE, "grounding", values)
     assert texts(table) == [["CNR", str(value), "", "1.000"]] and not table.rows[0][2].marks
+
+
+def test_the_reason_of_an_undefined_metric_is_in_every_table():
+    reason = "no finding has both classes"
+    catalogue = {
+        "zero_shot": {
+            "auroc": Metric("AUROC", "...", headline=True, undefined=reason),
+            "{finding}/auroc": Metric("AUROC, {finding}", "...", undefined="all labels are 0"),
+        }
+    }
+    titles = {"zero_shot": "Zero-shot"}
+    values = {"zero_shot/auroc": NAN, "zero_shot/edema/auroc": NAN, "zero_shot/mass/auroc": 0.7}
+    lines = tables.markdown(values, catalogue, titles).splitlines()
+    assert lines[-3:] == [
+        "",
+        "Zero-shot: AUROC is undefined: no finding has both classes.",
+        "Zero-shot: AUROC, edema is undefined: all labels are 0.",
+    ]
+    (card,) = tables.headline_cards(catalogue, titles, values)
+    assert card.verdict == f"Undefined: {reason}"
+    plain, by_finding = tables.task_tables(catalogue, "zero_shot", values)
+    assert [note.text for note in plain.rows[0][1].notes] == [reason]
+    assert [[note.text for note in row[1].notes] for row in by_finding.rows] == [
+        ["all labels are 0"],
+        [],
+    ]
+    assert "undefined" not in tables.markdown({"zero_shot/auroc": 0.5}, catalogue, titles)

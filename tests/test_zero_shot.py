@@ -79,13 +79,13 @@ def test_contrast_is_the_difference_of_means():
         assert metrics[f"{name.replace(' ', '_')}/auroc"] == pytest.approx(np.mean(pairs))
 
 
-def test_a_finding_with_one_class_is_omitted_and_counted():
+def test_a_finding_with_one_class_is_undefined_and_counted():
     records = [
         dataclasses.replace(record, labels=np.int8([1, i % 2]))
         for i, record in enumerate(make_records(6))
     ]
     metrics = evaluate(make_model(score=lambda *_: 0.0), records)
-    assert "nodule/auroc" not in metrics
+    assert np.isnan(metrics["nodule/auroc"]) and np.isnan(metrics["nodule/auprc"])
     assert metrics["findings_skipped"] == 1
     assert metrics["auroc_macro"] == metrics["pleural_effusion/auroc"] == 0.5
 

@@ -50,6 +50,7 @@ def fit_head(
     seed: int,
     score: Callable[[PyTree, PyTree], float] | None = None,
     name: str = "head",
+    option: str = "learning_rate",
     description: str = "",
     folder: Path | None = None,
 ) -> FitResult:
@@ -75,6 +76,7 @@ def fit_head(
       seed: of orders and dropout.
       score: `score(params, stats)`, the larger the better; by default minus the validation loss.
       name: the name of the fit, in the progress bar, the file and errors.
+      option: the name of the learning rate, which an error tells to lower.
       description: whatever else identifies the fit; a part of the hash.
       folder: where the state is saved; None for nowhere.
 
@@ -119,7 +121,7 @@ def fit_head(
         while state["epoch"] < epochs and state["epochs_since_best"] < patience:
             start_time = time.monotonic()
             trained, epoch_loss = _run_epoch(update, state, train, batch, seed)
-            _record_epoch(state, trained, epoch_loss, score, name)
+            _record_epoch(state, trained, epoch_loss, score, name, option)
             if path is not None:
                 _save_state(state, path)
             rate = num_examples // batch * batch / (time.monotonic() - start_time)
@@ -200,7 +202,7 @@ def _run_epoch(
 
 
 def _record_epoch(
-    state: dict, trained: Sequence[PyTree], loss: float, score: Callable, name: str
+    state: dict, trained: Sequence[PyTree], loss: float, score: Callable, name: str, option: str
 ) -> None:
     """Scores an epoch and writes it into the state of the fit.
 
@@ -209,11 +211,11 @@ def _record_epoch(
     """
     epoch = state["epoch"] + 1
     if not math.isfinite(loss):
-        raise UserError(f"the loss of {name} is {loss} in epoch {epoch}; lower learning_rate")
+        raise UserError(f"the loss of {name} is {loss} in epoch {epoch}; lower {option}")
     state["params"], state["stats"], state["optimiser"] = trained
     value = float(score(state["params"], state["stats"]))
     if math.isnan(value):
-        raise UserError(f"the score of {name} is nan in epoch {epoch}; lower learning_rate")
+        raise UserError(f"the score of {name} is nan in epoch {epoch}; lower {option}")
     state["losses"].append(loss)
     state["scores"].append(value)
     is_best = value > state["best_score"]

@@ -45,6 +45,10 @@ class Entry:
     baselines: Mapping[str, float]
     interval: tuple[float, float]
 
+    def reason(self) -> str:
+        """Returns why the value is NaN; "" if it is a number, or nothing is known."""
+        return self.metric.undefined if math.isnan(self.value) else ""
+
     def beats(self, baseline: float) -> bool:
         """Returns whether the value is strictly better than a baseline; False if either is NaN."""
         if self.metric.higher_is_better:
@@ -130,6 +134,25 @@ def entries(catalogue: Catalogue, values: Mapping[str, Any]) -> Iterator[Entry]:
                     float(values.get(f"{key}_high", math.nan)),
                 ),
             )
+
+
+def undefined_sentences(catalogue: Catalogue, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the task and a sentence for each reason why some of its metrics are NaN.
+
+    >>> metric = Metric("AUROC, {finding}", "", undefined="all labels are 0")
+    >>> catalogue = {"zero_shot": {"{finding}/auroc": metric}}
+    >>> values = dict.fromkeys(("zero_shot/edema/auroc", "zero_shot/mass/auroc"), math.nan)
+    >>> undefined_sentences(catalogue, values)
+    [('zero_shot', 'AUROC, edema; AUROC, mass are undefined: all labels are 0')]
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for entry in entries(catalogue, values):
+        if reason := entry.reason():
+            groups.setdefault((entry.task, reason), []).append(entry.metric.label)
+    return [
+        (task, f"{'; '.join(labels)} {'are' if len(labels) > 1 else 'is'} undefined: {reason}")
+        for (task, reason), labels in groups.items()
+    ]
 
 
 def headlines(catalogue: Catalogue, values: Mapping[str, Any]) -> list[Entry]:

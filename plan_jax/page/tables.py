@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from plan_jax.metrics import Catalogue, Entry, entries, headlines, is_number
+from plan_jax.metrics import (
+    Catalogue,
+    Entry,
+    entries,
+    headlines,
+    is_number,
+    undefined_sentences,
+)
 
 CARDS_PER_TASK = 2
 STRIP_WIDTH = 240
@@ -92,7 +99,7 @@ def verdict(entry: Entry) -> str:
     'Better than lung prior (0.60), not better than mean mask (0.80)'
     """
     if math.isnan(entry.value):
-        return ""
+        return f"Undefined: {entry.reason()}" if entry.reason() else ""
     finite = {label: x for label, x in entry.baselines.items() if math.isfinite(x)}
     beaten = [label for label, x in finite.items() if entry.beats(x)]
     unbeaten = [label for label in finite if label not in beaten]
@@ -207,7 +214,11 @@ def markdown(metrics: Mapping[str, Any], catalogue: Catalogue, titles: Mapping[s
         )
         # A bar in a label would begin a new cell.
         lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+    undefined = [
+        f"{titles.get(task, task)}: {sentence}."
+        for task, sentence in undefined_sentences(catalogue, metrics)
+    ]
+    return "\n".join([*lines, *[""] * bool(undefined), *undefined]) + "\n"
 
 
 def _format_baselines(entry: Entry) -> str:
@@ -216,7 +227,8 @@ def _format_baselines(entry: Entry) -> str:
 
 
 def _value_cell(entry: Entry, notes: tuple[Note, ...] = ()) -> Cell:
-    interval = format_interval(entry)
+    # A reason stands in place of the interval.
+    interval = format_interval(entry) or entry.reason()
     notes = (Note(interval, "muted"), *notes) if interval else notes
     return Cell(format_number(entry.value, entry.metric.digits), "model", notes)
 

@@ -92,6 +92,7 @@ METRICS = {
             "chance": f"chance/{{share}}/{key}",
         },
         headline=key != "f1_macro",
+        undefined="no finding has labels of both classes in train and in the evaluated split",
     )
     for key, (label, meaning) in _SHARE_METRICS.items()
 } | {
@@ -106,6 +107,7 @@ METRICS = {
         "AUROC, {finding}, {share} % of labels",
         "Probability that an image with the finding scores above one without it.",
         baselines={"random encoder": "random/{share}/{finding}/auroc"},
+        undefined="its labels in train or in the evaluated split are all 0 or all 1",
     ),
 }
 SPLITS = ("train", "val", "test")
@@ -381,6 +383,7 @@ def _fit_share(
         # Over all labels at once: the mean of batches would weigh labels by how many are known.
         score=lambda p, s: -float(loss(jnp.asarray(attached.predict(p, s, val)), val)),
         name=name,
+        option="config.eval.classification.learning_rate",
         description=description,
         folder=context.folder,
     )
@@ -408,7 +411,8 @@ def _test_metrics(
     """Computes the metrics of the test set, at thresholds from validation."""
     columns = np.flatnonzero(scored).tolist()
     areas = per_finding(classification_metrics.auroc, test, columns)
-    values = {f"{slug(names[i])}/auroc": area for i, area in zip(columns, areas, strict=True)}
+    values = dict.fromkeys((f"{slug(name)}/auroc" for name in names), float("nan"))
+    values |= {f"{slug(names[i])}/auroc": area for i, area in zip(columns, areas, strict=True)}
     values["auroc_macro"] = macro_mean(areas)
     values["auprc_macro"] = macro_mean(
         per_finding(classification_metrics.average_precision, test, columns)

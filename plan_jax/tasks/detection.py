@@ -73,6 +73,7 @@ METRICS = {
         "mAP .40:.75, as MGCA counts",
         "The same over the images with a true box and a detected box of objectness 0.5 or more.",
         baselines={"random encoder": "random/map_mgca"},
+        undefined="no image with a true box has a detected one of objectness 0.5 or more",
         headline=True,
     ),
     "coco/ap": Metric(
@@ -95,6 +96,7 @@ METRICS = {
         "AP at IoU .5, {finding}",
         "Average precision of the boxes of one finding.",
         baselines={"random encoder": "random/{finding}/ap50"},
+        undefined="no evaluated image has a box of it",
     ),
 }
 SPLITS = ("train", "val", "test")
@@ -227,6 +229,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         patience=options.patience,
         seed=seed,
         name="detection",
+        option="config.eval.detection.learning_rate",
         score=_selection_score(attached, detect_boxes, val, truth["val"], options),
         description=f"{tower.name} {options} {tuple(data.findings)}",
         folder=context.folder,
@@ -450,11 +453,11 @@ def _finding_scores(
     matches = box_metrics.match_detections(detected, truth, (0.5,))
     table = box_metrics.average_precision_table(matches)
     values = {
-        f"{slug(findings[k])}/ap50": float(value)
-        for k, (value,) in enumerate(table)
-        if not np.isnan(value)
+        f"{slug(finding)}/ap50": float(table[k, 0]) if k < len(table) else float("nan")
+        for k, finding in enumerate(findings)
     }
-    num_scored, num_skipped = float(len(values)), float(len(findings) - len(values))
+    num_scored = float(np.isfinite(list(values.values())).sum())
+    num_skipped = len(findings) - num_scored
     return values | {"findings_scored": num_scored, "findings_skipped": num_skipped}
 
 

@@ -121,6 +121,7 @@ def _describe_scores(
             digits=2 if key.startswith("cnr") else 3,
             baselines=baselines if nulls else {},
             headline=key in headlines,
+            undefined="no phrase has a usable truth, or the maps are not finite",
         )
     return metrics
 
@@ -274,6 +275,8 @@ def score_phrases(
                 part |= _prefixed(f"round{rounds}", _macro_means(round_scores, names))
             if not bare:
                 phrases = _to_phrases(targets, names, scores)
+        elif not bare:
+            part |= dict.fromkeys(PRIMARY_KEYS, float("nan"))
         metrics |= {f"{prefix}{key}": value for key, value in part.items()}
     return metrics, phrases
 

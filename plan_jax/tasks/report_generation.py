@@ -499,6 +499,7 @@ def _fit_decoder(
         seed=context.seed,
         score=score,
         name="report_generation",
+        option="config.eval.report_generation.learning_rate",
         description=description,
         folder=context.folder,
     )

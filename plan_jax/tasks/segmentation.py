@@ -70,6 +70,7 @@ METRICS = {
             "mean mask of training": f"mean_mask/{{target}}/{key}",
         },
         headline=key != "dice_positive",
+        undefined="no evaluated image has a mask of it",
     )
     for key, label, meaning in (
         (
@@ -439,6 +440,7 @@ def _fit_decoder(
         patience=options.patience,
         seed=context.seed,
         name="segmentation",
+        option="config.eval.segmentation.learning_rate",
         description=description,
         folder=context.folder,
     )

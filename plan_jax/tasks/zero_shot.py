@@ -73,6 +73,8 @@ Scoring = Literal["contrast", "max", "pair"]
 Kind = Literal["multilabel", "multiclass"]
 Ensemble = Literal["scores", "embeddings"]
 
+_ONE_CLASS = "the known labels in the evaluated split are all 0 or all 1"
+_NO_CLASSES = "no finding has known labels of both classes in the evaluated split"
 _AUROC = "How often an image with the finding scores above one without it, by prompts alone."
 _MEANS = {
     "auroc_macro": (
@@ -108,7 +110,11 @@ def _describe_mean(key: str, similarity: str = "") -> dict[str, Metric]:
     label, meaning, nulls = _MEANS[key]
     prefix, suffix = (f"{similarity}/", f", {similarity} similarity") if similarity else ("", "")
     is_headline = not similarity and key in ("auroc_macro", "f1_macro")
-    metric = Metric(f"{label}{suffix}", meaning, baselines=nulls, headline=is_headline)
+    # A threshold comes from validation.
+    undefined = _NO_CLASSES + (" and in val" if key in ("f1_macro", "accuracy_macro") else "")
+    metric = Metric(
+        f"{label}{suffix}", meaning, baselines=nulls, headline=is_headline, undefined=undefined
+    )
     return {f"{prefix}{key}": metric}
 
 
@@ -126,8 +132,8 @@ METRICS = {
     **_describe_mean("auprc_macro", "{similarity}"),
     **_describe_mean("f1_macro", "{similarity}"),
     **_describe_mean("accuracy_macro", "{similarity}"),
-    "{finding}/auroc": Metric("AUROC, {finding}", _AUROC),
-    "{finding}/auprc": Metric("AUPRC, {finding}", "Average precision."),
+    "{finding}/auroc": Metric("AUROC, {finding}", _AUROC, undefined=_ONE_CLASS),
+    "{finding}/auprc": Metric("AUPRC, {finding}", "Average precision.", undefined=_ONE_CLASS),
     "{finding}/f1": Metric("F1, {finding}", "Harmonic mean of precision and recall."),
     "{finding}/accuracy": Metric("accuracy, {finding}", "Share of correct answers."),
 }
@@ -356,7 +362,7 @@ def _areas(
 ) -> dict[str, float]:
     """Returns the areas under both curves, by finding and as means.
 
-    A finding with one class has no key.
+    They are NaN for a finding with one class, which the means leave out.
     """
     metrics = {}
     measures = {
@@ -366,8 +372,7 @@ def _areas(
     for key, measure in measures.items():
         areas = _by_finding(measure, scores, labels)
         for name, area in zip(names, areas, strict=True):
-            if area is not None:
-                metrics[f"{slug(name)}/{key}"] = area
+            metrics[f"{slug(name)}/{key}"] = float("nan") if area is None else area
         metrics[f"{key}_macro"] = _mean_or_nan(areas)
     return metrics
 
