@@ -1,5 +1,6 @@
 """DICOM files become the grey that viewers show; what cannot be read is named in words."""
 
+import io
 import sys
 import types
 
@@ -117,6 +118,17 @@ def test_bits_stored_is_the_depth_of_all_films(read):
     assert_close(read(make_dicom(byte.astype(np.uint16), **TWELVE_BITS)), byte)
 
 
+def test_unused_bits_are_an_overlay_or_an_error(read):
+    overlay = (np.arange(STORED.size) % 3 == 0).reshape(SHAPE).astype(np.uint16) << 13
+    dataset = pydicom.dcmread(io.BytesIO(make_dicom(STORED | overlay, **TWELVE_BITS)))
+    dataset.add_new((0x6000, 0x0102), "US", 13)  # position of the overlay's bit
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    assert_close(read(buffer.getvalue()), STORED / 4095 * 255)
+    with pytest.raises(dicom.ImageError, match="has grey values up to .*, beyond its BitsStored 8"):
+        read(make_dicom(STORED, BitsStored=8))
+
+
 def test_signed_pixels_keep_their_grey_levels(read):
     assert_close(read(make_dicom(STORED.astype(np.int16))), STORED / 4095 * 255)
     signed = STORED.astype(np.int16) - 1000
@@ -129,6 +141,7 @@ def test_signed_pixels_keep_their_grey_levels(read):
     ("padding", "elements"),
     [
         (63536, {"PixelPaddingValue": 63536}),
+        (63536, {"PixelPaddingValue": 63536, "BitsStored": 10}),
         (4000, {"PixelPaddingValue": 3900, "PixelPaddingRangeLimit": 4095}),
     ],
 )
@@ -216,6 +229,7 @@ def remove_syntax(content):
             make_dicom(STORED, NumberOfFrames=2, PixelData=STORED.tobytes() * 2),
             "has 2 frames, not one; save the frame to use as a file of its own",
         ),
+        (bytes(132) + CONTENT[132:], "is not DICOM: it has no prefix DICM at byte 128"),
         (b"\x08\x00\x05\x00" + b"nothing of DICOM" * 20, "is not an image that can be read"),
     ],
 )

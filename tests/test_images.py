@@ -341,6 +341,27 @@ def test_several_labels_are_refused(tmp_path, labels):
         read_mask(tmp_path / "mask.png")
 
 
+@pytest.mark.parametrize("background", [(0, 0, 0), (255, 255, 255)])
+def test_several_colours_are_refused(tmp_path, background):
+    stored = np.tile(np.uint8(background), (*SHAPE, 1))
+    stored[8:20, 4:14], stored[8:20, 18:28] = (255, 0, 0), (0, 0, 255)
+    Image.fromarray(stored).save(tmp_path / "mask.png")
+    count = 3 if background[0] else 2
+    with pytest.raises(ValueError, match=f"mask mask.png has {count} colours beside its backgr"):
+        read_mask(tmp_path / "mask.png")
+    palette = Image.fromarray(stored).quantize(4)
+    palette.save(tmp_path / "palette.png")
+    with pytest.raises(ValueError, match="mask palette.png has . colours beside its background"):
+        read_mask(tmp_path / "palette.png")
+
+
+def test_odd_masks_are_described():
+    assert images.describe_mask(MASK) == ""
+    assert images.describe_mask(~MASK) == images.FRAME
+    assert images.describe_mask(MASK | True) == images.FULL
+    assert images.describe_mask(MASK & False) == images.EMPTY
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_mask_is_turned_like_its_image(tmp_path, orientation):
     save_with_orientation(paint(255, 0), tmp_path / "mask.png", orientation)
@@ -365,11 +386,13 @@ def test_notes_become_one_sentence_each():
         12: ["y.png", "z.png"],
         images.EMPTY: ["m.png"],
         images.FULL: ["n.png"],
+        images.FRAME: ["o.png"],
     }
-    turned, enlarged, depths, empty, full = images.summarise_notes(notes, 224)
+    turned, enlarged, depths, empty, full, frame = images.summarise_notes(notes, 224)
     assert turned.startswith("turned 1 image (a.jpg) upright by the EXIF orientation")
     assert enlarged.startswith("enlarged 4 images (a.png, b.png, c.png and 1 more) to size 224")
     assert "(10 bits in 1, 12 bits in 2)" in depths and "data.builder.bit_depth=12" in depths
     assert empty.startswith("1 mask (m.png) without any pixel")
     assert full.startswith("1 mask (n.png) of the whole image")
+    assert frame.startswith("1 mask (o.png) with all of the image's border")
     assert images.summarise_notes({12: ["y.png"]}, 224) == []

@@ -15,6 +15,7 @@ from plan_jax.types import UserError
 MIN_PYDICOM = 3  # the first version that has `pydicom.pixels`
 MAX_REASON = 60  # characters of a file's or a library's own words in a message
 MIN_LEVELS = 32  # grey values of 255 that an image without a window reaches if BitsStored is right
+OVERLAY_GROUPS = range(0x6000, 0x6020, 2)
 PIXEL_ELEMENTS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
@@ -132,7 +133,9 @@ def _decode_pixels(dataset: Any) -> Num[np.ndarray, "Y X *C"]:
             f"{_name_decoders(decoder)}"
         )
     try:
-        return pixel_array(dataset)
+        # Unused bits are left to `_clear_unused_bits`, because padding may use them.
+        is_signed = _read_number(dataset, "PixelRepresentation", 0) == 1
+        return pixel_array(dataset, correct_unused_bits=is_signed)
     except Exception as error:
         reason = f"has pixels that cannot be decoded ({_shorten(error)})"
         # A decoder that reads one kind of a compression may not read all of them.
@@ -177,6 +180,7 @@ def _show_grey(
 
     _repair_scale(dataset)
     is_padding = _find_padding(stored, dataset)
+    stored = _clear_unused_bits(stored, ~is_padding, dataset)
     film = stored.ravel() if is_padding.all() else stored[~is_padding]
     values = apply_modality_lut(stored, dataset)
     guessed_depth = 0
@@ -248,6 +252,29 @@ def _find_padding(stored: Num[np.ndarray, "Y X"], dataset: Any) -> Bool[np.ndarr
     return (stored >= min(first, last)) & (stored <= max(first, last))
 
 
+def _clear_unused_bits(
+    stored: Num[np.ndarray, "Y X"], is_film: Bool[np.ndarray, "Y X"], dataset: Any
+) -> Num[np.ndarray, "Y X"]:
+    """Returns unsigned values without the overlays that old files store in the bits beyond.
+
+    Raises:
+      ImageError: if more than a marker uses these bits and no overlay explains it.
+    """
+    bits = _read_number(dataset, "BitsStored", 16)
+    is_unsigned = np.issubdtype(stored.dtype, np.unsignedinteger)
+    if not is_unsigned or not (is_beyond := (stored >> bits > 0) & is_film).any():
+        return stored
+    positions = [dataset.get((group, 0x0102)) for group in OVERLAY_GROUPS]
+    if any(position is not None and position.value for position in positions):
+        return stored & (2**bits - 1)
+    if is_beyond.mean() > grey.MAX_MARKER:
+        raise ImageError(
+            f"has grey values up to {stored[is_film].max()}, beyond its BitsStored {bits}; "
+            "correct that element"
+        )
+    return stored
+
+
 def _find_range(
     film: Num[np.ndarray, " N"], dataset: Any, bit_depth: int
 ) -> tuple[float, float, int]:
@@ -263,11 +290,10 @@ def _find_range(
     if high >= 2**16:
         return 0.0, high, 0
     depth = bits - dataset.PixelRepresentation if bits < max(allocated, 8) else bit_depth
-    if depth:
-        is_film = (film >= 2**depth).mean() <= grey.MAX_MARKER
-        if (is_film and high * 255 >= MIN_LEVELS * 2**depth) or depth in (bit_depth, 1):
-            return 0.0, 2.0**depth - 1, 0
-    depth = grey.find_bit_depth(film)
+    if depth and (high * 255 >= MIN_LEVELS * 2**depth or depth in (bit_depth, 1)):
+        return 0.0, 2.0**depth - 1, 0
+    # Of 16 bits with a sign, 15 hold what is not negative.
+    depth = min(grey.find_bit_depth(film), allocated - dataset.PixelRepresentation)
     return 0.0, 2.0**depth - 1, depth
 
 

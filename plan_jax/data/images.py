@@ -6,7 +6,7 @@ from collections.abc import Mapping, MutableSet, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Num, UInt8
+from jaxtyping import Bool, Int, Num, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy import ndimage
 
@@ -34,15 +34,21 @@ SIGNATURES = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
 }
+DICOM_SUFFIXES = (".dcm", ".dicom")
 WHITE_IS_ZERO = 0  # of the TIFF tag PhotometricInterpretation
 SEPARATE_PLANES = 2  # of the TIFF tag PlanarConfiguration
 # Formats whose frames are pictures of their own, not a preview or a depth map.
 FRAME_FORMATS = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
-FEW_LEVELS = 8  # grey levels of a mask that was not compressed with loss or drawn with soft edges
+LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+CODE_OF_COLOUR = np.asarray([1, 2**16, 2**32])  # red, green and blue of 16 bits as one number
+FEW_LEVELS = (
+    8  # grey levels or colours of a mask that was not compressed with loss or drawn with soft edges
+)
 RIPPLE = 1 / 8  # of a mask's maximum: how far lossy compression moves its pixels, or nearly so
 MAX_FLAT = 0.05  # largest fraction of a mask with soft edges that is flat and half bright
 # What is noted of an image, and of a mask.
-TURNED, ENLARGED, EMPTY, FULL = "turned", "enlarged", "empty", "full"
+TURNED, ENLARGED = "turned", "enlarged"
+EMPTY, FULL, FRAME = "empty", "full", "frame"
 MAX_NAMES = 3  # of files in a sentence
 
 
@@ -78,6 +84,8 @@ def read_image(
         try:
             pixels, shape, guessed_depth, is_turned = _decode_image(data, size, bit_depth)
         except Exception as error:  # decoders raise many kinds for a broken file
+            if isinstance(error, UnidentifiedImageError) and path.suffix.lower() in DICOM_SUFFIXES:
+                error = ImageError("is not DICOM: it has no prefix DICM at byte 128")
             raise ImageError(_describe_error(error, data)) from None
         if is_turned:
             notes.add(TURNED)
@@ -92,7 +100,7 @@ def summarise_notes(notes: Mapping[str | int, Sequence[str]], size: int) -> list
     """Returns one sentence on each thing that a user should know of how images were read.
 
     Args:
-      notes: what `read_image` noted, and FULL or EMPTY of masks -> the names of the files.
+      notes: what `read_image` and `describe_mask` noted -> the names of the files.
       size: longer side of the stored images, in pixels.
     """
     messages = []
@@ -114,6 +122,11 @@ def summarise_notes(notes: Mapping[str | int, Sequence[str]], size: int) -> list
         messages.append(f"{_count(names, 'mask')} without any pixel; draw or remove them")
     if names := notes.get(FULL):
         messages.append(f"{_count(names, 'mask')} of the whole image; make the background black")
+    if names := notes.get(FRAME):
+        messages.append(
+            f"{_count(names, 'mask')} with all of the image's border; if black and white are "
+            "exchanged, exchange them"
+        )
     return messages
 
 
@@ -330,11 +343,22 @@ def read_mask(
                     f"has {mask_shape[0]} x {mask_shape[1]} pixels, "
                     f"its image {shape[0]} x {shape[1]}"
                 )
-            is_lossy = image.format in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+            is_lossy = image.format in LOSSY_FORMATS
         mask = _find_foreground(values, is_lossy)
     except Exception as error:  # as in `read_image`
         raise ImageError(f"mask {path.name} {_describe_error(error, data)}") from None
     return transforms.resize_image(mask.astype(np.uint8) * 255, rows, columns) >= 128
+
+
+def describe_mask(mask: Bool[np.ndarray, "Y X"]) -> str:
+    """Returns what is odd about a mask: EMPTY, FULL, FRAME if it has the whole border, or ""."""
+    if not mask.any():
+        return EMPTY
+    if mask.all():
+        return FULL
+    is_border = np.ones(mask.shape, bool)
+    is_border[1:-1, 1:-1] = False
+    return FRAME if mask[is_border].all() else ""
 
 
 def _read_brightness(image: Image.Image, data: bytes) -> Num[np.ndarray, "Y X"]:
@@ -366,7 +390,26 @@ def _read_brightness(image: Image.Image, data: bytes) -> Num[np.ndarray, "Y X"]:
         values = indices
     elif not values[is_opaque].any() and not is_opaque.all():
         return is_opaque.astype(np.uint8)
-    return np.where(is_opaque, values, 0)
+    values = np.where(is_opaque, values, 0)
+    if colours.shape[-1] == 3 and image.format not in LOSSY_FORMATS:
+        _check_colours(np.where(values > 0, colours.astype(np.int64) @ CODE_OF_COLOUR, 0))
+    return values
+
+
+def _check_colours(codes: Int[np.ndarray, "Y X"]) -> None:
+    """Raises ImageError if two colours, given by numbers of which 0 is background, have areas."""
+    if len(np.unique(codes)) > FEW_LEVELS:
+        return  # soft edges
+    if (count := np.count_nonzero(np.unique(codes[_is_flat(codes)]))) > 1:
+        raise ImageError(
+            f"has {count} colours beside its background, as of several labels or of a background "
+            "that is not black; save one mask of 0 and 255 for each"
+        )
+
+
+def _is_flat(values: Num[np.ndarray, "Y X"]) -> Bool[np.ndarray, "Y X"]:
+    """Returns which pixels have the value of all their neighbours, as those of an area have."""
+    return ndimage.minimum_filter(values, 3) == ndimage.maximum_filter(values, 3)
 
 
 def _find_foreground(values: Num[np.ndarray, "Y X"], is_lossy: bool) -> Bool[np.ndarray, "Y X"]:
@@ -383,8 +426,7 @@ def _find_foreground(values: Num[np.ndarray, "Y X"], is_lossy: bool) -> Bool[np.
     margin = 0 if is_exact else high * RIPPLE
     is_between = (values > margin) & (values < high - margin)
     if is_between.any():
-        is_flat = ndimage.minimum_filter(values, 3) == ndimage.maximum_filter(values, 3)
-        area = (is_between & is_flat).sum() / max((values > margin).sum(), 1)
+        area = (is_between & _is_flat(values)).sum() / max((values > margin).sum(), 1)
         if area > (0 if is_exact else MAX_FLAT):
             names = ", ".join(f"{level:g}" for level in levels[:FEW_LEVELS])
             raise ImageError(
