@@ -28,11 +28,13 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from plan_jax import command
+from plan_jax.data.processes import leave_worker
 from plan_jax.types import UserError
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs the command and returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    leave_worker()
     return command.run(lambda: run_command(argv))
 
 
@@ -56,8 +58,6 @@ def run_command(argv: Sequence[str]) -> None:
         raise UserError("--checkpoint is for --mode eval; a run is resumed by its --workdir")
     if is_evaluation and not values.checkpoint:
         raise UserError(f"{values.config} evaluates a checkpoint; pass its folder as --checkpoint")
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain's reader processes read absl's global flags
     parallel.initialize()
     if values.mode == "eval" or is_evaluation:
         folder = values.checkpoint or values.workdir or default_workdir(values.config)

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "train": "config model evaluate state step data* parallel checkpoint* logger command types",
     "command": "types",
     "predict": "model data* parallel page.figures command types",
-    "main": "config train evaluate checkpoint* parallel metrics tasks command types",
+    "main": "config train evaluate checkpoint* data.processes parallel metrics tasks command types",
 }
 # The only files that may import these libraries.
 ONLY_IN = {
@@ -65,7 +65,7 @@ ONLY_IN = {
     "importlib.import_module": ("plan_jax/tasks/__init__.py",),
     "transformers": ("plan_jax/data/tokenizer.py", "tools/benchmark_encoders.py"),
     "safetensors": ("plan_jax/weights/sources.py", "tools/convert_weights.py"),
-    "absl.flags": ("plan_jax/main.py", "tests/conftest.py"),
+    "absl.flags": ("plan_jax/main.py", "plan_jax/data/processes.py", "tests/conftest.py"),
     "ml_collections": ("plan_jax/main.py",),
 }
 FORBIDDEN_NAMES = re.compile(r"(^|/)(utils?|common|helpers?|misc|base_\w+)(\.py)?(/|$)")

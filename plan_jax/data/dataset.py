@@ -174,7 +174,8 @@ def open_dataset(
     # `Dataset` decodes by itself: training decodes only a part of a record.
     raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
     with _name_damage(folder):
-        source = builder.as_data_source(split, deserialize_method=raw_bytes)
+        # The reader of bytes alone: a reader process must not build the dataset once more.
+        source = builder.as_data_source(split, deserialize_method=raw_bytes).data_source
     with _name_damage(folder):
         metadata = dict(builder.info.metadata)
     return Dataset(

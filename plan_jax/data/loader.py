@@ -9,7 +9,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
-from plan_jax.data import report_parser, transforms
+from plan_jax.data import processes, report_parser, transforms
 from plan_jax.data import tokenizer as tokenization
 from plan_jax.data.dataset import Dataset
 from plan_jax.types import Batch, Record, UserError
@@ -222,9 +222,17 @@ class BatchIterator(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
+        is_first = self._reader is None
         if self._reader is None:
             self._reader = self._open_reader(self._step)
-        batch = next(self._reader)
+        try:
+            if is_first and self._workers:
+                batch = processes.read_first(self._reader)
+            else:
+                batch = next(self._reader)
+        except RuntimeError as error:
+            self._close_reader()
+            raise processes.explain(error, self._workers) or error from None
         self._step += 1
         return batch
 
@@ -263,10 +271,12 @@ class BatchIterator(grain.DatasetIterator):
         # The order is settled by `_BatchSource`; grain only runs it in the background.
         reader = self._batches[step:].to_iter_dataset(options)
         if self._workers:
+            processes.check_script(self._workers)
             reader = reader.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=self._workers, per_worker_buffer_size=PREFETCHED_BATCHES
-                )
+                ),
+                worker_init_fn=processes.prepare,
             )
         return iter(reader)
 
