@@ -36,10 +36,12 @@ def iterate(source, workers=1):
 
 # A script that reads batches until it is stopped, in the two forms that people write.
 SCRIPT = """
-import sys
+import signal, sys
 sys.path.insert(0, {tests!r})
 from test_processes import RECORD, UserError, iterate
 def run():
+    # A shell lets what it runs in the background ignore Ctrl-C, and this test with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         batches = iterate([RECORD] * 4, workers=2)
         print("starting", flush=True)
@@ -65,8 +67,6 @@ def start(tmp_path, text, *, from_stdin=False):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell that runs tests in the background lets them ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
