@@ -25,6 +25,15 @@ def test_a_burnt_in_marker_does_not_decide_the_depth(white, marker, num_pixels):
     np.testing.assert_array_equal(grey.scale_to_uint8(marked), expected)
 
 
+def test_a_white_frame_does_not_decide_the_depth():
+    film = np.round(draw_picture() * 4095).astype(np.uint16)
+    framed = np.pad(film, 6, constant_values=65535)
+    assert (framed == 65535).mean() > 0.3
+    np.testing.assert_array_equal(
+        grey.scale_to_uint8(framed)[6:-6, 6:-6], grey.scale_to_uint8(film)
+    )
+
+
 def test_a_small_bright_object_is_not_a_marker():
     black = np.zeros((40, 40), np.uint16)
     black[3:8, 4:9] = 40000

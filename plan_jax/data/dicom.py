@@ -104,11 +104,12 @@ def _check_elements(dataset: Any, has_prefix: bool) -> None:
             f"is DICOM without {prefix}the transfer syntax (0002,0010), which says how its pixels "
             "are coded; export it again as a whole DICOM file"
         )
-    num_frames = _read_number(dataset, "NumberOfFrames", 1)
+    num_frames = max(_read_number(dataset, "NumberOfFrames", 1), 1)
     if num_frames > 1:
         raise ImageError(
             f"has {num_frames:g} frames, not one; save the frame to use as a file of its own"
         )
+    dataset.NumberOfFrames = num_frames  # in place of an empty element
 
 
 def _decode_pixels(dataset: Any) -> Num[np.ndarray, "Y X *C"]:

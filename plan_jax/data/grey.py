@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Num, UInt8
 
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of detectors and of the files that they write
+WHITES = tuple(2**depth - 1 for depth in BIT_DEPTHS)
 MAX_MARKER = 0.05  # largest fraction of an image that burnt-in letters and lines cover
+MAX_FRAME = 0.5  # largest fraction that a white frame around the film covers
 UNIT_TOLERANCE = 0.05  # how far resampling moves real pixels beyond 0 and 1
 MIN_REAL_WHITE = 16  # real pixels whose maximum lies between 1 and this have an unknown white
 LUMINANCE = np.asarray([0.299, 0.587, 0.114], np.float32)  # of ITU-R 601, as in Pillow
@@ -66,7 +68,7 @@ def find_bit_depth(pixels: Num[np.ndarray, "*N"]) -> int:
     """Returns the smallest depth of `BIT_DEPTHS` that holds an image, aside from burnt-in markers.
 
     A marker is a small part of the image that lies far beyond all the rest, as a letter of 65535 on
-    a film of 12 bits does.
+    a film of 12 bits does. A frame of one value, the largest of a depth, may be half of the image.
 
     >>> film = np.arange(4096)
     >>> find_bit_depth(film), find_bit_depth(np.append(film, [65535] * 50))
@@ -81,11 +83,14 @@ def find_bit_depth(pixels: Num[np.ndarray, "*N"]) -> int:
         if largest <= white:
             return depth
         is_beyond = pixels > white
-        if not 0 < is_beyond.mean() <= MAX_MARKER:
+        share = is_beyond.mean()
+        if share > MAX_FRAME or (share > MAX_MARKER and largest not in WHITES):
             continue
+        beyond = pixels[is_beyond]
         # A film of this depth uses a good part of it, or the small part is the picture itself.
         is_film = pixels[~is_beyond].max() > white / 4
-        if is_film and np.median(pixels[is_beyond]) > 3 * white:
+        is_marker = share <= MAX_MARKER or beyond.min() == largest
+        if is_film and is_marker and np.median(beyond) > 3 * white:
             return depth
     return BIT_DEPTHS[-1]
 

@@ -154,9 +154,9 @@ def _decode_image(
         if layout or image.mode.startswith(("I", "F")):
             values = _read_luminance(data, layout) if layout else np.asarray(image)
             image.load()  # reads the metadata behind the pixels too
-            pixels = grey.scale_to_uint8(values, bit_depth)
             if not bit_depth and not grey.is_unit(values):
                 guessed_depth = grey.find_bit_depth(values)
+            pixels = grey.scale_to_uint8(values, bit_depth or guessed_depth)
             if _is_white_zero(image):
                 pixels = 255 - pixels
         else:
@@ -237,7 +237,8 @@ def _turn_upright(pixels: Num[np.ndarray, "Y X"], image: Image.Image) -> Num[np.
         _read_orientation(image), (False, False, False)
     )
     pixels = pixels.T if is_transposed else pixels
-    return pixels[:: -1 if reverses_rows else 1, :: -1 if reverses_columns else 1]
+    pixels = pixels[:: -1 if reverses_rows else 1, :: -1 if reverses_columns else 1]
+    return np.ascontiguousarray(pixels)
 
 
 # 16-bit colour ----------------------------------------------------------------------------------
