@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -214,8 +215,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
       UserError: the disk is full, the folder cannot be written, and whatever else the system says.
     """
-    # In the same folder, since a rename is atomic only within one file system.
-    temporary = path.with_name(f"{path.name}.part")
+    # In the same folder, since a rename is atomic only within one file system. The number of the
+    # process keeps two evaluations apart that write into one folder.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     with report_write_errors(path):
         try:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)

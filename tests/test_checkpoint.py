@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from plan_jax import checkpoint, parallel
 from plan_jax.checkpoint import checksums
 from plan_jax.types import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {"method": "plan", "steps": 7, "optim": {"learning_rate": 1e-3, "betas": (0.9, 0.99)}}
 
 
@@ -307,6 +310,37 @@ def test_an_error_in_the_background_surfaces(tmp_path, monkeypatch):
         checkpoint.close(manager)
 
 
+SAVE_ON_A_FULL_DISK = """
+import resource, sys
+import numpy as np
+from plan_jax import checkpoint
+from plan_jax.types import UserError
+
+rng = np.random.default_rng(0)
+state = {"params": {str(i): rng.normal(size=9000) for i in range(40)}}
+manager = checkpoint.open_manager(sys.argv[1], keep=1)
+checkpoint.save(manager, 1, state, {}, {})
+manager.wait_until_finished()
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
+try:
+    checkpoint.save(manager, 2, state, {}, {})
+    checkpoint.close(manager)
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("num_bytes", [100, 50_000])
+def test_a_failed_save_is_one_line_and_keeps_the_last_checkpoint(tmp_path, num_bytes):
+    """No line of orbax, of its threads or of those that the exit of Python finds abandoned."""
+    command = [sys.executable, "-c", SAVE_ON_A_FULL_DISK, str(tmp_path), str(num_bytes)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    sentence = f"checkpoint could not be written to {tmp_path} (File too large); free the disk"
+    assert run.stderr.startswith(sentence) and run.stderr.count("\n") == 1, run.stderr
+    assert (run.stdout, run.returncode) == ("", 1)
+    assert checkpoint.load_weights(tmp_path)["step"] == 1
+
+
 def test_positions_of_another_number_of_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
@@ -435,14 +469,21 @@ def test_content_that_means_nothing(damaged, capfd):
     assert sorted(path.name for path in damaged.iterdir()) == ["1", "broken-2", "broken-3"]
 
 
-@pytest.mark.parametrize("name", ["config/metadata", "data/metadata", "state/_METADATA"])
-def test_a_wrong_character_in_valid_json(damaged, name):
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("config/metadata", "0.001", "0.003"),
+        ("config/metadata", "steps", "stops"),
+        ("data/metadata", "3}", "7}"),
+        ("state/_METADATA", "kernel", "kornel"),
+    ],
+)
+def test_a_wrong_character_in_valid_json(damaged, name, old, new):
     """A checksum finds what a parser does not: a digit, a letter of a name."""
     path = damaged / "3" / name
     content = path.read_text()
-    wrong = content.replace("0.001", "0.003").replace("3}", "7}").replace("kernel", "kornel")
-    path.write_text(wrong)
-    assert wrong != content and json.loads(wrong)
+    path.write_text(content.replace(old, new))
+    assert path.read_text() != content and json.loads(path.read_text())
     restored = checkpoint.restore(checkpoint.open_manager(damaged), make_state(0))
     assert (restored.step, restored.data) == (2, {"next": 2})
     assert (damaged / "broken-3").exists()

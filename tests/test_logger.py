@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+from pathlib import Path
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -211,3 +212,19 @@ def test_what_a_killed_process_leaves_is_no_row(tmp_path, tail):
     with Logger(tmp_path, CONFIG, 101, start_step=1) as logger:
         assert [row["step"] for row in logger.history] == [1]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
+
+
+def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
+    """As two evaluations of one run do: the second does not remove what the first writes."""
+    path = tmp_path / "metrics.json"
+    replace, numbers = Path.replace, iter([1, 2])
+    monkeypatch.setattr(os, "getpid", lambda: next(numbers))
+
+    def write_meanwhile(temporary, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        write_atomically(path, "second")
+        return replace(temporary, target)
+
+    monkeypatch.setattr(Path, "replace", write_meanwhile)
+    write_atomically(path, "first")
+    assert path.read_text() == "first" and [x.name for x in tmp_path.iterdir()] == ["metrics.json"]

@@ -1,4 +1,4 @@
-"""Killed, stopped and multi-process runs end with the parameters of an uninterrupted run."""
+"""Killed, stopped, doubled and multi-process runs end with the parameters of an uninterrupted run."""
 
 import json
 import os
@@ -119,6 +119,23 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, start):
     steps = [row["step"] for row in read_metrics(killed)]
     assert steps == sorted(set(steps)) and len(steps) > STEPS - 10, stop_steps
     assert all(row == by_step[row["step"]] for row in read_metrics(killed)), stop_steps
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, start):
+    first = start(tmp_path, f"steps={STEPS}")
+    for delay in (0, 0.5, 6):
+        time.sleep(delay)
+        second = start(tmp_path, f"steps={STEPS}")
+        code, output = wait_for_exit(second)
+        # Two that start at the same moment compete, and either may be the first.
+        if first.poll() == 2:
+            first, (code, output) = second, wait_for_exit(first)
+        assert code == 2 and f"is in use by process {first.pid} on " in output, output
+        assert "Traceback" not in output and "broken" not in output, output
+    code, output = wait_for_exit(first)
+    assert code == 0, output
+    steps = [row["step"] for row in read_metrics(tmp_path)]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
 
 
 def test_two_processes_train_and_save_one_checkpoint(tmp_path, start):
