@@ -1,4 +1,4 @@
-"""Killed, stopped, doubled and multi-process runs end with the parameters of an uninterrupted run."""
+"""Killed, stopped and multi-process runs end with the parameters of an uninterrupted run."""
 
 import json
 import os
@@ -122,20 +122,23 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, start):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, start):
-    first = start(tmp_path, f"steps={STEPS}")
-    for delay in (0, 0.5, 6):
+    """Two at the same moment, and two more while the first one compiles and trains."""
+    runs = [start(tmp_path, "steps=2000"), start(tmp_path, "steps=2000")]
+    while all(run.poll() is None for run in runs):
+        time.sleep(0.01)
+    refused, first = sorted(runs, key=lambda run: run.poll() is None)
+    results = [wait_for_exit(refused)]
+    for delay in (0.5, 6):
         time.sleep(delay)
-        second = start(tmp_path, f"steps={STEPS}")
-        code, output = wait_for_exit(second)
-        # Two that start at the same moment compete, and either may be the first.
-        if first.poll() == 2:
-            first, (code, output) = second, wait_for_exit(first)
+        results.append(wait_for_exit(start(tmp_path, "steps=2000")))
+    for code, output in results:
         assert code == 2 and f"is in use by process {first.pid} on " in output, output
         assert "Traceback" not in output and "broken" not in output, output
+    first.send_signal(signal.SIGTERM)
     code, output = wait_for_exit(first)
-    assert code == 0, output
+    assert code == 0 and "and saved; the same command resumes" in output, output
     steps = [row["step"] for row in read_metrics(tmp_path)]
-    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+    assert steps == sorted(set(steps)) and len(steps) == steps[-1]
 
 
 def test_two_processes_train_and_save_one_checkpoint(tmp_path, start):
