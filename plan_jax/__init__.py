@@ -1,4 +1,7 @@
-"""plan_jax: medical image-text pre-training in JAX; the door to what one needs from Python."""
+"""plan_jax: medical image-text pre-training in JAX.
+
+The public names are `load`, which returns a trained model, and the tables `METHODS` and `TASKS`.
+"""
 
 from typing import Any
 
@@ -6,7 +9,7 @@ __all__ = ["METHODS", "TASKS", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load`, `METHODS` and `TASKS` when they are first asked for: it takes seconds."""
+    """Imports a public name at its first use, because importing them all takes seconds."""
     if name == "load":
         from plan_jax.model import load
 

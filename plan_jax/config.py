@@ -465,18 +465,22 @@ def fill_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return _merge(defaults, values, "")
 
 
-def unknown_field(name: str, known: Iterable[str], owner: str = "") -> UserError:
+def unknown_field(name: str, field_names: Iterable[str], owner: str = "") -> UserError:
     """Returns the error for a field that does not exist, with the nearest field that does."""
-    known = list(known)
-    inside = [other.removeprefix(f"{name}.") for other in known if other.startswith(f"{name}.")]
-    if inside:
-        return UserError(f"config.{name} is a section; set one of its fields {listed(inside)}")
-    near = difflib.get_close_matches(name, known, 1, 0.8 if owner else 0.6)
+    field_names = list(field_names)
+    prefix = f"{name}."
+    subfields = [field.removeprefix(prefix) for field in field_names if field.startswith(prefix)]
+    if subfields:
+        return UserError(f"config.{name} is a section; set one of its fields {listed(subfields)}")
+    matches = difflib.get_close_matches(name, field_names, 1, 0.8 if owner else 0.6)
     section = name.rpartition(".")[0]
-    siblings = [k.rpartition(".")[2] for k in known if section and k.rpartition(".")[0] == section]
-    top_level = dict.fromkeys(other.partition(".")[0] for other in known)
-    hint = f"did you mean config.{near[0]}?" if near else f"use {listed(siblings or top_level)}"
-    return UserError(f"config.{name} is not a field{owner}; {hint}")
+    paths = [field.rpartition(".") for field in field_names]
+    siblings = [field for parent, _, field in paths if section and parent == section]
+    top_level = dict.fromkeys(field.partition(".")[0] for field in field_names)
+    remedy = f"use {listed(siblings or top_level)}"
+    if matches:
+        remedy = f"did you mean config.{matches[0]}?"
+    return UserError(f"config.{name} is not a field{owner}; {remedy}")
 
 
 # Building dataclasses from dicts --------------------------------------------------------------
@@ -513,8 +517,8 @@ def typed_values(
     check_section(prefix.rstrip("."), values, kinds)
     for name in values:
         if name not in kinds:
-            known = [f"{prefix}{other}" for other in kinds]
-            raise unknown_field(f"{prefix}{name}", known, f" of {owner}" if owner else "")
+            field_names = [f"{prefix}{field}" for field in kinds]
+            raise unknown_field(f"{prefix}{name}", field_names, f" of {owner}" if owner else "")
     return {
         name: convert(f"{prefix}{name}", value, kinds[name].type) for name, value in values.items()
     }
@@ -595,9 +599,9 @@ def _builder_kinds(dataset: str) -> dict[str, dataclasses.Field]:
 
 
 def _tower_options(side: str, values: Any) -> dict[str, Any]:
-    known = (*RESNETS, *VITS) if side == "vision" else tuple(BERTS)
+    tower_names = (*RESNETS, *VITS) if side == "vision" else tuple(BERTS)
     name = values.get("name", DEFAULT_TOWERS[side])
-    check_choice(f"{side}.name", name, known)
+    check_choice(f"{side}.name", name, tower_names)
     # Fields of the module that a config sets; the others depend on the rest of the config.
     module, _, internal = tower_class(name)
     kinds = {f.name: f for f in dataclasses.fields(module) if f.name not in internal}

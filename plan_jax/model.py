@@ -116,17 +116,17 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
     batch = config.eval.batch
 
     def encode_image(images: np.ndarray) -> Features:
-        return map_chunks(lambda some: apply_image(encoders, some), images, batch)
+        return map_chunks(lambda chunk: apply_image(encoders, chunk), images, batch)
 
     def encode_text(texts: list[str]) -> Features:
         name = f"{len(texts)} texts" if len(texts) > 1 else "the text"
         check_known(tokenizer, texts, name, "write them in the language of the model's tokenizer")
         tokens = tokenize_batch(tokenizer, texts, config.data.max_tokens, config.data.max_words)
-        return map_chunks(lambda some: apply_text(encoders, some), tokens, batch)
+        return map_chunks(lambda chunk: apply_text(encoders, chunk), tokens, batch)
 
     def similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
-        def compare(some: Features) -> dict[str, jax.Array]:
-            tables = apply_similarity(params, memory, images, some, hyper)
+        def compare(chunk: Features) -> dict[str, jax.Array]:
+            tables = apply_similarity(params, memory, images, chunk, hyper)
             return {kind: table.T for kind, table in tables.items()}
 
         # A chunk of texts at a time, since a table of all words and all pixels would not fit.
@@ -136,12 +136,12 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
     def heatmap(
         images: Features, texts: Features, rounds: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        chosen = hyper
+        constants = hyper
         if rounds is not None:
             if not hasattr(hyper, "rounds"):
                 raise UserError(f"rounds is {rounds}, and {config.method} has none; leave it out")
-            chosen = dataclasses.replace(hyper, rounds=rounds)
-        return jax.device_get(apply_heatmap(params, memory, images, texts, chosen))
+            constants = dataclasses.replace(hyper, rounds=rounds)
+        return jax.device_get(apply_heatmap(params, memory, images, texts, constants))
 
     size = config.data.size
     blank = jax.ShapeDtypeStruct((1, size, size, 1), jnp.uint8)

@@ -94,8 +94,8 @@ def label_frozen(
     for prefix, folder in zip(prefixes, folders, strict=True):
         if not any(f"{name}/".startswith(folder) for name in names):
             heads = {"/".join(name.split("/")[:2]) for name in names if "_tower" not in name}
-            known = ", ".join(["vision", "text", "vision:N", "text:N", *sorted(heads)])
-            raise UserError(f"optim.freeze {prefix!r} names no parameter; use some of {known}")
+            choices = ", ".join(["vision", "text", "vision:N", "text:N", *sorted(heads)])
+            raise UserError(f"optim.freeze {prefix!r} names no parameter; use some of {choices}")
 
     def label(path: tuple, _: object) -> str:
         name = path_name(path)

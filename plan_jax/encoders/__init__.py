@@ -1,4 +1,4 @@
-"""Encoders: image towers, the text tower, and both with their projection heads."""
+"""Encoders: image towers, the text tower, and the dual encoder with its projection heads."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ class ImageOutput(NamedTuple):
 
     `pooled` are vectors of whole images and `local` the pixels of the feature map. `fine` is the
     map one stage earlier, with more pixels and a smaller receptive field, or None. `attention` is
-    that of a ViT's class token to the patches in the last layer, averaged over heads, or None.
-    `stages` are all maps from the stem on, finest first (of a ViT only its patches), for the heads
-    of downstream tasks.
+    the attention of a ViT's class token to the patches in the last layer, averaged over heads, or
+    None. `stages` are all maps from the stem on, finest first; a ViT has one, its patches. The
+    heads of downstream tasks use them.
     """
 
     pooled: Float[Array, "B E"]
@@ -25,9 +25,9 @@ class ImageOutput(NamedTuple):
 class TextOutput(NamedTuple):
     """Output of the text tower for B texts, before any projection.
 
-    `pooled` are vectors of whole texts and `words` those of their words. `attention` is how much
-    the whole attends to each word: the attention of [CLS] in the last layer, averaged over heads
-    and summed over the pieces of a word; with attention pooling, the pooling weight of the word.
+    `pooled` are vectors of whole texts and `words` are vectors of their words. `attention` is the
+    attention of [CLS] to each word in the last layer, averaged over heads and summed over the
+    pieces of a word. With attention pooling it is the pooling weight of the word.
     """
 
     pooled: Float[Array, "B E"]

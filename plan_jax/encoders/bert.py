@@ -29,7 +29,7 @@ BERTS = {
     "bert_small": {"width": 64, "depth": 2, "heads": 4},
     "bert_tiny": {"width": 16, "depth": 1, "heads": 2},
 }
-EPSILON = 1e-12  # Hugging Face's, of all LayerNorms
+EPSILON = 1e-12  # of every LayerNorm, as in Hugging Face's BERT
 
 
 def attention_mask(
@@ -47,31 +47,33 @@ def attention_mask(
     """
     if not block_diagonal:
         return is_real[:, None, None, :] & is_real[:, None, :, None]
-    # The sentence of each piece; -1 for a piece of no word.
-    owner = jnp.take_along_axis(sentence, jnp.maximum(word_index, 0), 1)
-    owner = jnp.where(word_index >= 0, owner, -1)
-    allowed = (owner[:, :, None] == owner[:, None, :]) | (owner[:, :, None] < 0)
+    # The sentence of each piece; -1 for a piece that belongs to no word.
+    piece_sentence = jnp.take_along_axis(sentence, jnp.maximum(word_index, 0), 1)
+    piece_sentence = jnp.where(word_index >= 0, piece_sentence, -1)
+    row_sentence, column_sentence = piece_sentence[:, :, None], piece_sentence[:, None, :]
+    allowed = (row_sentence == column_sentence) | (row_sentence < 0)
     return (allowed & is_real[:, None, :] & is_real[:, :, None])[:, None]
 
 
 def sum_pieces(
     pieces: Float[Array, "B L E"], word_index: Int[Array, "B L"], num_words: int
 ) -> Float[Array, "B W E"]:
-    """Sums the pieces of each word; pieces with index -1 belong to none.
+    """Sums the pieces of each word; pieces with index -1 belong to no word.
 
     >>> sum_pieces(jnp.ones((1, 4, 1)), jnp.array([[-1, 0, 0, 1]]), 3)[0, :, 0].tolist()
     [2.0, 1.0, 0.0]
     """
-    membership = jax.nn.one_hot(word_index, num_words, dtype=pieces.dtype)  # -1 becomes zeros
+    # An index of -1 gives a row of zeros.
+    membership = jax.nn.one_hot(word_index, num_words, dtype=pieces.dtype)
     return jnp.einsum("ble,blw->bwe", pieces, membership)
 
 
 class Bert(nn.Module):
-    """BERT; fewer layers than a published model has are its first ones.
+    """BERT; with a smaller `depth` than a published model it has the first layers of that model.
 
     `pool` is `cls` (the first piece), `mean` (of all pieces) or `attention` (a learned weighting of
-    the words). `sum_last_layers` sums the outputs of that many last layers (GLoRIA: 4).
-    `block_diagonal` keeps the attention of words within their sentence: a report is a list of
+    the words). `sum_last_layers` is the number of last layers whose outputs are summed (GLoRIA: 4).
+    `block_diagonal` restricts the attention of words to their sentence: a report is a list of
     sentences in no particular order, and a word that attends to neighbouring sentences grounds in
     their findings too. `scan`, `remat` and `frozen_layers` are those of `run_layers`; with any
     frozen layer the embeddings are frozen too.
@@ -109,7 +111,8 @@ class Bert(nn.Module):
         is_real = tokens > 0
         num_words = sentence.shape[1]
         key = self.make_rng("dropout") if train and self.dropout else None
-        x = self._embed(tokens, None if self.frozen_layers else key)
+        # Frozen layers run as in evaluation, so they have no dropout either.
+        embeddings = self._embed(tokens, None if self.frozen_layers else key)
         mask = attention_mask(word_index, sentence, is_real, self.block_diagonal)
         options = {
             "width": self.width,
@@ -120,8 +123,8 @@ class Bert(nn.Module):
             "dropout": self.dropout,
             "dtype": self.dtype,
         }
-        x, attention = run_layers(self, options, x, mask, key, self.sum_last_layers)
-        words = sum_pieces(x, word_index, num_words)
+        pieces, attention = run_layers(self, options, embeddings, mask, key, self.sum_last_layers)
+        words = sum_pieces(pieces, word_index, num_words)
         if self.pool == "attention":
             logits = nn.Dense(1, name="pool")(words)[..., 0]
             weights = jax.nn.softmax(jnp.where(sentence >= 0, logits, MASKED_LOGIT), -1)
@@ -130,18 +133,19 @@ class Bert(nn.Module):
             return TextOutput(jnp.einsum("bwe,bw->be", words, weights), words, weights)
         word_attention = sum_pieces(attention[..., None], word_index, num_words)[..., 0]
         if self.pool == "mean":
-            share = (is_real / is_real.sum(1, keepdims=True)).astype(x.dtype)
-            return TextOutput(jnp.einsum("ble,bl->be", x, share), words, word_attention)
-        return TextOutput(x[:, 0], words, word_attention)
+            weights = (is_real / is_real.sum(1, keepdims=True)).astype(pieces.dtype)
+            return TextOutput(jnp.einsum("ble,bl->be", pieces, weights), words, word_attention)
+        return TextOutput(pieces[:, 0], words, word_attention)
 
     def _embed(self, tokens: Int[Array, "B L"], key: PRNGKeyArray | None) -> Float[Array, "B L E"]:
-        """Sums the embeddings of piece, position and type (always the first of two)."""
-        init = nn.initializers.normal(0.02)
-        x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token")(tokens)
-        position = self.param("position", init, (self.positions, self.width))
-        token_type = self.param("type", init, (2, self.width))
-        x = x + position[: tokens.shape[1]] + token_type[0]
-        x = nn.LayerNorm(EPSILON, name="norm")(x)
-        # The layers use the numbers below depth.
+        """Returns the normalised sum of the embeddings of piece, position and type."""
+        initializer = nn.initializers.normal(0.02)
+        embed = nn.Embed(self.vocab_size, self.width, embedding_init=initializer, name="token")
+        position = self.param("position", initializer, (self.positions, self.width))
+        # Published models have two types, for pairs of texts. A report is a single text, of type 0.
+        token_type = self.param("type", initializer, (2, self.width))
+        embeddings = embed(tokens) + position[: tokens.shape[1]] + token_type[0]
+        embeddings = nn.LayerNorm(EPSILON, name="norm")(embeddings)
+        # Layer n folds n < depth into the key, so depth itself is free.
         key = None if key is None else jax.random.fold_in(key, self.depth)
-        return dropout(x, self.dropout, key).astype(self.dtype)
+        return dropout(embeddings, self.dropout, key).astype(self.dtype)

@@ -1,10 +1,10 @@
-"""Two towers and their heads: images and texts into one shared space, as `Features`.
+"""Two towers and their heads: maps images and texts into one shared space, as `Features`.
 
 The local head of the image side is g(.) of PLAN, MGCA and GLoRIA: a learned map from a pixel of
-the feature map to the space of the words. Heads are named by what the papers use: `linear`
-(GLoRIA) and `mlp` (Linear, BatchNorm, ReLU, Linear, BatchNorm without scale; MGCA, PLAN); `norm` is
-a Linear with that last BatchNorm. Deviation: padded words do not enter the statistics of BatchNorm
-(they do in MGCA's code).
+the feature map to the space of the words. Heads are those of the papers: `linear` (GLoRIA) and
+`mlp` (Linear, BatchNorm, ReLU, Linear, BatchNorm without scale; MGCA, PLAN); `norm` is a Linear
+with that last BatchNorm.
+Deviation: padded words do not enter the statistics of BatchNorm (they do in MGCA's code).
 """
 
 from typing import Any
@@ -63,7 +63,7 @@ class ProjectionHead(nn.Module):
     ) -> Float[Array, "*B D"]:
         """Projects the last axis; positions where mask is False do not enter any statistics."""
         if self.kind == "mlp":
-            # BatchNorm subtracts its mean, so a bias before it would have no effect.
+            # BatchNorm subtracts the mean, so a bias before it would have no effect.
             x = nn.Dense(self.hidden_dim, use_bias=False, dtype=self.dtype, name="fc1")(x)
             x = nn.relu(BatchNorm(self.axis, name="norm1")(x, train, mask))
         x = nn.Dense(self.embed_dim, dtype=self.dtype, name="fc2")(x).astype(jnp.float32)
@@ -87,10 +87,12 @@ class FineHead(nn.Module):
         self, fine: Float[Array, "B V U C"], coarse: Float[Array, "B Y X E"], train: bool
     ) -> Float[Array, "B V U D"]:
         """Returns the projected pixels of the finer map."""
-        x = nn.Dense(self.embed_dim, dtype=self.dtype, name="lateral")(fine)
-        y = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="top")(coarse)
-        x = (x + resize_bilinear(y, (fine.shape[1], fine.shape[2]))).astype(jnp.float32)
-        return BatchNorm(self.axis, affine=False, name="norm")(x, train)
+        lateral = nn.Dense(self.embed_dim, dtype=self.dtype, name="lateral")(fine)
+        # One bias is enough for the sum of two projections.
+        top = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="top")(coarse)
+        top = resize_bilinear(top, (fine.shape[1], fine.shape[2]))
+        pixels = (lateral + top).astype(jnp.float32)
+        return BatchNorm(self.axis, affine=False, name="norm")(pixels, train)
 
 
 class DualEncoder(nn.Module):
@@ -99,11 +101,11 @@ class DualEncoder(nn.Module):
     Attributes:
       vision, text: the name of each tower and the sizes to replace, see `make_image_tower`.
       heads: the kind of each head: image_global, image_local, text_global, text_local. A `shared`
-        local head is the global one applied to each pixel or word with its running statistics
-        (ConVIRT has no other: its heat map is a class activation map).
+        local head is the global one, applied to each pixel or word with its running statistics
+        (ConVIRT has no local head: its heat map is a class activation map).
       normalisation: of grey values x from 0 to 1: `image` (each image to mean 0, variance 1),
-        `fixed` ((x - 0.5) / 0.5, as MGCA and GLoRIA have it), `unit` (x itself, BioViL) or
-        `imagenet` (mean and deviation of ImageNet's three colours, ASG).
+        `fixed` ((x - 0.5) / 0.5, as in MGCA and GLoRIA), `unit` (x itself, BioViL) or `imagenet`
+        (mean and deviation of ImageNet's three colours, ASG).
       channels: how often the grey channel is repeated; `imagenet` needs 3.
       fine_map: whether there is a head on the map one stage earlier.
       axis: the mapped device axis of BatchNorm; None on one device.
@@ -148,17 +150,18 @@ class DualEncoder(nn.Module):
             self.image_fine_head = FineHead(self.embed_dim, self.axis, self.dtype)
 
     def extract_stages(self, image: UInt8[Array, "B Y X 1"], train: bool = False) -> Stages:
-        """Encodes grey images (0..255) by the tower alone, before any head of pre-training."""
+        """Encodes grey images (0..255) by the tower only, without the heads of pre-training."""
         output = self.image_tower(self._normalise(image), train)
         stages = Stages(output.pooled, output.stages)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), stages)
+        # The heads of tasks compute in float32, whatever the tower's dtype.
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), stages)
 
     def encode_image(self, image: UInt8[Array, "B Y X 1"], train: bool = False) -> Features:
         """Encodes grey images (0..255)."""
         output = self.image_tower(self._normalise(image), train)
         pooled = self.image_global_head(output.pooled, train)
         if self.heads["image_local"] == "shared":
-            # With running statistics: those of pixels are not those of whole images.
+            # Batch statistics of pixels differ from those of whole images: use the running ones.
             local = self.image_global_head(output.local, False)
         else:
             local = self.image_local_head(output.local, train)
@@ -205,12 +208,13 @@ class DualEncoder(nn.Module):
         return self.encode_image(batch.image, train), self.encode_text(batch.text, train)
 
     def _normalise(self, image: UInt8[Array, "B Y X 1"]) -> Float[Array, "B Y X C"]:
-        x = jnp.repeat(image.astype(jnp.float32) / 255, self.channels, -1)
+        pixels = jnp.repeat(image.astype(jnp.float32) / 255, self.channels, -1)
         if self.normalisation == "image":
-            mean, std = x.mean((1, 2, 3), keepdims=True), x.std((1, 2, 3), keepdims=True)
-            x = (x - mean) / (std + 1e-3)  # an empty image has no spread
+            mean = pixels.mean((1, 2, 3), keepdims=True)
+            std = pixels.std((1, 2, 3), keepdims=True)
+            pixels = (pixels - mean) / (std + 1e-3)  # an image of one grey value has std 0
         elif self.normalisation == "fixed":
-            x = (x - 0.5) / 0.5
+            pixels = (pixels - 0.5) / 0.5
         elif self.normalisation == "imagenet":
-            x = (x - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
-        return x.astype(self.dtype)
+            pixels = (pixels - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
+        return pixels.astype(self.dtype)

@@ -70,9 +70,10 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B V U E"]:
         """Returns the convolved maps."""
-        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torchvision's
+        initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torchvision's
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", init, shape)
+        kernel = self.param("kernel", initializer, shape)
+        # Parameters stay in float32; only the computation is in `dtype`.
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         return conv2d(x, kernel, self.stride, self.padding, self.dilation)
 
@@ -93,32 +94,36 @@ class Block(nn.Module):
         out_width = self.width * (4 if self.bottleneck else 1)
         sizes = (1, 3, 1) if self.bottleneck else (3, 3)
         widths = (self.width, self.width, out_width) if self.bottleneck else (self.width, out_width)
-        strided = 1 if self.bottleneck else 0  # the first 3x3 convolution
-        y = x
-        for n, (size, width) in enumerate(zip(sizes, widths, strict=True)):
-            stride = self.stride if n == strided else 1
+        strided_index = sizes.index(3)  # the first 3x3 convolution
+        residual = x
+        for index, (size, width) in enumerate(zip(sizes, widths, strict=True)):
+            stride = self.stride if index == strided_index else 1
             dilation = self.dilation if size == 3 else 1
             padding = dilation * (size // 2)
-            y = Conv(width, size, stride, padding, dilation, self.dtype, name=f"conv{n + 1}")(y)
-            y = BatchNorm(self.axis, name=f"norm{n + 1}")(y, train)
-            if n < len(sizes) - 1:  # the last ReLU comes after the sum
-                y = nn.relu(y)
-        if x.shape != y.shape:
-            x = Conv(out_width, 1, self.stride, dtype=self.dtype, name="conv_skip")(x)
-            x = BatchNorm(self.axis, name="norm_skip")(x, train)
-        return nn.relu(y + x)
+            name = f"conv{index + 1}"
+            conv = Conv(width, size, stride, padding, dilation, self.dtype, name=name)
+            residual = conv(residual)
+            residual = BatchNorm(self.axis, name=f"norm{index + 1}")(residual, train)
+            if index < len(sizes) - 1:  # the last ReLU comes after the sum
+                residual = nn.relu(residual)
+        skip = x
+        if x.shape != residual.shape:
+            skip = Conv(out_width, 1, self.stride, dtype=self.dtype, name="conv_skip")(x)
+            skip = BatchNorm(self.axis, name="norm_skip")(skip, train)
+        return nn.relu(residual + skip)
 
 
 class ResNet(nn.Module):
     """ResNet; `local` is the map after stage `local_stage`, `pooled` the mean of the last one.
 
-    `resize` first scales the image to so many pixels (MGCA and GLoRIA: 299, which makes the third
-    stage's map 19 x 19). The last `dilated` stages have dilations instead of strides, as
-    torchvision's `replace_stride_with_dilation` (an option of BioViL). `position` adds a learned
-    map of positions to the local stage, and the pooling `mean_max` joins the mean with the maximum:
-    both help small towers trained from scratch. `remat` recomputes the activations inside a block
-    in the backward pass instead of storing them. The stem and the first `frozen_layers` stages, if
-    it is more than 0, are frozen: no gradient, BatchNorm as in evaluation.
+    `resize` is the side in pixels to which images are resized first, 0 for none (MGCA and GLoRIA:
+    299, which makes the third stage's map 19 x 19). The last `dilated` stages have dilations
+    instead of strides, as torchvision's `replace_stride_with_dilation` (an option of BioViL).
+    `position` adds a learned map of positions to the local stage, and the pooling `mean_max`
+    concatenates the mean and the maximum: both help small towers trained from scratch. `remat`
+    recomputes the activations inside a block in the backward pass instead of storing them. With
+    `frozen_layers` above 0, the stem and that many stages are frozen: no gradient, and BatchNorm
+    as in evaluation.
     """
 
     widths: tuple[int, ...]
@@ -141,7 +146,7 @@ class ResNet(nn.Module):
         """Encodes B images; `train` switches BatchNorm to batch statistics."""
         x = resize_align_corners(image, (self.resize, self.resize)) if self.resize else image
         stem, x = self._stem(x, train and not self.frozen_layers)
-        # Whichever stage is the first, `fine` before it is the stem's map.
+        # If the local stage is the first one, the map before it is the stem's.
         local = fine = x
         stages = [lax.stop_gradient(stem) if self.frozen_layers else stem]
         for stage in range(len(self.widths)):
@@ -168,33 +173,34 @@ class ResNet(nn.Module):
         self, stage: int, x: Float[Array, "B Y X C"], train: bool
     ) -> Float[Array, "B V U E"]:
         """Applies the blocks of a stage."""
-        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         first_dilated = len(self.widths) - self.dilated
-        for n in range(self.depths[stage]):
-            stride = 2 if stage > 0 and n == 0 else 1
+        for index in range(self.depths[stage]):
+            stride = 2 if stage > 0 and index == 0 else 1
             dilation = 1
             if stage >= first_dilated:
-                # As torchvision: the first block keeps the dilation of the stage before.
-                dilation = 2 ** (stage - first_dilated + (n > 0))
+                # As in torchvision, the first block keeps the dilation of the stage before.
+                dilation = 2 ** (stage - first_dilated + (index > 0))
                 stride = 1
-            x = block(
+            block = block_class(
                 self.widths[stage],
                 stride,
                 self.bottleneck,
                 self.axis,
                 self.dtype,
                 dilation,
-                name=f"layer{stage + 1}_{n}",
-            )(x, train)
-            if self.position and stage == self.local_stage and n == 0:
-                init = nn.initializers.normal(0.1)
-                x = x + self.param("position", init, x.shape[1:]).astype(x.dtype)
+                name=f"layer{stage + 1}_{index}",
+            )
+            x = block(x, train)
+            if self.position and stage == self.local_stage and index == 0:
+                position = self.param("position", nn.initializers.normal(0.1), x.shape[1:])
+                x = x + position.astype(x.dtype)
         return x
 
     def _stem(
         self, x: Float[Array, "B Y X C"], train: bool
     ) -> tuple[Float[Array, "B V U E"], Float[Array, "B _ _ E"]]:
-        """Returns the stem's maps, and those after its pooling (the same for patches)."""
+        """Returns the stem's maps before and after pooling; a stem of patches has no pooling."""
         is_patch = self.stem.startswith("patch")
         size = int(self.stem.removeprefix("patch")) if is_patch else 7
         stride, padding = (size, 0) if is_patch else (2, 3)

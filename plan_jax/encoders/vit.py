@@ -23,7 +23,7 @@ VITS = {
     "vit_small": {"patch": 8, "width": 96, "depth": 4, "heads": 4},
     "vit_tiny": {"patch": 8, "width": 16, "depth": 1, "heads": 2},
 }
-EPSILON = 1e-6  # timm's, of all LayerNorms
+EPSILON = 1e-6  # of every LayerNorm, as in timm
 
 
 class ViT(nn.Module):
@@ -44,7 +44,7 @@ class ViT(nn.Module):
 
     def is_frozen(self, name: str) -> bool:
         """Returns whether `frozen_layers` freezes this tower's parameters called `name`."""
-        # The last norm follows all layers, so it is frozen only together with all of them.
+        # The last norm comes after all layers, so it is frozen only if all of them are.
         if name == "norm":
             return self.frozen_layers >= self.depth
         return is_frozen_layer(name, self.frozen_layers)
@@ -52,15 +52,18 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, image: Float[Array, "B Y X C"], train: bool = False) -> ImageOutput:
         """Encodes B images; `train` is unused (there is neither dropout nor BatchNorm)."""
-        x = Conv(self.width, self.patch, self.patch, dtype=self.dtype, name="embed")(image)
+        # A convolution whose stride is its size is one linear layer on every patch.
+        patches = Conv(self.width, self.patch, self.patch, dtype=self.dtype, name="embed")(image)
         bias = self.param("embed_bias", nn.initializers.zeros, (self.width,))
-        x = x + bias.astype(x.dtype)
-        num_rows = x.shape[1]
-        x = rearrange(x, "b y x c -> b (y x) c")
-        init = nn.initializers.normal(0.02)
-        token = self.param("token", init, (1, 1, self.width)).astype(x.dtype)
-        x = jnp.concatenate([jnp.repeat(token, x.shape[0], 0), x], 1)
-        x = x + self.param("position", init, (1, x.shape[1], self.width)).astype(x.dtype)
+        patches = patches + bias.astype(patches.dtype)
+        num_rows = patches.shape[1]
+        patches = rearrange(patches, "b y x c -> b (y x) c")
+        initializer = nn.initializers.normal(0.02)
+        class_token = self.param("token", initializer, (1, 1, self.width)).astype(patches.dtype)
+        class_tokens = jnp.repeat(class_token, patches.shape[0], 0)
+        tokens = jnp.concatenate([class_tokens, patches], 1)
+        position = self.param("position", initializer, (1, tokens.shape[1], self.width))
+        tokens = tokens + position.astype(tokens.dtype)
         options = {
             "width": self.width,
             "num_heads": self.heads,
@@ -68,10 +71,10 @@ class ViT(nn.Module):
             "epsilon": EPSILON,
             "dtype": self.dtype,
         }
-        x, attention = run_layers(self, options, x)
-        x = nn.LayerNorm(EPSILON, name="norm")(x)
-        local = rearrange(x[:, 1:], "b (y x) c -> b y x c", y=num_rows)
+        tokens, attention = run_layers(self, options, tokens)
+        tokens = nn.LayerNorm(EPSILON, name="norm")(tokens)
         if self.frozen_layers >= self.depth:
-            x, local = lax.stop_gradient((x, local))
-        # The class token's attention to itself is no attention to a patch.
-        return ImageOutput(x[:, 0], local, attention=attention[:, 1:], stages=(local,))
+            tokens = lax.stop_gradient(tokens)
+        local = rearrange(tokens[:, 1:], "b (y x) c -> b y x c", y=num_rows)
+        # Without the class token's attention to itself, which is not attention to a patch.
+        return ImageOutput(tokens[:, 0], local, attention=attention[:, 1:], stages=(local,))

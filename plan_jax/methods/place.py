@@ -292,8 +292,8 @@ def correlation_error(
 ) -> Float[Array, ""]:
     """Computes the mean squared error over the pairs that touch a hidden patch: *equation 8*."""
     # Visible pairs would only teach the decoder to copy; the diagonal is 1 by definition.
-    counted = (hidden[:, None] | hidden[None, :]) & ~jnp.eye(len(hidden), dtype=bool)
-    return contrastive.masked_mean((predicted - true) ** 2, counted)
+    mask = (hidden[:, None] | hidden[None, :]) & ~jnp.eye(len(hidden), dtype=bool)
+    return contrastive.masked_mean((predicted - true) ** 2, mask)
 
 
 def sample_patch_mask(
@@ -342,8 +342,8 @@ def similarity(
     sentences, real = sentence_observations(params, texts, hyper)
     local = late_interaction(observations, sentences, real, hyper)
     cosines = contrastive.cosine_similarity(images.pooled, texts.pooled)
-    both = cosines / hyper.tau + local / hyper.tau_local
-    return {"global": cosines, "local": local, "both": both}
+    total = cosines / hyper.tau + local / hyper.tau_local
+    return {"global": cosines, "local": local, "both": total}
 
 
 def heatmap(

@@ -374,8 +374,8 @@ def similarity(
     sides = TextSide(words, texts.word_id), weight
     local = contrastive.score_all_pairs(score, pixels, sides, hyper.tile_size)
     cosines = contrastive.cosine_similarity(images.pooled, texts.pooled)
-    both = logit_scale(params["log_scale"]) * cosines + local / hyper.tau_local
-    return {"global": cosines, "local": local, "both": both}
+    total = logit_scale(params["log_scale"]) * cosines + local / hyper.tau_local
+    return {"global": cosines, "local": local, "both": total}
 
 
 def heatmap(

@@ -113,11 +113,11 @@ def contrast_all_images(
     scores_IT = contrastive.all_gather(scores_Tb.T, axis)
     # Each device has summed over its own images: the sums are joined as [devices T K].
     sums = contrastive.all_gather([sums_TK[None] for sums_TK in sums], axis)
-    logsumexp, own, negatives, num_negatives = sums
+    logsumexp, positives, negatives, num_negatives = sums
     # Only the device that holds image j has added C_jjn; the other devices have added 0.
-    own, logsumexp = own.sum(0), jax.nn.logsumexp(logsumexp, 0)
-    word_loss = jnp.sum((logsumexp - own / tau) * normalised_weight, -1).mean()
-    margin = own - negatives.sum(0) / jnp.maximum(num_negatives.sum(0), 1)
+    positives, logsumexp = positives.sum(0), jax.nn.logsumexp(logsumexp, 0)
+    word_loss = jnp.sum((logsumexp - positives / tau) * normalised_weight, -1).mean()
+    margin = positives - negatives.sum(0) / jnp.maximum(num_negatives.sum(0), 1)
     return AllImagesContrast(jnp.add(*contrastive.info_nce(scores_IT / tau)), word_loss, margin)
 
 
@@ -210,9 +210,9 @@ def candidate_losses(
     # The same scores by image: image i is candidate r of text i - r.
     image, offset = jnp.arange(size)[:, None], jnp.arange(num_candidates)[None, :]
     image_NIC = text_NTC[:, (image - offset) % size, offset]
-    own = jnp.zeros(text_NTC.shape[:2], jnp.int32)
+    labels = jnp.zeros(text_NTC.shape[:2], jnp.int32)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-    text_loss, image_loss = cross_entropy(text_NTC, own), cross_entropy(image_NIC, own)
+    text_loss, image_loss = cross_entropy(text_NTC, labels), cross_entropy(image_NIC, labels)
     logsumexp_TKN = contrastive.masked_logsumexp(logits, allowed[..., None], 1)
     word_losses = jnp.einsum("tkn,tk->n", logsumexp_TKN - logits[:, 0], normalised_weight) / size
     return CandidateContrast(text_loss.mean(1) + image_loss.mean(1), word_losses)
