@@ -3,8 +3,8 @@
 input     images per second of the loader: decoded, shifted and tokenised
 step      ms per step and images per second, `shard_map` against `pmap` in turns
 memory    temporary memory of a method's loss and gradient, as the batch grows
-losses    GLoRIA's and MGCA's losses against the originals' way in torch (no --config; needs torch)
-encoders  the towers at the papers' sizes against torch's, as `make parity` installs them
+losses    GLoRIA's and MGCA's losses against their originals in torch (no --config; needs torch)
+encoders  the towers at the papers' sizes against torch's (no --config; needs `make parity`)
 kernels   the CPU kernels in whole towers against XLA's own operations (no --config)
 
 Times are meaningful only on a quiet machine. The share of the CPUs that other processes use is read
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MAX_LOAD = 0.05  # share of all CPUs that other processes may use
-MIN_REPEATS = 10  # readings below which a median means little
+MIN_REPEATS = 10  # with fewer readings a median means little
 MEMORY_BATCHES = (16, 32, 64, 128)
 AGAINST_TORCH = ("losses", "encoders")
 WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels")
@@ -258,7 +258,7 @@ def measure_memory(args: argparse.Namespace, config: Any) -> None:
 
 
 def compare_with_torch(args: argparse.Namespace) -> None:
-    """Compares losses or towers with torch's on the CPU, on all cores or in one thread."""
+    """Compares losses or towers with torch's, on all cores of the CPU or in one thread."""
     threads = 1 if args.one_thread else os.cpu_count() or 1
     try:
         if args.what == "losses":

@@ -1,17 +1,16 @@
-"""Measure the towers against torch's: `tools/benchmark.py encoders`.
+"""Compares the speed of the towers with torch's: `tools/benchmark.py encoders`.
 
-Forward and backward to all parameters of the sum of squares of what a tower gives, in float32, with
-random weights: ResNet-50 against torchvision's (BatchNorm in training mode), ViT against timm's
-(fused attention), BERT-base against transformers' (sdpa, texts of full length). Each tower has its
-own random weights, of the same sizes; whether values agree is a matter for the tests.
+The forward and backward pass of the sum of squares of a tower's outputs, to all parameters, in
+float32 with random weights: ResNet-50 against torchvision's (BatchNorm in training mode), ViT
+against timm's (fused attention), BERT-base against transformers' (sdpa, texts without padding). The
+towers of both libraries have the same sizes but not the same weights: tests compare their values.
 """
 
 import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,40 +19,50 @@ import torch
 
 from plan_jax.encoders.dual_encoder import make_image_tower, make_text_tower
 
-VOCAB = 30522
-LENGTH = 112  # pieces of a text
-HEAD = (
+VOCAB_SIZE = 30522
+NUM_PIECES = 112  # of each text
+HEADER = (
     "| case | batch | JAX ms | median | torch ms | median | ratio | median | compile s |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """A tower in both libraries: `jax` and `torch` run it once, forward and backward."""
+class CompiledGradient(NamedTuple):
+    """A function that runs a tower forward and backward, and the seconds of its compilation."""
+
+    run: Callable[[], Any]
+    compile_seconds: float
+
+
+class Case(NamedTuple):
+    """A tower in both libraries, each run forward and backward."""
 
     name: str
     batch: int
-    jax: Callable[[], Any]
-    torch: Callable[[], Any]
-    compiling: float  # seconds
+    jax: CompiledGradient
+    run_torch: Callable[[], Any]
 
 
-def compiled(loss: Callable, variables: Any, *inputs: Any) -> tuple[Callable[[], Any], float]:
-    """Compile the gradient of a loss of parameters; return what runs it and the seconds it took.
+def compile_gradient(loss: Callable, variables: Any, *inputs: Any) -> CompiledGradient:
+    """Compiles the value and gradient of `loss(params, collections, *inputs)`.
 
-    `variables` holds `params` and whatever else the tower keeps; `loss` takes both, then inputs.
+    Args:
+      loss: a function of the parameters, the other collections of variables, and the inputs.
+      variables: `params` and the other collections, such as `batch_stats`.
+      *inputs: arrays.
     """
-    params = variables["params"]
-    kept = {name: value for name, value in variables.items() if name != "params"}
-    lowered = jax.jit(jax.value_and_grad(loss)).lower(params, kept, *inputs)
-    started = time.perf_counter()
-    function = lowered.compile()
-    seconds = time.perf_counter() - started
-    return lambda: jax.block_until_ready(function(params, kept, *inputs)), seconds
+    collections = dict(variables)
+    params = collections.pop("params")
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(params, collections, *inputs)
+    start = time.perf_counter()
+    gradient = lowered.compile()
+    seconds = time.perf_counter() - start
+    return CompiledGradient(
+        lambda: jax.block_until_ready(gradient(params, collections, *inputs)), seconds
+    )
 
 
-def torch_runner(module: torch.nn.Module, loss: Callable, *inputs: Any) -> Callable[[], Any]:
+def make_torch_runner(module: torch.nn.Module, loss: Callable, *inputs: Any) -> Callable[[], Any]:
     """Returns a function that runs a module forward and backward."""
     module.train()
 
@@ -66,21 +75,27 @@ def torch_runner(module: torch.nn.Module, loss: Callable, *inputs: Any) -> Calla
     return run
 
 
-def pixels(batch: int) -> np.ndarray:
-    """Draw Float32[B 224 224 3]."""
+def draw_images(batch: int) -> np.ndarray:
+    """Returns random images as Float32[B 224 224 3]."""
     return np.random.default_rng(0).normal(size=(batch, 224, 224, 3)).astype(np.float32)
 
 
-def squares(*arrays: Any) -> Any:
-    """Sum the squares of all arrays or tensors."""
-    return sum((x**2).sum() for x in arrays)
+def to_torch(images: np.ndarray, layout: torch.memory_format) -> torch.Tensor:
+    """Returns images as a tensor [B 3 Y X] with the given memory layout."""
+    return torch.tensor(images).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+
+
+def sum_of_squares(*arrays: Any) -> Any:
+    """Returns the sum of squares of all entries of arrays or tensors."""
+    return sum((array**2).sum() for array in arrays)
 
 
 def load_torchvision() -> Any:
-    """Import torchvision, also where it lacks its kernels; timm and transformers import it too.
+    """Imports torchvision, which timm and transformers import too, even without its binary.
 
-    A wheel made for GPUs does not fit torch's wheel for CPUs: it finds none of its operators, which
-    no model here needs, but wants two of them to exist.
+    The binary of torchvision for GPUs does not load with torch for CPUs, and then importing
+    torchvision fails, because two operators are missing. No model here uses them, so they are
+    declared without an implementation.
     """
     try:
         import torchvision
@@ -91,140 +106,135 @@ def load_torchvision() -> Any:
     return torchvision
 
 
-def jax_vision(name: str, batch: int) -> tuple[Callable[[], Any], float]:
-    """Compile a tower of images in training mode."""
-    last = {"local_stage": 3} if name.startswith("resnet") else {}  # what torch's side gives
-    tower = make_image_tower(name, None, jnp.float32, **last)
-    x = jnp.asarray(pixels(batch))
-    variables = jax.jit(tower.init)(jax.random.key(0), x[:1])
+def compile_image_tower(name: str, batch: int) -> CompiledGradient:
+    """Compiles an image tower in training mode."""
+    # The last map, as torch's models return it.
+    options = {"local_stage": 3} if name.startswith("resnet") else {}
+    tower = make_image_tower(name, None, jnp.float32, **options)
+    images = jnp.asarray(draw_images(batch))
+    variables = jax.jit(tower.init)(jax.random.key(0), images[:1])
 
-    def loss(params: Any, kept: Any, x: Any) -> Any:
-        seen, _ = tower.apply({"params": params, **kept}, x, train=True, mutable=["batch_stats"])
-        return squares(seen.pooled, seen.local)
+    def loss(params: Any, collections: Any, images: Any) -> Any:
+        variables = {"params": params, **collections}
+        output, _ = tower.apply(variables, images, train=True, mutable=["batch_stats"])
+        return sum_of_squares(output.pooled, output.local)
 
-    return compiled(loss, variables, x)
-
-
-def resnet_case(batch: int) -> Case:
-    """ResNet-50: the last map and its mean."""
-    module = load_torchvision().models.resnet50(weights=None)
-    trunk = torch.nn.Sequential(*list(module.children())[:-2])  # neither pool nor classifier
-    runs = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.tensor(pixels(batch)).permute(0, 3, 1, 2).contiguous(memory_format=layout)
-        runs.append((layout, x))
-
-    def loss(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        local = module(x)
-        return squares(local.mean((2, 3)), local)
-
-    run = faster([torch_runner(trunk_in(trunk, layout), loss, x) for layout, x in runs])
-    return Case("ResNet-50", batch, *with_torch(jax_vision("resnet50", batch), run))
+    return compile_gradient(loss, variables, images)
 
 
-def trunk_in(trunk: torch.nn.Module, layout: torch.memory_format) -> torch.nn.Module:
-    """Copy a module with its kernels in the given layout."""
-    return copy.deepcopy(trunk).to(memory_format=layout)
-
-
-def faster(runs: list[Callable[[], Any]]) -> Callable[[], Any]:
-    """Choose the function that takes less time, after one turn to warm up."""
-    times = []
+def select_fastest(runs: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """Returns the function with the least CPU time, after a first call of each to warm up."""
+    seconds = []
     for run in runs:
         run()
-        started = time.process_time()
+        start = time.process_time()
         run()
-        times.append(time.process_time() - started)
-    return runs[times.index(min(times))]
+        seconds.append(time.process_time() - start)
+    return runs[seconds.index(min(seconds))]
 
 
-def with_torch(made: tuple[Callable, float], run: Callable) -> tuple[Callable, Callable, float]:
-    """Put the fields of a case into their order."""
-    return made[0], run, made[1]
+def make_resnet_case(batch: int) -> Case:
+    """Returns ResNet-50 with its last map and the mean of that, in torch's faster layout."""
+    resnet = load_torchvision().models.resnet50(weights=None)
+    trunk = torch.nn.Sequential(*list(resnet.children())[:-2])  # without pooling and classifier
+
+    def loss(module: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        local = module(images)
+        return sum_of_squares(local.mean((2, 3)), local)
+
+    runs = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        module = copy.deepcopy(trunk).to(memory_format=layout)
+        runs.append(make_torch_runner(module, loss, to_torch(draw_images(batch), layout)))
+    return Case("ResNet-50", batch, compile_image_tower("resnet50", batch), select_fastest(runs))
 
 
-def vit_case(name: str, batch: int) -> Case:
-    """ViT with patches of 16: the class token and all patches."""
+def make_vit_case(name: str, batch: int) -> Case:
+    """Returns a ViT with patches of 16 pixels, with its class token and all patches."""
     size = {"vit_s16": "small", "vit_b16": "base"}[name]
     load_torchvision()
     import timm
 
     module = timm.create_model(f"vit_{size}_patch16_224", pretrained=False, num_classes=0)
-    x = torch.tensor(pixels(batch)).permute(0, 3, 1, 2).contiguous()
-    run = torch_runner(module, lambda module, x: squares(module.forward_features(x)), x)
-    label = f"ViT-{size[0].upper()}/16"
-    return Case(label, batch, *with_torch(jax_vision(name, batch), run))
+    images = to_torch(draw_images(batch), torch.contiguous_format)
+    run = make_torch_runner(
+        module, lambda module, images: sum_of_squares(module.forward_features(images)), images
+    )
+    return Case(f"ViT-{size[0].upper()}/16", batch, compile_image_tower(name, batch), run)
 
 
-def bert_case(batch: int) -> Case:
-    """BERT-base: the first piece and all others, each of them a word of its own."""
+def make_bert_case(batch: int) -> Case:
+    """Returns BERT-base with its first piece and all others, each of them a word of its own."""
     load_torchvision()
     from transformers import BertConfig, BertModel
 
-    tokens = np.random.default_rng(0).integers(5, VOCAB, (batch, LENGTH)).astype(np.int32)
-    index = np.tile(np.arange(-1, LENGTH - 1, dtype=np.int32), (batch, 1))
-    sentence = np.zeros((batch, LENGTH - 1), np.int32)
-    tower = make_text_tower("bert_base", VOCAB, jnp.float32)
-    inputs = tuple(map(jnp.asarray, (tokens, index, sentence)))
+    tokens = np.random.default_rng(0).integers(5, VOCAB_SIZE, (batch, NUM_PIECES))
+    word_index = np.tile(np.arange(-1, NUM_PIECES - 1), (batch, 1))
+    sentence = np.zeros((batch, NUM_PIECES - 1))
+    inputs = [jnp.asarray(array, jnp.int32) for array in (tokens, word_index, sentence)]
+    tower = make_text_tower("bert_base", VOCAB_SIZE, jnp.float32)
     variables = jax.jit(tower.init)(jax.random.key(0), *inputs)
 
-    def loss(params: Any, kept: Any, *inputs: Any) -> Any:
-        said = tower.apply({"params": params, **kept}, *inputs, train=True)
-        return squares(said.pooled, said.words)
+    def loss(params: Any, collections: Any, *inputs: Any) -> Any:
+        output = tower.apply({"params": params, **collections}, *inputs, train=True)
+        return sum_of_squares(output.pooled, output.words)
 
-    settings = BertConfig(
-        vocab_size=VOCAB,
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         attn_implementation="sdpa",
     )
-    module = BertModel(settings, add_pooling_layer=False)
+    module = BertModel(config, add_pooling_layer=False)
     ids = torch.tensor(tokens, dtype=torch.long)
 
     def torch_loss(module: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         hidden = module(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        return squares(hidden)
+        return sum_of_squares(hidden)
 
-    run = torch_runner(module, torch_loss, ids)
-    return Case("BERT-base", batch, *with_torch(compiled(loss, variables, *inputs), run))
+    run = make_torch_runner(module, torch_loss, ids)
+    return Case("BERT-base", batch, compile_gradient(loss, variables, *inputs), run)
 
 
 CASES: dict[str, Callable[[int], Case]] = {
-    "resnet50": resnet_case,
-    "vit_s16": lambda batch: vit_case("vit_s16", batch),
-    "vit_b16": lambda batch: vit_case("vit_b16", batch),
-    "bert_base": bert_case,
+    "resnet50": make_resnet_case,
+    "vit_s16": lambda batch: make_vit_case("vit_s16", batch),
+    "vit_b16": lambda batch: make_vit_case("vit_b16", batch),
+    "bert_base": make_bert_case,
 }
 
 
 def measure(case: Case, repeats: int, clock: Callable[[], float]) -> None:
-    """Run both libraries in turns, after one to warm up, and print one row of the table."""
-    times: tuple[list[float], list[float]] = [], []
+    """Runs both libraries in turns and prints one row of the table."""
+    jax_ms: list[float] = []
+    torch_ms: list[float] = []
     for turn in range(repeats + 1):
-        for run, seconds in zip((case.jax, case.torch), times, strict=True):
-            started = clock()
+        for run, readings in ((case.jax.run, jax_ms), (case.run_torch, torch_ms)):
+            start = clock()
             run()
-            if turn:
-                seconds.append(1e3 * (clock() - started))
-    (least, least_), (middle, middle_) = (
-        [of(seconds) for seconds in times] for of in (min, statistics.median)
-    )
-    print(
-        f"| {case.name} | {case.batch} | {least:.0f} | {middle:.0f} | {least_:.0f} | {middle_:.0f}"
-        f" | {least / least_:.2f} | {middle / middle_:.2f} | {case.compiling:.0f} |",
-        flush=True,
-    )
+            if turn:  # the first turn warms up
+                readings.append(1e3 * (clock() - start))
+    jax_min, torch_min = min(jax_ms), min(torch_ms)
+    jax_median, torch_median = statistics.median(jax_ms), statistics.median(torch_ms)
+    cells = [
+        case.name,
+        str(case.batch),
+        *(f"{ms:.0f}" for ms in (jax_min, jax_median, torch_min, torch_median)),
+        *(f"{ratio:.2f}" for ratio in (jax_min / torch_min, jax_median / torch_median)),
+        f"{case.jax.compile_seconds:.0f}",
+    ]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main(repeats: int, threads: int, cases: tuple[str, ...] = (), batch: int = 16) -> None:
-    """Print the table for the named cases (all if none), at a batch of so many pairs.
+    """Prints the table for the named cases (all if none) with `batch` images or texts.
 
-    With one thread the clock is CPU time, which other work disturbs less.
+    With one thread the clock is CPU time, which other processes disturb less.
     """
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
     print(f"jax {jax.__version__}, torch {torch.__version__}, {threads} thread(s), {repeats} turns")
     print("forward and backward, least and median; ratio: JAX's time by torch's\n")
-    print(HEAD)
+    print(HEADER)
     for name in cases or tuple(CASES):
         measure(CASES[name](batch), repeats, clock)

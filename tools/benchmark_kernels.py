@@ -17,13 +17,13 @@ import numpy as np
 from plan_jax.encoders.dual_encoder import make_image_tower, make_text_tower
 from plan_jax.layers.cpu import attention, convolution
 
-# Kernel -> the module and the name whose value False, infinity or the like switches it off.
+# Kernel -> the module, the name of its switch, and the value that switches the kernel off.
 SWITCHES: dict[str, tuple[Any, str, Any]] = {
     "attention": (attention, "ENABLED", False),
     "convolution": (convolution, "ENABLED", False),
     "winograd": (convolution, "MIN_WINOGRAD_CHANNELS", float("inf")),
 }
-# Tower -> batch, pixels of an image or pieces of a text, the kernels it runs.
+# Tower -> batch, pixels of an image's side or pieces of a text, the kernels that the tower uses.
 TOWERS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "resnet50": (8, 224, ("convolution", "winograd")),
     "vit_s16": (8, 224, ("attention", "convolution")),
@@ -37,10 +37,10 @@ HEADER = (
 
 
 def draw_inputs(name: str, batch: int, size: int) -> tuple[Any, tuple[jax.Array, ...]]:
-    """Returns a tower and random inputs of it."""
+    """Returns a tower and random inputs for it."""
     rng = np.random.default_rng(0)
     if name.startswith("bert"):
-        # Every piece is a word of its own, but the first.
+        # Each piece but the first is a word of its own.
         index = np.tile(np.arange(-1, size - 1, dtype=np.int32), (batch, 1))
         tokens = rng.integers(5, 30522, (batch, size)).astype(np.int32)
         arrays = tokens, index, np.zeros((batch, size - 1), np.int32)
@@ -50,7 +50,7 @@ def draw_inputs(name: str, batch: int, size: int) -> tuple[Any, tuple[jax.Array,
 
 
 def compile_without(names: Sequence[str], tower: Any, inputs: Any) -> Callable[[], Any]:
-    """Returns what runs the gradient of a tower with the named kernels switched off."""
+    """Returns a function that computes a tower's gradient with the named kernels switched off."""
     variables = jax.jit(tower.init)(jax.random.key(0), *inputs)
     stats = {"batch_stats": variables.get("batch_stats", {})}
 
@@ -62,7 +62,7 @@ def compile_without(names: Sequence[str], tower: Any, inputs: Any) -> Callable[[
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(mock.patch.object(*SWITCHES[name]))
-        # Lowered inside, because the switches are read while the program is traced.
+        # Lowered in this context, because the switches are read while the program is traced.
         function = jax.jit(jax.grad(loss)).lower(variables["params"], *inputs).compile()
     return lambda: jax.block_until_ready(function(variables["params"], *inputs))
 
@@ -75,16 +75,16 @@ def main(repeats: int, clock: Callable[[], float], towers: Sequence[str] = ()) -
         tower, inputs = draw_inputs(name, batch, size)
         variants = {"all": ()} | {f"no {kernel}": (kernel,) for kernel in kernels}
         variants["none"] = kernels
-        runs = {label: compile_without(off, tower, inputs) for label, off in variants.items()}
+        runs = {label: compile_without(names, tower, inputs) for label, names in variants.items()}
         times: dict[str, list[float]] = {label: [] for label in runs}
         for turn in range(repeats + 1):
             for label, run in runs.items():
-                started = clock()
+                start = clock()
                 run()
                 if turn:  # the first turn warms up
-                    times[label].append(1e3 * (clock() - started))
-        least, middle = min(times["all"]), statistics.median(times["all"])
+                    times[label].append(1e3 * (clock() - start))
+        min_with_all, median_with_all = min(times["all"]), statistics.median(times["all"])
         for label, values in times.items():
-            low, median = min(values), statistics.median(values)
-            ratios = f"{low / least:.2f} | {median / middle:.2f}"
-            print(f"| {name} | {label} | {low:.0f} | {median:.0f} | {ratios} |", flush=True)
+            min_ms, median_ms = min(values), statistics.median(values)
+            ratios = f"{min_ms / min_with_all:.2f} | {median_ms / median_with_all:.2f}"
+            print(f"| {name} | {label} | {min_ms:.0f} | {median_ms:.0f} | {ratios} |", flush=True)

@@ -1,17 +1,18 @@
-"""Measure losses against the originals' way of computing them: `tools/benchmark.py losses`.
+"""Compares the losses with the originals' way of computing them: `tools/benchmark.py losses`.
 
-GLoRIA's and MGCA's losses are written here once more, in torch, from the steps of their code: for
-GLoRIA a loop over captions at their true lengths, each caption's words repeated for every image;
-for MGCA all pairs of the batch at once. Both sides get the same numbers, forward and backward, and
-have to agree before anything is timed. Word weights of MGCA are given to torch ready made.
+GLoRIA's and MGCA's losses are written here once more in torch, after the steps of their published
+code. GLoRIA's is a loop over captions at their true lengths, with each caption's words repeated for
+every image; MGCA's computes all pairs of the batch at once. Both sides get the same inputs and must
+agree in value and gradients before their times are measured. Torch is given MGCA's word weights, so
+their computation is measured in JAX only.
 """
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,46 +23,66 @@ from torch.nn import functional
 from plan_jax.methods import contrastive, gloria, mgca
 from plan_jax.types import Features
 
-PIXELS = 361  # 19 x 19, of a ResNet-50 at 299
-HEAD = (
+NUM_PIXELS = 361  # 19 x 19, the map of a ResNet-50 at 299 pixels
+HEADER = (
     f"{'loss':<8}{'B':>4}{'JAX ms':>9}{'median':>8}{'torch ms':>10}{'median':>8}"
-    f"{'ratio':>8}{'median':>8}{'compile s':>11}{'temp MB':>9}{'dense MB':>10}{'share':>8}"
+    f"{'ratio':>8}{'median':>8}{'compile s':>11}{'temp MB':>9}{'dense MB':>10}{'factor':>8}"
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """A loss in both libraries: `jax` and `torch` run it once, forward and backward."""
+class CompiledLoss(NamedTuple):
+    """A compiled loss with gradients, and the seconds of its compilation."""
+
+    function: Any
+    compile_seconds: float
+
+    @property
+    def temp_bytes(self) -> int:
+        """Returns the memory between the features and the gradients."""
+        return self.function.memory_analysis().temp_size_in_bytes
+
+
+class Case(NamedTuple):
+    """A loss in both libraries, each run forward and backward.
+
+    `dense_bytes` is the memory of the loss in JAX with all tables of the batch computed at once.
+    """
 
     name: str
-    pairs: int
-    jax: Callable[[], Any]
-    torch: Callable[[], Any]
-    compiling: float  # seconds
-    memory: int  # bytes between the features and the gradients
-    dense: int  # the same where every table of the batch is made at once
+    num_pairs: int
+    run_jax: Callable[[], Any]
+    run_torch: Callable[[], Any]
+    compile_seconds: float
+    temp_bytes: int
+    dense_bytes: int
 
 
-def draw(pairs: int, dim: int, words: int, longest: int) -> tuple[Features, Features]:
-    """Draw features on maps of 361 pixels, and texts of 8 to `longest` words in `words` slots."""
+def draw_features(
+    num_pairs: int, dim: int, num_slots: int, max_words: int
+) -> tuple[Features, Features]:
+    """Returns random images of 361 pixels, and texts of 8 to `max_words` words in `num_slots`."""
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int) -> np.ndarray:
-        """Draw Float[...] of the given shape."""
+    def draw_normal(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
 
-    mask = np.arange(words) < rng.integers(8, longest + 1, pairs)[:, None]
+    mask = np.arange(num_slots) < rng.integers(8, max_words + 1, num_pairs)[:, None]
     images = Features(
-        normal(pairs, dim), 0.05 * normal(pairs, PIXELS, dim), np.ones((pairs, PIXELS), bool)
+        draw_normal(num_pairs, dim),
+        0.05 * draw_normal(num_pairs, NUM_PIXELS, dim),
+        np.ones((num_pairs, NUM_PIXELS), bool),
     )
-    return images, Features(normal(pairs, dim), normal(pairs, words, dim), mask)
+    texts = Features(draw_normal(num_pairs, dim), draw_normal(num_pairs, num_slots, dim), mask)
+    return images, texts
 
 
-def contrast(table: torch.Tensor) -> torch.Tensor:
-    """Contrast rows and columns of [B B], the pairs on the diagonal."""
-    target = torch.arange(len(table))
-    cross_entropy = functional.cross_entropy
-    return cross_entropy(table, target) + cross_entropy(table.T, target)
+# The originals' losses in torch ------------------------------------------------------------------
+
+
+def info_nce(logits: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of the cross-entropies of rows and columns of [B B]; pairs are diagonal."""
+    labels = torch.arange(len(logits))
+    return functional.cross_entropy(logits, labels) + functional.cross_entropy(logits.T, labels)
 
 
 def torch_gloria(
@@ -71,26 +92,29 @@ def torch_gloria(
     words: torch.Tensor,
     lengths: list[int],
 ) -> torch.Tensor:
-    """Loop over captions: image, text [B D], regions [B D P], words [B D W], true lengths."""
-    pairs, _, pixels = regions.shape
+    """Computes GLoRIA's loss of image and text [B D], regions [B D P], words [B D W]."""
+    num_pairs, _, num_pixels = regions.shape
     columns = []
     for caption, count in zip(words, lengths, strict=True):
-        query = caption[:, :count].unsqueeze(0).contiguous().repeat(pairs, 1, 1)
-        match = torch.bmm(regions.transpose(1, 2).contiguous(), query)
-        share = functional.softmax(match.view(pairs * pixels, count), -1)
-        share = share.view(pairs, pixels, count).transpose(1, 2).contiguous()
-        attention = functional.softmax(4.0 * share.view(pairs * count, pixels), -1)
-        attention = attention.view(pairs, count, pixels).transpose(1, 2).contiguous()
+        query = caption[:, :count].unsqueeze(0).contiguous().repeat(num_pairs, 1, 1)
+        products = torch.bmm(regions.transpose(1, 2).contiguous(), query)
+        over_words = functional.softmax(products.view(num_pairs * num_pixels, count), -1)
+        over_words = over_words.view(num_pairs, num_pixels, count).transpose(1, 2).contiguous()
+        attention = functional.softmax(4.0 * over_words.view(num_pairs * count, num_pixels), -1)
+        attention = attention.view(num_pairs, count, num_pixels).transpose(1, 2).contiguous()
         context = torch.bmm(regions, attention)
-        flat = (x.transpose(1, 2).contiguous().view(pairs * count, -1) for x in (query, context))
-        cosine = functional.cosine_similarity(*flat, dim=1).view(pairs, count)
+        rows = (
+            side.transpose(1, 2).contiguous().view(num_pairs * count, -1)
+            for side in (query, context)
+        )
+        cosine = functional.cosine_similarity(*rows, dim=1).view(num_pairs, count)
         columns.append((5.0 * cosine).exp().sum(1, keepdim=True).log())
-    whole = functional.normalize(image, dim=-1) @ functional.normalize(text, dim=-1).T
-    return contrast(10.0 * torch.cat(columns, 1)) + contrast(10.0 * whole)
+    cosines = functional.normalize(image, dim=-1) @ functional.normalize(text, dim=-1).T
+    return info_nce(10.0 * torch.cat(columns, 1)) + info_nce(10.0 * cosines)
 
 
-def torch_codes(scores: torch.Tensor) -> torch.Tensor:
-    """Assign [B K] softly to prototypes: three rounds on exp."""
+def torch_sinkhorn_codes(scores: torch.Tensor) -> torch.Tensor:
+    """Computes MGCA's soft assignments [B K] to prototypes: three iterations on exp."""
     with torch.no_grad():
         codes = torch.exp(scores / 0.05).T
         codes /= codes.sum()
@@ -102,15 +126,17 @@ def torch_codes(scores: torch.Tensor) -> torch.Tensor:
         return (codes * codes.shape[1]).T
 
 
-def torch_own(items: torch.Tensor, contexts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Contrast items [B N D] with their contexts inside each pair, both ways, weights [B N]."""
-    pairs, count, _ = items.shape
+def torch_context_contrast(
+    items: torch.Tensor, contexts: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Computes MGCA's contrast of items [B N D] with their own contexts, weighted by [B N]."""
+    num_pairs, count, _ = items.shape
     table = torch.bmm(items, functional.normalize(contexts, dim=-1).transpose(1, 2)) / 0.1
-    target, total = torch.arange(count).repeat(pairs), 0.0
-    for side in (table, table.transpose(1, 2)):
-        flat = side.reshape(pairs * count, count)
-        each = functional.cross_entropy(flat, target, reduction="none").view(pairs, count)
-        total = total + (each * weight).sum() / pairs
+    labels, total = torch.arange(count).repeat(num_pairs), 0.0
+    for logits in (table, table.transpose(1, 2)):
+        rows = logits.reshape(num_pairs * count, count)
+        losses = functional.cross_entropy(rows, labels, reduction="none").view(num_pairs, count)
+        total = total + (losses * weight).sum() / num_pairs
     return total / 2
 
 
@@ -123,55 +149,67 @@ def torch_mgca(
     padding: torch.Tensor,
     weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Computes all pairs at once: [B D], [B D], [B P D], [B W D], [K D], [B W], [B W]."""
+    """Computes MGCA's loss of [B D], [B D], [B P D], [B W D], [K D], [B W] and [B W]."""
     image, text, patches, words, prototypes = (
         functional.normalize(x, dim=-1) for x in (image, text, patches, words, prototypes)
     )
-    report = contrast(image @ text.T / 0.07)
-    seen = functional.softmax(torch.bmm(words, patches.transpose(1, 2)) / 0.1, -1)
-    token = torch_own(words, torch.bmm(seen, patches), weight)
-    match = torch.bmm(patches, words.transpose(1, 2)) / 0.1
-    said = functional.softmax(match.masked_fill(padding[:, None], float("-inf")), -1)
-    alike = torch.full(patches.shape[:2], 1 / patches.shape[1])
-    token = token + torch_own(patches, torch.bmm(said, words), alike)
-    sides, prototype = (image @ prototypes.T, text @ prototypes.T), 0.0
-    for one, other in (sides, sides[::-1]):
-        log = functional.log_softmax(other / 0.2, 1)
-        prototype = prototype - (torch_codes(one) * log).sum(1).mean() / 2
-    return report + token + prototype
+    report_loss = info_nce(image @ text.T / 0.07)
+    over_patches = functional.softmax(torch.bmm(words, patches.transpose(1, 2)) / 0.1, -1)
+    token_loss = torch_context_contrast(words, torch.bmm(over_patches, patches), weight)
+    logits = torch.bmm(patches, words.transpose(1, 2)) / 0.1
+    over_words = functional.softmax(logits.masked_fill(padding[:, None], float("-inf")), -1)
+    uniform = torch.full(patches.shape[:2], 1 / patches.shape[1])
+    token_loss = token_loss + torch_context_contrast(patches, torch.bmm(over_words, words), uniform)
+    sides, prototype_loss = (image @ prototypes.T, text @ prototypes.T), 0.0
+    for source, predicted in (sides, sides[::-1]):
+        log_softmax = functional.log_softmax(predicted / 0.2, 1)
+        codes = torch_sinkhorn_codes(source)
+        prototype_loss = prototype_loss - (codes * log_softmax).sum(1).mean() / 2
+    return report_loss + token_loss + prototype_loss
 
 
-def dense_scores(pixels: Any, words: Any, mask: Any) -> Any:
-    """GLoRIA's scores [I T] with everything of [I T W P] made at once, for its memory."""
+def make_torch_runner(
+    loss: Callable, inputs: list[torch.Tensor], *constants: Any
+) -> Callable[[], Any]:
+    """Returns a function that computes a loss and its gradients with respect to `inputs`."""
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        for tensor in inputs:
+            tensor.grad = None
+        value = loss(*inputs, *constants)
+        value.backward()
+        return value, [tensor.grad for tensor in inputs]
+
+    return run
+
+
+# Cases -------------------------------------------------------------------------------------------
+
+
+def dense_gloria_scores(pixels: Any, words: Any, mask: Any) -> Any:
+    """Computes GLoRIA's scores [I T] with dense tables [I T W P], to compare their memory."""
     products = jnp.einsum("ipd,twd->itwp", pixels, words)
-    shares = jax.nn.softmax(jnp.where(mask[:, :, None], products, contrastive.MASKED_LOGIT), 2)
-    regions = jnp.einsum("itwp,ipd->itwd", jax.nn.softmax(4.0 * shares, -1), pixels)
+    over_words = jax.nn.softmax(jnp.where(mask[:, :, None], products, contrastive.MASKED_LOGIT), 2)
+    regions = jnp.einsum("itwp,ipd->itwd", jax.nn.softmax(4.0 * over_words, -1), pixels)
     cosines = jnp.einsum(
         "twd,itwd->itw", contrastive.l2_normalise(words), contrastive.l2_normalise(regions)
     )
     return contrastive.masked_logsumexp(5.0 * cosines, mask)
 
 
-def compiled(loss: Callable, learned: tuple, masks: tuple) -> tuple[Any, float]:
-    """Compile a loss of arrays and masks with its gradients; return it and the seconds it took."""
-    lowered = jax.jit(jax.value_and_grad(loss)).lower(learned, masks)
-    started = time.perf_counter()
-    return lowered.compile(), time.perf_counter() - started
+def compile_loss(loss: Callable, inputs: tuple, masks: tuple) -> CompiledLoss:
+    """Compiles the value and the gradients of `loss(inputs, masks)` with respect to `inputs`."""
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(inputs, masks)
+    start = time.perf_counter()
+    return CompiledLoss(lowered.compile(), time.perf_counter() - start)
 
 
-def torch_runner(loss: Callable, learned: list[torch.Tensor], *fixed: Any) -> Callable[[], Any]:
-    """Returns a function that runs a loss and its backward pass: value and gradients."""
-    for leaf in learned:
-        leaf.requires_grad_()
-
-    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        for leaf in learned:
-            leaf.grad = None
-        value = loss(*learned, *fixed)
-        value.backward()
-        return value, [leaf.grad for leaf in learned]
-
-    return run
+def make_features(inputs: tuple, masks: tuple) -> tuple[Features, Features]:
+    """Returns images and texts from the arrays of `make_case`."""
+    image, text, pixels, words = inputs[:4]
+    return Features(image, pixels, masks[0]), Features(text, words, masks[1])
 
 
 def make_case(
@@ -179,99 +217,118 @@ def make_case(
     sides: tuple[Features, Features],
     run_torch: Callable,
     loss: Callable,
-    dense: Callable,
-    own: tuple = (),
-    turned: bool = False,
+    dense_loss: Callable,
+    params: tuple = (),
+    torch_has_channels_first: bool = False,
 ) -> Case:
-    """Compile a case and see that both libraries give the same value and gradients.
+    """Compiles a case, and checks that both libraries compute the same value and gradients.
 
-    `own` are parameters of the method; `turned` says that torch's local items are [B D N].
+    Args:
+      name: printed in the table.
+      sides: images and texts.
+      run_torch: computes the value and the gradients in torch.
+      loss: a function of (image, text, pixels, words, *params) and both masks.
+      dense_loss: the same function with dense tables.
+      params: the method's own parameters.
+      torch_has_channels_first: whether torch's pixels and words are [B D N].
+
+    Raises:
+      AssertionError: the values or gradients differ.
     """
-    learned = (*(x.pooled for x in sides), *(x.local for x in sides), *own)
-    learned, masks = jax.tree.map(jnp.asarray, (learned, tuple(x.mask for x in sides)))
-    function, seconds = compiled(loss, learned, masks)
-    rough, _ = compiled(dense, learned, masks)
-    memory, most = (f.memory_analysis().temp_size_in_bytes for f in (function, rough))
+    arrays = (*(side.pooled for side in sides), *(side.local for side in sides), *params)
+    inputs, masks = jax.tree.map(jnp.asarray, (arrays, tuple(side.mask for side in sides)))
+    compiled = compile_loss(loss, inputs, masks)
+    dense = compile_loss(dense_loss, inputs, masks)
 
-    def run() -> Any:
-        return jax.block_until_ready(function(learned, masks))
+    def run_jax() -> Any:
+        return jax.block_until_ready(compiled.function(inputs, masks))
 
-    (got, grads), (want, grads_) = run(), run_torch()
-    np.testing.assert_allclose(got, want.item(), rtol=1e-4)
-    for one, other in zip(grads, grads_, strict=True):
-        other = other.transpose(1, 2) if turned and other.ndim == 3 else other
-        np.testing.assert_allclose(one, other, atol=1e-4 * float(other.abs().max()))
-    return Case(name, len(learned[0]), run, run_torch, seconds, memory, most)
-
-
-def gloria_case(pairs: int) -> Case:
-    """GLoRIA as published: D = 768, sentences of 8 to 40 words in 97 slots."""
-    images, texts = draw(pairs, 768, 97, 40)
-
-    def loss(learned: tuple, masks: tuple) -> Any:
-        seen = Features(learned[0], learned[2], masks[0])
-        said = Features(learned[1], learned[3], masks[1])
-        about = {"key": None, "step": None, "hyper": gloria.Hyper()}
-        return gloria.loss({}, {}, seen, said, {}, **about)[0]
-
-    def dense(learned: tuple, masks: tuple) -> Any:
-        local = dense_scores(*learned[2:], masks[1])
-        whole = contrastive.cosine_similarity(*learned[:2])
-        return sum(contrastive.info_nce(10.0 * local) + contrastive.info_nce(10.0 * whole))
-
-    arrays = images.pooled, texts.pooled, *(x.local.transpose(0, 2, 1) for x in (images, texts))
-    learned = [torch.tensor(np.ascontiguousarray(x)) for x in arrays]
-    run = torch_runner(torch_gloria, learned, texts.mask.sum(1).tolist())
-    return make_case("gloria", (images, texts), run, loss, dense, turned=True)
+    (value, gradients), (torch_value, torch_gradients) = run_jax(), run_torch()
+    np.testing.assert_allclose(value, torch_value.item(), rtol=1e-4)
+    for actual, expected in zip(gradients, torch_gradients, strict=True):
+        if torch_has_channels_first and expected.ndim == 3:
+            expected = expected.transpose(1, 2)
+        np.testing.assert_allclose(actual, expected, atol=1e-4 * float(expected.abs().max()))
+    return Case(
+        name,
+        len(inputs[0]),
+        run_jax,
+        run_torch,
+        compiled.compile_seconds,
+        compiled.temp_bytes,
+        dense.temp_bytes,
+    )
 
 
-def mgca_case(pairs: int) -> Case:
-    """MGCA with a ResNet-50: D = 128, reports of 8 to 111 words in 111 slots, 500 prototypes."""
-    images, texts = draw(pairs, 128, 111, 111)
-    own = np.random.default_rng(1).normal(size=(500, 128)).astype(np.float32)
+def make_gloria_case(num_pairs: int) -> Case:
+    """Returns GLoRIA as published: D = 768, sentences of 8 to 40 words in 97 slots."""
+    images, texts = draw_features(num_pairs, 768, 97, 40)
 
+    def loss(inputs: tuple, masks: tuple) -> Any:
+        options = {"key": None, "step": None, "hyper": gloria.Hyper()}
+        return gloria.loss({}, {}, *make_features(inputs, masks), {}, **options)[0]
+
+    def dense_loss(inputs: tuple, masks: tuple) -> Any:
+        image, text, pixels, words = inputs
+        local = dense_gloria_scores(pixels, words, masks[1])
+        cosines = contrastive.cosine_similarity(image, text)
+        return sum(contrastive.info_nce(10.0 * local) + contrastive.info_nce(10.0 * cosines))
+
+    channels_first = (side.local.transpose(0, 2, 1) for side in (images, texts))
+    arrays = images.pooled, texts.pooled, *map(np.ascontiguousarray, channels_first)
+    lengths = texts.mask.sum(1).tolist()
+    run_torch = make_torch_runner(torch_gloria, [torch.tensor(array) for array in arrays], lengths)
+    return make_case(
+        "gloria", (images, texts), run_torch, loss, dense_loss, torch_has_channels_first=True
+    )
+
+
+def make_mgca_case(num_pairs: int) -> Case:
+    """Returns MGCA with a ResNet-50: D = 128, 8 to 111 words in 111 slots, 500 prototypes."""
+    images, texts = draw_features(num_pairs, 128, 111, 111)
+    prototypes = np.random.default_rng(1).normal(size=(500, 128)).astype(np.float32)
     published = mgca.Hyper(padded_negatives=True, freeze_prototype_steps=0)
 
-    def loss(learned: tuple, masks: tuple, hyper: mgca.Hyper = published) -> Any:
-        seen = Features(learned[0], learned[2], masks[0])
-        said = Features(learned[1], learned[3], masks[1])
-        about = {"key": None, "step": jnp.array(0), "hyper": hyper}
-        return mgca.loss({"prototypes": learned[4]}, {}, seen, said, {}, **about)[0]
+    def loss(inputs: tuple, masks: tuple, hyper: mgca.Hyper = published) -> Any:
+        params = {"prototypes": inputs[4]}
+        options = {"key": None, "step": jnp.array(0), "hyper": hyper}
+        return mgca.loss(params, {}, *make_features(inputs, masks), {}, **options)[0]
 
-    dense = partial(loss, hyper=replace(published, tile_size=pairs))
-
-    arrays = images.pooled, texts.pooled, images.local, texts.local, own
+    dense_loss = partial(loss, hyper=replace(published, tile_size=num_pairs))
+    arrays = images.pooled, texts.pooled, images.local, texts.local, prototypes
     weight = texts.mask / texts.mask.sum(1, keepdims=True)
-    fixed = torch.tensor(~texts.mask), torch.tensor(weight, dtype=torch.float32)
-    run = torch_runner(torch_mgca, [torch.tensor(x) for x in arrays], *fixed)
-    return make_case("mgca", (images, texts), run, loss, dense, (own,))
+    constants = torch.tensor(~texts.mask), torch.tensor(weight, dtype=torch.float32)
+    run_torch = make_torch_runner(torch_mgca, [torch.tensor(array) for array in arrays], *constants)
+    return make_case("mgca", (images, texts), run_torch, loss, dense_loss, (prototypes,))
 
 
 def measure(case: Case, repeats: int, clock: Callable[[], float]) -> None:
-    """Run both libraries in turns and print one row of the table."""
-    times: tuple[list[float], list[float]] = [], []
+    """Runs both libraries in turns and prints one row of the table."""
+    jax_ms: list[float] = []
+    torch_ms: list[float] = []
     for _ in range(repeats):
-        for run, seconds in zip((case.torch, case.jax), times[::-1], strict=True):
-            started = clock()
+        for run, readings in ((case.run_torch, torch_ms), (case.run_jax, jax_ms)):
+            start = clock()
             run()
-            seconds.append(1e3 * (clock() - started))
-    (least, least_), (middle, middle_) = (
-        [of(seconds) for seconds in times] for of in (min, statistics.median)
-    )
+            readings.append(1e3 * (clock() - start))
+    jax_min, torch_min = min(jax_ms), min(torch_ms)
+    jax_median, torch_median = statistics.median(jax_ms), statistics.median(torch_ms)
     print(
-        f"{case.name:<8}{case.pairs:>4}{least:>9.0f}{middle:>8.0f}{least_:>10.0f}{middle_:>8.0f}"
-        f"{least / least_:>8.2f}{middle / middle_:>8.2f}{case.compiling:>11.1f}"
-        f"{case.memory / 1e6:>9.1f}{case.dense / 1e6:>10.1f}{case.dense / case.memory:>7.0f}x",
+        f"{case.name:<8}{case.num_pairs:>4}"
+        f"{jax_min:>9.0f}{jax_median:>8.0f}{torch_min:>10.0f}{torch_median:>8.0f}"
+        f"{jax_min / torch_min:>8.2f}{jax_median / torch_median:>8.2f}{case.compile_seconds:>11.1f}"
+        f"{case.temp_bytes / 1e6:>9.1f}{case.dense_bytes / 1e6:>10.1f}"
+        f"{case.dense_bytes / case.temp_bytes:>7.0f}x",
         flush=True,
     )
 
 
 def main(repeats: int, threads: int) -> None:
-    """Print the table. With one thread the clock is CPU time, which other work disturbs less."""
+    """Prints the table; with one thread times are CPU time, which other processes disturb less."""
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
     print(f"jax {jax.__version__}, torch {torch.__version__}, {threads} thread(s), {repeats} turns")
     print("forward and backward, least and median; ratio: JAX's time by torch's")
-    print(HEAD)
-    for make, pairs in ((gloria_case, 32), (gloria_case, 48), (mgca_case, 48)):
-        measure(make(pairs), repeats, clock)
+    print(HEADER)
+    for make, num_pairs in ((make_gloria_case, 32), (make_gloria_case, 48), (make_mgca_case, 48)):
+        measure(make(num_pairs), repeats, clock)
