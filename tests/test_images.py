@@ -177,6 +177,22 @@ def test_a_file_of_another_kind_is_not_an_image(tmp_path):
         images.read_image(tmp_path / "empty.png", 8)
 
 
+def test_a_format_that_runs_a_program_is_not_opened(tmp_path, monkeypatch):
+    Image.fromarray(GREY).save(tmp_path / "film.png", "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments: 1 / 0)
+    with pytest.raises(ValueError, match="is not an image that can be read"):
+        read(tmp_path / "film.png")
+    with pytest.raises(ValueError, match="mask film.png is not an image that can be read"):
+        read_mask(tmp_path / "film.png")
+
+
+def test_a_reduced_copy_in_a_tiff_is_no_frame(tmp_path):
+    copy = Image.fromarray(GREY).resize((16, 24))
+    copy.encoderinfo = {"tiffinfo": {254: 1}}
+    Image.fromarray(GREY).save(tmp_path / "film.tif", save_all=True, append_images=[copy])
+    np.testing.assert_array_equal(read(tmp_path / "film.tif"), GREY)
+
+
 def test_several_frames_are_refused(tmp_path):
     frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
     for suffix in ("gif", "tif", "png", "webp"):
@@ -252,8 +268,10 @@ def test_a_mask_has_the_size_of_its_image(tmp_path):
     Image.fromarray(stored).save(tmp_path / "mask.png")
     mask = images.read_mask(tmp_path / "mask.png", (20, 30), 40, 60)
     assert mask[11:19, 13:23].all() and not mask[:9].any() and not mask[:, 26:].any()
-    with pytest.raises(ValueError, match="mask mask.png has 20 x 30 pixels, its image 30 x 20"):
+    with pytest.raises(ValueError, match="has 20 x 30 pixels, its image 30 x 20; turn it like"):
         images.read_mask(tmp_path / "mask.png", (30, 20), 40, 60)
+    with pytest.raises(ValueError, match="mask mask.png has 20 x 30 pixels, its image 20 x 31$"):
+        images.read_mask(tmp_path / "mask.png", (20, 31), 40, 60)
     with pytest.raises(ValueError, match="mask absent.png cannot be read"):
         read_mask(tmp_path / "absent.png")
 

@@ -36,8 +36,7 @@ def decode_dicom(
     first window that has a width. Without one, black and white are the ends of what `BitsStored`
     can hold. Where that is the whole of 16 bits, or the image is far from using it, the depth is
     that of `grey.find_bit_depth`; 16 bits with negative pixels reach from their minimum to their
-    maximum. Pixels of padding are black and have no part in
-    the scale. MONOCHROME1 is inverted.
+    maximum. Pixels of padding are black and have no part in the scale. MONOCHROME1 is inverted.
 
     Args:
       data: content of the file.

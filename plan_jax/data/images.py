@@ -37,13 +37,13 @@ SIGNATURES = {
 DICOM_SUFFIXES = (".dcm", ".dicom")
 WHITE_IS_ZERO = 0  # of the TIFF tag PhotometricInterpretation
 SEPARATE_PLANES = 2  # of the TIFF tag PlanarConfiguration
-# Formats whose frames are pictures of their own, not a preview or a depth map.
-FRAME_FORMATS = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
-LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+# Formats that are read. Pillow knows more, and starts Ghostscript for some of them.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
+# Those whose frames are pictures of their own, not a preview or a depth map.
+FRAME_FORMATS = ("GIF", "PNG", "WEBP", "TIFF")
+LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "JPEG2000")
 CODE_OF_COLOUR = np.asarray([1, 2**16, 2**32])  # red, green and blue of 16 bits as one number
-FEW_LEVELS = (
-    8  # grey levels or colours of a mask that was not compressed with loss or drawn with soft edges
-)
+FEW_LEVELS = 8  # levels or colours of a mask without soft edges, not compressed with loss
 RIPPLE = 1 / 8  # of a mask's maximum: how far lossy compression moves its pixels, or nearly so
 MAX_FLAT = 0.05  # largest fraction of a mask with soft edges that is flat and half bright
 # What is noted of an image, and of a mask.
@@ -143,7 +143,7 @@ def _decode_image(
 ) -> tuple[UInt8[np.ndarray, "Y X"], tuple[int, int], int, bool]:
     """Returns grey, the upright shape in the file, the depth if guessed, and if it was turned."""
     guessed_depth = 0
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         _check_frames(image)
         layout = _find_colour_layout(image)
         shape = _read_shape(image)
@@ -162,6 +162,10 @@ def _decode_image(
         else:
             pixels = _convert_to_grey(image)
         return _turn_upright(pixels, image), shape, guessed_depth, is_turned
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _describe_error(error: Exception, data: bytes) -> str:
@@ -281,7 +285,7 @@ def _read_channels(data: bytes, layout: str) -> Num[np.ndarray, "Y X C"]:
 
 def _read_bytes(data: bytes, layout: str, new_layout: str) -> UInt8[np.ndarray, "Y X C"]:
     """Decodes an image with another layout of its bytes."""
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         image.tile = [  # type: ignore[attr-defined]
             tile._replace(
                 args=(new_layout, *tile.args[1:]) if isinstance(tile.args, tuple) else new_layout
@@ -332,7 +336,7 @@ def read_mask(
     try:
         if dicom.is_dicom(data):
             raise ImageError("is DICOM; save it as PNG")
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(data) as image:
             _check_frames(image)
             # Before anything is decoded: a broken header may promise millions of rows.
             mask_shape = image.height, image.width
@@ -340,9 +344,10 @@ def read_mask(
                 values = _turn_upright(_read_brightness(image, data), image)
                 mask_shape = values.shape
             if mask_shape != shape:
+                remedy = "; turn it like its upright image" if mask_shape == shape[::-1] else ""
                 raise ImageError(
                     f"has {mask_shape[0]} x {mask_shape[1]} pixels, "
-                    f"its image {shape[0]} x {shape[1]}"
+                    f"its image {shape[0]} x {shape[1]}{remedy}"
                 )
             is_lossy = image.format in LOSSY_FORMATS
         mask = _find_foreground(values, is_lossy)
