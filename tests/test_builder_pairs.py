@@ -299,6 +299,19 @@ def test_findings_are_matched_without_regard_to_case(folder):
     assert sorted(record.labels.tolist() for record in dataset) == [[0, 1]] * 4 + [[1, 0]] * 4
 
 
+def test_labels_of_boxes_and_phrases_are_findings_in_any_case(folder, capfd):
+    boxes = [{"box": [3, 3, 39, 29], "phrase": "p", "label": "EDEMA"}, {"box": [3, 3, 39, 29]}]
+    boxes[1]["phrase"] = "edema"
+    rows = make_rows(labels="Edema", boxes=json.dumps(boxes))
+    first, second = open_pairs(folder, rows)[0].phrases
+    assert (first.bare, first.finding) == ("Edema", 0) == (second.bare, second.finding)
+    lines = summary_of(folder, rows, capfd, findings=("Mass", "edema"))
+    assert "note: 'Edema' (12) is read as 'edema'" in lines
+    rows = make_rows(labels="Mass", boxes=json.dumps(boxes))
+    lines = summary_of(folder, rows, capfd, findings=("Mass",))
+    assert "note: labels of boxes that are not in findings: EDEMA 12" in lines
+
+
 def test_the_table_of_rsna_is_read_as_it_is(folder):
     """One row a box, x, y, width, height; images without one have empty cells."""
     rows = [
@@ -363,6 +376,8 @@ def test_boxes_that_resizing_or_another_size_spoils_are_named(folder, capfd):
     assert "2 images have a box under a pixel at size 32: 0.png, 1.png" in summary_of(
         folder, rows, capfd
     )
+    (noted,) = (folder.parent / "data").rglob("noted_boxes.txt")
+    assert len(noted.read_text().splitlines()) == 2
     with pytest.raises(UserError, match="boxes reach beyond 8 of 8 images, as .*.png; give boxes"):
         open_pairs(folder, make_rows(boxes="[[4, 10, 200, 300]]"))
     lines = summary_of(folder, make_rows(boxes="[[2, 2, 9, 9]]"), capfd)
@@ -407,6 +422,7 @@ CELLS_WITH_REPORTS = {
     "coordinate": make_rows(boxes=[[1, 2, 3, REPORT]]),
     "regions": make_rows(regions={REPORT: REPORT}),
     "mask": make_rows(mask=REPORT),
+    "short mask": make_rows(mask=REPORT[:31]),
     "anatomy": make_rows(anatomy=REPORT),
     "column": [{REPORT: "a", "image": "0.png"}],
     "texts of one image": change_first_row() + change_first_row(text=REPORT),

@@ -39,13 +39,21 @@ def quote_path(value: Any) -> str:
     """
     if not isinstance(value, str):
         return quote(value)
-    # A name with blanks is one only if it ends like the name of a file.
-    has_suffix = re.search(r"[^\s.]\.[A-Za-z]\w{1,4}$", value) is not None
-    max_words = 2 * MAX_WORDS if has_suffix else 1
-    if len(value.split()) > max_words or (not has_suffix and is_prose(value)):
+    if not is_path(value):
         return f"a text of {len(value)} characters"
     line = _to_line(value)
     return line if len(line) <= MAX_CHARACTERS else f"...{line[3 - MAX_CHARACTERS :]}"
+
+
+def is_path(text: str) -> bool:
+    """Returns whether a text may be a path: a name with blanks ends like the name of a file.
+
+    >>> is_path("chest 1/front.png"), is_path("3f2e"), is_path("Clear lungs")
+    (True, True, False)
+    """
+    if re.search(r"[^\s.]\.[A-Za-z]\w{1,4}$", text):
+        return len(text.split()) <= 2 * MAX_WORDS
+    return len(text.split()) <= 1 and not is_prose(text)
 
 
 def is_prose(text: str) -> bool:

@@ -38,6 +38,7 @@ ROLES = (
 )
 MAX_REPORTED_ROWS = 5  # in a message; SKIPPED_FILE, next to the data, lists all
 SKIPPED_FILE = "skipped_rows.txt"
+NOTED_FILE = "noted_boxes.txt"  # images whose boxes are suspicious; they are used
 MAX_OVERHANG = 0.02  # of an image's longer side, by which a box may reach beyond it
 CHUNK_SIZE = 256  # rows whose images are decoded at a time, so that memory stays bounded
 
@@ -213,6 +214,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         self._sources = SourceFiles()
         # What was noted of images and masks -> their names; filled by several threads.
         self._notes: dict[str | int, list[str]] = defaultdict(list)
+        self._root = self.builder_config.root
         self._path_hint = ""
         # Names of images with such boxes; filled by several threads.
         self._tiny_boxes: list[str] = []
@@ -375,12 +377,12 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         path = ""
         try:
             path = paths.read_image_name(row["image"]) + config.image_suffix
-            full_path = paths.resolve_path(config.root, path, number)
+            full_path = paths.resolve_path(self._root, path, number)
             if not full_path.is_file():
-                self._sources.add(config.root, full_path)  # it may exist later
-                self._path_hint = self._path_hint or paths.suggest_folder(config.root, path)
+                self._sources.add(self._root, full_path)  # it may exist later
+                self._path_hint = self._path_hint or paths.suggest_folder(self._root, path)
                 raise ValueError("does not exist")
-            path = full_path.relative_to(config.root).as_posix()
+            path = full_path.relative_to(self._root).as_posix()
             # Without a column of patients, every image is a patient.
             patient_id = str(row["patient_id"] or path)
             text = self._read_text(row["text"])
@@ -486,11 +488,21 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         )
         counts.update({name: 0 for study in studies for name in study.labels.values})
         matches, notes = label_names.match_names(counts, findings)
-        box_labels = {box["label"]: 1 for study in studies for box in study.boxes if box["label"]}
+        box_labels = Counter(
+            box["label"] for study in studies for box in study.boxes if box["label"]
+        )
         spellings = {cells.fold_name(name): name for name in (*matches.values(), *findings)}
         for name in sorted(box_labels):
             spellings.setdefault(cells.fold_name(name), name)
-        self._spellings = spellings
+        known = {cells.fold_name(name) for name in findings}
+        foreign = {
+            name: count
+            for name, count in box_labels.items()
+            if findings and cells.fold_name(name) not in known
+        }
+        if foreign:
+            listed = label_names.list_names(list(foreign), foreign)
+            notes.append(f"labels of boxes that are not in findings: {listed}")
         self._summary.notes += notes
         self._note_normal(studies)
         return [
@@ -558,8 +570,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     def _read_record(self, study: Study) -> Record | str:
         """Returns the record of a study, or the reason why it cannot be used."""
         try:
-            path = paths.resolve_path(self.builder_config.root, study.path, study.number)
-            self._sources.add(self.builder_config.root, path)
+            path = paths.resolve_path(self._root, study.path, study.number)
+            self._sources.add(self._root, path)
             config, notes = self.builder_config, set[str | int]()
             image, shape = images.read_image(path, config.size, config.bit_depth, notes)
             masks = self._read_masks(study.masks, study.number, shape, image.shape)
@@ -609,8 +621,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         """Reads the masks of a row by name, resized as its image."""
         masks = {}
         for name, path in mask_paths.items():
-            full_path = paths.resolve_path(self.builder_config.root, path, number)
-            self._sources.add(self.builder_config.root, full_path)
+            full_path = paths.resolve_path(self._root, path, number)
+            self._sources.add(self._root, full_path)
             try:
                 masks[name] = images.read_mask(full_path, shape, *new_shape)
             except OSError as error:
@@ -675,6 +687,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                 "boxes are read as x0, y0, x1, y1, but would fit as x, y, width, height too: "
                 f"set data.builder.box_format to {boxes.CORNERS} or {boxes.CORNER_AND_SIZE}"
             )
+        noted: list[str] = []
         for names, fault in (
             (self._tiny_boxes, f"a box under a pixel at size {self.builder_config.size}"),
             (self._cut_boxes, "a box that reaches beyond the image and is cut"),
@@ -682,9 +695,12 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             if names:
                 shown = ", ".join(sorted(names)[:MAX_REPORTED_ROWS])
                 more = ", ..." if len(names) > MAX_REPORTED_ROWS else ""
+                noted += [f"{name} ({fault})" for name in sorted(names)]
                 verb = "has" if len(names) == 1 else "have"
                 number = quoting.count(len(names), "image")
                 self.messages.append(f"{number} {verb} {fault}: {shown}{more}")
+        if noted:
+            (folder / NOTED_FILE).write_text("\n".join(noted) + "\n", encoding="utf-8")
         if self._skipped:
             self.messages.append(
                 f"skipped {len(self._skipped)} of {self._num_rows} rows: {self._list_skipped()}"

@@ -10,7 +10,13 @@ from typing import Any
 
 from plan_jax.data import quoting
 from plan_jax.data.pairs.boxes import Box, parse_box, scale_box
-from plan_jax.data.pairs.cells import is_missing, normalise_name, parse_literal, to_number
+from plan_jax.data.pairs.cells import (
+    fold_name,
+    is_missing,
+    normalise_name,
+    parse_literal,
+    to_number,
+)
 from plan_jax.types import Phrase
 
 LABEL_WORDS = {
@@ -219,8 +225,8 @@ def build_phrases(
 ) -> list[Phrase]:
     """Groups boxes and masks by phrase, in order of first occurrence.
 
-    The label of a phrase is its `bare` form; without a label, the phrase is its own bare form if it
-    is the name of a finding.
+    The label of a phrase is its `bare` form; without a label, that is the finding whose name the
+    phrase is, in any case.
 
     Args:
       boxes: as `parse_boxes` returns them.
@@ -239,8 +245,9 @@ def build_phrases(
         boxes_of_phrase.setdefault(item["phrase"], []).append(box)
         label_of_phrase.setdefault(item["phrase"], item["label"])
     phrases = []
+    finding_of = {fold_name(name): name for name in findings}
     for text in dict.fromkeys([*boxes_of_phrase, *masks]):
-        bare = label_of_phrase.get(text) or (text if text in findings else "")
+        bare = label_of_phrase.get(text) or finding_of.get(fold_name(text), "")
         phrases.append(
             Phrase(
                 text=text,

@@ -72,7 +72,7 @@ def check_images(cells: Sequence[Any], column: str, max_bad: float) -> None:
 
 
 def _is_text(value: str) -> bool:
-    return quoting.quote_path(value).startswith("a text of ")
+    return not quoting.is_path(value)
 
 
 def _parse_quietly(cell: Any) -> Any:

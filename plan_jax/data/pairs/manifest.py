@@ -58,10 +58,18 @@ def read_manifest(path: Path) -> list[Row]:
     except (csv.Error, OSError, ValueError) as error:  # pyarrow's errors are of these kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0][:MAX_REASON]
         raise UserError(f"manifest {path} cannot be read: {reason}; fix the file") from None
-    rows = [{normalise_name(name): cell for name, cell in row.items()} for row in rows]
+    rows = _normalise_columns(rows)
     if not rows:
         raise UserError(f"manifest {path} has no rows; list at least one image and its text")
     return rows
+
+
+def _normalise_columns(rows: list[Row]) -> list[Row]:
+    """Returns rows whose columns have their accents composed in one way."""
+    names = {name: normalise_name(name) for name in dict.fromkeys(name for r in rows for name in r)}
+    if all(name == normalised for name, normalised in names.items()):
+        return rows
+    return [{names[name]: cell for name, cell in row.items()} for row in rows]
 
 
 def _read_csv(path: Path) -> list[Row]:

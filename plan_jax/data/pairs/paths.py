@@ -49,24 +49,29 @@ def resolve_path(root: Path, path: str, number: int) -> Path:
     accents composed in another way.
 
     Raises:
-      ValueError: if the path is a web address, or too long for a path.
+      ValueError: if the path is a web address, a text, or too long for a path.
       UserError: if it leaves the root.
     """
     if _URL.match(path):
         raise ValueError("is a web address; download it")
-    full_paths = [Path(os.path.abspath(root / spelling)) for spelling in _list_spellings(path)]
-    for full_path in full_paths:
-        if full_path.is_relative_to(root) and _is_file(full_path):
-            return full_path
+    full_path = Path(os.path.abspath(root / path))
+    if full_path.is_relative_to(root) and _is_file(full_path):
+        return full_path
+    spellings = [Path(os.path.abspath(root / name)) for name in _list_spellings(path)]
+    for spelling in spellings:
+        if spelling.is_relative_to(root) and _is_file(spelling):
+            return spelling
     # `..\\x` leaves the folder on a system that reads backslashes as `/`.
-    if not all(full_path.is_relative_to(root) for full_path in full_paths):
+    if not all(spelling.is_relative_to(root) for spelling in (full_path, *spellings)):
         inside = find_inside(root, path)
         remedy = f"write {quoting.quote_path(inside)}" if inside else "move it inside"
         raise UserError(
             f"path {quoting.quote_path(path)!r} of row {number} leaves the images folder {root}; "
             f"{remedy}"
         )
-    return full_paths[0]
+    if not quoting.is_path(path):
+        raise ValueError(f"{quoting.quote_path(path)} is not a path")
+    return full_path
 
 
 def _list_spellings(path: str) -> list[str]:
