@@ -134,6 +134,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, start):
     for code, output in results:
         assert code == 2 and f"is in use by process {first.pid} on " in output, output
         assert "Traceback" not in output and "broken" not in output, output
+    wait_for_step(first, tmp_path, 3)
     first.send_signal(signal.SIGTERM)
     code, output = wait_for_exit(first)
     assert code == 0 and "and saved; the same command resumes" in output, output
