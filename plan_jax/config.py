@@ -349,7 +349,8 @@ FIELDS_OF_0_1 = ("ema", "dim", "standard")
 
 def check_image_size(config: Config) -> None:
     """Raises UserError if an encoder would see images larger than the dataset stores them."""
-    size, stored = config.data.size, config.data.builder.get("size", config.data.size)
+    size, default = config.data.size, _default(_builder_kinds(config.data.name)["size"])
+    stored = config.data.builder.get("size", default)
     check_that(
         size <= stored,
         "data.size",

@@ -219,6 +219,7 @@ def remove_syntax(content):
         (make_dicom(STORED, PixelData=None), "is DICOM without pixel data .its modality is DX"),
         (make_dicom(STORED, Rows=None), "is DICOM without Rows"),
         (make_dicom(STORED, PhotometricInterpretation=None), "without PhotometricInterpretation"),
+        (make_dicom(STORED, PhotometricInterpretation="HSV"), "photometric interpretation HSV, w"),
         (remove_syntax(CONTENT), "is DICOM without the transfer syntax .0002,0010"),
         (
             CONTENT[CONTENT.index(b"\x08\x00\x16\x00") :],

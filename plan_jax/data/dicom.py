@@ -15,6 +15,7 @@ from plan_jax.types import UserError
 MIN_PYDICOM = 3  # the first version that has `pydicom.pixels`
 MAX_REASON = 60  # characters of a file's or a library's own words in a message
 MIN_LEVELS = 32  # grey values of 255 that an image without a window reaches if BitsStored is right
+PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "RGB", "PALETTE COLOR")  # besides YBR_...
 OVERLAY_GROUPS = range(0x6000, 0x6020, 2)
 PIXEL_ELEMENTS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
@@ -97,6 +98,12 @@ def _check_elements(dataset: Any, has_prefix: bool) -> None:
     for name in ("Rows", "Columns", "PhotometricInterpretation"):
         if not dataset.get(name):
             raise ImageError(f"is DICOM without {name}, which its pixels need")
+    photometric = dataset.PhotometricInterpretation
+    if photometric not in PHOTOMETRIC and not photometric.startswith("YBR_"):
+        raise ImageError(
+            f"is DICOM of photometric interpretation {photometric[:MAX_REASON]}, which is not "
+            f"read; save it as {', '.join(PHOTOMETRIC)}"
+        )
     if not getattr(dataset, "file_meta", {}).get("TransferSyntaxUID"):
         prefix = "" if has_prefix else "the prefix DICM and "
         raise ImageError(
