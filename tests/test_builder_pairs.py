@@ -181,17 +181,23 @@ def test_boxes_and_masks_refer_to_the_upright_image(folder, capfd):
 def test_masks_without_meaning_are_counted_and_broken_ones_listed(folder, capfd):
     Image.fromarray(np.zeros((30, 40), np.uint8)).save(folder / "empty.png")
     Image.fromarray(np.full((30, 40), 255, np.uint8)).save(folder / "full.png")
+    inverse = np.full((30, 40), 255, np.uint8)
+    inverse[9:20, 9:20] = 0
+    Image.fromarray(inverse).save(folder / "inverse.png")
     write_mask(folder / "mask.png")
     broken = bytearray((folder / "mask.png").read_bytes())
     broken[37:41] = b"IDAX"
     (folder / "broken.png").write_bytes(broken)
     rows = make_rows(mask="mask.png")
-    for row, name in zip(rows, ("empty.png", "full.png", "broken.png"), strict=False):
+    for row, name in zip(
+        rows, ("empty.png", "full.png", "broken.png", "inverse.png"), strict=False
+    ):
         row["mask"] = name
     open_pairs(folder, rows)
     output = capfd.readouterr().err
     assert "1 mask (empty.png) without any pixel" in output
     assert "1 mask (full.png) of the whole image" in output
+    assert "1 mask (inverse.png) with all of the image's border" in output
     assert "skipped 1 of 12 rows: 2.png (mask broken.png is a broken PNG, or a kind that" in output
 
 

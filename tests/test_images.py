@@ -274,6 +274,10 @@ def test_a_mask_has_the_size_of_its_image(tmp_path):
         images.read_mask(tmp_path / "mask.png", (20, 31), 40, 60)
     with pytest.raises(ValueError, match="mask absent.png cannot be read"):
         read_mask(tmp_path / "absent.png")
+    report = "Effusion on the left, no pneumothorax. " * 20
+    with pytest.raises(ValueError, match="cannot be read") as fault:
+        read_mask(tmp_path / report)
+    assert "no pneumothorax" not in str(fault.value)
 
 
 def paint(foreground, background):

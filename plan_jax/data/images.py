@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int, Num, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy import ndimage
 
-from plan_jax.data import dicom, grey, transforms
+from plan_jax.data import dicom, grey, quoting, transforms
 from plan_jax.data.grey import ImageError
 
 MAX_REASON = 60  # characters of a decoder's own words in a message
@@ -332,7 +332,9 @@ def read_mask(
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ImageError(f"mask {path.name} cannot be read ({error.strerror})") from None
+        raise ImageError(
+            f"mask {quoting.quote_path(path.name)} cannot be read ({error.strerror})"
+        ) from None
     try:
         if dicom.is_dicom(data):
             raise ImageError("is DICOM; save it as PNG")
@@ -352,7 +354,9 @@ def read_mask(
             is_lossy = image.format in LOSSY_FORMATS
         mask = _find_foreground(values, is_lossy)
     except Exception as error:  # as in `read_image`
-        raise ImageError(f"mask {path.name} {_describe_error(error, data)}") from None
+        raise ImageError(
+            f"mask {quoting.quote_path(path.name)} {_describe_error(error, data)}"
+        ) from None
     return transforms.resize_image(mask.astype(np.uint8) * 255, rows, columns) >= 128
 
 

@@ -624,15 +624,9 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         for name, path in mask_paths.items():
             full_path = paths.resolve_path(self._root, path, number)
             self._sources.add(self._root, full_path)
-            try:
-                masks[name] = images.read_mask(full_path, shape, *new_shape)
-            except OSError as error:
-                reason = error.strerror or "is not an image"
-                raise ValueError(f"mask {quoting.quote_path(path)}: {reason}") from None
-        for name, mask in masks.items():
-            if mask.all() or not mask.any():
-                note = images.FULL if mask.any() else images.EMPTY
-                self._notes[note].append(quoting.quote_path(mask_paths[name]))
+            masks[name] = images.read_mask(full_path, shape, *new_shape)
+            if note := images.describe_mask(masks[name]):
+                self._notes[note].append(quoting.quote_path(path))
         return masks
 
     def _check_boxes(
