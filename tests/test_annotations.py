@@ -43,6 +43,7 @@ def test_columns_of_labels_win_over_the_cell():
         ("{x", "property name"),
         ("[1, 2]", r"labels are not names but \[1, 2\]"),
         ("Mr Miller has an effusion. He knows.", "labels are a text of 36 characters, not names"),
+        ("oedema: 1; effusion: 0", "label 'oedema: 1' contains its value; write JSON"),
         ("['oedema' 'effusion']", "a list without commas, as numpy writes it"),
         ({"oedema": 10**400}, "label 'oedema' is 1000*[.]{3}, not 1, 0 or -1"),
         ({"oedema": 0.7}, "label 'oedema' is 0.7, not 1, 0 or -1"),

@@ -67,7 +67,17 @@ def test_lists_and_objects_are_joined_as_the_options_say():
 
 
 @pytest.mark.parametrize(
-    "cell", ["['a b'\n 'c d']", "array(['a'], dtype=object)", "{'findings': <object>}", b"\xff"]
+    "cell",
+    [
+        7,
+        "7.0",
+        float("inf"),
+        True,
+        "['a b'\n 'c d']",
+        "array(['a'], dtype=object)",
+        "{'findings': <object>}",
+        b"\xff",
+    ],
 )
 def test_pythons_spelling_is_never_a_report(cell):
     with pytest.raises(ValueError, match="its text is"):

@@ -76,6 +76,7 @@ def test_configured_findings_are_matched_without_regard_to_case():
         (("False", "True"), "list it in data.builder.label_columns"),
         (("yes", "no"), "list it in data.builder.label_columns"),
         (("0", "1", "2"), "write the names of the classes"),
+        (("0 1 0", "1 0 0"), "list it in data.builder.label_columns"),
         (("Edema", "1"), "list it in data.builder.label_columns"),
     ],
 )
@@ -89,4 +90,7 @@ def test_names_that_look_alike_are_remarked_but_not_grades():
     assert notes == [
         "labels 'Infiltrate' and 'Infiltration' look alike; if they are one, write them in one way"
     ]
+    assert label_names.match_names({"No Edema": 1, "edema": 1})[1][-1] == (
+        "label 'No Edema' denies 'edema'; write the latter as 0"
+    )
     assert label_names.match_names({"Grade 1": 1, "Grade 2": 1})[1] == []

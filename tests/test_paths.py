@@ -32,13 +32,17 @@ def test_a_path_that_leaves_the_folder_is_refused(root, path):
 
 
 def test_a_path_of_another_machine_names_the_path_here(root):
-    with pytest.raises(UserError, match="'/data/me/img/a.png' of row 1 leaves .*; write img/a.png"):
-        paths.resolve_path(root, "/data/me/img/a.png", 1)
+    for path in ("/data/me/img/a.png", "/img/a.png"):
+        with pytest.raises(UserError, match=f"'{path}' of row 1 leaves .*; write img/a.png"):
+            paths.resolve_path(root, path, 1)
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("a" * 300, "is not a path .File name too long"), ("https://x.org/a.png", "a web address")],
+    [
+        ("a" * 300, "is not a path .File name too long"),
+        ("https://x.org/a.png", "is an address; download it"),
+    ],
 )
 def test_what_is_no_path_is_a_mistake_of_the_row(root, path, message):
     with pytest.raises(ValueError, match=message):

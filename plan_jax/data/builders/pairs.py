@@ -347,8 +347,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     def _count_words(self, cell: Any) -> int:
         try:
             return len(self._read_text(cell).split())
-        except ValueError:
-            return 0
+        except (ValueError, RecursionError):
+            return 0  # a mistake of the row, which its parsing names
 
     def _read_text(self, cell: Any) -> str:
         return columns.read_text(

@@ -25,6 +25,7 @@ LABEL_WORDS = {
     **dict.fromkeys(("uncertain", "unknown", "u"), -1),
 }
 DEFAULT_SEPARATOR = re.compile(r"[;|\n\t；、｜]")
+_VALUE_IN_NAME = re.compile(r"[:=]\s*(?:-?[01](?:\.0)?|true|false|yes|no)$", re.IGNORECASE)
 _SENTENCE = re.compile(r"[.!?]\s|[.!?]$|[。！？]")
 
 
@@ -95,6 +96,10 @@ def _check_label_name(name: str) -> None:
     is_sentence = _SENTENCE.search(name) and len(name.split()) > quoting.MAX_WORDS
     if is_sentence or len(name) > quoting.MAX_CHARACTERS:
         raise ValueError(f"labels are a text of {len(name)} characters, not names of findings")
+    if _VALUE_IN_NAME.search(name):
+        raise ValueError(
+            f'label {quoting.quote(name)} contains its value; write JSON, as {{"Edema": 1}}'
+        )
 
 
 def _parse_label_values(cells: Mapping[str, Any]) -> dict[str, int]:

@@ -29,7 +29,10 @@ _QUOTED_OR_NAN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\bnan\b""", 
 _LITERAL = re.compile(r"""[\[{]|\(\s*b?['"]|array\(""")
 # Numpy writes a list of strings without commas. Python would read one string from it.
 _NUMPY_STRINGS = re.compile(r"""['"]\s+['"]""")
+# Characters without width that come with copied text: two spaces, a mark and a soft hyphen.
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
 MAX_LITERAL = 100_000  # characters of a list in Python's spelling
+MAX_NUMBER = 400  # characters
 MAX_DEPTH = 50  # of lists in a cell; Python's parser can crash on thousands
 
 
@@ -141,7 +144,7 @@ def normalise_name(name: Any) -> str:
     >>> normalise_name(" Pleural   Effusion ")
     'Pleural Effusion'
     """
-    return " ".join(unicodedata.normalize("NFC", str(name)).split())
+    return " ".join(unicodedata.normalize("NFC", str(name).translate(_INVISIBLE)).split())
 
 
 def fold_name(name: Any) -> str:
@@ -150,7 +153,7 @@ def fold_name(name: Any) -> str:
     >>> fold_name("Pleural_Effusion") == fold_name("pleural effusion")
     True
     """
-    text = unicodedata.normalize("NFKC", str(name)).casefold()
+    text = unicodedata.normalize("NFKC", str(name).translate(_INVISIBLE)).casefold()
     return " ".join(re.sub(r"[\s_\-]+", " ", text).split())
 
 
@@ -160,7 +163,8 @@ def to_number(value: Any) -> float | None:
     >>> to_number("7.0"), to_number("a"), to_number(10**400)
     (7.0, None, None)
     """
-    if isinstance(value, Mapping | list | tuple | bytes):
+    is_long = isinstance(value, str) and len(value) > MAX_NUMBER
+    if is_long or isinstance(value, Mapping | list | tuple | bytes):
         return None
     try:
         number = float(value)

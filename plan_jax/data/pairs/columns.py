@@ -115,7 +115,7 @@ def check_texts(
     missing = {fold_name(section) for section in sections} - {fold_name(key) for key in keys}
     if objects and missing:
         raise UserError(f"text_sections {', '.join(sorted(missing))} do not exist; use {listed}")
-    numbers = sum(to_number(item) is not None for item in contents)
+    numbers = sum(map(_is_number, contents))
     if contents and numbers == len(contents):
         raise UserError(
             f"{name} holds numbers, not reports; name the column of reports with "
@@ -127,6 +127,10 @@ def check_texts(
             f"{name} holds paths, not reports; name the column of reports with "
             "data.builder.columns={'text': '...'}"
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or to_number(value) is not None
 
 
 def _is_path(text: str) -> bool:
@@ -165,7 +169,9 @@ def read_text(cell: Any, join_text: bool = False, sections: Sequence[str] = ()) 
         return ""
     if isinstance(content, bytes):
         raise ValueError(f"its text is {len(content)} bytes that are not UTF-8")
-    text = str(content).strip()
+    if not isinstance(content, str) or _is_number(content):
+        raise ValueError(f"its text is {quoting.quote(content)}")
+    text = content.strip()
     # As `Findings: nan Impression: nan`, which is what pandas makes of two empty columns.
     words = [word for word in text.split() if not word.endswith(":")]
     return "" if all(map(is_missing, words)) else text

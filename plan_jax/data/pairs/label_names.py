@@ -12,6 +12,7 @@ from plan_jax.data.pairs.annotations import DEFAULT_SEPARATOR, LABEL_WORDS
 from plan_jax.data.pairs.cells import fold_name, is_missing, normalise_name, to_number
 from plan_jax.types import UserError
 
+_DIGITS = re.compile(r"[-+\d\s.,:/]*\d[-+\d\s.,:/]*")
 # What may divide two findings, and may as well be part of the name of one.
 _AMBIGUOUS_SEPARATORS = ("/", "+", "&", " and ", " ")
 MAX_NAMES = 12  # of a list in a message
@@ -126,6 +127,13 @@ def match_names(
         "write them in one way"
         for first, second in _find_similar(sorted(set(matches.values())))
     ]
+    denials = {fold_name(name): name for name in matches.values()}
+    notes += [
+        f"label {quoting.quote(name)} denies {quoting.quote(denials[key[3:]])}; write the latter "
+        "as 0"
+        for key, name in denials.items()
+        if key.startswith("no ") and key[3:] in denials
+    ]
     if counts and (absent := [name for name in findings if name not in matches.values()]):
         notes.append(f"findings that no row names: {list_names(absent)}")
     return matches, notes
@@ -134,7 +142,8 @@ def match_names(
 def _check_values(counts: Mapping[str, int], wanted: Mapping[str, str]) -> None:
     """Raises UserError if the names are the values of one label."""
     names = [name for name in counts if fold_name(name) not in wanted]
-    values = [name for name in names if to_number(name) is not None]
+    # A number, or the digits of one column for each finding, as `0 1 0`.
+    values = [name for name in names if to_number(name) is not None or _DIGITS.fullmatch(name)]
     if names and all(name.casefold() in LABEL_WORDS for name in names):
         values = names
     if not values:

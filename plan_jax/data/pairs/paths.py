@@ -49,11 +49,11 @@ def resolve_path(root: Path, path: str, number: int) -> Path:
     accents composed in another way.
 
     Raises:
-      ValueError: if the path is a web address, a text, or too long for a path.
+      ValueError: if the path is an address, a text, or too long for a path.
       UserError: if it leaves the root.
     """
     if _URL.match(path):
-        raise ValueError("is a web address; download it")
+        raise ValueError("is an address; download it and write the path of the file")
     full_path = Path(os.path.abspath(root / path))
     if full_path.is_relative_to(root) and _is_file(full_path):
         return full_path
@@ -90,7 +90,7 @@ def _is_file(path: Path) -> bool:
 def find_inside(root: Path, path: str) -> str | None:
     """Returns the end of a path that exists inside the root, or None."""
     parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    for start in range(1, len(parts)):
+    for start in range(len(parts)):
         end = "/".join(parts[start:])
         if (root / end).is_file():
             return end
