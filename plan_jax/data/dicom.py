@@ -246,6 +246,10 @@ def _has_table(dataset: Any, name: str) -> bool:
     """Returns whether a sequence has a look-up table; a sequence without one is deleted."""
     items = dataset.get(name)
     if items and items[0].get("LUTDescriptor") and items[0].get("LUTData"):
+        entries = items[0].LUTData
+        # pydicom takes bytes for entries of 16 bits, also where there is one byte an entry.
+        if isinstance(entries, bytes) and len(entries) == (items[0].LUTDescriptor[0] or 2**16):
+            items[0].add_new("LUTData", "US", list(entries))
         return True
     if name in dataset:
         del dataset[name]
