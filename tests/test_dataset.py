@@ -310,7 +310,9 @@ def test_damaged_records_are_named_with_the_remedy(folder, kind):
     (path,) = dataset.folder.glob(pattern)
     damage(path)
     datasets._reported.clear()
-    message = f"prepared records in {dataset.folder} are damaged .*; delete the folder, and the nex"
+    message = (
+        f"prepared records in {dataset.folder} are damaged; delete the folder, and the next run"
+    )
     with pytest.raises(UserError, match=message) as raised:
         damaged = open_pairs(folder, rows)
         for index in range(len(damaged)):
@@ -318,6 +320,21 @@ def test_damaged_records_are_named_with_the_remedy(folder, kind):
     assert "\n" not in str(raised.value)
     shutil.rmtree(dataset.folder)
     assert len(open_pairs(folder, rows)) == 7
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_records_that_may_be_whole_are_not_to_be_deleted(folder, number, is_wrapped, monkeypatch):
+    reason = os.strerror(number)
+
+    def fail(*_, **__):
+        raise RuntimeError(f"open failed: {reason}") if is_wrapped else OSError(number, reason)
+
+    dataset = open_pairs(folder, make_rows())
+    monkeypatch.setattr(type(dataset.source), "__getitem__", fail)
+    with pytest.raises(UserError, match=rf"cannot be read \({reason}\); correct that") as raised:
+        dataset.read_pair(0)
+    assert "delete" not in str(raised.value)
 
 
 # Preparation by several processes, and on drives that are full or have no locks -------------

@@ -115,7 +115,7 @@ def test_a_reader_that_is_killed_is_one_sentence():
 
 def test_a_mistake_in_the_data_is_the_same_sentence_in_a_reader():
     batches = iterate([RECORD[:-9]] * 4)
-    message = "the prepared records are damaged .*; delete the folder"
+    message = "the prepared records are damaged; delete the folder"
     with pytest.raises(UserError, match=message):
         next(batches)
     batches.close()

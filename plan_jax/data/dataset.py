@@ -34,8 +34,13 @@ BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.Builder
 DEFAULT_DATA_DIR = "~/.cache/plan_jax"
 # The file that marks a prepared dataset: TFDS renames the folder when everything is written.
 _INFO_FILE = "dataset_info.json"
-# What the system says of a disk that takes no more. Libraries in C++ pass on the words only.
+# What the system says of a disk that takes no more.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+# What it says of records that may be whole.
+_PASSING_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+)
 MANY_FILES = 1000  # so many that hashing them takes long enough to be announced
 
 
@@ -144,9 +149,11 @@ def open_dataset(
     if fingerprint and fingerprint != actual_fingerprint:
         raise UserError(
             "the data are not those that the model was trained on: "
-            f"{_explain_difference(builder, fingerprint)}; restore them, start a "
-            "new run, or pass --config.data.fingerprint='' to accept them as they are"
+            f"{_explain_difference(builder, fingerprint)}; restore them, pass "
+            "another --workdir for a new run, or accept them with --config.data.fingerprint=''"
         )
+    with _name_damage(folder):
+        metadata = dict(builder.info.metadata)
     counts = {name: info.num_examples for name, info in builder.info.splits.items()}
     listed_counts = ", ".join(f"{name} {count}" for name, count in counts.items())
     base = split.split("[")[0]
@@ -154,11 +161,11 @@ def open_dataset(
         fraction = f"{base}_fraction"
         share = getattr(builder.builder_config, fraction, None)
         remedy = f"use one of {', '.join(counts)}"
-        if share is not None and builder.info.metadata["split_column"]:
+        if share is not None and metadata["split_column"]:
             remedy = "add rows of that split, or evaluate another one"
         elif share is not None:
             remedy = (
-                f"none of its {builder.info.metadata['num_patients']} patients fell into {base} "
+                f"none of its {metadata['num_patients']} patients fell into {base} "
                 f"with {fraction} {share:g}; add rows of that split in a column `split`, or raise "
                 f"{fraction}"
             )
@@ -176,8 +183,6 @@ def open_dataset(
     with _name_damage(folder):
         # The reader of bytes alone: a reader process must not build the dataset once more.
         source = builder.as_data_source(split, deserialize_method=raw_bytes).data_source
-    with _name_damage(folder):
-        metadata = dict(builder.info.metadata)
     return Dataset(
         source,
         metadata["findings"],
@@ -213,12 +218,12 @@ def _name_damage(folder: Path | None) -> Iterator[None]:
     except Exception as error:  # readers and parsers raise many kinds
         if isinstance(error, UserError | MemoryError):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
         place = f" in {folder}" if folder else ""
-        raise UserError(
-            f"the prepared records{place} are damaged ({reason}); delete the folder, and the next "
-            "run prepares it again"
-        ) from None
+        if reason := _find_system_error(error, _PASSING_ERRORS):
+            fault = f"cannot be read ({reason}); correct that, and repeat the command"
+        else:
+            fault = "are damaged; delete the folder, and the next run prepares it again"
+        raise UserError(f"the prepared records{place} {fault}") from None
 
 
 # Identity -------------------------------------------------------------------------------------
@@ -484,7 +489,7 @@ def _prepare_locked(
             print("failed", file=sys.stderr, flush=True)
             if not is_locked and (prepared := _find_current(location, key, config)):
                 return prepared  # another process was faster
-            if reason := _find_disk_error(error):
+            if reason := _find_system_error(error, (*_DISK_ERRORS, *_PASSING_ERRORS)):
                 raise UserError(
                     f"data folder {folder.parent} cannot be written ({reason}); "
                     f"{_describe_disk(location)}, or set config.data.dir to another folder"
@@ -546,13 +551,12 @@ def _explain_outdated(folders: Sequence[Path], config: tfds.core.BuilderConfig) 
         )
 
 
-def _find_disk_error(error: BaseException | None) -> str:
-    """Returns what the system says of a disk that takes no more, or "" if it is something else."""
+def _find_system_error(error: BaseException | None, numbers: Sequence[int]) -> str:
+    """Returns what the system says, if that is behind an error, or ""."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return os.strerror(error.errno)
-        for number in _DISK_ERRORS:
-            if os.strerror(number).lower() in str(error).lower():
+        for number in numbers:
+            # Libraries in C++ pass on the words only.
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
                 return os.strerror(number)
         error = error.__cause__ or error.__context__
     return ""
