@@ -19,6 +19,8 @@ from plan_jax.data.pairs import annotations
         ({"oedema": 1.0, "effusion": float("nan")}, {"oedema": 1, "effusion": -1}, -1),
         ({"oedema": "yes", "effusion": "Absent"}, {"oedema": 1, "effusion": 0}, -1),
         ("nan", {}, -1),
+        ([("oedema", 1), ("effusion", None)], {"oedema": 1, "effusion": -1}, -1),
+        ("'oedema'; \"effusion\"", {"oedema": 1, "effusion": 1}, 0),
         ('["nan"]', {}, -1),
         (["oedema", None], {"oedema": 1}, 0),
         ("oedema|effusion", {"oedema": 1, "effusion": 1}, 0),
@@ -84,6 +86,15 @@ def test_malformed_boxes_are_refused(cell):
         annotations.parse_boxes("1 2 3 4", "whole")
 
 
+@pytest.mark.parametrize("value", [3, "3", ["mass"], {"a": 1}])
+@pytest.mark.parametrize("key", ["phrase", "label"])
+def test_the_name_of_a_box_is_text(value, key):
+    with pytest.raises(ValueError, match=f"the {key} of a box is .*, not its name"):
+        annotations.parse_boxes([{"box": [1, 2, 3, 4], key: value}], "whole")
+    (box,) = annotations.parse_boxes([{"box": [1, 2, 3, 4], key: "nan"}], "whole")
+    assert (box["phrase"], box["label"]) == ("whole", "")
+
+
 def test_masks_belong_to_the_only_phrase_or_to_named_phrases():
     assert annotations.parse_masks("m.png", [], "whole") == {"whole": "m.png"}
     assert annotations.parse_masks("m.png", ["a", "a"], "whole") == {"a": "m.png"}
@@ -95,6 +106,9 @@ def test_masks_belong_to_the_only_phrase_or_to_named_phrases():
 
 def test_malformed_regions_are_refused():
     assert annotations.parse_regions(None) == {}
+    assert annotations.parse_regions({"Left_Lung": [1, 2, 3, 4]}) == {"left lung": (1, 2, 3, 4)}
+    with pytest.raises(ValueError, match="regions have one name twice"):
+        annotations.parse_regions({"Left_Lung": [1, 2, 3, 4], "left lung": [1, 2, 3, 4]})
     with pytest.raises(ValueError, match="regions are not {region: "):
         annotations.parse_regions("[[1, 2, 3, 4]]")
 

@@ -77,6 +77,8 @@ def parse_labels(
     content: Any = None if is_missing(value) else parse_literal(value)
     if is_missing(content):
         return Labels({})
+    if isinstance(content, list) and content and all(map(_is_pair, content)):
+        content = dict(content)  # a map of Parquet
     if isinstance(content, Mapping):
         return Labels(_parse_label_values(content))
     if isinstance(content, str | int | float):
@@ -84,12 +86,16 @@ def parse_labels(
     is_list = isinstance(content, list | tuple)
     if not is_list or not all(isinstance(name, str) or is_missing(name) for name in content):
         raise ValueError(f"labels are not names but {quoting.quote(content)}")
-    names = [normalise_name(name) for name in content if not is_missing(name)]
+    names = [normalise_name(name.strip(" '\"")) for name in content if not is_missing(name)]
     for name in names:
         _check_label_name(name)
     if content and not names and any(name != "" for name in content):
         return Labels({})  # the only name is a word that means missing
     return Labels(dict.fromkeys(names, 1), default=0)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
 
 
 def _check_label_name(name: str) -> None:
@@ -155,10 +161,24 @@ def parse_boxes(value: Any, text: str) -> list[dict[str, Any]]:
         box, box_format = parse_box(fields)
         if box is None:
             continue
-        label = normalise_name(fields.get("label") or "")
-        fields |= {"box": box, "phrase": str(fields.get("phrase") or text), "label": label}
+        phrase, label = _read_name(fields, "phrase") or text, _read_name(fields, "label")
+        fields |= {"box": box, "phrase": phrase, "label": normalise_name(label)}
         boxes.append(fields | ({"box_format": box_format} if box_format else {}))
     return boxes
+
+
+def _read_name(fields: Mapping[str, Any], key: str) -> str:
+    """Returns the phrase or the label of a box, "" if it is missing.
+
+    Raises:
+      ValueError: if it is something else than text, as the number of a class.
+    """
+    value = fields.get(key)
+    if is_missing(value):
+        return ""
+    if not isinstance(value, str) or to_number(value) is not None:
+        raise ValueError(f"the {key} of a box is {quoting.quote(value)}, not its name")
+    return value
 
 
 def _is_coordinate(value: Any) -> bool:
@@ -214,7 +234,10 @@ def parse_regions(value: Any) -> dict[str, Box]:
         return {}
     if not isinstance(content, Mapping):
         raise ValueError("regions are not {region: [x0, y0, x1, y1]}")
-    boxes = {str(name): parse_box({"box": box})[0] for name, box in content.items()}
+    # Names as `data.report_parser` writes them.
+    boxes = {fold_name(name): parse_box({"box": box})[0] for name, box in content.items()}
+    if len(boxes) < len(content):
+        raise ValueError("regions have one name twice")
     return {name: box for name, box in boxes.items() if box is not None}
 
 

@@ -53,7 +53,11 @@ def choose_separator(
     )
     known = {fold_name(name) for name in findings}
     commas = re.compile("[,，]")
-    lists = [name for name in names if commas.search(name) and fold_name(name) not in known]
+    lists = [
+        name
+        for name in names
+        if commas.search(name) and fold_name(name) not in known and not _DIGITS.fullmatch(name)
+    ]
     if lists:
         parts = Counter(fold_name(part) for name in lists for part in set(commas.split(name)))
         known |= {fold_name(name) for name in names if name not in lists}
@@ -123,8 +127,8 @@ def match_names(
     if unmatched:
         notes.append(f"labels that are not in findings: {list_names(unmatched, counts)}")
     notes += [
-        f"labels {quoting.quote(first)} and {quoting.quote(second)} look alike; if they are one, "
-        "write them in one way"
+        f"labels {quoting.shorten(first)!r} and {quoting.shorten(second)!r} look alike; if they "
+        "are one, write them in one way"
         for first, second in _find_similar(sorted(set(matches.values())))
     ]
     denials = {fold_name(name): name for name in matches.values()}
