@@ -1,11 +1,14 @@
-"""From a config to a model: the tower of random weights."""
+"""From a config to a model: the tower of random weights, and texts that it cannot read."""
 
 import jax
 import numpy as np
+import pytest
 
 from configs import testing
 from plan_jax import model as models
 from plan_jax.config import Config
+from plan_jax.data.tokenizer import tokenize_batch
+from plan_jax.types import Batch, UserError
 
 
 def test_a_random_tower_depends_on_the_seed_alone():
@@ -16,3 +19,22 @@ def test_a_random_tower_depends_on_the_seed_alone():
     np.testing.assert_array_equal(pooled[0], pooled[1])
     assert towers[0].name == towers[1].name != towers[2].name
     assert np.abs(pooled[0] - pooled[2]).max() > 1e-3
+
+
+def test_a_text_in_another_script_is_refused():
+    config = Config.from_dict(testing.get_config().to_dict())
+    components = models.build_components(config)
+    text = tokenize_batch(components.tokenizer, ["No effusion."], 24, 20)
+    batch = Batch(image=np.zeros((1, 32, 32, 1), np.uint8), text=text)
+    encoder = components.encoder.clone(axis=None)
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), batch)
+    weights = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    variables = {
+        "params": {"encoders": weights["params"], "method": {}},
+        "batch_stats": weights["batch_stats"],
+        "memory": {},
+    }
+    model = models.make_model(components, config, variables)
+    message = "100% of the pieces of the text are unknown to tokenizer 'phantom'; write them in"
+    with pytest.raises(UserError, match=message):
+        model.encode_text(["\u80f8\u8154\u79ef\u6db2"])

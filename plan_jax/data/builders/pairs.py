@@ -302,7 +302,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         for position, row in enumerate(rows):
             row_cells = {role: cells_of[role][position] for role in ROLES}
             row_cells["patient_id"] = patient_ids[position]
-            if self._count_words(row_cells["text"]) < config.min_words:
+            if config.min_words and self._count_words(row_cells["text"]) < config.min_words:
                 continue
             self._num_rows += 1
             label_cells = {name: cells.get_cell(row, name) for name in label_columns}

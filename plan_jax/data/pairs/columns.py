@@ -16,6 +16,7 @@ from plan_jax.data.pairs.cells import (
 from plan_jax.types import UserError
 
 MAX_LISTED = 8  # names in a message
+MAX_EMPTY = 100  # characters of a text of nothing but headings and words that mean missing
 MAX_SHARE = 0.3  # of texts that are the same, before it is remarkable
 MIN_TEXTS = 10  # below, any share is usual
 
@@ -172,6 +173,8 @@ def read_text(cell: Any, join_text: bool = False, sections: Sequence[str] = ()) 
     if not isinstance(content, str) or _is_number(content):
         raise ValueError(f"its text is {quoting.quote(content)}")
     text = content.strip()
+    if len(text) > MAX_EMPTY:
+        return text
     # As `Findings: nan Impression: nan`, which is what pandas makes of two empty columns.
     words = [word for word in text.split() if not word.endswith(":")]
     return "" if all(map(is_missing, words)) else text
