@@ -130,6 +130,13 @@ def test_a_split_without_rows_names_the_sizes_and_the_remedy(folder):
 
 def test_a_data_folder_that_cannot_be_written_is_named(folder):
     (folder.parent / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="data folder .* cannot be written .File name too long"):
+        datasets.open_dataset(
+            "pairs",
+            "train",
+            data_dir=str(folder.parent / ("x" * 300)),
+            manifest=write_manifest(folder, make_rows()),
+        )
     with pytest.raises(UserError, match="data folder .*file.* cannot be written .*; set config"):
         datasets.open_dataset(
             "pairs",
@@ -296,6 +303,8 @@ DAMAGE = {
     "information": ("dataset_info.json", lambda path: path.write_text("{")),
     "no information": ("dataset_info.json", lambda path: path.write_text("{}")),
     "names": ("metadata.json", lambda path: path.write_text("[")),
+    "no names": ("metadata.json", Path.unlink),
+    "names of nothing": ("metadata.json", lambda path: path.write_text("{}")),
     "list of files": ("sources.json", lambda path: path.write_text("")),
     "no list of files": ("sources.json", Path.unlink),
     "messages": ("messages.txt", lambda path: path.write_bytes(b"\xff")),

@@ -110,7 +110,10 @@ def test_a_list_survives_the_disk(files, tmp_path, root):
         SourceFiles.load(root)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"paths": 1}', "\0"])
+TWO_NUMBERS = '{"paths": ["a"], "sizes_and_times": [[1, 2]], "digests": ["3"]}'
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"paths": 1}', "\0", TWO_NUMBERS])
 def test_a_damaged_list_is_reported(tmp_path, content):
     (tmp_path / sources.SOURCES_FILE).write_text(content)
     with pytest.raises(ValueError):

@@ -34,6 +34,7 @@ BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.Builder
 DEFAULT_DATA_DIR = "~/.cache/plan_jax"
 # The file that marks a prepared dataset: TFDS renames the folder when everything is written.
 _INFO_FILE = "dataset_info.json"
+_METADATA_FILE = "metadata.json"  # names of findings, anatomy and regions
 # What the system says of a disk that takes no more.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 # What it says of records that may be whole.
@@ -153,7 +154,9 @@ def open_dataset(
             "another --workdir for a new run, or accept them with --config.data.fingerprint=''"
         )
     with _name_damage(folder):
-        metadata = dict(builder.info.metadata)
+        # Without this file TFDS takes the names that are in the code, which are none.
+        metadata = json.loads((folder / _METADATA_FILE).read_text("utf-8"))
+        names = [metadata[field] for field in ("findings", "anatomy", "regions")]
     counts = {name: info.num_examples for name, info in builder.info.splits.items()}
     listed_counts = ", ".join(f"{name} {count}" for name, count in counts.items())
     base = split.split("[")[0]
@@ -185,9 +188,7 @@ def open_dataset(
         source = builder.as_data_source(split, deserialize_method=raw_bytes).data_source
     return Dataset(
         source,
-        metadata["findings"],
-        metadata["anatomy"],
-        metadata["regions"],
+        *names,
         name=name,
         folder=folder,
         fingerprint=actual_fingerprint,
@@ -349,11 +350,12 @@ _opened: dict[str, tuple[tfds.core.DatasetBuilder, str]] | None = None
 def _list_prepared(location: Path, key: str) -> list[Path]:
     """Returns the complete folders of a configuration: `<key>/<version>`, `<key>-2/<version>`."""
     builder_class, _ = BUILDERS[location.name]
-    version = str(builder_class.VERSION)
-    return sorted(
-        (path.parent for path in location.glob(f"{key}*/{version}/{_INFO_FILE}")),
-        key=lambda folder: (len(folder.parent.name), folder.parent.name),
-    )
+    pattern = f"{key}*/{builder_class.VERSION}/{_INFO_FILE}"
+    try:
+        folders = [path.parent for path in location.glob(pattern)]
+    except OSError:  # `_lock` says why there can be none
+        folders = []
+    return sorted(folders, key=lambda folder: (len(folder.parent.name), folder.parent.name))
 
 
 def _find_current(
@@ -499,6 +501,7 @@ def _prepare_locked(
             f"{name} {info.num_examples}" for name, info in builder.info.splits.items()
         )
         print(f"{sizes}; {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        _reported.discard(folder)
         return folder, _load_sources(folder, config)
 
 

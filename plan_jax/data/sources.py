@@ -146,8 +146,10 @@ class SourceFiles:
         """
         content = json.loads((folder / SOURCES_FILE).read_text())
         try:
-            columns = (content["paths"], content["sizes_and_times"], content["digests"])
-            return cls(*columns)
+            states = [(size, *times) for size, *times in content["sizes_and_times"]]
+            if any(len(state) != len(ABSENT) for state in states):
+                raise TypeError("a state has not three numbers")
+            return cls(content["paths"], states, content["digests"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{SOURCES_FILE} is malformed: {error}") from None
 
