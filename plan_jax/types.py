@@ -67,7 +67,8 @@ class Features:
     W words, with their `word_id` and `sentence`. `mask` is True where a local item is real. `fine`
     holds the Q pixels of a finer map over `fine_grid`, or is None. `raw` holds the local items
     before projection, and `attention` how much the encoder's summary token attends to each of them
-    (mean over heads, summed over the pieces of a word; None for a ResNet).
+    (mean over heads, summed over the pieces of a word; None for a ResNet). `next_attention` is the
+    attention to the pieces that follow those of each word, or None.
     """
 
     pooled: Float[Array, "B D"]
@@ -78,6 +79,7 @@ class Features:
     fine: Float[Array, "B Q D"] | None = None
     raw: Float[Array, "B N E"] | None = None
     attention: Float[Array, "B N"] | None = None
+    next_attention: Float[Array, "B N"] | None = None
     grid: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
     fine_grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
 

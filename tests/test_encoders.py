@@ -182,3 +182,30 @@ def test_grey_values_are_scaled_as_published(normalisation, low, high):
     image = jnp.asarray([[[[0], [255]]]], jnp.uint8)
     x = encoder.apply({}, image, method="_normalise")
     np.testing.assert_allclose(x[0, 0], [low, high], atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_the_attention_after_a_word_is_that_of_the_piece_after_each_of_its_pieces(pool):
+    """As the code of MGCA pairs them: pieces p to q with p + 1 to q + 1, the last with [SEP]."""
+    tower = dual_encoder.make_text_tower("bert_tiny", 30, jnp.float32, pool=pool)
+    tokens, index, _, sentence = draw_texts()
+    variables = tower.init(KEY, tokens, index, sentence)
+    variables = jax.tree.map(lambda x: x + 0.5 * jax.random.normal(KEY, x.shape), variables)
+    output = tower.apply(variables, tokens, index, sentence)
+    # Every position a word of its own: the attention of each piece.
+    positions = jnp.tile(jnp.arange(9), (3, 1))
+    pieces = np.asarray(tower.apply(variables, tokens, positions, positions).attention)
+    assert np.abs(pieces[:, 2] - pieces[:, 4]).min() > 1e-3 and (pieces[:, 7:] == 0).all()
+    # Words 0 to 4 are the pieces 1, 2 and 3, 4, 5, 6.
+    own = np.stack([pieces[:, 1], pieces[:, 2] + pieces[:, 3], *pieces[:, 4:7].T], 1)
+    after = np.stack([pieces[:, 2], pieces[:, 3] + pieces[:, 4], *pieces[:, 5:8].T], 1)
+    np.testing.assert_allclose(output.attention[:, :5], own, atol=1e-6)
+    np.testing.assert_allclose(output.next_attention[:, :5], after, atol=1e-6)
+    assert (output.next_attention[:, 5:] == 0).all()
+
+
+def test_pooled_weights_of_words_have_no_piece_after_them():
+    tower = dual_encoder.make_text_tower("bert_tiny", 30, jnp.float32, pool="attention")
+    tokens, index, _, sentence = draw_texts()
+    variables = tower.init(KEY, tokens, index, sentence)
+    assert tower.apply(variables, tokens, index, sentence).next_attention is None

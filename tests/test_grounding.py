@@ -8,13 +8,14 @@ from fake_models import FINDINGS, GRID, SIZE, make_model, make_oracle, make_reco
 from PIL import Image
 from task_runs import run_task
 
+from configs.eval import ms_cxr_grounding
 from plan_jax.metrics import grounding as grounding_metrics
 from plan_jax.tasks import grounding
 from plan_jax.tasks.grounding_targets import Priors, fit_priors
 from plan_jax.types import EvalData, Features, Model, Phrase, Record, TaskContext, UserError
 
 CROP = grounding.Options(crop=0.75)  # rows and columns 4 to 27
-BIOVIL = grounding.Options(crop=448 / 512, smooth=1.5)
+BIOVIL = grounding.Options(crop=480 / 512, smooth=1.5)
 
 
 # Known models ------------------------------------------------------------------------------------
@@ -300,6 +301,49 @@ def test_every_category_has_every_score():
     cnr = [loop_cnr(heat, loop_box_mask(phrase.boxes[0])) for phrase in phrases]
     assert metrics["nodule/cnr_abs"] == pytest.approx(np.mean(np.abs(cnr)), abs=1e-4)
     assert np.isfinite(list(metrics.values())).all()
+
+
+def test_the_miou_of_afloc_averages_thresholds_of_findings_of_defined_phrases():
+    phrases = Phrase("a", 0, boxes=((2, 2, 12, 12),)), Phrase("b", 0, boxes=((9, 9, 30, 20),))
+    records = [
+        make_record(*phrases),
+        make_record(Phrase("c", 1, boxes=((16, 3, 28, 19),)), seed=1),
+    ]
+    metrics, _ = grounding.score_phrases(make_bright_model(), records, FINDINGS)
+    ious = [
+        grounding_metrics.afloc_ious(
+            brightness(record.image).reshape(1, -1), loop_box_mask(phrase.boxes[0]).reshape(1, -1)
+        )[0]
+        for record in records
+        for phrase in record.phrases
+    ]
+    by_finding = np.stack([np.mean(ious[:2], 0), ious[2]])
+    assert metrics["miou_afloc"] == pytest.approx(by_finding.mean(0).mean(), abs=1e-6)
+    assert metrics["nodule/miou_afloc"] == pytest.approx(by_finding[0].mean(), abs=1e-6)
+    assert metrics["micro/miou_afloc"] == pytest.approx(np.mean(ious), abs=1e-6)
+    assert "random/miou_afloc" in metrics and abs(metrics["miou_afloc"] - metrics["miou_z"]) > 1e-3
+
+
+def test_flat_maps_have_no_miou_of_afloc():
+    scores = {grounding.AFLOC_KEY: np.full((3, 5), np.nan), "pointing": np.zeros(3)}
+    scores[grounding.AFLOC_KEY][0] = 0.5
+    metrics = grounding._macro_means(scores, ["a", "b", "b"], by_finding=tuple(scores))
+    # Finding b has no defined map, so the mean is that of a.
+    assert metrics["miou_afloc"] == metrics["a/miou_afloc"] == 0.5 and "b/miou_afloc" not in metrics
+    scores[grounding.AFLOC_KEY][0, 4] = np.nan  # no map of any finding exceeds the last threshold
+    assert "miou_afloc" not in grounding._macro_means(scores, ["a", "b", "b"])
+
+
+def test_the_crops_of_published_protocols():
+    """BioViL sees 480 of 512 pixels, BioViL-T and AFLoc see 448."""
+    crops = {
+        name: ms_cxr_grounding.get_config(name).eval.grounding.crop * 512
+        for name in ("biovil", "biovil_t", "afloc")
+    }
+    assert crops == {"biovil": 480, "biovil_t": 448, "afloc": 448}
+    assert ms_cxr_grounding.get_config().eval.grounding.crop == 480 / 512
+    with pytest.raises(ValueError, match="protocol 'gloria' is unknown; use one of biovil"):
+        ms_cxr_grounding.get_config("gloria")
 
 
 def test_a_crop_is_a_crop_by_hand():

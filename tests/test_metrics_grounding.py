@@ -175,3 +175,44 @@ def test_normalise_does_not_amplify_rounding():
     flat = (np.float32(0.7) + np.float32(1e-8) * np.arange(5, dtype=np.float32))[None]
     for name in ("minmax", "z"):
         assert not grounding_metrics.normalise(flat, name).any()
+
+
+def loop_afloc_iou(heat, truth, threshold):
+    """AFLoc's overlap at one threshold, written out from its code."""
+    level = (heat - heat.min()) / (heat.max() - heat.min()) * 2 - 1
+    mask = level > threshold
+    if not mask.any() or not truth.any():
+        return float("nan")
+    return np.logical_and(mask, truth).sum() / np.logical_or(mask, truth).sum()
+
+
+def test_the_overlap_of_afloc_is_that_of_a_literal_loop():
+    rng = np.random.default_rng(0)
+    maps = rng.normal(3, 2, (6, 40)).astype(np.float32)
+    truth = rng.random((6, 40)) < 0.3
+    truth[2] = False
+    thresholds = (0.1, 0.5, 0.95, 1.0)  # above the last there is nothing
+    actual = grounding_metrics.afloc_ious(maps, truth, thresholds)
+    expected = [
+        [loop_afloc_iou(heat, mask, t) for t in thresholds]
+        for heat, mask in zip(maps.astype(np.float64), truth, strict=True)
+    ]
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    assert np.isnan(actual[2]).all() and np.isnan(actual[:, 3]).all()
+    assert np.isfinite(actual[[0, 1, 3, 4, 5], :3]).all()
+
+
+def test_thresholds_of_afloc_are_higher_than_those_of_min_max():
+    heat = np.linspace(0, 1, 101)[None]
+    truth = heat > 0.6
+    higher = tuple((1 + t) / 2 for t in grounding_metrics.THRESHOLDS)  # .55 to .75
+    mean = grounding_metrics.mean_iou(heat, truth, "minmax", higher)
+    np.testing.assert_allclose(grounding_metrics.afloc_ious(heat, truth).mean(1), mean, atol=0.02)
+    assert abs(grounding_metrics.mean_iou(heat, truth, "minmax") - mean) > 0.1
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, np.nan, np.inf])
+def test_a_map_without_contrast_is_left_out_of_the_overlap_of_afloc(value):
+    maps = np.full((1, 8), value)
+    maps[0, 0] = 0.0 if np.isinf(value) else value
+    assert np.isnan(grounding_metrics.afloc_ious(maps, np.arange(8)[None] < 3)).all()

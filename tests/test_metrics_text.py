@@ -8,6 +8,7 @@ import pytest
 from nltk.stem.porter import PorterStemmer
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
 
 from plan_jax.metrics import text as text_metrics
 from plan_jax.types import UserError
@@ -109,6 +110,16 @@ def test_rouge_is_the_longest_common_subsequence():
         assert value == pytest.approx(2 * p * r / (p + r) if p else 0)
 
 
+def test_rouge_with_recall_weighed_is_that_of_coco():
+    generated, references = random_corpus(40, 3)
+    mean, each = Rouge().compute_score(as_coco(references), as_coco(generated))
+    actual = text_metrics.rouge_l(generated, references, text_metrics.COCO_BETA)
+    np.testing.assert_allclose(actual, each, rtol=1e-12)
+    values = text_metrics.overlap_scores(generated, references)
+    assert values["rouge_l_coco"] == pytest.approx(mean, rel=1e-12)
+    assert abs(values["rouge_l_coco"] - values["rouge_l"]) > 1e-3
+
+
 def literal_meteor(text, true):
     """Banerjee and Lavie 2005 with nltk's weights, for texts in which no stem comes twice."""
     stem = PorterStemmer().stem
@@ -190,6 +201,7 @@ def test_scores_are_the_means_of_their_parts():
         "bleu3",
         "bleu4",
         "rouge_l",
+        "rouge_l_coco",
         "meteor_no_synonyms",
         "cider",
     ]

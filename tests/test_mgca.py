@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from plan_jax import parallel
 from plan_jax.methods import mgca
+from plan_jax.types import UserError
 
 KEY = jax.random.key(0)
 FREEZE = 10
@@ -181,14 +182,25 @@ def test_without_attention_all_words_have_the_same_weight():
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
-def test_a_shifted_word_has_the_weight_of_the_next():
-    """.1 .2 .3 becomes .2 .3 .3, whose 10th percentile is .22; the last word keeps its own."""
-    attention, mask = jnp.array([[0.1, 0.2, 0.3, 0.0, 0.0]]), jnp.arange(5)[None] < 3
-    texts = slice_rows(draw_features()[1], 0, 1).replace(attention=attention, mask=mask)
-    actual = WEIGHT(texts, replace(HYPER, shift_word_weights=True))[0]
-    np.testing.assert_allclose(actual, np.array([0.22, 0.3, 0.3, 0, 0]) / 0.82, rtol=1e-5)
+def test_the_option_weighs_a_word_by_the_pieces_after_its_own():
+    """.1 .2 .3 has the 10th percentile .12; the pieces after them have .2 .3 .05 and .08."""
+    mask = jnp.arange(5)[None] < 3
+    own, after = (
+        jnp.pad(jnp.array([row]), ((0, 0), (0, 2))) for row in ([0.1, 0.2, 0.3], [0.2, 0.3, 0.05])
+    )
+    texts = slice_rows(draw_features()[1], 0, 1)
+    texts = texts.replace(attention=own, next_attention=after, mask=mask)
     actual = WEIGHT(texts, HYPER)[0]
     np.testing.assert_allclose(actual, np.array([0.12, 0.2, 0.28, 0, 0]) / 0.6, rtol=1e-5)
+    actual = WEIGHT(texts, replace(HYPER, shift_word_weights=True))[0]
+    np.testing.assert_allclose(actual, np.array([0.2, 0.28, 0.08, 0, 0]) / 0.56, rtol=1e-5)
+
+
+def test_weights_of_words_without_attention_to_pieces_cannot_be_shifted():
+    texts = draw_features()[1]
+    assert texts.attention is not None and texts.next_attention is None
+    with pytest.raises(UserError, match="True, .*; use config.text.pool cls"):
+        mgca.word_attention_weights(texts, replace(HYPER, shift_word_weights=True))
 
 
 def test_padded_words_are_negatives_with_the_option_only():

@@ -101,7 +101,7 @@ def test_the_decoder_learns_which_report_belongs_to_an_image(learned_case):
 def test_every_metric_has_its_baselines(learned_case):
     values, _, _ = learned_case
     keys = [key for key in values if key.split("/")[0] in ("strict", "r2gen", "ce")]
-    assert len(keys) == 7 + 7 + 7
+    assert len(keys) == 7 + 8 + 7
     for baseline in ("retrieval", "common"):
         assert all(f"{baseline}/{key}" in values for key in keys)
     assert values["retrieval/strict/bleu4"] == pytest.approx(1)
@@ -189,8 +189,21 @@ def test_rare_words_and_cut_ends_lower_the_strict_metrics_only():
         generated, references, vocabulary, options, label_report
     )
     assert values["r2gen/bleu4"] == values["r2gen/rouge_l"] == pytest.approx(1)
+    assert values["r2gen/rouge_l_balanced"] == pytest.approx(1)
     assert values["strict/bleu1"] < 0.7 and values["strict/rouge_l"] < 0.9
     assert values["ce/recall_micro"] == 0 and values["ce/findings"] == 1
+
+
+def test_rouge_of_r2gen_weighs_recall_as_coco_does():
+    """Two of four generated words, and two of three of the reference: P 1/2, R 2/3."""
+    vocabulary = Vocabulary((".", "a", "b", "c", "d", "e"))
+    texts = ["a b c d"], ["a b e"]
+    values = report_generation._report_scores(*texts, vocabulary, QUICK, label_report)
+    beta = 1.2**2
+    assert values["r2gen/rouge_l"] == pytest.approx((1 + beta) / 3 / (2 / 3 + beta / 2))
+    balanced = 2 * (1 / 3) / (1 / 2 + 2 / 3)
+    assert values["r2gen/rouge_l_balanced"] == values["strict/rouge_l"] == pytest.approx(balanced)
+    assert "strict/rouge_l_coco" not in values
 
 
 @pytest.mark.parametrize(
@@ -204,7 +217,10 @@ def test_rare_words_and_cut_ends_lower_the_strict_metrics_only():
         ({"beam_size": 0}, "report_generation.beam_size is 0; use at least 1"),
         ({"length_penalty": -1.0}, "report_generation.length_penalty is -1.0; use at least 0"),
         ({"max_length": 1}, "report_generation.max_length is 1; use at least 2"),
-        ({"cleaning": "none"}, "report_generation.cleaning is 'none'; use one of fixed, published"),
+        (
+            {"cleaning": "published"},
+            "cleaning is 'published'; use one of fixed, published_iu, published_mimic",
+        ),
     ],
 )
 def test_options_check_their_ranges(options, message):

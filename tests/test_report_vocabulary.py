@@ -28,12 +28,32 @@ def test_reports_are_cleaned(text, expected):
     assert clean_report(expected) == expected
 
 
-def test_reports_are_cleaned_as_published():
-    text = "1. Heart, large.. 2. ___ in\nL1. No effusion/oedema (2.5 cm) x-ray"
-    expected = "heart large .  in lno effusionoedema 25 cm x-ray ."
-    assert clean_report(text, "published") == expected
-    assert clean_report("A. . B.", "published") == "a .  . b ."  # keeps a sentence without words
-    assert clean_report(" ", "published") == ""
+@pytest.mark.parametrize(
+    ("text", "iu", "mimic"),
+    [
+        # Text, and what the code of R2Gen makes of it for each of its two datasets.
+        (
+            "1. Heart, large.. 2. ___ in\nL1. No effusion/oedema (2.5 cm) x-ray",
+            "heart large .  in\nlno effusionoedema 25 cm x-ray .",
+            "heart large .  in lno effusionoedema 25 cm x-ray .",
+        ),
+        # The number of a list after a line break, and one mark that another replacement makes.
+        (
+            "1. Clear.\n2. Stable. 3. 4. Done.",
+            "clear\n2 . stable . done .",
+            "clear . stable . done .",
+        ),
+        ("A. . B.", "a .  . b .", "a .  . b ."),  # a sentence without words is kept
+        ("a" + 9 * "." + " b", "a . b .", "a . b ."),
+        ("5. 6. x", "5 . 6 . x .", "5 . 6 . x ."),
+        (" 2. 2. x", " . x .", " . x ."),
+        ('" No "edge" <5 @ [x]', "no edge 5  x .", "no edge 5  x ."),
+        (" ", "", ""),
+    ],
+)
+def test_reports_are_cleaned_as_published(text, iu, mimic):
+    assert clean_report(text, "published_iu") == iu
+    assert clean_report(text, "published_mimic") == mimic
 
 
 def test_decoding_inverts_encoding():

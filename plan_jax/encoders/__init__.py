@@ -28,8 +28,11 @@ class TextOutput(NamedTuple):
     `pooled` are vectors of whole texts and `words` are vectors of their words. `attention` is the
     attention of [CLS] to each word in the last layer, averaged over heads and summed over the
     pieces of a word. With attention pooling it is the pooling weight of the word.
+    `next_attention` sums the attention to the piece after each piece of a word, [SEP] after the
+    last one, as the code of MGCA pairs them. With attention pooling it is None.
     """
 
     pooled: Float[Array, "B E"]
     words: Float[Array, "B W E"]
     attention: Float[Array, "B W"]
+    next_attention: Float[Array, "B W"] | None = None

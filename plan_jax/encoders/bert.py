@@ -131,11 +131,15 @@ class Bert(nn.Module):
             if self.frozen_layers >= self.depth:
                 weights = lax.stop_gradient(weights)
             return TextOutput(jnp.einsum("bwe,bw->be", words, weights), words, weights)
-        word_attention = sum_pieces(attention[..., None], word_index, num_words)[..., 0]
+        # Of each piece, and of the piece that follows it.
+        attentions = jnp.stack([attention, jnp.pad(attention[:, 1:], ((0, 0), (0, 1)))], -1)
+        word_attentions = sum_pieces(attentions, word_index, num_words)
+        word_attention, next_attention = word_attentions[..., 0], word_attentions[..., 1]
         if self.pool == "mean":
             weights = (is_real / is_real.sum(1, keepdims=True)).astype(pieces.dtype)
-            return TextOutput(jnp.einsum("ble,bl->be", pieces, weights), words, word_attention)
-        return TextOutput(pieces[:, 0], words, word_attention)
+            pooled = jnp.einsum("ble,bl->be", pieces, weights)
+            return TextOutput(pooled, words, word_attention, next_attention)
+        return TextOutput(pieces[:, 0], words, word_attention, next_attention)
 
     def _embed(self, tokens: Int[Array, "B L"], key: PRNGKeyArray | None) -> Float[Array, "B L E"]:
         """Returns the normalised sum of the embeddings of piece, position and type."""

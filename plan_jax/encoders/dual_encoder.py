@@ -193,6 +193,7 @@ class DualEncoder(nn.Module):
             local = self.text_global_head(output.words, False)
         else:
             local = self.text_local_head(output.words, train, mask)
+        next_attention = output.next_attention
         return Features(
             pooled,
             local * mask[..., None],
@@ -201,6 +202,7 @@ class DualEncoder(nn.Module):
             sentence=text.sentence,
             raw=output.words.astype(jnp.float32),
             attention=output.attention * mask,
+            next_attention=None if next_attention is None else next_attention * mask,
         )
 
     def __call__(self, batch: Batch, train: bool = False) -> tuple[Features, Features]:

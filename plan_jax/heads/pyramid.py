@@ -13,7 +13,8 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-MOMENTUM, EPSILON = 0.9, 1e-5  # torch's defaults; the running variance is the biased one
+from plan_jax.layers.batch_norm import BatchNorm
+
 KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default, too
 
 
@@ -35,7 +36,7 @@ class ConvNorm(nn.Module):
         x = nn.Conv(
             self.width, window, self.stride, [(padding, padding)] * 2, use_bias=False, name="conv"
         )(x)
-        x = nn.BatchNorm(not train, momentum=MOMENTUM, epsilon=EPSILON, name="norm")(x)
+        x = BatchNorm(None, name="norm")(x, train)
         return jax.nn.leaky_relu(x, self.slope)
 
 

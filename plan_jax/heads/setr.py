@@ -10,6 +10,7 @@ is omitted.
 from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
+from plan_jax.layers.batch_norm import BatchNorm
 from plan_jax.layers.resize import double_align_corners, resize_align_corners
 
 WIDTHS = (512, 256, 128, 64)  # MGCA's code: `decode_features`
@@ -46,7 +47,7 @@ class SETR(nn.Module):
             if any(2 * a > b for a, b in zip(x.shape[1:3], self.size, strict=True)):
                 break
             x = nn.Conv(width, (3, 3), use_bias=False, kernel_init=KERNEL_INIT, name=f"conv{n}")(x)
-            x = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, name=f"norm{n}")(x)
+            x = BatchNorm(None, name=f"norm{n}")(x, train)
             x = double_align_corners(nn.relu(x))
         x = nn.Conv(self.classes, (3, 3), kernel_init=KERNEL_INIT, name="classes")(x)
         return x if x.shape[1:3] == self.size else resize_align_corners(x, self.size)

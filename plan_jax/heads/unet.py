@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from plan_jax.heads.pyramid import last_of_each_size
+from plan_jax.layers.batch_norm import BatchNorm
 from plan_jax.layers.resize import resize_bilinear, resize_nearest
 from plan_jax.types import UserError
 
@@ -95,7 +96,7 @@ class UpsampleBlock(nn.Module):
             shape = (3, 3, x.shape[-1] + skip_width, self.width)
             kernel = self.param(f"kernel{n}", nn.initializers.he_uniform(), shape)
             x = convolve_upsampled(x, skip, kernel, size) if n == 1 else convolve(x, kernel)
-            x = nn.relu(nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, name=f"norm{n}")(x))
+            x = nn.relu(BatchNorm(None, name=f"norm{n}")(x, train))
         return x
 
 

@@ -5,7 +5,9 @@ numbers of lists dropped, sentences joined by ` . `, rare words read as `<unk>`.
 
 Deviation: R2Gen deletes `1. ` anywhere, so that `of T11. No` becomes `of t1no`, joins `and/or` to
 `andor`, turns 1.5 cm into 15 cm and keeps sentences without words; here numbers are dropped only as
-marks of a list, and the rest does not happen. `cleaning="published"` does as R2Gen.
+marks of a list, and the rest does not happen. R2Gen has a cleaner for each of its two datasets:
+`cleaning="published_iu"` and `"published_mimic"` do as these. Only the latter replaces line breaks,
+so that the former leaves the number of a list at the start of a line.
 Deviation: R2Gen has one id, 0, for padding, the beginning and the end; here each has its own, so
 that padding cannot be read as an end.
 """
@@ -22,29 +24,36 @@ from jaxtyping import Int, Int32
 
 from plan_jax.types import UserError
 
-Cleaning = Literal["fixed", "published"]
+Cleaning = Literal["fixed", "published_iu", "published_mimic"]
 PAD, BEGIN, END, UNKNOWN = 0, 1, 2, 3
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 _LIST_NUMBER = re.compile(r"(?:^|\n)[ \t]*\d{1,2}[.)]\s")
 _FULL_STOP = re.compile(r"\.+(?=\s|$)")
 _WORD = re.compile(r"\d+(?:\.\d+)+|[^\W_]+(?:-[^\W_]+)*")
 _SHORT_NUMBER = re.compile(r"\d{1,2}")
-_PUBLISHED_PUNCTUATION = re.compile(r"""[.,?;*!%^&_+():<=>@\[\]{}"'/\\]""")
+_PUBLISHED_QUOTES = str.maketrans("", "", "\"'/\\")
+# R2Gen's pattern has the range from `:` to `[`, which also covers < = > and @.
+_PUBLISHED_PUNCTUATION = re.compile(r"[.,?;*!%^&_+():<=>@\[\]{}]")
+# What R2Gen replaces by half as much, and how often: longer runs are not reduced to one.
+_PUBLISHED_RUNS = {
+    "published_iu": ((".", 3),),
+    "published_mimic": (("_", 7), (" ", 6), (".", 6)),
+}
 
 
 def clean_report(text: str, cleaning: Cleaning = "fixed") -> str:
     r"""Returns a report as lower-case words, each sentence ended by ` .`; empty without words.
 
-    `fixed` is ours, `published` what R2Gen does (see the top of this file). Both keep hyphens.
+    `fixed` is ours, the others are R2Gen's (see the top of this file). All keep hyphens.
 
     >>> clean_report("1. No effusion/pneumothorax.\n2. Fracture of T11.  Nodule (1.5 cm)... ___")
     'no effusion pneumothorax . fracture of t11 . nodule 1.5 cm .'
     >>> text = "1. No effusion/pneumothorax. 2. Fracture of T11. Nodule (1.5 cm)."
-    >>> clean_report(text, "published")
+    >>> clean_report(text, "published_mimic")
     'no effusionpneumothorax . fracture of t1nodule 15 cm .'
     """
-    if cleaning == "published":
-        return _clean_as_published(text) if text.strip() else ""
+    if cleaning != "fixed":
+        return _clean_as_published(text, cleaning) if text.strip() else ""
     text = _LIST_NUMBER.sub("\n. ", text.lower()).replace("'", "")
     sentences = []
     for sentence in _FULL_STOP.split(text):
@@ -56,16 +65,23 @@ def clean_report(text: str, cleaning: Cleaning = "fixed") -> str:
     return " ".join(sentences)
 
 
-def _clean_as_published(text: str) -> str:
-    """Cleans as R2Gen's code does, its faults included."""
-    text = text.replace("\n", " ")
-    for pattern, replacement in ((r"_+", "_"), (r" +", " "), (r"\.+", ".")):
-        text = re.sub(pattern, replacement, text)
+def _clean_as_published(text: str, cleaning: Cleaning) -> str:
+    """Cleans as R2Gen's code does for one of its datasets, its faults included."""
+    if cleaning == "published_mimic":
+        text = text.replace("\n", " ")
+    for character, times in _PUBLISHED_RUNS[cleaning]:
+        for _ in range(times):
+            text = text.replace(2 * character, character)
     text = text.replace("1. ", "")
+    # One number after the other, so that a mark that a replacement makes is replaced as well.
     for prefix in (". ", " "):
-        text = re.sub(rf"{re.escape(prefix)}([2-5])\. ", ". ", text)
-    parts = text.strip().lower().split(". ")
-    return " . ".join(_PUBLISHED_PUNCTUATION.sub("", part.strip()) for part in parts) + " ."
+        for number in range(2, 6):
+            text = text.replace(f"{prefix}{number}. ", ". ")
+    sentences = [
+        _PUBLISHED_PUNCTUATION.sub("", part.translate(_PUBLISHED_QUOTES).strip())
+        for part in text.strip().lower().split(". ")
+    ]
+    return " . ".join(sentences) + " ."
 
 
 def to_sentences(text: str) -> str:

@@ -21,9 +21,9 @@ Deviation: negatives of (1) and the batch of Sinkhorn's codes come from all devi
 Deviation: padded words are no candidates in (2); in the code they are, with no weight of their own
 (`padded_negatives=True`; there a padded word is what the head computes from nothing, here what
 `local` holds).
-Deviation: a word's weight is the attention that the text's summary token pays to it; in the code it
-is the attention paid to the next token (`shift_word_weights=True` uses the next word's, and the
-last word's own).
+Deviation: a word's weight is the attention that the text's summary token pays to its pieces; in the
+code it is the attention paid to the piece after each of them, [SEP] after the last
+(`shift_word_weights=True`).
 Deviation: the text tower has positions and a type embedding, as BERT has. The code passes the token
 types, all 0, as the numbers of the positions, so every token gets the first position, and it has no
 type embedding (`weights/layouts.py` loads its checkpoints as they were trained).
@@ -49,7 +49,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from plan_jax.methods import contrastive
 from plan_jax.methods.ranges import BLOCKS, COUNT, STEPS, TEMPERATURE, WEIGHT, Range, check_hyper
-from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
+from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
 
 PAPER = "arXiv 2210.06044, github.com/HKU-MedAI/MGCA"
 REQUIRES: tuple[str, ...] = ()
@@ -130,13 +130,21 @@ def word_attention_weights(texts: Features, hyper: Hyper) -> Float[Array, "B W"]
     """Returns the weight of each word: the clipped attention of its text's summary token.
 
     Weights sum to 1 and are 0 at padding.
+
+    Raises:
+      UserError: `shift_word_weights` with a text encoder that pools by learned weights of words,
+        which has no attention to pieces.
     """
     attention, mask = texts.attention, texts.mask
     if attention is None:
         return clip_attention(mask.astype(jnp.float32), mask)
     if hyper.shift_word_weights:
-        has_next = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
-        attention = jnp.where(has_next, jnp.roll(attention, -1, 1), attention)
+        attention = texts.next_attention
+        if attention is None:
+            raise UserError(
+                "hyper.shift_word_weights is True, and the text encoder pools by weights of words, "
+                "which are not of pieces; use config.text.pool cls, or set it to False"
+            )
     return clip_attention(attention, mask)
 
 

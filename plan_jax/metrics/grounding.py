@@ -151,6 +151,32 @@ def mean_iou(
     return np.where(is_finite & (size > 0), total / len(thresholds), np.nan)
 
 
+def afloc_ious(
+    maps: Float[np.ndarray, "B P"],
+    truth: Bool[np.ndarray, "B P"],
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> Float[np.ndarray, "B T"]:
+    """Returns the overlap of a map with the truth at each of T thresholds, as AFLoc's code has it.
+
+    Maps are scaled to [-1, 1], so that thresholds of .1 to .5 are .55 to .75 of `minmax`. A map
+    without a pixel above a threshold, an empty truth and a constant map give NaN, and AFLoc leaves
+    them out of its means: fewer, surer maps are rewarded. Compare `mean_iou`.
+
+    >>> afloc_ious(np.array([[0.0, 0.7, 1.0]]), np.array([[False, False, True]])).tolist()
+    [[0.5, 0.5, 0.5, 1.0, 1.0]]
+    """
+    low, high = maps.min(1, keepdims=True), maps.max(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        level = 2 * (maps - low) / np.where(_is_constant(low, high), np.nan, high - low) - 1
+    ious = np.full((len(maps), len(thresholds)), np.nan)
+    for column, threshold in enumerate(thresholds):
+        above = level > threshold  # nowhere in a map of NaN
+        is_defined = above.any(1) & truth.any(1)
+        overlap, union = (above & truth).sum(1), (above | truth).sum(1)
+        ious[is_defined, column] = overlap[is_defined] / union[is_defined]
+    return ious
+
+
 def _is_finite(low: Float[np.ndarray, "..."], high: Float[np.ndarray, "..."]) -> np.ndarray:
     # NaN spreads to the minimum, and infinity is one of the two.
     return np.isfinite(low) & np.isfinite(high)

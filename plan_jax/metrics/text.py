@@ -7,7 +7,8 @@ together with the agreement of findings. No metric is defined for no texts (`Use
 without words scores 0.
 
 Deviation: published METEOR is that of Java 1.5, with synonyms and tuned weights; ours has neither
-and its key says so. COCO's ROUGE-L weighs recall by beta 1.2; ours is the balanced F1.
+and its key says so. COCO's ROUGE-L, which R2Gen and most papers report, weighs recall by beta 1.2
+(`rouge_l_coco`); `rouge_l` is the balanced F1.
 """
 
 import math
@@ -21,6 +22,7 @@ from jaxtyping import Bool, Float
 from plan_jax.types import UserError
 
 MAX_ORDER = 4  # n-grams of 1 to 4 words
+COCO_BETA = 1.2  # of ROUGE-L: recall counts more than precision
 LENGTH_SIGMA = 6.0  # CIDEr-D's tolerance for a difference in length (Vedantam et al. 2015, sec. 4)
 
 
@@ -28,8 +30,8 @@ def overlap_scores(generated: Sequence[str], references: Sequence[str]) -> dict[
     """Computes all metrics of word overlap over a corpus, with one reference for each text.
 
     Returns:
-      `bleu1` to `bleu4` (corpus level), `rouge_l` and `meteor_no_synonyms` (means), all from 0 to
-      1, and `cider`, the mean CIDEr-D, from 0 to 10.
+      `bleu1` to `bleu4` (corpus level), `rouge_l`, `rouge_l_coco` and `meteor_no_synonyms` (means),
+      all from 0 to 1, and `cider`, the mean CIDEr-D, from 0 to 10.
 
     Raises:
       UserError: there are no texts, or not as many references.
@@ -37,6 +39,7 @@ def overlap_scores(generated: Sequence[str], references: Sequence[str]) -> dict[
     _check_paired(generated, references)
     values = bleu(generated, references)
     values["rouge_l"] = float(rouge_l(generated, references).mean())
+    values["rouge_l_coco"] = float(rouge_l(generated, references, COCO_BETA).mean())
     values["meteor_no_synonyms"] = float(meteor(generated, references).mean())
     values["cider"] = float(cider(generated, references).mean())
     return values
@@ -78,11 +81,14 @@ class _WhitespaceTokenizer:
         return text.split()
 
 
-def rouge_l(generated: Sequence[str], references: Sequence[str]) -> Float[np.ndarray, " N"]:
-    """Computes ROUGE-L of each text by rouge-score: F1 of the longest common subsequence, 0 to 1.
+def rouge_l(
+    generated: Sequence[str], references: Sequence[str], beta: float = 1.0
+) -> Float[np.ndarray, " N"]:
+    """Computes ROUGE-L of each text by rouge-score: the longest common subsequence, 0 to 1.
 
-    *F = 2 P R / (P + R), P = LCS / m, R = LCS / n* (Lin 2004) for a text of m words and a reference
-    of n words, over the whole text at once, without stemming.
+    *F = (1 + beta^2) P R / (R + beta^2 P), P = LCS / m, R = LCS / n* (Lin 2004) for a text of m
+    words and a reference of n words, over the whole text at once, without stemming. With `beta` 1
+    it is the harmonic mean; COCO's evaluation has 1.2.
 
     >>> rouge_l(["police kill the gunman"], ["police killed the gunman"]).tolist()
     [0.75]
@@ -92,9 +98,13 @@ def rouge_l(generated: Sequence[str], references: Sequence[str]) -> Float[np.nda
     _check_paired(generated, references)
     scorer = RougeScorer(["rougeL"], tokenizer=_WhitespaceTokenizer())
     pairs = zip(references, generated, strict=True)
-    return np.array(
-        [float(scorer.score(reference, text)["rougeL"].fmeasure) for reference, text in pairs]
+    scores = [scorer.score(reference, text)["rougeL"] for reference, text in pairs]
+    precision, recall = (
+        np.array([getattr(score, side) for score in scores], float)
+        for side in ("precision", "recall")
     )
+    weighted = recall + beta**2 * precision
+    return (1 + beta**2) * precision * recall / np.where(weighted == 0, 1, weighted)
 
 
 class _EmptyWordNet:

@@ -10,6 +10,9 @@ Keys of the metrics:
 
 - `cnr_signed`, `cnr_abs`, `pointing`, `miou_raw`, `miou_minmax`, `miou_z`: mean over findings of
   the mean over phrases. The truth of a phrase is the union of its boxes.
+- `miou_afloc`: AFLoc's mean over its thresholds, of the mean over findings, of the mean over the
+  phrases whose map has a pixel above the threshold; see `metrics.grounding.afloc_ious`. It is
+  absent where no phrase has one.
 - `cnr_boxes_signed`, `cnr_boxes_abs`: the CNR, or its absolute value, of each box, mean over the
   boxes of a phrase.
 - `cnr_signed_low`, `cnr_signed_high`, `pointing_low`, `pointing_high`: 95 % bootstrap intervals
@@ -63,6 +66,7 @@ FITS_HEAD = False
 
 # These two have an interval, and for null maps they are also listed by finding.
 PRIMARY_KEYS = ("cnr_signed", "pointing")
+AFLOC_KEY = "miou_afloc"  # left out of the metrics where no map exceeds some threshold
 # Phrases per call of the model. Every call has exactly this many, so that nothing recompiles.
 CHUNK = 64
 
@@ -80,6 +84,11 @@ _SCORES = {
     ),
     "miou_minmax": ("mIoU, min-max", "The same overlap after scaling each map to [0, 1]."),
     "miou_raw": ("mIoU, raw", "The same overlap on the map as it is, negative values as 0."),
+    "miou_afloc": (
+        "mIoU, as AFLoc computes it",
+        "The overlap at thresholds .1 to .5 after scaling each map to [-1, 1], mean over the maps "
+        "that exceed the threshold anywhere.",
+    ),
     "cnr_abs": (
         "CNR, absolute",
         "CNR without its sign, as first published. A map that is dark where it should be bright "
@@ -148,8 +157,8 @@ METRICS = {
 class Options:
     """The crop of the images and the smoothing of the maps; the defaults change nothing.
 
-    BioViL's protocol for MS-CXR (arXiv 2204.09817, and its code) is `crop` 448 / 512 and `smooth`
-    1.5.
+    The protocol of BioViL for MS-CXR (arXiv 2204.09817, and its code) is `crop` 480 / 512 and
+    `smooth` 1.5; that of BioViL-T and AFLoc is `crop` 448 / 512 and the same `smooth`.
 
     Attributes:
       crop: the model sees the central part of this share of each side, resized to the model's size,
@@ -258,7 +267,7 @@ def score_phrases(
             scores = score(_heat_maps(model, features, targets, options))
             part |= _macro_means(scores, names, by_finding=tuple(scores))
             part |= _macro_intervals(scores, names, targets, options.bootstrap_samples, seed)
-            part |= {f"micro/{key}": float(values.mean()) for key, values in scores.items()}
+            part |= _prefixed("micro", _macro_means(scores, [""] * len(names)))
             size = records[0].image.shape[:2]
             nulls = null_maps(targets, priors, size=size, grid=model.grid, bare=bare, seed=seed)
             for null, bank in nulls.items():
@@ -441,8 +450,8 @@ def _truth_parts(view: Record, target: Target, bare: bool) -> list[Phrase]:
 
 def _score_maps(
     bank: MapBank, targets: Sequence[Target], boxes: Sequence[Sequence[Phrase]]
-) -> dict[str, Float[np.ndarray, " N"]]:
-    """Computes every score of every target's map.
+) -> dict[str, Float[np.ndarray, "N *T"]]:
+    """Computes every score of every target's map; that of AFLoc at each threshold, [N T].
 
     The maps are resized one chunk at a time, so that memory does not grow with N.
     """
@@ -463,6 +472,7 @@ def _score_maps(
             scores[f"miou_{normalisation}"] = grounding_metrics.mean_iou(
                 heat_BP, truth_BP, normalisation
             )
+        scores[AFLOC_KEY] = grounding_metrics.afloc_ious(heat_BP, truth_BP)
         # For a truth of one part the CNR by box is the CNR itself.
         scores["cnr_boxes_signed"], scores["cnr_boxes_abs"] = cnr.copy(), abs(cnr)
         for row, parts in enumerate(boxes[start:stop]):
@@ -502,12 +512,26 @@ def _macro_means(
     labels, group = np.unique(names, return_inverse=True)
     metrics = {}
     for key, values in scores.items():
-        means = np.bincount(group, values) / np.bincount(group)
-        metrics[key] = float(means.mean())
+        if key == AFLOC_KEY:
+            by_threshold = [_mean_of_defined(values[group == n]) for n in range(len(labels))]
+            value = float(_mean_of_defined(np.stack(by_threshold)).mean())
+            means = _mean_of_defined(np.stack(by_threshold, 1))
+        else:
+            means = np.bincount(group, values) / np.bincount(group)
+            value = float(means.mean())
+        if key != AFLOC_KEY or np.isfinite(value):
+            metrics[key] = value
         if key in by_finding:
-            for label, mean in zip(labels, means, strict=True):
-                metrics[f"{slug(label)}/{key}"] = float(mean)
+            for label, mean in zip(labels, means.tolist(), strict=True):
+                if key != AFLOC_KEY or np.isfinite(mean):
+                    metrics[f"{slug(label)}/{key}"] = mean
     return metrics
+
+
+def _mean_of_defined(values: Float[np.ndarray, "N M"]) -> Float[np.ndarray, " M"]:
+    """Returns the mean over the first axis of what is not NaN; NaN where nothing is."""
+    count = (~np.isnan(values)).sum(0)
+    return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
 
 
 def _macro_intervals(

@@ -9,7 +9,8 @@ Keys of the metrics, each computed for the generated reports and for two baselin
 
 - `strict/...` compares with the whole reference, in real words; `r2gen/...` with the reference
   after its rare words became `<unk>` and its end was cut, as R2Gen does, which rewards `<unk>` and
-  reports without an end. The names are those of `metrics.text.overlap_scores`.
+  reports without an end. The names are those of `metrics.text.overlap_scores`, but `r2gen/rouge_l`
+  weighs recall by COCO's beta, as R2Gen has it, and `r2gen/rouge_l_balanced` is the plain F1.
 - `ce/...` compares the findings that both state, which word overlap hardly notices (a missing
   `no`). The names are those of `metrics.text.finding_scores`.
 - `retrieval/...` is the report of the training image that is nearest by the cosine of the tower's
@@ -88,6 +89,18 @@ _OVERLAP_METRICS = {
         "Aligned words and stems, with a penalty for their order, mean over reports.",
     ),
 }
+# What a group has besides, or calls by the same name.
+_GROUP_METRICS: dict[str, dict[str, tuple[str, str]]] = {
+    "strict": {},
+    "r2gen": {
+        "rouge_l": (
+            "ROUGE-L",
+            "F of the longest common subsequence of words, recall weighed by beta 1.2 as in COCO's "
+            "evaluation, mean over reports.",
+        ),
+        "rouge_l_balanced": ("ROUGE-L, balanced", _OVERLAP_METRICS["rouge_l"][1]),
+    },
+}
 _FINDING_METRICS = {
     "f1": ("F1", "Harmonic mean of precision and recall of the stated findings"),
     "precision": (
@@ -115,7 +128,7 @@ METRICS = dict(
             headline=group == "strict" and key in ("bleu4", "rouge_l", "cider"),
         )
         for group, references in (("strict", "whole references"), ("r2gen", "as R2Gen counts"))
-        for key, (label, meaning) in _OVERLAP_METRICS.items()
+        for key, (label, meaning) in (_OVERLAP_METRICS | _GROUP_METRICS[group]).items()
     ]
 ) | {
     "distinct": Metric(
@@ -166,7 +179,8 @@ class Options:
       no_repeat_ngram: so many words in a row are not generated twice, although true reports may
         repeat them (ours); 0 allows it, as R2Gen's beam search does.
       length_penalty: that of `heads.beam_search`.
-      cleaning: that of `heads.vocabulary` (ours: `fixed`).
+      cleaning: that of `heads.vocabulary` (ours: `fixed`; `published_iu` and `published_mimic` are
+        R2Gen's).
       mode: what is fitted, see `heads.head_on_tower` (ours: `frozen`).
       native: that of `Tower.apply`; False shows the tower images as in pre-training.
       max_train_records: so many random reports to fit to; 0 for all.
@@ -540,6 +554,10 @@ def _report_scores(
         "r2gen": text_metrics.overlap_scores(*shortened),
         "ce": text_metrics.finding_scores(*findings),
     }
+    # What R2Gen calls ROUGE-L is COCO's; the whole references are scored by the balanced one only.
+    del groups["strict"]["rouge_l_coco"]
+    groups["r2gen"]["rouge_l_balanced"] = groups["r2gen"]["rouge_l"]
+    groups["r2gen"]["rouge_l"] = groups["r2gen"].pop("rouge_l_coco")
     return {
         f"{name}/{key}": value for name, group in groups.items() for key, value in group.items()
     }
