@@ -58,7 +58,11 @@ def test_every_format_becomes_corners_in_pixels(box, box_format, corners):
 
 def test_an_unknown_format_is_named():
     with pytest.raises(UserError, match="box_format 'coco' is unknown; use one of xyxy, xywh, nor"):
-        boxes.check_format("coco")
+        boxes.check_format("box_format", "coco")
+    with pytest.raises(
+        UserError, match="10 of 10 regions lie .*data.builder.region_format to norm"
+    ):
+        boxes.choose_format(NORMALISED, "regions")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +20,7 @@ from plan_jax.data.pairs import (
     boxes,
     cells,
     columns,
+    decisions,
     label_names,
     manifest,
     paths,
@@ -27,7 +28,6 @@ from plan_jax.data.pairs import (
     summary,
 )
 from plan_jax.data.pairs.studies import DUPLICATES, Study, merge_duplicates
-from plan_jax.data.prompts import is_normal_name
 from plan_jax.data.sources import MESSAGES_FILE, SourceFiles
 from plan_jax.types import Phrase, Record, UserError
 
@@ -91,6 +91,8 @@ class PairsConfig(tfds.core.BuilderConfig):
     box_columns: Sequence[str] = ()
     # Format of boxes, see `boxes.FORMATS` ("": corners in pixels, unless the numbers deny it).
     box_format: str = ""
+    # Format of `regions`, likewise.
+    region_format: str = ""
     # What becomes of several rows of one image, see `studies.merge_duplicates`.
     duplicates: str = "merge"
     # Largest fraction of rows that cannot be used; more than that is an error.
@@ -113,7 +115,8 @@ class PairsConfig(tfds.core.BuilderConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} is not a fraction; use 0 to 1")
 
-        boxes.check_format(self.box_format)
+        boxes.check_format("box_format", self.box_format)
+        boxes.check_format("region_format", self.region_format)
         if self.duplicates not in DUPLICATES:
             raise UserError(
                 f"duplicates {quoting.quote(self.duplicates)} is unknown; use one of "
@@ -163,27 +166,6 @@ def _to_builtin(value: Any) -> Any:
     return value
 
 
-def _rename_labels(study: Study, matches: Mapping[str, str]) -> annotations.Labels:
-    """Returns the labels of a study by the names of findings; those without a finding are left out.
-
-    Raises:
-      UserError: if two spellings of one finding contradict each other.
-    """
-    values: dict[str, int] = {}
-    for name, value in study.labels.values.items():
-        if name not in matches:
-            continue
-        finding = matches[name]
-        earlier = values.get(finding, -1)
-        if min(earlier, value) >= 0 and earlier != value:
-            raise UserError(
-                f"row {study.number} says 1 and 0 of {quoting.quote(finding)}, in two spellings; "
-                "correct it"
-            )
-        values[finding] = max(earlier, value)
-    return annotations.Labels(values, study.labels.default)
-
-
 class Pairs(tfds.core.GeneratorBasedBuilder):
     """Builds a dataset from a manifest, see `PairsConfig`.
 
@@ -224,14 +206,9 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         self._has_corner_proof = False
         studies = self._read_studies()
         self._check_skipped()
-        studies = self._choose_box_format(self._filter_boxes(studies))
-        studies = self._match_findings(studies)
-        num_rows = len(studies)
-        studies = merge_duplicates(studies, self.builder_config.duplicates)
+        studies = self._decide(studies)
         manifest.check_patient_leaks((study.patient_id, study.split) for study in studies)
         self._collect_names(studies)
-        self._summary.num_merged = num_rows - len(studies)
-        self._summary.notes += columns.remark_texts([study.text for study in studies])
         self.messages = self._summary.describe(studies, self._findings)
         self.info.metadata["num_patients"] = len({study.patient_id for study in studies})
         self.info.metadata["split_column"] = self._summary.columns.get("split", "")
@@ -242,6 +219,19 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             if split_studies := [study for study in studies if study.split == split]:
                 generators[split] = self._generate_examples(split_studies, split)
         return generators
+
+    def _decide(self, studies: list[Study]) -> list[Study]:
+        """Returns one study for each image, after decisions over whole columns."""
+        config, facts = self.builder_config, self._summary
+        studies, facts.num_zero_boxes = decisions.filter_boxes(studies, config.box_where)
+        studies, facts.box_formats, self._region_format = decisions.choose_box_formats(
+            studies, config.box_format, config.region_format
+        )
+        studies, notes = decisions.match_findings(studies, config.findings)
+        merged = merge_duplicates(studies, config.duplicates)
+        facts.num_merged = len(studies) - len(merged)
+        facts.notes = [*notes, *columns.remark_texts([study.text for study in merged])]
+        return merged
 
     # Rows -------------------------------------------------------------------------------------
 
@@ -293,7 +283,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                 for role, name in column_of.items()
                 if name
             },
-            separator=separator.pattern,
+            separator=config.label_separator or ("," if separator.fullmatch(",") else ""),
         )
         # Messages and keys use the number in the manifest, which filtering must not change.
         numbers = {id(row): number for number, row in enumerate(all_rows, 1)}
@@ -432,103 +422,6 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             )
         fractions = (config.val_fraction, config.test_fraction)
         return manifest.assign_split(split, patient_id, fractions)
-
-    # Columns ----------------------------------------------------------------------------------
-
-    def _filter_boxes(self, studies: list[Study]) -> list[Study]:
-        """Returns studies with the boxes that fulfil `box_where`; all zeros are no box."""
-        conditions = self.builder_config.box_where
-        all_boxes = [box for study in studies for box in study.boxes]
-        manifest.check_conditions(conditions, all_boxes, "box_where")
-        self._summary.num_zero_boxes = sum(not any(box["box"]) for box in all_boxes)
-        return [
-            dataclasses.replace(
-                study,
-                boxes=[
-                    box for box in manifest.filter_rows(study.boxes, conditions) if any(box["box"])
-                ],
-            )
-            for study in studies
-        ]
-
-    def _choose_box_format(self, studies: list[Study]) -> list[Study]:
-        """Returns studies whose boxes all name their format; checks it over the whole column."""
-        option = self.builder_config.box_format
-        all_boxes = [box for study in studies for box in study.boxes]
-        formats = {
-            stated: boxes.choose_format(
-                [box["box"] for box in all_boxes if box.get("box_format", "") == stated],
-                "boxes",
-                option,
-                stated,
-            )
-            for stated in ("", boxes.CORNERS, boxes.CORNER_AND_SIZE)
-        }
-        self._region_format = boxes.choose_format(
-            [box for study in studies for box in study.regions.values()], "boxes of regions", option
-        )
-        self._summary.box_formats = {formats[box.get("box_format", "")]: None for box in all_boxes}
-        return [
-            dataclasses.replace(
-                study,
-                boxes=[
-                    box | {"box_format": formats[box.get("box_format", "")]} for box in study.boxes
-                ],
-            )
-            for study in studies
-        ]
-
-    def _match_findings(self, studies: list[Study]) -> list[Study]:
-        """Returns studies whose labels, also those of boxes, have one spelling for each finding."""
-        findings = self.builder_config.findings
-        counts = Counter(
-            name
-            for study in studies
-            for name, value in study.labels.values.items()
-            for _ in range(value != -1)
-        )
-        counts.update({name: 0 for study in studies for name in study.labels.values})
-        matches, notes = label_names.match_names(counts, findings)
-        box_labels = Counter(
-            box["label"] for study in studies for box in study.boxes if box["label"]
-        )
-        spellings = {cells.fold_name(name): name for name in (*matches.values(), *findings)}
-        for name in sorted(box_labels):
-            spellings.setdefault(cells.fold_name(name), name)
-        known = {cells.fold_name(name) for name in findings}
-        foreign = {
-            name: count
-            for name, count in box_labels.items()
-            if findings and cells.fold_name(name) not in known
-        }
-        if foreign:
-            listed = label_names.list_names(list(foreign), foreign)
-            notes.append(f"labels of boxes that are not in findings: {listed}")
-        self._summary.notes += notes
-        self._note_normal(studies)
-        return [
-            dataclasses.replace(
-                study,
-                labels=_rename_labels(study, matches),
-                boxes=[
-                    box | {"label": spellings.get(cells.fold_name(box["label"]), "")}
-                    for box in study.boxes
-                ],
-            )
-            for study in studies
-        ]
-
-    def _note_normal(self, studies: list[Study]) -> None:
-        """Notes how many rows say that nothing is found, and name a finding."""
-        count = 0
-        for study in studies:
-            present = [name for name, value in study.labels.values.items() if value == 1]
-            num_normal = sum(map(is_normal_name, present))
-            count += 0 < num_normal < len(present)
-        if count:
-            self._summary.notes.append(
-                f"{count} rows say that nothing is found and name a finding too"
-            )
 
     def _collect_names(self, studies: list[Study]) -> None:
         """Stores the names of findings, regions and anatomy, also in the dataset's metadata."""

@@ -88,11 +88,11 @@ def parse_box(fields: Mapping[str, Any]) -> tuple[Box | None, str]:
 # The format of a column -----------------------------------------------------------------------
 
 
-def check_format(box_format: str) -> None:
-    """Raises UserError if `box_format` is neither "" nor one of `FORMATS`."""
+def check_format(field: str, box_format: str) -> None:
+    """Raises UserError if the format in a field of the config is neither "" nor in `FORMATS`."""
     if box_format and box_format not in FORMATS:
         raise UserError(
-            f"box_format {quoting.quote(box_format)} is unknown; use one of {', '.join(FORMATS)}"
+            f"{field} {quoting.quote(box_format)} is unknown; use one of {', '.join(FORMATS)}"
         )
 
 
@@ -101,7 +101,7 @@ def choose_format(boxes: Sequence[Box], name: str, option: str = "", stated: str
 
     Args:
       boxes: all boxes of the column that state the same.
-      name: what the boxes are, in messages.
+      name: `boxes` or `regions`.
       option: the format that the user has named, or "".
       stated: the format that the names of their coordinates state, or "".
 
@@ -112,19 +112,20 @@ def choose_format(boxes: Sequence[Box], name: str, option: str = "", stated: str
     if stated:  # names tell corners from sizes, but not pixels from fractions
         box_format = f"{NORMALISED}{stated}" if option.startswith(NORMALISED) else stated
     box_format = box_format or CORNERS
+    field = f"data.builder.{'region' if name == 'regions' else 'box'}_format"
     num_fractions = sum(min(box) >= 0 and max(box) <= 1 for box in boxes)
     highest = max((max(box) for box in boxes), default=0.0)
     if box_format.startswith(NORMALISED):
         if highest > 2:
             raise UserError(
                 f"{name} reach to {highest:g}, so they are in pixels and not {box_format}; "
-                f"set data.builder.box_format to {CORNERS} or {CORNER_AND_SIZE}"
+                f"set {field} to {CORNERS} or {CORNER_AND_SIZE}"
             )
         return box_format
     if num_fractions > MAX_MISTAKES * len(boxes):
         raise UserError(
             f"{num_fractions} of {len(boxes)} {name} lie between 0 and 1, smaller than a pixel; if "
-            "they are fractions of the image, set data.builder.box_format to "
+            f"they are fractions of the image, set {field} to "
             f"{', '.join(FORMATS[2:4])} or {FORMATS[4]}"
         )
     has_sizes = box_format == CORNER_AND_SIZE
@@ -135,7 +136,7 @@ def choose_format(boxes: Sequence[Box], name: str, option: str = "", stated: str
             fault, remedy = "no width or height above 0", "are x0, y0, x1, y1"
         raise UserError(
             f"{len(invalid)} of {len(boxes)} {name} have {fault}, as {describe_box(invalid[0])}; "
-            f"if they {remedy}, set data.builder.box_format to "
+            f"if they {remedy}, set {field} to "
             f"{CORNERS if has_sizes else CORNER_AND_SIZE}, else correct them"
         )
     return box_format

@@ -24,7 +24,7 @@ class Summary:
       box_columns: columns of coordinates.
       unused: columns without a role.
       num_missing: role -> number of rows without a value.
-      separator: pattern that divides labels.
+      separator: what divides labels, if it is nothing usual.
       num_merged: rows that were merged into another row of the same image.
       num_zero_boxes: boxes of zeros, which are none.
       box_formats: formats of the boxes.
@@ -41,7 +41,7 @@ class Summary:
     separator: str
     num_merged: int = 0
     num_zero_boxes: int = 0
-    box_formats: Mapping[str, None] = dataclasses.field(default_factory=dict)
+    box_formats: Sequence[str] = ()
     notes: list[str] = dataclasses.field(default_factory=list)
     lines: list[str] = dataclasses.field(default_factory=list)
 
@@ -76,6 +76,8 @@ class Summary:
         for role, name in self.columns.items():
             missing = self.num_missing.get(role, 0)
             source = "" if name == role else f" {quoting.quote(name)}"
+            if role == "labels" and self.separator:
+                source += f" divided by {self.separator!r}"
             items.append(f"{role}{source}" + (f" ({missing} missing)" if missing else ""))
         if self.label_columns:
             items.append(f"one label each: {_list_names(self.label_columns)}")
