@@ -205,7 +205,7 @@ def test_all_steps_broken(damaged, capfd):
         checkpoint.load_weights(damaged)
     capfd.readouterr()
     assert checkpoint.restore(checkpoint.open_manager(damaged), make_state(0)) is None
-    assert "there is no older one" in capfd.readouterr().err
+    assert "there is no other one" in capfd.readouterr().err
 
 
 def test_files_of_a_killed_save_are_removed(damaged):
@@ -260,6 +260,7 @@ def test_weights_are_loaded_without_the_optimiser(complete, monkeypatch):
     [
         ("nowhere", "checkpoint .*nowhere does not exist; pass the folder of a run"),
         ("", "holds no checkpoint; pass the folder of a run"),
+        ("checkpoints/\u00b2", "\u00b2 does not exist; pass the folder of a run"),
         ("checkpoints/9", "checkpoint .*checkpoints has no step 9; use one of 1, 2, 3"),
     ],
 )
@@ -562,6 +563,16 @@ def test_files_and_folders_that_are_no_steps(damaged):
     assert checkpoint.save(manager, 4, make_state(4), {}, CONFIG)
     checkpoint.close(manager)
     assert {path.name for path in damaged.iterdir()} == names - {"1"} | {"4"}
+
+
+def test_a_step_whose_deletion_was_interrupted(damaged, capfd):
+    """A run that is killed while it deletes an old step goes on from the newest one."""
+    (damaged / "1/config/metadata").unlink()
+    assert checkpoint.restore(checkpoint.open_manager(damaged), make_state(0)).step == 3
+    sentence = (
+        "checkpoint 1 is broken (config/metadata is missing), renamed to broken-1; using step 3"
+    )
+    assert capfd.readouterr().err == f"{sentence}\n"
 
 
 def test_a_broken_step_that_cannot_be_renamed(damaged, monkeypatch):

@@ -110,15 +110,16 @@ def open_manager(
     with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     # Orbax parses the metrics of all steps when it opens the folder, and fails on broken ones.
-    steps = folders.list_steps(folder)
-    while steps:
-        step_folder = folder / str(step := steps.pop())
+    faults = {}
+    for step in folders.list_steps(folder):
         try:
-            fault = find_fault(step_folder)
+            faults[step] = find_fault(folder / str(step))
         except OSError as error:
-            raise Failure(first_line(error)).to_error(step_folder) from error
+            raise Failure(first_line(error)).to_error(folder / str(step)) from error
+    newest = max((step for step, fault in faults.items() if not fault), default=None)
+    for step, fault in faults.items():
         if fault:
-            folders.set_aside(folder, step, fault, steps[-1] if steps else None)
+            folders.set_aside(folder, step, fault, newest)
     with report_write_errors(folder):
         return ocp.CheckpointManager(folder, options=options)
 

@@ -29,7 +29,7 @@ def locate(folder: str | Path) -> tuple[Path, int | None]:
         # A run, else one step (which may not exist), else the folder of checkpoints itself.
         if (path / FOLDER).is_dir():
             parent = path / FOLDER
-        elif path.name.isdigit() and (path.parent.name == FOLDER or (path / "state").is_dir()):
+        elif _is_step(path.name) and (path.parent.name == FOLDER or (path / "state").is_dir()):
             parent, step = path.parent, int(path.name)
         available = list_steps(parent) if parent.is_dir() else []
         exists = path.is_dir()
@@ -50,10 +50,12 @@ def list_steps(folder: Path) -> list[int]:
     """
     with _report_read_errors(folder):
         return sorted(
-            int(path.name)
-            for path in folder.iterdir()
-            if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
+            int(path.name) for path in folder.iterdir() if _is_step(path.name) and path.is_dir()
         )
+
+
+def _is_step(name: str) -> bool:
+    return re.fullmatch("0|[1-9][0-9]*", name) is not None
 
 
 @contextlib.contextmanager
@@ -95,7 +97,7 @@ def set_aside(folder: Path, step: int, reason: str, substitute: int | None) -> N
             name, count = f"broken-{step}-{count}", count + 1
         with report_write_errors(folder / name):
             (folder / str(step)).rename(folder / name)
-        remedy = "there is no older one" if substitute is None else f"using step {substitute}"
+        remedy = "there is no other one" if substitute is None else f"using step {substitute}"
         parallel.print_once(f"checkpoint {step} is broken ({reason}), renamed to {name}; {remedy}")
     # No process may look for the newest step while the main one still renames it.
     parallel.barrier(f"set aside {step}")
