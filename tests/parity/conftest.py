@@ -1,4 +1,4 @@
-"""Parity with the originals in torch: what has to hold before torchvision can be imported."""
+"""Settings of the parity tests: torch's threads, and operators that torchvision expects."""
 
 from importlib import metadata
 
@@ -9,8 +9,8 @@ try:
     binary = metadata.distribution("torchvision").locate_file("torchvision/_C.so")
     torch.ops.load_library(str(binary))
 except OSError:
-    # torch built for CPUs beside a torchvision built for GPUs: its binary does not load, and its
-    # Python describes two operators that only the binary declares. Models need neither.
+    # With torch for CPUs and torchvision for GPUs, the binary of torchvision does not load, but its
+    # Python code registers two operators that only the binary declares. Models use neither.
     operators = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

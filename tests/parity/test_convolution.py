@@ -1,4 +1,4 @@
-"""The convolution of `layers.cpu`: values and gradients are those of XLA's convolution."""
+"""The convolution of `layers.cpu` against XLA's: values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ SHAPES = [
 
 
 def plain_conv(x, kernel, stride, padding, dilation):
+    """Computes the convolution by XLA's own operation."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -52,13 +53,14 @@ def plain_conv(x, kernel, stride, padding, dilation):
 
 
 def draw_inputs(shape, dtype=jnp.float32):
+    """Returns random maps and a random kernel of one of `SHAPES`."""
     rows, columns, channels, features, size = shape[:5]
     x = jax.random.normal(KEY, (2, rows, columns, channels), dtype)
     return x, jax.random.normal(jax.random.key(1), (size, size, channels, features), dtype)
 
 
 def value_and_gradients(function, *inputs):
-    """The value of a function and the gradients of its weighted sum."""
+    """Returns the value of a function, and the gradients of a randomly weighted sum of it."""
     shape = jax.eval_shape(function, *inputs).shape
     weight = np.random.default_rng(0).normal(size=shape)
 
@@ -70,11 +72,11 @@ def value_and_gradients(function, *inputs):
     return run(*inputs)
 
 
-def assert_close(actual, expected, share):
-    """Compares arrays as a share of the largest entry."""
+def assert_close(actual, expected, tolerance):
+    """Compares arrays; the tolerance is relative to the largest entry."""
     for a, b in zip(actual, expected, strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
-        np.testing.assert_allclose(a, b, rtol=0, atol=share * np.abs(b).max() + 1e-12)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max() + 1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -88,10 +90,10 @@ def test_values_and_gradients_are_those_of_xla(shape):
 @pytest.mark.parametrize(
     "shape", [SHAPES[0], SHAPES[3], SHAPES[8], SHAPES[11], SHAPES[17]], ids=str
 )
-def test_bfloat16_is_close_and_stays(shape):
+def test_bfloat16_stays_bfloat16_and_is_close(shape):
     inputs, geometry = draw_inputs(shape, jnp.bfloat16), shape[5:]
-    wide = [x.astype(jnp.float32) for x in inputs]
-    expected = value_and_gradients(lambda x, k: plain_conv(x, k, *geometry), *wide)
+    wide_inputs = [x.astype(jnp.float32) for x in inputs]
+    expected = value_and_gradients(lambda x, k: plain_conv(x, k, *geometry), *wide_inputs)
     actual = value_and_gradients(lambda x, k: conv2d(x, k, *geometry), *inputs)
     assert {x.dtype for x in actual} == {jnp.dtype(jnp.bfloat16)}
     assert_close(actual, expected, 0.02)
@@ -110,8 +112,8 @@ def test_vmap_and_checkpoint_change_no_gradient(shape):
     assert_close([leaf[0] for leaf in actual], expected, 1e-5)
 
 
-def test_the_gradients_of_winograd_are_those_of_its_forward_pass():
-    """As automatic differentiation has them, tiles that overlap the edge included."""
+def test_gradients_of_winograd_equal_automatic_differentiation():
+    """The map is not a multiple of the tile, so some tiles overlap its edge."""
     x, kernel = draw_inputs((7, 6, 5, 4, 3))
     cotangent = jax.random.normal(KEY, (2, 7, 6, 4))
     pullback = jax.jit(lambda *inputs: jax.vjp(winograd.convolve, *inputs)[1](cotangent))

@@ -1,4 +1,4 @@
-"""A real BERT, all-MiniLM-L6-v2, in our tower: hidden states and nearest sentences as by torch."""
+"""A published BERT, all-MiniLM-L6-v2, in our tower: hidden states and nearest sentences."""
 
 from functools import cache
 
@@ -68,59 +68,64 @@ No significant change from the previous examination.""".splitlines()
 
 
 @cache
-def encoded():
-    """Pieces of all sentences, padded with 0 to one length, as Int32[50 L]."""
+def tokenize_sentences():
+    """Returns the pieces of all sentences, padded with 0 to the same length, as Int32[50 L]."""
     tokenizer = load_tokenizer(str(find_source(SOURCE)))
     rows = [tokenizer.backend.encode(sentence).ids for sentence in SENTENCES]
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for held, row in zip(tokens, rows, strict=True):
-        held[: len(row)] = row
+    for n, row in enumerate(rows):
+        tokens[n, : len(row)] = row
     return tokens
 
 
 @cache
-def by_torch():
-    """Hidden states of the original."""
+def run_torch():
+    """Returns the hidden states of the original."""
     model = AutoModel.from_pretrained(str(find_source(SOURCE))).eval()
-    tokens = torch.from_numpy(encoded()).long()
+    tokens = torch.from_numpy(tokenize_sentences()).long()
     with torch.no_grad():
         return model(tokens, (tokens > 0).long()).last_hidden_state.numpy()
 
 
 @cache
-def by_us():
-    """Hidden states of our tower, each piece a word of its own, and the mean of them."""
+def run_ours():
+    """Returns the hidden states of our tower and their mean; each piece is a word of its own."""
     module = make_text_tower("minilm", 30522, jnp.float32, pool="mean")
-    tokens = encoded()
-    real = tokens > 0
-    own_word = np.where(real, np.arange(tokens.shape[1]), -1).astype(np.int32)
-    inputs = [jnp.asarray(x) for x in (tokens, own_word, np.where(real, 0, -1).astype(np.int32))]
-    held = jax.eval_shape(module.init, jax.random.key(0), *(x[:1] for x in inputs))
-    trees = load_tower("text", SOURCE, held, log=pytest.fail, num_heads=module.heads)
-    out = jax.jit(module.apply)({"params": trees["params"]}, *inputs)
-    return np.asarray(out.words), np.asarray(out.pooled)
+    tokens = tokenize_sentences()
+    is_real = tokens > 0
+    word_index = np.where(is_real, np.arange(tokens.shape[1]), -1).astype(np.int32)
+    inputs = [
+        jnp.asarray(x) for x in (tokens, word_index, np.where(is_real, 0, -1).astype(np.int32))
+    ]
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *(x[:1] for x in inputs))
+    trees = load_tower("text", SOURCE, shapes, log=pytest.fail, num_heads=module.heads)
+    output = jax.jit(module.apply)({"params": trees["params"]}, *inputs)
+    return np.asarray(output.words), np.asarray(output.pooled)
 
 
-def nearest(hidden):
-    """Each sentence's nearest other one by the cosine of the mean over its pieces."""
-    real = (encoded() > 0)[..., None]
-    mean = (hidden * real).sum(1) / real.sum(1)
+def nearest_sentences(hidden):
+    """Returns the index of each sentence's nearest one, by the cosine of their mean pieces."""
+    is_real = (tokenize_sentences() > 0)[..., None]
+    mean = (hidden * is_real).sum(1) / is_real.sum(1)
     mean /= np.linalg.norm(mean, axis=-1, keepdims=True)
+    # The subtraction excludes the sentence itself.
     return (mean @ mean.T - 2 * np.eye(len(mean))).argmax(1)
 
 
 def test_hidden_states():
     assert len(set(SENTENCES)) == 50
-    real = (encoded() > 0)[..., None]
-    theirs = by_torch() * real
-    off = np.abs(by_us()[0] - theirs).max() / np.abs(theirs).max()
-    print(f"\nhidden states of all-MiniLM-L6-v2: {off:.1e}")
-    assert off < 1e-4
-    mean = theirs.sum(1) / real.sum(1)
-    assert np.abs(by_us()[1] - mean).max() / np.abs(mean).max() < 1e-4
+    is_real = (tokenize_sentences() > 0)[..., None]
+    expected = run_torch() * is_real
+    error = np.abs(run_ours()[0] - expected).max() / np.abs(expected).max()
+    print(f"\nhidden states of all-MiniLM-L6-v2: {error:.1e}")
+    assert error < 1e-4
+    mean = expected.sum(1) / is_real.sum(1)
+    assert np.abs(run_ours()[1] - mean).max() / np.abs(mean).max() < 1e-4
 
 
 def test_nearest_sentences():
-    theirs = nearest(by_torch())
-    np.testing.assert_array_equal(nearest(by_us()[0]), theirs)
-    assert SENTENCES[theirs[SENTENCES.index("No pneumothorax.")]] != "The heart is normal in size."
+    expected = nearest_sentences(run_torch())
+    np.testing.assert_array_equal(nearest_sentences(run_ours()[0]), expected)
+    assert (
+        SENTENCES[expected[SENTENCES.index("No pneumothorax.")]] != "The heart is normal in size."
+    )
