@@ -69,14 +69,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         cannot be read or lacks what a task needs, a checkpoint does not fit, the loss is not
         finite, and other mistakes of the user.
     """
+    workdir = Path(workdir)
     mesh = parallel.make_mesh(config.parallel.devices or None)
     parallel.split_batch(config.batch, mesh.size)
-    with checkpoint.lock_workdir(Path(workdir)):
-        return train_locked(config, Path(workdir), mesh)
-
-
-def train_locked(config: Config, workdir: Path, mesh: Any) -> dict[str, Any]:
-    """Trains a config in a folder that no other run may use meanwhile; see `train`."""
     components = build_components(config, parallel.AXIS)
     # Missing annotations should end a run before it trains, not after.
     evaluate.open_eval_data(config, config.eval.split)
@@ -99,46 +94,50 @@ def train_locked(config: Config, workdir: Path, mesh: Any) -> dict[str, Any]:
     state, optimiser = init_state(
         components, config, example, dataset.findings, load_weights=is_fresh
     )
-    best_metric = config.checkpoint.best or None
-    manager = checkpoint.open_manager(folder, config.checkpoint.keep, best_metric)
-    restored = checkpoint.restore(manager, parallel.replicate(state, mesh))
-    if restored:
-        state = restored.state
-        batches.set_state(restored.data)
-    else:
-        if any(vars(config.weights).values()) and not is_fresh:
-            state, optimiser = init_state(components, config, example, dataset.findings)
-        state = parallel.replicate(state, mesh)
-    start = restored.step if restored else 0
-    require_finite_start(state, config, folder, start)
-
-    step = parallel.parallelise(
-        watch_numbers(make_step(components, optimiser, config.ema_decay, parallel.AXIS)),
-        mesh,
-        implementation=config.parallel.implementation,
-    )
-    with Logger(workdir, config.to_dict(), config.steps, start) as logger, StopSignal() as stop:
-        run = Run(config, components, mesh, step, batches, manager, logger, stop)
-        if unknown_share > 0:
-            name = components.tokenizer.name
-            logger.info(f"{unknown_share:.1%} of the texts' pieces are unknown to tokenizer {name}")
+    # Nothing is written before: a mistake that shows up until here leaves no folder behind.
+    with checkpoint.lock_workdir(workdir):
+        best_metric = config.checkpoint.best or None
+        manager = checkpoint.open_manager(folder, config.checkpoint.keep, best_metric)
+        restored = checkpoint.restore(manager, parallel.replicate(state, mesh))
         if restored:
-            logger.info(f"resumed at step {start} of {config.steps}")
-            validate_again(run, state)
-        elif config.steps == 0:
-            save(run, 0, state, None)  # published weights become a checkpoint of this library
-        try:
-            state = run_steps(run, state, start)
-        except NotFinite as error:
+            state = restored.state
+            batches.set_state(restored.data)
+        else:
+            if any(vars(config.weights).values()) and not is_fresh:
+                state, optimiser = init_state(components, config, example, dataset.findings)
+            state = parallel.replicate(state, mesh)
+        start = restored.step if restored else 0
+        require_finite_start(state, config, folder, start)
+
+        step = parallel.parallelise(
+            watch_numbers(make_step(components, optimiser, config.ema_decay, parallel.AXIS)),
+            mesh,
+            implementation=config.parallel.implementation,
+        )
+        with Logger(workdir, config.to_dict(), config.steps, start) as logger, StopSignal() as stop:
+            run = Run(config, components, mesh, step, batches, manager, logger, stop)
+            if unknown_share > 0:
+                name = components.tokenizer.name
+                logger.info(
+                    f"{unknown_share:.1%} of the texts' pieces are unknown to tokenizer {name}"
+                )
+            if restored:
+                logger.info(f"resumed at step {start} of {config.steps}")
+                validate_again(run, state)
+            elif config.steps == 0:
+                save(run, 0, state, None)  # published weights become a checkpoint of this library
+            try:
+                state = run_steps(run, state, start)
+            except NotFinite as error:
+                checkpoint.close(manager)
+                raise UserError(describe_divergence(error, config, folder)) from None
             checkpoint.close(manager)
-            raise UserError(describe_divergence(error, config, folder)) from None
-        checkpoint.close(manager)
-        batches.close()
-    describe_interruption("the state is saved, and the same command continues", is_saved=True)
-    if parallel.any_process(stop.number != 0):
-        logger.info(f"stopped at step {int(state.step)} and saved; the same command resumes")
-        return {}
-    return finish(run, state)
+            batches.close()
+        describe_interruption("the state is saved, and the same command continues", is_saved=True)
+        if parallel.any_process(stop.number != 0):
+            logger.info(f"stopped at step {int(state.step)} and saved; the same command resumes")
+            return {}
+        return finish(run, state)
 
 
 def iterate_batches(

@@ -229,8 +229,9 @@ def folder(tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     (folder / "configs").symlink_to(ROOT / "configs")
-    for name in ("ok", "train", "val", "test"):
-        Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / f"{name}.png")
+    # Different images: copies in two splits would be a mistake too.
+    for grey, name in enumerate(("ok", "train", "val", "test")):
+        Image.fromarray(np.full((32, 32), grey, np.uint8)).save(folder / f"{name}.png")
     config = Config.from_dict(main.load_config_file(str(ROOT / CONFIG)))
     manager = checkpoint.open_manager(folder / "run" / checkpoint.FOLDER)
     checkpoint.save(manager, 1, {"params": {"a": jnp.ones(2)}}, {}, config.to_dict())
