@@ -21,7 +21,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -59,12 +59,13 @@ def run_command(argv: Sequence[str]) -> None:
     if is_evaluation and not values.checkpoint:
         raise UserError(f"{values.config} evaluates a checkpoint; pass its folder as --checkpoint")
     parallel.initialize()
-    if values.mode == "eval" or is_evaluation:
-        folder = values.checkpoint or values.workdir or default_workdir(values.config)
-        name = Path(default_workdir(values.config)).name if is_evaluation else ""
-        evaluate(content, overrides, folder, name, values.workdir)
-    else:
-        train(content, overrides, values.workdir or default_workdir(values.config))
+    with parallel.report_lost_host():
+        if values.mode == "eval" or is_evaluation:
+            folder = values.checkpoint or values.workdir or default_workdir(values.config)
+            name = Path(default_workdir(values.config)).name if is_evaluation else ""
+            evaluate(content, overrides, folder, name, values.workdir)
+        else:
+            train(content, overrides, values.workdir or default_workdir(values.config))
 
 
 def define_flags() -> flags.FlagValues:
@@ -439,6 +440,18 @@ def _error_line(error: Exception, name: str) -> int | None:
     return lines[-1] if lines else None
 
 
-if __name__ == "__main__":
+def run_process(argv: Sequence[str]) -> NoReturn:
+    """Runs the command in a process of its own, and ends it."""
     command.end_on_signals()
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(argv)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    from plan_jax import parallel
+
+    parallel.leave(code)
+
+
+if __name__ == "__main__":
+    run_process(sys.argv[1:])

@@ -8,18 +8,22 @@ must be equal on every device, so the step averages them before it returns.
 
 import collections
 import contextlib
+import ctypes
 import functools
 import os
+import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxlib import _jax
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
@@ -27,6 +31,11 @@ from plan_jax.types import UserError
 
 AXIS = "devices"
 IMPLEMENTATIONS = ("shard_map", "pmap")
+LOST_HOST = (
+    "another host of this run has ended or cannot be reached; look at its output, then repeat the "
+    "command on all hosts to resume from the last checkpoint"
+)
+_CONNECTION = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|DEADLINE_EX", re.I)
 NO_GPU = "JAX sees no NVIDIA GPU, or its CUDA plugin is not installed"
 
 # How an array lies on a mesh: a copy on every device, or its first axis divided among them.
@@ -51,7 +60,8 @@ def initialize() -> None:
     # Its handler of SIGTERM would replace the one that lets training save.
     jax.config.update("jax_enable_preemption_service", False)
     if os.environ.get("JAX_DISTRIBUTED") == "auto":
-        jax.distributed.initialize()
+        with _end_without_host():
+            jax.distributed.initialize()
         return
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     values = [os.environ.get(name, "") for name in names]
@@ -63,7 +73,61 @@ def initialize() -> None:
                 f"{name} is {value or 'not set'}; a run on several hosts needs {', '.join(names)}"
             )
     address, num_processes, process_id = values
-    jax.distributed.initialize(address, int(num_processes), int(process_id))
+    with _end_without_host():
+        jax.distributed.initialize(address, int(num_processes), int(process_id))
+
+
+@contextlib.contextmanager
+def _end_without_host() -> Iterator[None]:
+    """Lets a process whose connection breaks off end with one sentence, when JAX connects in here.
+
+    By default the thread of C++ that notices it aborts the process with a trace. It calls a
+    callback instead if there is one, which JAX does not pass on. The call then fails, since its
+    argument has no counterpart in Python, and ends in the handler of uncaught errors of C++.
+    """
+    connect = _jax.get_distributed_runtime_client
+
+    def end(*_: Any) -> None:
+        time.sleep(2)  # the main thread may have noticed too, and say so itself
+        # Without the locks of the main thread, which may wait for the other host inside of XLA.
+        os.write(2, f"\n{LOST_HOST}\n".encode())
+        os._exit(2)
+
+    _jax.get_distributed_runtime_client = functools.partial(connect, missed_heartbeat_callback=end)
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = connect
+    handler = ctypes.CFUNCTYPE(None)(end)
+    _handlers.append(handler)
+    with contextlib.suppress(OSError, AttributeError):  # another library of C++
+        ctypes.CDLL("libstdc++.so.6")["_ZSt13set_terminatePFvvE"](handler)
+
+
+_handlers: list[Any] = []  # C++ has their address, so they must not be collected
+
+
+@contextlib.contextmanager
+def report_lost_host() -> Iterator[None]:
+    """Turns what JAX says of a host that does not answer any more into a sentence.
+
+    Raises:
+      UserError: in place of JAX's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1 and _CONNECTION.search(str(error)):
+            raise UserError(LOST_HOST) from error
+        raise
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; one of several that has failed does not wait for the others."""
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # at its exit JAX waits for all hosts, for a minute
+    sys.exit(code)
 
 
 def configure_backend(cpu_devices: int, cache: str | Path) -> None:

@@ -265,13 +265,32 @@ CLUSTER_SCRIPT = """
 """
 
 
-def test_two_processes():
+LOST_HOST_SCRIPT = """
+    import sys, time, numpy as np
+    from plan_jax import command, parallel
+
+    def run():
+        parallel.initialize()
+        parallel.barrier()
+        print("ready", flush=True)
+        if sys.argv[1] == "waits":
+            time.sleep(60)  # without a word from JAX to this thread
+        with parallel.report_lost_host():
+            while True:
+                parallel.any_process(False)
+
+    parallel.leave(command.run(run))
+"""
+
+
+def start_cluster(script, *arguments):
+    """Starts two processes of one cluster, with two devices each."""
     port = portpicker.pick_unused_port()
     flags = "--xla_force_host_platform_device_count=2"
     cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    runs = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(CLUSTER_SCRIPT)],
+            [sys.executable, "-c", textwrap.dedent(script), *arguments],
             cwd=ROOT,
             env={**os.environ, **cluster, "XLA_FLAGS": flags, "JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
@@ -280,5 +299,21 @@ def test_two_processes():
         )
         for index in range(2)
     ]
+
+
+def test_two_processes():
+    runs = start_cluster(CLUSTER_SCRIPT)
     outputs = [run.communicate(timeout=60) for run in runs]
     assert [out.splitlines()[-1:] for out, _ in outputs] == [["done True"], ["done False"]], outputs
+
+
+@pytest.mark.parametrize(("victim", "state"), [(0, "works"), (0, "waits"), (1, "works")])
+def test_a_process_whose_host_is_lost_ends_with_a_sentence(victim, state):
+    runs = start_cluster(LOST_HOST_SCRIPT, state)
+    for run in runs:
+        while run.stdout.readline() not in ("ready\n", ""):
+            pass
+    runs[victim].kill()
+    _, error = runs[1 - victim].communicate(timeout=60)
+    runs[victim].communicate()
+    assert (runs[1 - victim].returncode, error.strip()) == (2, parallel.LOST_HOST)
