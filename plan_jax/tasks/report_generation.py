@@ -64,14 +64,18 @@ TITLE = "Report generation"
 FITS_HEAD = True
 
 
-def _text_metric(key: str, label: str, meaning: str, headline: bool = False) -> tuple[str, Metric]:
+def _text_metric(
+    key: str, label: str, meaning: str, headline: bool = False, undefined: str = ""
+) -> tuple[str, Metric]:
     """Returns a key and its catalogue entry, with the three baselines of generated reports."""
     baselines = {
         "random encoder": f"random/{key}",
         "nearest image's report": f"retrieval/{key}",
         "most frequent report": f"common/{key}",
     }
-    return key, Metric(label, meaning, baselines=baselines, headline=headline)
+    return key, Metric(
+        label, meaning, baselines=baselines, headline=headline, undefined=undefined
+    )
 
 
 _OVERLAP_METRICS = {
@@ -116,6 +120,7 @@ METRICS = dict(
             f"{label} of findings, {mean}",
             f"{meaning}, {over}.",
             headline=key == "f1",
+            undefined="no generated and no reference report states a finding",
         )
         for key, (label, meaning) in _FINDING_METRICS.items()
         for mean, over in (("micro", "over all statements"), ("macro", "mean over findings"))
