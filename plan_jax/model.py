@@ -96,8 +96,17 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
       components: what `build_components` returns.
       config: the config of the run.
       variables: a dict that contains `params`, `batch_stats` and `memory`.
+
+    Raises:
+      UserError: the tokenizer has another number of pieces than the embedding of the parameters.
     """
     encoder, method, hyper, tokenizer = components
+    num_rows = len(variables["params"]["encoders"]["text_tower"]["token"]["embedding"])
+    if num_rows != tokenizer.vocab_size:
+        raise UserError(
+            f"tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces, and the run "
+            f"was trained with {num_rows}; put the file back that it was trained with"
+        )
     names = ("params", "batch_stats", "memory")
     # Copied to the device once, or every call would transfer all parameters again.
     state = jax.device_put(jax.tree.map(np.asarray, {name: variables[name] for name in names}))

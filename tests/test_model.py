@@ -1,5 +1,7 @@
 """From a config to a model: the tower of random weights, and texts that it cannot read."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ def test_a_random_tower_depends_on_the_seed_alone():
     assert np.abs(pooled[0] - pooled[2]).max() > 1e-3
 
 
-def test_a_text_in_another_script_is_refused():
+@pytest.fixture(scope="module")
+def model_parts():
+    """Components, config and parameters of zeros, as `make_model` takes them."""
     config = Config.from_dict(testing.get_config().to_dict())
     components = models.build_components(config)
     text = tokenize_batch(components.tokenizer, ["No effusion."], 24, 20)
@@ -34,7 +38,22 @@ def test_a_text_in_another_script_is_refused():
         "batch_stats": weights["batch_stats"],
         "memory": {},
     }
-    model = models.make_model(components, config, variables)
+    return components, config, variables
+
+
+def test_a_text_in_another_script_is_refused(model_parts):
+    model = models.make_model(*model_parts)
     message = "100% of the pieces of the text are unknown to tokenizer 'phantom'; write them in"
     with pytest.raises(UserError, match=message):
         model.encode_text(["\u80f8\u8154\u79ef\u6db2"])
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_tokenizer_that_changed_after_training_is_refused(change, model_parts):
+    """Ids beyond the embedding's rows would be NaN, and rows would mean other pieces."""
+    components, config, variables = model_parts
+    size = components.tokenizer.vocab_size
+    tokenizer = dataclasses.replace(components.tokenizer, vocab_size=size + change)
+    message = f"has {size + change} pieces, and the run was trained with {size}; put the file back"
+    with pytest.raises(UserError, match=message):
+        models.make_model(components._replace(tokenizer=tokenizer), config, variables)

@@ -73,9 +73,7 @@ def _text_metric(
         "nearest image's report": f"retrieval/{key}",
         "most frequent report": f"common/{key}",
     }
-    return key, Metric(
-        label, meaning, baselines=baselines, headline=headline, undefined=undefined
-    )
+    return key, Metric(label, meaning, baselines=baselines, headline=headline, undefined=undefined)
 
 
 _OVERLAP_METRICS = {
