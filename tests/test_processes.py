@@ -1,5 +1,6 @@
 """Reader processes: they start only where they can, and end with the run, however it ends."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -141,7 +142,23 @@ def test_a_script_that_is_no_file_is_one_sentence(tmp_path):
 def test_other_errors_are_not_explained():
     assert processes.explain(RuntimeError("out of range"), 2) is None
     sentence = str(processes.explain(RuntimeError(TERMINATED.format(7)), 2))
-    assert "(exit code 7)" in sentence and "lack of memory" not in sentence
+    assert "(exit code 7)" in sentence and "lack of" not in sentence
+    sentence = str(processes.explain(RuntimeError(TERMINATED.format(-signal.SIGBUS)), 2))
+    assert "(SIGBUS, as for lack of shared memory)" in sentence
+
+
+def test_full_shared_memory_is_one_sentence():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    sentence = str(processes.explain(full, 2))
+    assert "the shared memory of 2 reader processes is full" in sentence
+    assert "docker run --shm-size" in sentence and sentence.endswith("config.data.workers=0")
+    assert processes.explain(full, 0) is None
+
+
+def test_a_daemonic_process_is_refused(monkeypatch):
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    with pytest.raises(UserError, match="workers is 1, and a daemonic process .*workers=0"):
+        next(iterate([RECORD] * 4))
 
 
 TERMINATED = "Worker process was terminated unexpectedly with exit code {}."

@@ -230,7 +230,7 @@ class BatchIterator(grain.DatasetIterator):
                 batch = processes.read_first(self._reader)
             else:
                 batch = next(self._reader)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             self._close_reader()
             raise processes.explain(error, self._workers) or error from None
         self._step += 1

@@ -4,6 +4,7 @@ grain starts each of them as a new Python process, which imports the user's scri
 """
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import queue
@@ -23,16 +24,22 @@ from plan_jax.types import UserError
 # Exit code of a reader process whose script would start the run once more.
 UNGUARDED = 78
 REMEDY = "set config.data.workers=0"
+FULL = (errno.ENOSPC, errno.ENOMEM)
 
 
 def check_script(num_workers: int) -> None:
-    """Checks that reader processes can import the script of this process.
+    """Checks that this process can start reader processes, and that they can import its script.
 
     Raises:
-      UserError: they cannot, because the script is not a file.
+      UserError: it cannot because it is daemonic, or they cannot because the script is not a file.
       SystemExit: this is itself a reader process, importing a script that starts a run.
     """
     leave_worker()
+    if multiprocessing.current_process().daemon:
+        raise UserError(
+            f"config.data.workers is {num_workers}, and a daemonic process starts no others; "
+            f"{REMEDY}"
+        )
     main = sys.modules["__main__"]
     path = getattr(main, "__file__", None)
     if path and getattr(main, "__spec__", None) is None and not Path(path).exists():
@@ -102,8 +109,13 @@ def _start_quiet_tracker() -> None:
             os.environ["PYTHONWARNINGS"] = previous
 
 
-def explain(error: RuntimeError, num_workers: int) -> UserError | None:
-    """Returns the sentence for a reader process that ended by itself; None for other errors."""
+def explain(error: Exception, num_workers: int) -> UserError | None:
+    """Returns the sentence for a reader process that failed or ended; None for other errors."""
+    if num_workers and isinstance(error, OSError) and error.errno in FULL:
+        return UserError(
+            f"the shared memory of {num_workers} reader processes is full ({error.strerror}); "
+            f"enlarge it, as with `docker run --shm-size=8g`, or {REMEDY}"
+        )
     match = re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))
     if not match:
         return None
@@ -117,7 +129,8 @@ def explain(error: RuntimeError, num_workers: int) -> UserError | None:
     if code < 0:
         with contextlib.suppress(ValueError):
             cause = signal.Signals(-code).name
-    hint = ", as for lack of memory" if code == -signal.SIGKILL else ""
+    hints = {"SIGKILL": "lack of memory", "SIGBUS": "lack of shared memory"}
+    hint = f", as for {hints[cause]}" if cause in hints else ""
     return UserError(
         f"one of {num_workers} reader processes was ended ({cause}{hint}); the same command "
         f"resumes; use fewer config.data.workers, or {REMEDY}"
