@@ -237,6 +237,20 @@ def test_line_ends_and_rare_separators_are_no_repeated_pieces(tmp_path):
         assert sorted(loaded.backend.get_vocab().values()) == list(range(loaded.vocab_size))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\r".join(VOCABULARY.split()), r"does not begin with \[PAD\]; .*one piece per line"),
+        ("[PAD]\n[UNK]\nno\neffusion\n", r"has no \[CLS\] and no \[SEP\]; use a BERT vocabulary"),
+        ("", r"does not begin with \[PAD\]"),
+    ],
+)
+def test_a_vocabulary_without_special_pieces_is_named(text, message, tmp_path):
+    (tmp_path / "vocab.txt").write_bytes(text.encode())
+    with pytest.raises(UserError, match=message):
+        tokenization.load_tokenizer(str(tmp_path))
+
+
 def test_a_vocabulary_in_another_encoding_is_named(tmp_path):
     (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n[UNK]\n\xe4hnlich\n")
     with pytest.raises(UserError, match=r"is not UTF-8 text \(byte 12\); save it as UTF-8"):
@@ -264,6 +278,13 @@ def test_ids_with_a_gap_or_twice_are_named(tokenizer, change, message, tmp_path)
     content = json.loads(tokenizer.backend.to_str())
     content["model"]["vocab"] |= change
     with pytest.raises(UserError, match=message):
+        tokenization.load_tokenizer(save_backend(content, tmp_path))
+
+
+def test_a_tokenizer_without_its_vocabulary_is_named(tokenizer, tmp_path):
+    content = json.loads(tokenizer.backend.to_str())
+    content["model"]["vocab"] = {}
+    with pytest.raises(UserError, match="so its vocabulary did not load; use a folder"):
         tokenization.load_tokenizer(save_backend(content, tmp_path))
 
 

@@ -171,6 +171,11 @@ def load_vocabulary(path: str, name: str) -> Tokenizer:
             f"vocabulary {path} does not begin with [PAD]; "
             "use a BERT vocabulary with one piece per line"
         )
+    if missing := [piece for piece in ("[UNK]", "[CLS]", "[SEP]") if piece not in pieces]:
+        raise UserError(
+            f"vocabulary {path} has no {' and no '.join(missing)}; use a BERT vocabulary with one "
+            "piece per line"
+        )
     backend = tokenizers.BertWordPieceTokenizer(path, lowercase=True)
     # The class is a wrapper; only the object inside it has the interface of a loaded tokenizer.
     return _build_tokenizer(name, backend._tokenizer, "[CLS]", "[SEP]", "[PAD]", "[UNK]")
@@ -183,7 +188,7 @@ def _read_pieces(path: str | Path) -> list[str]:
       UserError: if the file is not text, or a piece is in two lines; names the lines.
     """
     try:
-        text = Path(path).read_text("utf-8")
+        text = Path(path).read_bytes().decode()
     except UnicodeDecodeError as error:
         raise UserError(
             f"vocabulary {path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
@@ -257,7 +262,11 @@ def _build_tokenizer(
         )
     _check_ids(name, backend)
     # A tokenizer.json without its vocabulary loads without an error, and knows nothing.
-    if set(backend.encode("no effusion", add_special_tokens=False).ids) <= {unknown_id}:
+    try:
+        ids = backend.encode("no effusion", add_special_tokens=False).ids
+    except Exception:  # what the backend raises without [UNK]
+        ids = []
+    if {*ids} <= {unknown_id}:
         raise UserError(
             f"tokenizer {name!r} knows neither `no` nor `effusion`, so its vocabulary did not load;"
             " use a folder with tokenizer.json or vocab.txt"
