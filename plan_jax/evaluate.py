@@ -173,6 +173,8 @@ def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[s
     Raises:
       UserError: if there is no complete checkpoint, or the data lack what a task needs.
     """
+    # The page shows the training curves of the run that the checkpoint belongs to.
+    history = read_rows(checkpoint.locate(folder)[0].parent / "metrics.jsonl")
     weights = models.load_variables(folder)
     model = models.make_model(models.build_components(config), config, weights)
     start = time.monotonic()
@@ -182,7 +184,5 @@ def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[s
         "evaluated_s": time.monotonic() - start,
         "params_sha256": checkpoint.fingerprint(weights["params"]),
     }
-    # The page shows the training curves of the run that the checkpoint belongs to.
-    history = read_rows(checkpoint.locate(folder)[0].parent / "metrics.jsonl")
     write_results(out, config, Result(metrics, result.rows), history)
     return metrics

@@ -193,11 +193,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a `metrics.jsonl`, or [] if there is none; null becomes NaN.
 
     A line that a killed process left unfinished is skipped.
+
+    Raises:
+      UserError: the file is there and cannot be read.
     """
-    content = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    try:
+        content = path.read_text("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); remove the cause and repeat the command"
+        ) from error
     rows = []
     for line in content.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [
         {name: math.nan if value is None else value for name, value in row.items()}

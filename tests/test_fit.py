@@ -48,6 +48,19 @@ def test_a_broken_state_is_reported_and_fitted_again(tmp_path, capsys):
     assert second.history == first.history
 
 
+def test_a_folder_that_cannot_be_used_does_not_end_a_fit(tmp_path, capsys):
+    """A run on a disk that is full or read-only: the numbers are the same, and one line says so."""
+    attached = attach_scalar_head()
+    (tmp_path / "fits").write_text("a file, where the folder should be")
+    result = fit_scalar_head(attached, epochs=2, folder=tmp_path / "fits")
+    assert result.history == fit_scalar_head(attached, epochs=2).history
+    message = capsys.readouterr().err
+    assert (
+        "cannot be written (File exists); choose another folder; the fit of head goes on" in message
+    )
+    assert message.count("cannot be resumed") == 1
+
+
 def test_different_settings_and_data_are_different_fits(tmp_path):
     attached = attach_scalar_head()
     fit_scalar_head(attached, epochs=1, folder=tmp_path)

@@ -214,6 +214,13 @@ def test_what_a_killed_process_leaves_is_no_row(tmp_path, tail):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
 
 
+def test_a_log_that_cannot_be_read(tmp_path):
+    """Its rows would be lost if the run went on."""
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl cannot be read .Is a directory.; remove"):
+        Logger(tmp_path, CONFIG, 101, start_step=1)
+
+
 def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
     """As two evaluations of one run do: the second does not remove what the first writes."""
     path = tmp_path / "metrics.json"

@@ -17,7 +17,7 @@ from flax import serialization
 from jaxtyping import Array, Float, Int, PyTree
 from tqdm import tqdm
 
-from plan_jax.logger import write_atomically
+from plan_jax.logger import report_write_errors, write_atomically
 from plan_jax.parallel import print_once
 from plan_jax.types import UserError
 
@@ -123,7 +123,11 @@ def fit_head(
             trained, epoch_loss = _run_epoch(update, state, train, batch, seed)
             _record_epoch(state, trained, epoch_loss, score, name, option)
             if path is not None:
-                _save_state(state, path)
+                try:
+                    _save_state(state, path)
+                except UserError as error:  # a fit needs no disk; a disk may be full or read-only
+                    print_once(f"{error}; the fit of {name} goes on but cannot be resumed")
+                    path = None
             rate = num_examples // batch * batch / (time.monotonic() - start_time)
             bar.set_postfix_str(f"loss {epoch_loss:.3g}, {rate:.0f} examples/s", refresh=False)
             bar.update()
@@ -243,13 +247,16 @@ def _restore_state(state: dict, path: Path) -> dict:
 
     `state` also serves as the structure of what is read.
     """
-    if not path.exists():
-        return state
     try:
         tree = serialization.msgpack_restore(path.read_bytes())
         history = {key: [float(x) for x in tree.pop(key)] for key in HISTORY}
         arrays = {key: value for key, value in state.items() if key not in HISTORY}
         return serialization.from_state_dict(arrays, tree) | history
+    except FileNotFoundError:
+        return state
+    except OSError as error:
+        print_once(f"{path} cannot be read ({error.strerror}); fitting the head again")
+        return state
     except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
         print_once(f"{path} is broken ({type(error).__name__}); fitting the head again")
         return state
@@ -259,5 +266,6 @@ def _save_state(state: dict, path: Path) -> None:
     # Lists of growing length would not match the structure of the initial state; arrays do.
     history = {key: np.asarray(state[key], np.float64) for key in HISTORY}
     arrays = serialization.to_state_dict({k: v for k, v in state.items() if k not in HISTORY})
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with report_write_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, serialization.msgpack_serialize(jax.device_get(arrays) | history))
