@@ -365,6 +365,26 @@ def test_a_text_tower_without_positions_gives_its_own_vectors(mgca_state, save):
     np.testing.assert_allclose(permuted.words[0], actual.words[0][order], atol=1e-4)
 
 
+def test_a_shorter_table_of_positions_repeats_the_same_row(mgca_state, save):
+    trees, state = mgca_state
+    template = tower_template("bert", positions=9)
+    loaded, notes = load_through_file("bert", state, template, save)
+    expected = np.repeat(trees["params"]["position"][:1], 9, 0)
+    np.testing.assert_array_equal(loaded["params"]["position"], expected)
+    assert "positions 9 to 15 of 16 are dropped" in notes[0] and len(notes) == 2
+
+
+def test_the_whole_checkpoint_of_asg_is_read(mgca_state, save):
+    """MGCA's names, a decoder of tags, and a second BERT, frozen, that encodes their names."""
+    trees, state = mgca_state
+    state |= publish("bert", fill_randomly(tower_template("bert"), 1), "text_encoder.")
+    state["irl.decoder.layers.0.linear1.weight"] = np.ones((2, 2), np.float32)
+    loaded, (note,) = load_through_file("bert", state, tower_template("bert"), save)
+    assert "because ASG has no type embedding" in note
+    token = trees["params"]["token"]["embedding"]
+    np.testing.assert_array_equal(loaded["params"]["token"]["embedding"], token)
+
+
 def test_another_bert_under_the_same_prefix_keeps_its_positions(mgca_state, save):
     trees, state = mgca_state
     template = tower_template("bert")
