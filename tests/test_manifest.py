@@ -73,6 +73,13 @@ def test_a_suffix_in_any_case_and_json_of_any_kind_is_read(tmp_path, name):
     assert manifest.read_manifest(tmp_path / name) == rows
 
 
+def test_columns_without_a_name_are_ignored(tmp_path):
+    """pandas writes its index so, once more with each time that a file is saved."""
+    (tmp_path / "m.csv").write_text(",,image,text,\n0,0,a.png,Clear,\n")
+    (row,) = manifest.read_manifest(tmp_path / "m.csv")
+    assert (row["image"], row["text"]) == ("a.png", "Clear")
+
+
 def test_a_parquet_column_that_is_there_twice_is_named(tmp_path):
     table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "m.parquet")

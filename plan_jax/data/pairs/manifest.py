@@ -90,6 +90,8 @@ def _read_csv(path: Path) -> list[Row]:
         while header and not header[-1]:
             header.pop()
         _check_header(header)
+        if any(map(_IMAGE_NAME.search, header)):
+            raise ValueError("it has no header; write the names of the columns in line 1")
         rows = []
         for fields in reader:
             if not fields:  # a blank line
@@ -111,14 +113,12 @@ def _choose_delimiter(header: str) -> str:
 
 
 def _check_header(names: Sequence[str]) -> None:
-    """Raises ValueError for a name that is there twice, or for a header that is a row."""
+    """Raises ValueError for a name that is there twice; columns without a name are not used."""
     for name in names:
-        if names.count(name) > 1:
+        if name and names.count(name) > 1:
             raise ValueError(
                 f"column {quoting.quote(name)} is there twice; rename or drop one of them"
             )
-        if _IMAGE_NAME.search(name):
-            raise ValueError("it has no header; write the names of the columns in line 1")
 
 
 def _read_jsonl(path: Path) -> list[Row]:
