@@ -170,6 +170,21 @@ def test_images_that_are_mended_in_place_are_prepared_again(folder, capfd):
     assert capfd.readouterr().err == "", "the way to free the space was said twice"
 
 
+def test_the_records_of_an_earlier_manifest_are_named_once(folder, capfd):
+    first = open_pairs(folder, make_rows())
+    different_size = open_pairs(folder, make_rows(), size=16)
+    capfd.readouterr()
+    open_pairs(folder, make_rows(text="Different text."))
+    line = capfd.readouterr().err.splitlines()[0]
+    assert line.startswith(f"manifest {folder / 'manifest.csv'} changed since the records were")
+    assert line.endswith(f"delete {first.folder.parent}"), "records of another size are in use"
+    assert different_size.folder.exists() and first.folder.exists()
+    open_pairs(folder, make_rows(text="Different text."))
+    assert capfd.readouterr().err == ""
+    open_pairs(folder, make_rows(text="Third text."), name="second.csv")
+    assert capfd.readouterr().err.startswith("preparing"), "the other manifest is in use"
+
+
 def test_a_change_of_the_same_size_and_time_is_noticed(folder):
     """Archives and copies set times of their own, and DICOM or TIFF files have one size."""
     path = folder / "1.bmp"

@@ -469,7 +469,7 @@ def _prepare_locked(
         if prepared := _find_current(location, key, config):  # while this process waited
             return prepared
         outdated = _list_prepared(location, key)
-        _explain_outdated(outdated, config)
+        _explain_outdated(outdated, _list_older(location, key, config), config)
         names = {folder.parent.name for folder in outdated}
         config.name = next(
             name
@@ -485,6 +485,8 @@ def _prepare_locked(
         )
         start = time.monotonic()
         builder = builder_class(config=config, data_dir=root)
+        if hasattr(config, "root"):
+            builder.info.metadata["origin"] = _hash_origin(config)
         try:
             builder.download_and_prepare(file_format="array_record")
         except BaseException as error:  # a Ctrl-C too must end the line
@@ -540,18 +542,49 @@ def _lock(folder: Path) -> Iterator[bool]:
         yield is_locked
 
 
-def _explain_outdated(folders: Sequence[Path], config: tfds.core.BuilderConfig) -> None:
-    """Prints why records are prepared again, and how to free the space of the old ones."""
+def _hash_origin(config: tfds.core.BuilderConfig) -> str:
+    """Returns a hash of where a manifest is and how it is read, whatever its content is."""
+    place = os.path.abspath(Path(config.manifest).expanduser())
+    text = json.dumps(config.identity() | {"manifest": place}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _list_older(location: Path, key: str, config: tfds.core.BuilderConfig) -> list[Path]:
+    """Returns the folders of records that were made from an earlier content of the manifest."""
+    folders = []
+    if hasattr(config, "root"):
+        for path in sorted(location.glob(f"*/*/{_METADATA_FILE}")):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                origin = json.loads(path.read_text("utf-8")).get("origin")
+                if origin == _hash_origin(config) and path.parts[-3].partition("-")[0] != key:
+                    folders.append(path.parent)
+    return folders
+
+
+def _explain_outdated(
+    folders: Sequence[Path], older: Sequence[Path], config: tfds.core.BuilderConfig
+) -> None:
+    """Prints why records are prepared again, and how to free the space of the old ones.
+
+    Args:
+      folders: the records of the same manifest, of which files have changed.
+      older: the records of an earlier content of the manifest.
+      config: the builder's configuration.
+    """
+    unused = [*folders, *older]
+    if not unused:
+        return
+    changed = f"manifest {config.manifest}"
     if folders:
-        sources = _load_sources(folders[-1], config)
-        changes = _shorten(_find_changes(folders[-1], config, sources))
-        size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
-        print(
-            f"{changes} in {config.root} changed since the records were prepared; to free "
-            f"{size / 1e6:.1f} MB, delete {', '.join(str(folder.parent) for folder in folders)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        changes = _find_changes(folders[-1], config, _load_sources(folders[-1], config))
+        changed = f"{_shorten(changes)} in {config.root}"
+    size = sum(file.stat().st_size for folder in unused for file in folder.rglob("*"))
+    print(
+        f"{changed} changed since the records were prepared; to free {size / 1e6:.1f} MB, "
+        f"delete {', '.join(str(folder.parent) for folder in unused)}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _find_system_error(error: BaseException | None, numbers: Sequence[int]) -> str:
