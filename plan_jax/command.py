@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from plan_jax.types import UserError
-
 # SIGHUP does not exist on Windows.
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -46,6 +44,9 @@ def run(command: Callable[[], None]) -> int:
     The code is 0, 2 for a user's mistake and for what the system says (one sentence on stderr), and
     128 + n after signal n. It is 0 after SIGTERM if the same command continues.
     """
+    # Imported here: it takes seconds, and signals have to be heeded before.
+    from plan_jax.types import UserError
+
     _open_closed_streams()
     stderr, sys.stderr = sys.stderr, _PatientStream(sys.stderr)
     _process.number = 0

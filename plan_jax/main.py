@@ -11,6 +11,11 @@ wait. SIGTERM exits with 0, signal n otherwise with 128 + n, and a mistake is on
 and exit code 2.
 """
 
+from plan_jax import command
+
+if __name__ == "__main__":
+    command.end_on_signals()  # before the imports, which take seconds
+
 import ast
 import functools
 import json
@@ -27,7 +32,6 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from plan_jax import command
 from plan_jax.data.processes import leave_worker
 from plan_jax.types import UserError
 
@@ -442,7 +446,6 @@ def _error_line(error: Exception, name: str) -> int | None:
 
 def run_process(argv: Sequence[str]) -> NoReturn:
     """Runs the command in a process of its own, and ends it."""
-    command.end_on_signals()
     try:
         code = run(argv)
     except Exception:

@@ -6,6 +6,11 @@
 No network is needed. Left and right are the patient's, as in a report.
 """
 
+from plan_jax import command
+
+if __name__ == "__main__":
+    command.end_on_signals()  # before the imports, which take seconds
+
 import argparse
 import os
 import sys
@@ -16,7 +21,6 @@ from typing import NoReturn
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from plan_jax import command
 from plan_jax.types import Model, UserError
 
 MAX_SIDE = 1024  # pixels of the longer side of the picture: more does not fit a screen
@@ -145,5 +149,4 @@ def compute_heat_map(
 
 
 if __name__ == "__main__":
-    command.end_on_signals()
     sys.exit(run(sys.argv[1:]))
