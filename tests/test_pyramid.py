@@ -41,3 +41,18 @@ def test_training_updates_the_running_statistics_and_evaluation_does_not():
     expected = 0.1 * np.asarray(raw).mean((0, 2, 3))
     mean = updated["batch_stats"]["norm"]["mean"]
     np.testing.assert_allclose(mean, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_large_mean_does_not_cancel_in_the_statistics():
+    """The mean of squares minus the square of the mean loses all digits of a variance here."""
+    x = jnp.asarray(np.random.default_rng(9).normal(3000, 1, (4, 5, 5, 3)), jnp.float32)
+    block = pyramid.ConvNorm(3, 1, slope=1.0)
+    variables = block.init(jax.random.key(0), x)
+    variables["params"]["conv"]["kernel"] = jnp.eye(3)[None, None]
+    outputs, updated = block.apply(variables, x, True, mutable=["batch_stats"])
+    exact = np.asarray(x, np.float64)
+    mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    np.testing.assert_allclose(outputs, (exact - mean) / np.sqrt(var + 1e-5), atol=2e-3)
+    # As torch has it, the running variance is the unbiased one.
+    running = 0.9 + 0.1 * var * 100 / 99
+    np.testing.assert_allclose(updated["batch_stats"]["norm"]["var"], running, rtol=1e-4)
