@@ -268,7 +268,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             columns.check_texts(
                 cells_of["text"], column_of["text"], config.join_text, config.text_sections
             )
-        patient_ids = patients.match_patient_ids(cells_of["patient_id"])
+        patient_ids = patients.match_ids(cells_of["patient_id"])
+        readers = patients.match_ids(cells_of["reader"], "reader")
         separator = label_names.choose_separator(
             cells_of["labels"], config.label_separator, config.findings
         )
@@ -291,7 +292,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         studies = []
         for position, row in enumerate(rows):
             row_cells = {role: cells_of[role][position] for role in ROLES}
-            row_cells["patient_id"] = patient_ids[position]
+            row_cells |= {"patient_id": patient_ids[position], "reader": readers[position]}
             if config.min_words and self._count_words(row_cells["text"]) < config.min_words:
                 continue
             self._num_rows += 1
@@ -375,7 +376,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                 raise ValueError("does not exist")
             path = full_path.relative_to(self._root).as_posix()
             # Without a column of patients, every image is a patient.
-            patient_id = str(row["patient_id"] or path)
+            patient_id = row["patient_id"] or path
             text = self._read_text(row["text"])
             if not (config.text_optional or any(map(str.isalnum, text))):
                 raise ValueError("its text is empty")
@@ -404,7 +405,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                 ),
                 regions=annotations.parse_regions(row["regions"]),
                 anatomy=annotations.parse_masks(row["anatomy"], [organ], ""),
-                reader=str(row["reader"] or ""),
+                reader=row["reader"] or "",
             )
         except (OverflowError, RecursionError):
             error = ValueError("has a cell that is too large to be read")

@@ -1,4 +1,4 @@
-"""Ids of patients over a whole column: one patient is one id, however a row spells it."""
+"""Ids of patients and readers over a whole column: one id each, however a row spells it."""
 
 import re
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ _NUMBER_AT_END = re.compile(r"(.*?)0*(\d+)")
 MAX_EXACT = 2**53  # ints up to here are exact as floats
 
 
-def match_patient_ids(cells: Sequence[Any]) -> list[str | None]:
-    """Returns the id of the patient of each row; None where it is missing.
+def match_ids(cells: Sequence[Any], noun: str = "patient") -> list[str | None]:
+    """Returns the id of the patient, or of another person, of each row; None if it is missing.
 
     7 and 7.0 are one patient, because pandas writes ints of a column with gaps as floats.
 
-    >>> match_patient_ids([7, 7.0, "7.0", None, "p1"])
+    >>> match_ids([7, 7.0, "7.0", None, "p1"])
     ['7', '7', '7', None, 'p1']
 
     Raises:
       UserError: if two ids differ in leading zeros or in case only, if Excel has shortened ids, or
         if a cell is a list or an object.
     """
-    ids = [None if cell is None else _read_id(cell) for cell in cells]
+    ids = [None if cell is None else _read_id(cell, noun) for cell in cells]
     first_spelling: dict[str, str] = {}
     for name in ids:
         if name is None:
@@ -37,27 +37,25 @@ def match_patient_ids(cells: Sequence[Any]) -> list[str | None]:
         spelling = first_spelling.setdefault(key, name)
         if spelling != name:
             raise UserError(
-                f"patients {quoting.quote(spelling)} and {quoting.quote(name)} "
-                "differ in zeros, case or blanks only; write each patient in one way"
+                f"{noun}s {quoting.quote(spelling)} and {quoting.quote(name)} "
+                f"differ in zeros, case or blanks only; write each {noun} in one way"
             )
     return ids
 
 
-def _read_id(cell: Any) -> str:
+def _read_id(cell: Any, noun: str) -> str:
     if isinstance(cell, float):
         if abs(cell) >= MAX_EXACT:
-            raise UserError(
-                f"patient {cell:g} is a float, which has lost digits; store ids as text"
-            )
+            raise UserError(f"{noun} {cell:g} is a float, which has lost digits; store ids as text")
         return str(int(cell)) if cell == int(cell) else str(cell)
     if not isinstance(cell, str | int) or isinstance(cell, bool):
         if isinstance(cell, list | tuple | dict | bytes | bool):
-            raise UserError(f"a patient is {quoting.quote(cell)}; write one id for each row")
+            raise UserError(f"a {noun} is {quoting.quote(cell)}; write one id for each row")
         cell = str(cell)
     name = normalise_name(cell)
     if _EXCEL_SPELLING.fullmatch(name):
         raise UserError(
-            f"patient {name!r} is a number that a spreadsheet has shortened; store ids as text"
+            f"{noun} {name!r} is a number that a spreadsheet has shortened; store ids as text"
         )
     match = _FLOAT_SPELLING.fullmatch(name)
     return match[1] if match else name
