@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from plan_jax import parallel
-from plan_jax.data.dataset import BUILDERS, builder_fields
+from plan_jax.data.preparation import BUILDERS, builder_fields
 from plan_jax.data.prompts import PROMPT_SETS
 from plan_jax.encoders.bert import BERTS, Bert
 from plan_jax.encoders.dual_encoder import NORMALISATIONS

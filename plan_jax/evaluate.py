@@ -13,8 +13,9 @@ from typing import Any
 from plan_jax import checkpoint, page
 from plan_jax import model as models
 from plan_jax.config import Config
-from plan_jax.data.dataset import Dataset, open_dataset, open_once
+from plan_jax.data.dataset import Dataset, open_dataset
 from plan_jax.data.eval_data import DatasetEvalData, report_labeller
+from plan_jax.data.preparation import open_once
 from plan_jax.logger import encode_json, read_rows, write_atomically
 from plan_jax.tasks import CATALOGUE, TASKS, TITLES
 from plan_jax.types import EvalData, Model, Result, TaskContext, UserError

@@ -21,7 +21,8 @@ from plan_jax.checkpoint.folders import list_steps
 from plan_jax.command import StopSignal, describe_interruption
 from plan_jax.config import Config
 from plan_jax.data import loader
-from plan_jax.data.dataset import Dataset, open_once
+from plan_jax.data.dataset import Dataset
+from plan_jax.data.preparation import open_once
 from plan_jax.logger import Logger
 from plan_jax.model import Components, build_components, make_model
 from plan_jax.state import State, init_state
