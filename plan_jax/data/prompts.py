@@ -249,7 +249,7 @@ def _build_plain_pair(name: str) -> tuple[list[str], list[str]]:
         positive, negative = ("no", "abnormal") if says_finding else ("normal", "abnormal")
         subject = "finding" if says_finding else "chest radiograph"
         return [f"{positive} {subject}"], [f"{negative} {subject}"]
-    denied = _NEGATION.sub("", words, count=1) if _NEGATION.match(words) else ""
-    if denied:
-        return [f"there is no {denied}"], [f"there is {denied}"]
+    denied_words = _NEGATION.sub("", words, count=1) if _NEGATION.match(words) else ""
+    if denied_words:
+        return [f"there is no {denied_words}"], [f"there is {denied_words}"]
     return [f"there is {words}"], [f"there is no {words}"]

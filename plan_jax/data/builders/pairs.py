@@ -228,10 +228,10 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             studies, config.box_format, config.region_format
         )
         studies, notes = decisions.match_findings(studies, config.findings)
-        merged = merge_duplicates(studies, config.duplicates)
-        facts.num_merged = len(studies) - len(merged)
-        facts.notes = [*notes, *columns.remark_texts([study.text for study in merged])]
-        return merged
+        merged_studies = merge_duplicates(studies, config.duplicates)
+        facts.num_merged = len(studies) - len(merged_studies)
+        facts.notes = [*notes, *columns.remark_texts([study.text for study in merged_studies])]
+        return merged_studies
 
     # Rows -------------------------------------------------------------------------------------
 
@@ -242,8 +242,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         all_rows = manifest.read_manifest(path)
         required = ("image",) if config.text_optional else ("image", "text")
         label_columns = [cells.normalise_name(name) for name in config.label_columns]
-        named = {role: cells.normalise_name(name) for role, name in config.columns.items()}
-        column_of = manifest.match_columns(all_rows, named, required, ROLES)
+        named_columns = {role: cells.normalise_name(name) for role, name in config.columns.items()}
+        column_of = manifest.match_columns(all_rows, named_columns, required, ROLES)
         if column_of["labels"] in label_columns:  # a column of one finding that is called `labels`
             column_of["labels"] = None
         self._match_box_columns(all_rows, column_of)
@@ -330,9 +330,11 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         label_columns: Sequence[str],
     ) -> list[str]:
         names = dict.fromkeys(name for row in rows for name in row)
-        used = {*column_of.values(), *label_columns, *self._box_columns}
+        used_names = {*column_of.values(), *label_columns, *self._box_columns}
         return [
-            name for name in names if name and name not in {*used, *self.builder_config.filters}
+            name
+            for name in names
+            if name and name not in {*used_names, *self.builder_config.filters}
         ]
 
     def _count_words(self, cell: Any) -> int:
@@ -383,10 +385,10 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             labels = annotations.parse_labels(
                 row["labels"], label_cells, config.label_blank, separator
             )
-            present = [name for name, value in labels.values.items() if value == 1]
+            present_names = [name for name, value in labels.values.items() if value == 1]
             all_boxes = annotations.parse_boxes(row["boxes"], text)
             if box_cells and not all(cell is None for cell in box_cells):
-                label = present[0] if len(present) == 1 else ""
+                label = present_names[0] if len(present_names) == 1 else ""
                 item = {"box": dict(zip(self._box_columns, box_cells, strict=True)), "label": label}
                 if boxes.match_coordinates(self._box_columns) is None:
                     item["box"] = list(box_cells)
@@ -428,8 +430,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         """Stores the names of findings, regions and anatomy, also in the dataset's metadata."""
         self._label_names = {name for study in studies for name in study.labels.values}
         box_labels = {box["label"] for study in studies for box in study.boxes if box["label"]}
-        occurring = sorted(self._label_names | box_labels)
-        self._findings = tuple(self.builder_config.findings or occurring)
+        occurring_names = sorted(self._label_names | box_labels)
+        self._findings = tuple(self.builder_config.findings or occurring_names)
         self._region_names = tuple(sorted({name for study in studies for name in study.regions}))
         self._anatomy_names = tuple(sorted({name for study in studies for name in study.anatomy}))
         self.info.metadata["findings"] = list(self._findings)
@@ -576,20 +578,20 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                 "boxes are read as x0, y0, x1, y1, but would fit as x, y, width, height too: "
                 f"set data.builder.box_format to {boxes.CORNERS} or {boxes.CORNER_AND_SIZE}"
             )
-        noted: list[str] = []
+        noted_images: list[str] = []
         for names, fault in (
             (self._tiny_boxes, f"a box under a pixel at size {self.builder_config.size}"),
             (self._cut_boxes, "a box that reaches beyond the image and is cut"),
         ):
             if names:
-                shown = ", ".join(sorted(names)[:MAX_REPORTED_ROWS])
+                examples = ", ".join(sorted(names)[:MAX_REPORTED_ROWS])
                 more = ", ..." if len(names) > MAX_REPORTED_ROWS else ""
-                noted += [f"{name} ({fault})" for name in sorted(names)]
+                noted_images += [f"{name} ({fault})" for name in sorted(names)]
                 verb = "has" if len(names) == 1 else "have"
                 number = quoting.count(len(names), "image")
-                self.messages.append(f"{number} {verb} {fault}: {shown}{more}")
-        if noted:
-            (folder / NOTED_FILE).write_text("\n".join(noted) + "\n", encoding="utf-8")
+                self.messages.append(f"{number} {verb} {fault}: {examples}{more}")
+        if noted_images:
+            (folder / NOTED_FILE).write_text("\n".join(noted_images) + "\n", encoding="utf-8")
         if self._skipped:
             self.messages.append(
                 f"skipped {len(self._skipped)} of {self._num_rows} rows: {self._list_skipped()}"

@@ -80,8 +80,8 @@ def parse_box(fields: Mapping[str, Any]) -> tuple[Box | None, str]:
     numbers = [None if isinstance(item, bool) else to_number(item) for item in value]
     x0, y0, x1, y1 = numbers
     if x0 is None or y0 is None or x1 is None or y1 is None:
-        shown = quoting.shorten(", ".join(quoting.quote(item) for item in value))
-        raise ValueError(f"box [{shown}] is not [x0, y0, x1, y1] of numbers")
+        numbers_text = quoting.shorten(", ".join(quoting.quote(item) for item in value))
+        raise ValueError(f"box [{numbers_text}] is not [x0, y0, x1, y1] of numbers")
     return (x0, y0, x1, y1), box_format
 
 
@@ -129,14 +129,14 @@ def choose_format(boxes: Sequence[Box], name: str, option: str = "", stated: str
             f"{', '.join(FORMATS[2:4])} or {FORMATS[4]}"
         )
     has_sizes = box_format == CORNER_AND_SIZE
-    invalid = [box for box in boxes if not _has_area(box, has_sizes)]
-    if len(invalid) > MAX_MISTAKES * len(boxes):
+    invalid_boxes = [box for box in boxes if not _has_area(box, has_sizes)]
+    if len(invalid_boxes) > MAX_MISTAKES * len(boxes):
         fault, remedy = "x1 left of x0 or y1 above y0", "are x, y, width, height"
         if has_sizes:
             fault, remedy = "no width or height above 0", "are x0, y0, x1, y1"
         raise UserError(
-            f"{len(invalid)} of {len(boxes)} {name} have {fault}, as {describe_box(invalid[0])}; "
-            f"if they {remedy}, set {field} to "
+            f"{len(invalid_boxes)} of {len(boxes)} {name} have {fault}, as "
+            f"{describe_box(invalid_boxes[0])}; if they {remedy}, set {field} to "
             f"{CORNERS if has_sizes else CORNER_AND_SIZE}, else correct them"
         )
     return box_format

@@ -107,15 +107,19 @@ def check_texts(
         )
     objects = [item for item in contents if isinstance(item, Mapping)]
     keys = list(dict.fromkeys(str(key) for item in objects for key in item))
-    listed = ", ".join(quoting.quote(key).strip("'") for key in keys[:MAX_LISTED])
+    key_list = ", ".join(quoting.quote(key).strip("'") for key in keys[:MAX_LISTED])
     if objects and not sections:
         raise UserError(
-            f"{name} is an object of {listed} in {len(objects)} of {len(cells)} rows; name the "
+            f"{name} is an object of {key_list} in {len(objects)} of {len(cells)} rows; name the "
             "sections of the report, in order, in data.builder.text_sections"
         )
-    missing = {fold_name(section) for section in sections} - {fold_name(key) for key in keys}
-    if objects and missing:
-        raise UserError(f"text_sections {', '.join(sorted(missing))} do not exist; use {listed}")
+    missing_sections = {fold_name(section) for section in sections} - {
+        fold_name(key) for key in keys
+    }
+    if objects and missing_sections:
+        raise UserError(
+            f"text_sections {', '.join(sorted(missing_sections))} do not exist; use {key_list}"
+        )
     numbers = sum(map(_is_number, contents))
     if contents and numbers == len(contents):
         raise UserError(

@@ -29,13 +29,13 @@ def filter_boxes(
     all_boxes = [box for study in studies for box in study.boxes]
     manifest.check_conditions(conditions, all_boxes, "box_where")
     num_zero = sum(not any(box["box"]) for box in all_boxes)
-    filtered = []
+    filtered_studies = []
     for study in studies:
-        remaining = [
+        fulfilling_boxes = [
             box for box in manifest.filter_rows(study.boxes, conditions) if any(box["box"])
         ]
-        filtered.append(dataclasses.replace(study, boxes=remaining))
-    return filtered, num_zero
+        filtered_studies.append(dataclasses.replace(study, boxes=fulfilling_boxes))
+    return filtered_studies, num_zero
 
 
 def choose_box_formats(
@@ -63,15 +63,17 @@ def choose_box_formats(
     }
     regions = [box for study in studies for box in study.regions.values()]
     chosen_region_format = boxes.choose_format(regions, "regions", region_format)
-    named = [
+    named_studies = [
         dataclasses.replace(
             study,
             boxes=[box | {"box_format": formats[box.get("box_format", "")]} for box in study.boxes],
         )
         for study in studies
     ]
-    occurring = dict.fromkeys(box["box_format"] for study in named for box in study.boxes)
-    return named, list(occurring), chosen_region_format
+    occurring_formats = dict.fromkeys(
+        box["box_format"] for study in named_studies for box in study.boxes
+    )
+    return named_studies, list(occurring_formats), chosen_region_format
 
 
 # Findings -----------------------------------------------------------------------------------
@@ -99,13 +101,13 @@ def match_findings(
     matches, notes = label_names.match_names(counts, findings)
     box_counts = Counter(box["label"] for study in studies for box in study.boxes if box["label"])
     spellings = {fold_name(name): name for name in (*matches.values(), *findings)}
-    foreign = [name for name in sorted(box_counts) if fold_name(name) not in spellings]
-    if findings and foreign:
-        listed = label_names.list_names(foreign, box_counts)
-        notes.append(f"labels of boxes that are not in findings: {listed}")
-    for name in foreign:
+    foreign_names = [name for name in sorted(box_counts) if fold_name(name) not in spellings]
+    if findings and foreign_names:
+        name_list = label_names.list_names(foreign_names, box_counts)
+        notes.append(f"labels of boxes that are not in findings: {name_list}")
+    for name in foreign_names:
         spellings.setdefault(fold_name(name), name)
-    matched = [
+    matched_studies = [
         dataclasses.replace(
             study,
             labels=_rename_labels(study, matches),
@@ -115,7 +117,7 @@ def match_findings(
         )
         for study in studies
     ]
-    return matched, notes + _remark_normal(matched)
+    return matched_studies, notes + _remark_normal(matched_studies)
 
 
 def _rename_labels(study: Study, matches: Mapping[str, str]) -> Labels:
@@ -139,9 +141,9 @@ def _remark_normal(studies: Sequence[Study]) -> list[str]:
     """Returns a note on rows that say that nothing is found, and name a finding."""
     count = 0
     for study in studies:
-        present = [name for name, value in study.labels.values.items() if value == 1]
-        num_normal = sum(map(is_normal_name, present))
-        count += 0 < num_normal < len(present)
+        present_names = [name for name, value in study.labels.values.items() if value == 1]
+        num_normal = sum(map(is_normal_name, present_names))
+        count += 0 < num_normal < len(present_names)
     if not count:
         return []
     return [f"rows that say that nothing is found and name a finding too: {count}"]

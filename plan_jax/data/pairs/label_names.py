@@ -51,28 +51,28 @@ def choose_separator(
         for name in DEFAULT_SEPARATOR.split(text)
         if not is_missing(name)
     )
-    known = {fold_name(name) for name in findings}
+    known_keys = {fold_name(name) for name in findings}
     commas = re.compile("[,，]")
     lists = [
         name
         for name in names
-        if commas.search(name) and fold_name(name) not in known and not _DIGITS.fullmatch(name)
+        if commas.search(name) and fold_name(name) not in known_keys and not _DIGITS.fullmatch(name)
     ]
     if lists:
         parts = Counter(fold_name(part) for name in lists for part in set(commas.split(name)))
-        known |= {fold_name(name) for name in names if name not in lists}
-        known |= {part for part, count in parts.items() if count > 1}
-        if not set(parts) <= known:
+        known_keys |= {fold_name(name) for name in names if name not in lists}
+        known_keys |= {part for part, count in parts.items() if count > 1}
+        if not set(parts) <= known_keys:
             raise UserError(
                 f"labels contain commas, as {quoting.quote(lists[0])}; set "
                 "data.builder.label_separator to ',' if a comma divides findings, else to ';'"
             )
         return re.compile(f"{DEFAULT_SEPARATOR.pattern}|{commas.pattern}")
-    single = known | {fold_name(name) for name in names}
+    single = known_keys | {fold_name(name) for name in names}
     for name in names:
         for mark in _AMBIGUOUS_SEPARATORS:
             pieces = [fold_name(piece) for piece in name.split(mark)]
-            if len(pieces) > 1 and fold_name(name) not in known and set(pieces) <= single:
+            if len(pieces) > 1 and fold_name(name) not in known_keys and set(pieces) <= single:
                 raise UserError(
                     f"label {quoting.quote(name)} may be one finding or {len(pieces)}; set "
                     f"data.builder.label_separator to {mark!r} if it divides findings, else list "
@@ -99,33 +99,33 @@ def match_names(
     Raises:
       UserError: if the names are numbers or words as `yes`, or if none is in `findings`.
     """
-    wanted = {fold_name(name): str(name) for name in findings}
-    if len(wanted) < len(findings):
+    finding_of_key = {fold_name(name): str(name) for name in findings}
+    if len(finding_of_key) < len(findings):
         raise UserError(f"findings {list_names(findings)} has one name twice; name it once")
-    _check_values(counts, wanted)
+    _check_values(counts, finding_of_key)
     spellings: dict[str, list[str]] = {}
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         spellings.setdefault(fold_name(name), []).append(name)
     matches: dict[str, str] = {}
     notes = []
     for key, group in spellings.items():
-        if wanted and key not in wanted:
+        if finding_of_key and key not in finding_of_key:
             continue
-        finding = wanted.get(key, group[0])
+        finding = finding_of_key.get(key, group[0])
         matches |= dict.fromkeys(group, finding)
         variants = [f"{quoting.quote(n)} ({counts[n]})" for n in group if n != finding]
         if variants:
             count = f" ({counts[finding]})" if finding in counts else ""
             verb = "is" if len(variants) == 1 else "are"
             notes.append(f"{', '.join(variants)} {verb} read as {quoting.quote(finding)}{count}")
-    if wanted and counts and not matches:
+    if finding_of_key and counts and not matches:
         raise UserError(
             f"none of the findings {list_names(findings)} is a label; the labels are "
             f"{list_names(list(counts))}: correct data.builder.findings"
         )
-    unmatched = [name for name in counts if name not in matches]
-    if unmatched:
-        notes.append(f"labels that are not in findings: {list_names(unmatched, counts)}")
+    unmatched_names = [name for name in counts if name not in matches]
+    if unmatched_names:
+        notes.append(f"labels that are not in findings: {list_names(unmatched_names, counts)}")
     notes += [
         f"labels {quoting.shorten(first)!r} and {quoting.shorten(second)!r} look alike; if they "
         "are one, write them in one way"
@@ -138,14 +138,14 @@ def match_names(
         for key, name in denials.items()
         if key.startswith("no ") and key[3:] in denials
     ]
-    if counts and (absent := [name for name in findings if name not in matches.values()]):
-        notes.append(f"findings that no row names: {list_names(absent)}")
+    if counts and (absent_findings := [name for name in findings if name not in matches.values()]):
+        notes.append(f"findings that no row names: {list_names(absent_findings)}")
     return matches, notes
 
 
-def _check_values(counts: Mapping[str, int], wanted: Mapping[str, str]) -> None:
+def _check_values(counts: Mapping[str, int], finding_of_key: Mapping[str, str]) -> None:
     """Raises UserError if the names are the values of one label."""
-    names = [name for name in counts if fold_name(name) not in wanted]
+    names = [name for name in counts if fold_name(name) not in finding_of_key]
     # A number, or the digits of one column for each finding, as `0 1 0`.
     values = [name for name in names if to_number(name) is not None or _DIGITS.fullmatch(name)]
     if names and all(name.casefold() in LABEL_WORDS for name in names):
@@ -179,9 +179,9 @@ def _find_similar(names: Sequence[str]) -> list[tuple[str, str]]:
 def list_names(names: Sequence[str], counts: Mapping[str, int] | None = None) -> str:
     """Returns names in a line for a message, with their counts, the most frequent ones first."""
     names = sorted(names, key=lambda name: -counts[name]) if counts else list(names)
-    shown = [
+    items = [
         quoting.shorten(str(name)) + (f" {counts[name]}" if counts else "")
         for name in names[:MAX_NAMES]
     ]
-    hidden = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {hidden} more" if hidden else "")
+    num_hidden = len(names) - len(items)
+    return ", ".join(items) + (f" and {num_hidden} more" if num_hidden else "")

@@ -63,8 +63,8 @@ def resolve_path(root: Path, path: str, number: int) -> Path:
             return spelling
     # `..\\x` leaves the folder on a system that reads backslashes as `/`.
     if not all(spelling.is_relative_to(root) for spelling in (full_path, *spellings)):
-        inside = find_inside(root, path)
-        remedy = f"write {quoting.quote_path(inside)}" if inside else "move it inside"
+        inner_path = find_inside(root, path)
+        remedy = f"write {quoting.quote_path(inner_path)}" if inner_path else "move it inside"
         raise UserError(
             f"path {quoting.quote_path(path)!r} of row {number} leaves the images folder {root}; "
             f"{remedy}"
@@ -114,8 +114,8 @@ def _list_hints(root: Path, path: str) -> Iterator[str]:
     for folder in folders:
         if (folder / path).is_file():
             yield f"{name} exists in {folder}: set data.builder.images to it"
-    if inside := find_inside(root, path):
-        yield f"it exists as {quoting.quote_path(inside)}: write paths from {root}"
+    if inner_path := find_inside(root, path):
+        yield f"it exists as {quoting.quote_path(inner_path)}: write paths from {root}"
     for suffix in _SUFFIXES:
         if (root / f"{path}{suffix}").is_file():
             yield f"it exists with the suffix {suffix}: set data.builder.image_suffix to it"
@@ -127,9 +127,9 @@ def _list_hints(root: Path, path: str) -> Iterator[str]:
                 )
     siblings = (root / path).parent
     if siblings.is_dir():
-        wanted = Path(path).name.casefold()
+        file_name = Path(path).name.casefold()
         for entry in siblings.iterdir():
-            if entry.name.casefold() == wanted and entry.is_file():
+            if entry.name.casefold() == file_name and entry.is_file():
                 yield f"the file is called {quoting.quote_path(entry.name)}: write it so"
     if re.search(r"\.\w+\s*[,;|]\s*\S", path):
         yield "a cell that names several images needs one row for each"

@@ -83,10 +83,10 @@ def _merge_rows(rows: Sequence[Study], policy: str) -> Study:
 
 
 def _check_equal(name: str, values: Sequence[str], rows: Sequence[Study]) -> None:
-    different = list(dict.fromkeys(values))
-    if len(different) > 1:
-        shown = " and ".join(quoting.quote(value) for value in different[:2])
-        _refuse(rows, f"of {name} {shown}", "put all of its rows into one")
+    distinct_values = list(dict.fromkeys(values))
+    if len(distinct_values) > 1:
+        examples = " and ".join(quoting.quote(value) for value in distinct_values[:2])
+        _refuse(rows, f"of {name} {examples}", "put all of its rows into one")
 
 
 def _merge_mappings(name: str, rows: Sequence[Study]) -> dict[str, Any]:
@@ -145,29 +145,29 @@ def _join_labels(labels: Sequence[Labels], rows: Sequence[Study], policy: str) -
     for name in names:
         votes = [item.values[name] for item in labels if name in item.values]
         values[name] = _decide(name, votes, rows, policy)
-    present = [name for name, value in values.items() if value == 1]
-    normal = [name for name in present if is_normal_name(name)]
-    if normal and len(normal) < len(present):
+    present_names = [name for name, value in values.items() if value == 1]
+    normal_names = [name for name in present_names if is_normal_name(name)]
+    if normal_names and len(normal_names) < len(present_names):
         if policy == "merge":
-            other = next(name for name in present if name not in normal)
-            _refuse_labels(rows, f"{quoting.quote(normal[0])} and {quoting.quote(other)}")
-        values |= dict.fromkeys(normal, 0)
+            finding = next(name for name in present_names if name not in normal_names)
+            _refuse_labels(rows, f"{quoting.quote(normal_names[0])} and {quoting.quote(finding)}")
+        values |= dict.fromkeys(normal_names, 0)
     return Labels(values, max(item.default for item in labels))
 
 
 def _decide(name: str, votes: Sequence[int], rows: Sequence[Study], policy: str) -> int:
     """Returns the value of a label: the known one, or what the policy makes of several."""
-    known = [vote for vote in votes if vote >= 0]
-    if not known:
+    known_votes = [vote for vote in votes if vote >= 0]
+    if not known_votes:
         return -1
-    if len(set(known)) == 1:
-        return known[0]
+    if len(set(known_votes)) == 1:
+        return known_votes[0]
     if policy == "merge":
         _refuse_labels(rows, f"{quoting.quote(name)} is 1 and 0")
     if policy == "majority":
-        return int(sum(known) > len(known) / 2)
+        return int(sum(known_votes) > len(known_votes) / 2)
     # Any reader who sees a finding decides; a normal image is one that all call normal.
-    return min(known) if is_normal_name(name) else max(known)
+    return min(known_votes) if is_normal_name(name) else max(known_votes)
 
 
 def _refuse_labels(rows: Sequence[Study], fault: str) -> None:

@@ -59,9 +59,9 @@ class Summary:
     def _describe_rows(self, studies: Sequence[Study]) -> str:
         num_patients = len({study.patient_id for study in studies})
         num_images = len({study.path for study in studies})
-        merged = f" ({self.num_merged} rows merged into others)" if self.num_merged else ""
+        merge_note = f" ({self.num_merged} rows merged into others)" if self.num_merged else ""
         return (
-            f"{self.manifest}: {quoting.count(len(studies), 'study', 'studies')}{merged}, "
+            f"{self.manifest}: {quoting.count(len(studies), 'study', 'studies')}{merge_note}, "
             f"{quoting.count(num_images, 'image')}, {quoting.count(num_patients, 'patient')}; "
             f"splits by {self._describe_source()}"
         )
@@ -74,11 +74,11 @@ class Summary:
     def _describe_columns(self) -> str:
         items = []
         for role, name in self.columns.items():
-            missing = self.num_missing.get(role, 0)
+            num_missing = self.num_missing.get(role, 0)
             source = "" if name == role else f" {quoting.quote(name)}"
             if role == "labels" and self.separator:
                 source += f" divided by {self.separator!r}"
-            items.append(f"{role}{source}" + (f" ({missing} missing)" if missing else ""))
+            items.append(f"{role}{source}" + (f" ({num_missing} missing)" if num_missing else ""))
         if self.label_columns:
             items.append(f"one label each: {_list_names(self.label_columns)}")
         if self.box_columns:
@@ -98,8 +98,8 @@ class Summary:
             ]
             counts = "/".join(str(values.count(value)) for value in (1, 0, -1))
             items.append(f"{quoting.shorten(name)} {counts}")
-        hidden = len(items) - MAX_LISTED
-        more = f" and {hidden} more" if hidden > 0 else ""
+        num_hidden = len(items) - MAX_LISTED
+        more = f" and {num_hidden} more" if num_hidden > 0 else ""
         return [f"findings (1/0/unknown): {', '.join(items[:MAX_LISTED])}{more}"]
 
     def _describe_boxes(self, studies: Sequence[Study]) -> list[str]:
@@ -113,12 +113,12 @@ class Summary:
 
     def _remark_patients(self, studies: Sequence[Study]) -> list[str]:
         """Returns what is remarkable about the patients."""
-        missing = self.num_missing.get("patient_id", 0)
+        num_missing = self.num_missing.get("patient_id", 0)
         if "patient_id" not in self.columns:
             return ["no column of patients, so each image is a patient of its own"]
-        rows = quoting.count(missing, "row")
-        verb = "is one of its own" if missing == 1 else "are one each"
-        notes = [f"{rows} without a patient {verb}"] if missing else []
+        rows = quoting.count(num_missing, "row")
+        verb = "is one of its own" if num_missing == 1 else "are one each"
+        notes = [f"{rows} without a patient {verb}"] if num_missing else []
         counts: dict[str, int] = {}
         for study in studies:
             counts[study.patient_id] = counts.get(study.patient_id, 0) + 1
@@ -129,6 +129,6 @@ class Summary:
 
 
 def _list_names(names: Sequence[str]) -> str:
-    shown = [quoting.quote(name).strip("'") for name in names[:MAX_LISTED]]
-    hidden = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {hidden} more" if hidden > 0 else "")
+    items = [quoting.quote(name).strip("'") for name in names[:MAX_LISTED]]
+    num_hidden = len(names) - len(items)
+    return ", ".join(items) + (f" and {num_hidden} more" if num_hidden > 0 else "")
