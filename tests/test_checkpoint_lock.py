@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from plan_jax import checkpoint, parallel
@@ -137,3 +139,26 @@ def test_a_name_that_the_locale_cannot_read(tmp_path):
         with pytest.raises(UserError, match=sentence):
             read(workdir)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["[x]", "lr=[0.1]", "a*", "a?", "a\\b"])
+def test_a_name_that_is_a_pattern(tmp_path, name):
+    """Orbax searches for the files of a state by a pattern, and would find none or others."""
+    sentence = (
+        re.escape(name)
+        + "(/checkpoints)? has . in its name, where no checkpoint can be saved; use an"
+    )
+    with pytest.raises(UserError, match=sentence), checkpoint.lock_workdir(tmp_path / name):
+        pass
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.open_manager(tmp_path / name / "checkpoints")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "ä", "日本", "a'b", 'a"b', "{y}", "~"])
+def test_any_other_name(tmp_path, name):
+    folder = tmp_path / name / "checkpoints"
+    manager = checkpoint.open_manager(folder)
+    checkpoint.save(manager, 1, {"params": {"a": np.arange(3)}}, {}, {})
+    checkpoint.close(manager)
+    assert checkpoint.load_weights(tmp_path / name)["params"]["a"].tolist() == [0, 1, 2]

@@ -70,15 +70,22 @@ def _report_read_errors(folder: str | Path) -> Iterator[None]:
 
 
 def check_name(folder: Path) -> None:
-    """Raises UserError if Python and the C++ libraries would not find the same folder.
+    """Raises UserError if Python and the libraries below would not find the same folder.
 
-    Both know names as Unicode. Python translates them to bytes by the locale, and C++ to UTF-8.
+    Python translates names to bytes by the locale, and the C++ of tensorstore to UTF-8. Orbax reads
+    some characters of a path as a pattern, and then saves a state without its arrays.
     """
-    name = os.fsencode(folder)
-    if name != str(folder).encode("utf-8", "replace"):
+    path = folder.absolute()
+    name = os.fsencode(path)
+    if name != str(path).encode("utf-8", "replace"):
         raise UserError(
             f"folder {name.decode('utf-8', 'replace')} has a name that this locale cannot read;"
             " set PYTHONUTF8=1, or rename the folder"
+        )
+    if pattern := re.search(r"[][*?\\]", str(path)):
+        raise UserError(
+            f"folder {path} has {pattern[0]} in its name, where no checkpoint can be saved; use"
+            " another folder"
         )
 
 
