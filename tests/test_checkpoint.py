@@ -154,6 +154,11 @@ def flip_one_bit(folder):
     largest_file(folder).write_bytes(raw)
 
 
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
 def clear_folder(folder):
     shutil.rmtree(folder)
     folder.mkdir()
@@ -167,6 +172,7 @@ DAMAGES = {
     "emptied manifest": lambda folder: (folder / "state/manifest.ocdbt").write_bytes(b""),
     "emptied metadata": lambda folder: (folder / "state/_METADATA").write_bytes(b""),
     "emptied config": lambda folder: (folder / "config/metadata").write_bytes(b""),
+    "folder in place of a file": lambda folder: replace_by_folder(folder / "state/_METADATA"),
     "deleted data": lambda folder: shutil.rmtree(folder / "data"),
     "empty folder": clear_folder,
 }

@@ -21,6 +21,8 @@ from plan_jax.types import UserError
 
 # The files of a step that are small enough to be parsed whenever its run is opened.
 SMALL_FILES = ("config/metadata", "data/metadata", "state/_METADATA", "metrics/metrics")
+# No error of the system, and those that mean that a file is missing.
+NO_PASSING_ERRORS = (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class BrokenError(Exception):
@@ -65,7 +67,7 @@ def try_reading(read: Callable[[Path], Any], step_folder: Path) -> tuple[Any, Fa
         return None, Failure(str(error), is_proof=True)
     except Exception as error:  # orbax, tensorstore and JAX raise many kinds
         reason = first_line(error)
-        if isinstance(error, MemoryError) or system_error(error) not in (0, errno.ENOENT):
+        if isinstance(error, MemoryError) or system_error(error) not in NO_PASSING_ERRORS:
             return None, Failure(reason, is_passing=True)
     try:
         fault = find_fault(step_folder) or _find_fault_in_arrays(step_folder / "state")
