@@ -294,7 +294,7 @@ def evaluate(
 
     parent = Path(workdir) if workdir else checkpoint.locate(folder)[0].parent
     out = parent / "eval" / (name or config.eval.split)
-    require_writable(out, "the results", "pass another folder as --workdir")
+    require_writable(out, "folder", "pass another for the results as --workdir")
     programs = parent.absolute().parent / "programs"
     parallel.configure_backend(1, config.parallel.cache or programs)
     command.describe_interruption("no results were written")

@@ -14,7 +14,16 @@ from plan_jax.config import Config
 from plan_jax.data import eval_data, schema
 from plan_jax.data.dataset import Dataset
 from plan_jax.tasks import CATALOGUE, TASKS, TITLES
-from plan_jax.types import Metric, Model, Record, Result, UserError
+from plan_jax.types import (
+    Metric,
+    Model,
+    PhraseExample,
+    Record,
+    ReportExample,
+    Result,
+    RetrievalExample,
+    UserError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +185,19 @@ def test_a_file_that_cannot_be_written_loses_no_metrics(name, data_dir, tmp_path
     with pytest.raises(evaluate.UnwrittenResults, match=name) as error:
         evaluate.write_results(tmp_path, make_config(data_dir), result, ())
     assert error.value.metrics == result.metrics
+
+
+def test_only_the_page_holds_report_text(data_dir, tmp_path):
+    image = np.zeros((8, 8, 1), np.uint8)
+    secret = "Ms Zebra has <b>nodules</b>"
+    rows = (
+        RetrievalExample(image, secret, ((secret, 0.5, True),), 1.0, 4),
+        ReportExample(image, secret, secret),
+        PhraseExample("best", secret, image, np.ones((8, 8), bool), np.ones((1, 2, 2)), 1.0, 1.0),
+    )
+    result = Result({"retrieval/i2t_r5": 0.5}, rows)
+    evaluate.write_results(tmp_path, make_config(data_dir), result, ())
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in files if b"Zebra" in path.read_bytes()] == ["report.html"]
+    assert not any("zebra" in str(path.relative_to(tmp_path)).lower() for path in files)
+    assert "<b>nodules" not in (tmp_path / "report.html").read_text()

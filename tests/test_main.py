@@ -252,8 +252,8 @@ def test_results_that_cannot_be_written_are_refused_before_the_evaluation(saved_
     argv = ["--mode", "eval", "--checkpoint", str(saved_run)]
     assert main.run(argv) == 2 and not calls
     error = capsys.readouterr().err
-    assert error.startswith(f"the results {saved_run / 'eval' / 'test'} is inside ")
-    assert error.endswith("pass another folder as --workdir\n")
+    assert error.startswith(f"folder {saved_run / 'eval' / 'test'} is inside ")
+    assert error.endswith("pass another for the results as --workdir\n")
     assert main.run([*argv, "--workdir", "results"]) == 0
     ((name, _, folder, out),) = calls
     assert (name, folder, out) == (

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import testing
+from plan_jax import checkpoint
 from plan_jax import model as models
 from plan_jax.config import Config
 from plan_jax.data.tokenizer import tokenize_batch
@@ -57,3 +58,13 @@ def test_a_tokenizer_that_changed_after_training_is_refused(change, model_parts)
     message = f"has {size + change} pieces, and the run was trained with {size}; put the file back"
     with pytest.raises(UserError, match=message):
         models.make_model(components._replace(tokenizer=tokenizer), config, variables)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    params = {"tower": {"kernel": np.array([1, np.nan], np.float32)}}
+    manager = checkpoint.open_manager(tmp_path / "run" / checkpoint.FOLDER)
+    checkpoint.save(manager, 3, {"params": params}, {}, {})
+    checkpoint.close(manager)
+    message = r"run has values in params.tower.kernel that are not finite; use an older step, or"
+    with pytest.raises(UserError, match=message):
+        models.load(tmp_path / "run")

@@ -156,8 +156,8 @@ def _write_phrase_pictures(folder: Path, examples: Sequence[PhraseExample]) -> N
     for path in folder.glob("phrase_*.png"):
         path.unlink()
     for i, example in enumerate(examples):
-        # Cut, since a phrase may be longer than a file name can be.
-        name = slug(f"phrase {i:02d} {example.kind} {example.phrase}")[:80]
+        # Without the phrase: names of files end up in logs and errors.
+        name = f"phrase_{i:02d}_{example.kind}"
         picture = figures.concatenate(figures.phrase_pictures(example))
         write_atomically(folder / f"{name}.png", figures.encode_picture(picture))
 
