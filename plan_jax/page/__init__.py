@@ -157,7 +157,7 @@ def _write_phrase_pictures(folder: Path, examples: Sequence[PhraseExample]) -> N
         path.unlink()
     for i, example in enumerate(examples):
         # Without the phrase: names of files end up in logs and errors.
-        name = f"phrase_{i:02d}_{example.kind}"
+        name = slug(f"phrase {i:02d} {example.kind}")
         picture = figures.concatenate(figures.phrase_pictures(example))
         write_atomically(folder / f"{name}.png", figures.encode_picture(picture))
 
