@@ -221,6 +221,12 @@ def test_mistakes_are_named(make_batches, changes, message):
         make_batches(**changes)
 
 
+def test_a_split_of_one_pair_needs_rows(dataset, tokenizer):
+    options = dict(batch_size=4, size=24, max_tokens=16, max_words=10, seed=3)
+    with pytest.raises(UserError, match="batch 4 does not fit a dataset of 1 pair; add rows"):
+        loader.train_batches(Dataset(dataset.source[:1]), tokenizer, **options)
+
+
 def test_a_missing_annotation_names_its_column(dataset, tokenizer):
     bare = Dataset(dataset.source, name="pairs")
     for name, column in (("labels", "labels"), ("region_words", "regions")):

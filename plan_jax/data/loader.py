@@ -67,9 +67,13 @@ def train_batches(
     global_batch = batch_size * num_shards
     _check_extra(dataset, extra)
     if not 0 < global_batch <= len(dataset):
+        count = len(dataset)
+        remedy = f"use 1 to {count} over all processes"
+        if count < 2:
+            remedy = "add rows to that split: pairs are contrasted with each other"
         raise UserError(
-            f"batch {global_batch} does not fit a dataset of {len(dataset)} pairs; "
-            f"use 1 to {len(dataset)} over all processes"
+            f"batch {global_batch} does not fit a dataset of {count} "
+            f"{'pair' if count == 1 else 'pairs'}; {remedy}"
         )
     if max_tokens < 3 or max_words < 1 or seed < 0:
         raise UserError(
