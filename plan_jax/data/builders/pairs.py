@@ -144,9 +144,15 @@ class PairsConfig(tfds.core.BuilderConfig):
         """
         path = Path(self.manifest).expanduser()
         if not path.is_file():
-            raise UserError(f"manifest {path} does not exist; give the path of a file")
+            raise UserError(
+                f"manifest {path} does not exist; give the path of a file as "
+                "config.data.builder.manifest"
+            )
         if not self.root.is_dir():
-            raise UserError(f"images folder {self.root} does not exist; give a folder")
+            raise UserError(
+                f"images folder {self.root} does not exist; give a folder as "
+                "config.data.builder.images"
+            )
         inherited = {field.name for field in dataclasses.fields(tfds.core.BuilderConfig)}
         values = {
             field.name: _to_builtin(getattr(self, field.name))
