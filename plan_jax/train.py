@@ -181,7 +181,15 @@ def run_steps(run: Run, state: State, start: int) -> State:
     first_nonfinite = parallel.replicate(jnp.zeros(2, jnp.int32), run.mesh)
     pending: Metrics | None = None  # of the previous step, fetched while this one runs
     for step in range(start, config.steps):
-        batch = parallel.shard(next(run.batches), run.mesh)
+        try:
+            batch = parallel.shard(next(run.batches), run.mesh)
+        except UserError:
+            # A signal to all processes of a job may have ended those that read batches.
+            if not run.stop.number or jax.process_count() > 1:
+                raise
+            if pending is not None:  # else this step was saved with its row
+                save_last(run, state, pending, rate)
+            break
         (state, first_nonfinite), metrics = run.step((state, first_nonfinite), batch)
         if step == start:
             jax.block_until_ready(metrics)
@@ -223,6 +231,15 @@ def run_steps(run: Run, state: State, start: int) -> State:
         if must_stop:
             break
     return state
+
+
+def save_last(run: Run, state: State, metrics: Metrics, rate: "ThroughputMeter") -> None:
+    """Logs and saves the last step, which neither was due for."""
+    step = int(state.step)
+    require_finite(metrics, state)
+    if step % run.config.log_every == 0:
+        log_metrics(run, step, metrics, rate)
+    save(run, step, state, None)
 
 
 def log_metrics(run: Run, step: int, metrics: Metrics, rate: "ThroughputMeter") -> None:

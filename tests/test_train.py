@@ -13,7 +13,7 @@ from configs import testing
 from plan_jax import checkpoint, evaluate, parallel, train
 from plan_jax.command import StopSignal
 from plan_jax.config import Config
-from plan_jax.logger import Logger
+from plan_jax.logger import Logger, read_rows
 from plan_jax.model import build_components
 from plan_jax.state import State, init_state
 from plan_jax.step import make_step, watch_numbers
@@ -254,6 +254,27 @@ def test_a_signal_is_seen_in_the_step_in_which_it_arrives(name, tmp_path, capfd)
     state = run_loop(tmp_path, on_batch=send)
     assert int(state.step) == 4 and saved_steps(tmp_path)[-1] == 4
     assert "stopping after this step, whose state is saved" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("every", [4, 100])
+def test_a_signal_that_ends_the_readers_too_loses_no_step(every, tmp_path):
+    def fail(number):
+        if number == 5:
+            signal.raise_signal(signal.SIGTERM)
+            raise UserError("a reader process ended (SIGTERM)")
+
+    state = run_loop(tmp_path, on_batch=fail, log_every=4, checkpoint__every=every)
+    assert int(state.step) == 4 and saved_steps(tmp_path)[-1] == 4
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [4]
+
+
+def test_readers_that_end_without_a_signal_end_the_run(tmp_path):
+    def fail(number):
+        if number == 5:
+            raise UserError("a reader process ended (SIGKILL)")
+
+    with pytest.raises(UserError, match="SIGKILL"):
+        run_loop(tmp_path, on_batch=fail)
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from absl import flags
 
 from plan_jax.types import UserError
 
+# Ctrl-C and a closed terminal reach all processes that a terminal has started.
+TERMINAL_SIGNALS = {signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
 # Exit code of a reader process whose script would start the run once more.
 UNGUARDED = 78
 REMEDY = "set config.data.workers=0"
@@ -59,12 +61,13 @@ def leave_worker() -> None:
 
 
 def prepare(index: int = 0, count: int = 1) -> None:
-    """Lets this reader process ignore Ctrl-C, and end with the process that started it.
+    """Lets this reader process ignore the terminal, and end with the process that started it.
 
     The parent handles Ctrl-C. It may also be killed, and then nobody tells its readers to stop.
     """
     del index, count  # grain passes them
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in TERMINAL_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
     def wait() -> None:
         if parent := multiprocessing.parent_process():
@@ -84,7 +87,7 @@ def read_first(iterator: Iterator[Any]) -> Any:
     def read() -> None:
         # A process inherits the signals that are blocked in the thread that starts it. So Ctrl-C
         # does not reach readers that have not come to `prepare` yet.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)
         try:
             results.put((next(iterator), None))
         except BaseException as error:
@@ -101,9 +104,11 @@ def _start_quiet_tracker() -> None:
     """Starts the process that frees shared memory, without its list of what was left to free."""
     previous = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)
     try:
         resource_tracker.ensure_running()
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         del os.environ["PYTHONWARNINGS"]
         if previous is not None:
             os.environ["PYTHONWARNINGS"] = previous
