@@ -22,7 +22,7 @@ from manifests import (
 )
 
 from plan_jax.data import dataset as datasets
-from plan_jax.data import preparation, sources
+from plan_jax.data import images, preparation, sources
 from plan_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -345,6 +345,15 @@ def test_what_the_system_says_of_the_disk_is_found_in_any_form(
 
     monkeypatch.setattr(preparation.Pairs, "download_and_prepare", fail)
     with pytest.raises(UserError, match=f"cannot be written .{reason}.; free the disk"):
+        open_pairs(folder, make_rows())
+
+
+def test_images_on_a_faulty_disk_are_not_taken_for_the_data_folder(folder, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(images, "read_image", fail)
+    with pytest.raises(UserError, match="8 of 12 rows cannot .*0.png .Input/output error.*max_bad"):
         open_pairs(folder, make_rows())
 
 

@@ -174,6 +174,8 @@ def _prepare_locked(
             print("failed", file=sys.stderr, flush=True)
             if not is_locked and (prepared := _find_current(location, key, config)):
                 return prepared  # another process was faster
+            if isinstance(error, UserError):  # it may quote what the system says of an image
+                raise
             if reason := find_system_error(error, DISK_ERRORS):
                 raise UserError(
                     f"data folder {folder.parent} cannot be written ({reason}); "
