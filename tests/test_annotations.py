@@ -104,6 +104,17 @@ def test_masks_belong_to_the_only_phrase_or_to_named_phrases():
         annotations.parse_masks("m.png", ["a", "b"], "whole")
 
 
+def test_regions_of_named_sizes_become_corners_unless_the_user_names_a_format():
+    box = {"x": 10, "y": 10, "width": 50, "height": 40}
+    cell = json.dumps({"left lung": box, "heart": [1, 2, 3, 4]})
+    corners = {"left lung": (10, 10, 60, 50), "heart": (1, 2, 3, 4)}
+    assert annotations.parse_regions(cell) == corners
+    named = {"heart": {"xmin": 1, "ymin": 2, "xmax": 3, "ymax": 4}}
+    assert annotations.parse_regions(named) == {"heart": (1, 2, 3, 4)}
+    unchanged = {"left lung": (10, 10, 50, 40)}
+    assert annotations.parse_regions({"left lung": box}, "xywh") == unchanged
+
+
 def test_malformed_regions_are_refused():
     assert annotations.parse_regions(None) == {}
     assert annotations.parse_regions({"Left_Lung": [1, 2, 3, 4]}) == {"left lung": (1, 2, 3, 4)}
@@ -122,6 +133,24 @@ def test_boxes_are_scaled_and_cut_at_the_border():
     )
     with pytest.raises(ValueError, match=r"box \(50, 2, 60, 4\) lies outside of its 40 x 30"):
         annotations.scale_box((50.0, 2.0, 60.0, 4.0), (30, 40), (60, 80))
+
+
+def test_boxes_of_one_text_and_several_labels_have_their_labels_as_phrases():
+    text = "Edema, and an effusion."
+    cell = [
+        {"box": [1, 2, 30, 29], "label": "Edema"},
+        {"box": [20, 10, 39, 20], "label": "Effusion"},
+        {"box": [5, 5, 9, 9]},
+    ]
+    boxes, shape = annotations.parse_boxes(cell, text), (30, 40)
+    phrases = annotations.build_phrases(boxes, {}, ("Edema", "Effusion"), shape, shape)
+    assert [(phrase.text, phrase.finding, phrase.boxes) for phrase in phrases] == [
+        ("Edema", 0, ((1, 2, 30, 29),)),
+        ("Effusion", 1, ((20, 10, 39, 20),)),
+        (text, -1, ((5, 5, 9, 9),)),
+    ]
+    (phrase,) = annotations.build_phrases(boxes[:1], {}, ("Edema",), shape, shape)
+    assert (phrase.text, phrase.bare) == (text, "Edema")
 
 
 def test_boxes_and_masks_are_grouped_by_phrase():

@@ -18,7 +18,6 @@ def test_boxes_in_fractions_are_refused_until_their_format_is_named():
         with pytest.raises(UserError, match=message):
             boxes.choose_format(NORMALISED, "boxes", option, stated)
     assert boxes.choose_format(NORMALISED, "boxes", "normalised_xywh") == "normalised_xywh"
-    assert boxes.choose_format(NORMALISED, "x", "normalised_xyxy", "xywh") == "normalised_xywh"
     with pytest.raises(UserError, match="boxes reach to 60, so they are in pixels and not normali"):
         boxes.choose_format(SIZES, "boxes", "normalised_xyxy")
 
@@ -34,6 +33,13 @@ def test_sizes_in_place_of_corners_are_refused_until_their_format_is_named():
     assert boxes.choose_format(SIZES, "boxes", stated="xywh") == "xywh"
     with pytest.raises(UserError, match="have no width or height above 0, .*box_format to xyxy"):
         boxes.choose_format([(5.0, 5.0, 0.0, -3.0)], "boxes", "xywh")
+
+
+def test_the_format_that_the_user_names_wins_over_the_names_of_coordinates():
+    for option in ("normalised_cxcywh", "normalised_xyxy"):
+        assert boxes.choose_format(NORMALISED, "boxes", option, "xywh") == option
+    assert boxes.choose_format(CORNERS, "boxes", "xyxy", stated="xywh") == "xyxy"
+    assert boxes.choose_format(SIZES, "boxes", "xywh", stated="xyxy") == "xywh"
 
 
 def test_a_single_mistake_does_not_decide_on_the_column():

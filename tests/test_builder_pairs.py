@@ -392,6 +392,12 @@ def test_boxes_that_resizing_or_another_size_spoils_are_named(folder, capfd):
     assert "would fit as x, y, width, height too: set data.builder.box_format" in lines[-1]
     stated = summary_of(folder, make_rows(boxes="[[2, 2, 9, 9]]"), capfd, box_format="xyxy")
     assert not [line for line in stated if "would fit" in line]
+    named = summary_of(folder, make_rows(x_min=2, y_min=2, x_max=9, y_max=9), capfd)
+    assert not [line for line in named if "would fit" in line]
+    rows = [row | {"image": "0.png", "split": "train"} for row in make_rows()[:2]]
+    rows = [row | {"text": "A mass.", "boxes": "[[2, 2, 9, 9]]"} for row in rows]
+    separate = summary_of(folder, rows, capfd, duplicates="separate")
+    assert any("note: 2 rows of boxes share their image and text" in line for line in separate)
 
 
 def test_copies_of_images_are_counted(folder, capfd):

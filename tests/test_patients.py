@@ -35,6 +35,11 @@ def test_cells_that_are_no_id_are_refused(cell, message):
         patients.match_ids([cell])
 
 
+def test_a_missing_patient_is_that_of_another_row_of_the_image():
+    images = ["a.png", "a.png", "b.png", None]
+    assert patients.fill_ids([None, "p1", None, None], images) == ["p1", "p1", None, None]
+
+
 def test_readers_are_named_as_readers():
     assert patients.match_ids([1, 1.0, "R2"], "reader") == ["1", "1", "R2"]
     with pytest.raises(

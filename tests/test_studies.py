@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from plan_jax.data.pairs.annotations import Labels
-from plan_jax.data.pairs.studies import Study, merge_duplicates
+from plan_jax.data.pairs.studies import Study, count_split_texts, merge_duplicates
 from plan_jax.types import UserError
 
 ROW = Study(1, "a.png", "train", "p", "Effusion.", Labels({}), [], {}, {}, {})
@@ -56,9 +56,12 @@ def test_one_row_a_finding_is_one_study():
         ),
         (
             ({"text": "Secret."}, {}),
-            "with different texts; set data.builder.duplicates to 'separat",
+            "with different texts; set data.builder.duplicates to 'by_text",
         ),
-        (({"masks": {"a": "1.png"}}, {"masks": {"a": "2.png"}}), "with different masks; leave one"),
+        (
+            ({"masks": {"a": "1.png"}}, {"masks": {"a": "2.png"}}),
+            "with different masks; save their union",
+        ),
         (({}, {"split": "val"}), "of split 'train' and 'val'; put all of its rows into one"),
         (({}, {"patient_id": "q"}), "of patient 'p' and 'q'; put all of its rows into one"),
     ],
@@ -89,6 +92,23 @@ def test_boxes_go_with_the_finding_that_the_majority_denies():
     assert study.labels.values == {"Mass": 0, "Edema": 1} and study.boxes == []
     with pytest.raises(UserError, match="'majority' counts readers, and rows with lists"):
         merge_duplicates(make_rows(listed("Mass"), listed("Edema")), "majority")
+
+
+def test_rows_of_one_image_and_one_text_share_their_boxes_and_other_texts_stay_apart():
+    """MS-CXR has a row for each box of a phrase, and several phrases for an image."""
+    texts = ("left effusion", "left  effusion", "right nodule")
+    changes = [
+        {"text": text, "boxes": [{"box": (x, 1.0, 90.0, 90.0), "label": "", "phrase": text}]}
+        for text, x in zip(texts, (10.0, 60.0, 40.0), strict=True)
+    ]
+    rows = make_rows(*changes)
+    assert count_split_texts(rows) == 2 and count_split_texts(rows[1:]) == 0
+    effusion, nodule = merge_duplicates(rows, "by_text")
+    assert [box["box"][0] for box in effusion.boxes] == [10.0, 60.0]
+    assert {box["phrase"] for box in effusion.boxes} == {effusion.text}
+    assert [box["box"][0] for box in nodule.boxes] == [40.0]
+    with pytest.raises(UserError, match="with contradictory labels .'a' is 1 and 0"):
+        merge_duplicates(make_rows(valued(a=1), valued(a=0)), "by_text")
 
 
 def test_an_image_in_two_splits_is_refused_even_if_rows_stay_separate():

@@ -27,7 +27,7 @@ from plan_jax.data.pairs import (
     patients,
     summary,
 )
-from plan_jax.data.pairs.studies import DUPLICATES, Study, merge_duplicates
+from plan_jax.data.pairs.studies import DUPLICATES, Study, count_split_texts, merge_duplicates
 from plan_jax.data.sources import MESSAGES_FILE, SourceFiles
 from plan_jax.types import Phrase, Record, UserError
 
@@ -178,7 +178,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     Rows that cannot be used are skipped and reported in `messages`.
     """
 
-    VERSION = tfds.core.Version("1.4.0")
+    VERSION = tfds.core.Version("1.5.0")
     builder_config: PairsConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -230,12 +230,22 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         """Returns one study for each image, after decisions over whole columns."""
         config, facts = self.builder_config, self._summary
         studies, facts.num_zero_boxes = decisions.filter_boxes(studies, config.box_where)
+        # Boxes of named coordinates say what they are.
+        self._has_unnamed_boxes = any(
+            "box_format" not in box for study in studies for box in study.boxes
+        )
         studies, facts.box_formats, self._region_format = decisions.choose_box_formats(
             studies, config.box_format, config.region_format
         )
         studies, notes = decisions.match_findings(studies, config.findings)
         merged_studies = merge_duplicates(studies, config.duplicates)
         facts.num_merged = len(studies) - len(merged_studies)
+        num_split = count_split_texts(studies) if config.duplicates == "separate" else 0
+        if num_split:
+            notes.append(
+                f"{num_split} rows of boxes share their image and text and stay apart, each with "
+                "some of the boxes; data.builder.duplicates='by_text' joins them"
+            )
         facts.notes = [*notes, *columns.remark_texts([study.text for study in merged_studies])]
         return merged_studies
 
@@ -274,7 +284,9 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             columns.check_texts(
                 cells_of["text"], column_of["text"], config.join_text, config.text_sections
             )
-        patient_ids = patients.match_ids(cells_of["patient_id"])
+        patient_ids = patients.fill_ids(
+            patients.match_ids(cells_of["patient_id"]), cells_of["image"]
+        )
         readers = patients.match_ids(cells_of["reader"], "reader")
         separator = label_names.choose_separator(
             cells_of["labels"], config.label_separator, config.findings
@@ -286,9 +298,9 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             box_columns=self._box_columns,
             unused=self._list_unused(all_rows, column_of, label_columns),
             num_missing={
-                role: sum(cell is None for cell in cells_of[role])
-                for role, name in column_of.items()
-                if name
+                role: sum(cell is None for cell in column_cells)
+                for role, column_cells in (cells_of | {"patient_id": patient_ids}).items()
+                if column_of[role]
             },
             separator=config.label_separator or ("," if separator.fullmatch(",") else ""),
         )
@@ -411,7 +423,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                 masks=annotations.parse_masks(
                     row["mask"], [box["phrase"] for box in all_boxes], text
                 ),
-                regions=annotations.parse_regions(row["regions"]),
+                regions=annotations.parse_regions(row["regions"], config.region_format),
                 anatomy=annotations.parse_masks(row["anatomy"], [organ], ""),
                 reader=row["reader"] or "",
             )
@@ -578,7 +590,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             *self._describe_copies(),
             *images.summarise_notes(self._notes, self.builder_config.size),
         ]
-        is_guess = not self.builder_config.box_format and boxes.CORNERS in self._summary.box_formats
+        is_guess = self._has_unnamed_boxes and not self.builder_config.box_format
         if is_guess and not self._has_corner_proof:
             self.messages.append(
                 "boxes are read as x0, y0, x1, y1, but would fit as x, y, width, height too: "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plan_jax.data import quoting
-from plan_jax.data.pairs.boxes import Box, parse_box, scale_box
+from plan_jax.data.pairs.boxes import CORNER_AND_SIZE, Box, parse_box, scale_box
 from plan_jax.data.pairs.cells import (
     fold_name,
     is_missing,
@@ -220,11 +220,18 @@ def organ_from_column(column: str) -> str:
     return " ".join(word for word in words if word not in ("mask", "masks")) or "anatomy"
 
 
-def parse_regions(value: Any) -> dict[str, Box]:
+def parse_regions(value: Any, region_format: str = "") -> dict[str, Box]:
     """Parses boxes of anatomical regions: JSON {region: [x0, y0, x1, y1]}, pixels of the image.
 
     >>> parse_regions('{"left lung": [5, 1, 9, 8]}')
     {'left lung': (5.0, 1.0, 9.0, 8.0)}
+    >>> parse_regions({"left lung": {"x": 5, "y": 1, "width": 4, "height": 7}})
+    {'left lung': (5.0, 1.0, 9.0, 8.0)}
+
+    Args:
+      value: the cell.
+      region_format: the format that the user has named. If it is "", sizes become corners where the
+        names of the coordinates state them.
 
     Raises:
       ValueError: if the cell is something else.
@@ -235,10 +242,17 @@ def parse_regions(value: Any) -> dict[str, Box]:
     if not isinstance(content, Mapping):
         raise ValueError("regions are not {region: [x0, y0, x1, y1]}")
     # Names as `data.report_parser` writes them.
-    boxes = {fold_name(name): parse_box({"box": box})[0] for name, box in content.items()}
-    if len(boxes) < len(content):
+    parsed = {fold_name(name): parse_box({"box": box}) for name, box in content.items()}
+    if len(parsed) < len(content):
         raise ValueError("regions have one name twice")
-    return {name: box for name, box in boxes.items() if box is not None}
+    regions = {}
+    for name, (box, stated) in parsed.items():
+        if box is None:
+            continue
+        has_sizes = stated == CORNER_AND_SIZE and not region_format
+        x0, y0, x1, y1 = box
+        regions[name] = (x0, y0, x0 + x1, y0 + y1) if has_sizes else box
+    return regions
 
 
 # Phrases --------------------------------------------------------------------------------------
@@ -254,7 +268,8 @@ def build_phrases(
     """Groups boxes and masks by phrase, in order of first occurrence.
 
     The label of a phrase is its `bare` form; without a label, that is the finding whose name the
-    phrase is, in any case.
+    phrase is, in any case. Boxes of one phrase and of several labels, as those of a whole text, are
+    not boxes of one thing: the phrase of each is its label.
 
     Args:
       boxes: as `parse_boxes` returns them.
@@ -266,12 +281,17 @@ def build_phrases(
     Raises:
       ValueError: if a box lies outside of its image.
     """
+    labels_of_phrase: dict[str, set[str]] = {}
+    for item in boxes:
+        labels_of_phrase.setdefault(item["phrase"], set()).add(item["label"])
     boxes_of_phrase: dict[str, list[Box]] = {}
     label_of_phrase: dict[str, str] = {}
     for item in boxes:
-        box = scale_box(item["box"], shape, new_shape)
-        boxes_of_phrase.setdefault(item["phrase"], []).append(box)
-        label_of_phrase.setdefault(item["phrase"], item["label"])
+        text = item["phrase"]
+        if item["label"] and len(labels_of_phrase[text]) > 1:
+            text = item["label"]
+        boxes_of_phrase.setdefault(text, []).append(scale_box(item["box"], shape, new_shape))
+        label_of_phrase.setdefault(text, item["label"])
     phrases = []
     finding_of = {fold_name(name): name for name in findings}
     for text in dict.fromkeys([*boxes_of_phrase, *masks]):

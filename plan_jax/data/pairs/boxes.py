@@ -102,16 +102,14 @@ def choose_format(boxes: Sequence[Box], name: str, option: str = "", stated: str
     Args:
       boxes: all boxes of the column that state the same.
       name: `boxes` or `regions`.
-      option: the format that the user has named, or "".
+      option: the format that the user has named, or ""; it wins over the names.
       stated: the format that the names of their coordinates state, or "".
 
     Raises:
       UserError: if the numbers cannot have this format.
     """
-    box_format = option
-    if stated:  # names tell corners from sizes, but not pixels from fractions
-        box_format = f"{NORMALISED}{stated}" if option.startswith(NORMALISED) else stated
-    box_format = box_format or CORNERS
+    # What the user says wins: columns `x, y, w, h` may hold a centre and a size, as YOLO has it.
+    box_format = option or stated or CORNERS
     field = f"data.builder.{'region' if name == 'regions' else 'box'}_format"
     num_fractions = sum(min(box) >= 0 and max(box) <= 1 for box in boxes)
     highest = max((max(box) for box in boxes), default=0.0)

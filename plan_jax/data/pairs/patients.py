@@ -43,6 +43,22 @@ def match_ids(cells: Sequence[Any], noun: str = "patient") -> list[str | None]:
     return ids
 
 
+def fill_ids(ids: Sequence[str | None], images: Sequence[Any]) -> list[str | None]:
+    """Returns the ids, where a missing one is that of another row of the same image.
+
+    >>> fill_ids(["p1", None, None], ["a.png", "a.png", "b.png"])
+    ['p1', 'p1', None]
+    """
+    id_of_image: dict[str, str] = {}
+    for name, image in zip(ids, images, strict=True):
+        if name is not None and isinstance(image, str):
+            id_of_image.setdefault(image, name)
+    return [
+        id_of_image.get(image) if name is None and isinstance(image, str) else name
+        for name, image in zip(ids, images, strict=True)
+    ]
+
+
 def _read_id(cell: Any, noun: str) -> str:
     if isinstance(cell, float):
         if abs(cell) >= MAX_EXACT:

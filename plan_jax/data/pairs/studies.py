@@ -1,6 +1,7 @@
 """Studies: parsed rows of a manifest, and the merging of rows that describe one image."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from plan_jax.data.pairs.boxes import Box
 from plan_jax.data.prompts import is_normal_name
 from plan_jax.types import UserError
 
-DUPLICATES = ("merge", "any", "majority", "separate")
+DUPLICATES = ("merge", "any", "majority", "by_text", "separate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,8 @@ def merge_duplicates(studies: Sequence[Study], policy: str) -> list[Study]:
       studies: all studies, in order.
       policy: `merge` joins rows that do not contradict each other. `any` and `majority` decide on
         contradictory labels, `majority` among the readers; boxes of an absent finding are dropped.
-        `separate` merges nothing.
+        `by_text` is `merge` among rows of one text, and keeps different texts apart. `separate`
+        merges nothing.
 
     Raises:
       UserError: if rows of an image contradict each other, or are in two splits.
@@ -53,17 +55,30 @@ def merge_duplicates(studies: Sequence[Study], policy: str) -> list[Study]:
         _check_equal("patient", [row.patient_id for row in group], group)
     if policy == "separate":
         return list(studies)
-    return [
-        group[0] if len(group) == 1 else _merge_rows(group, policy) for group in groups.values()
-    ]
+    if policy == "by_text":
+        groups_of_text: dict[tuple[str, ...], list[Study]] = {}
+        for study in studies:
+            groups_of_text.setdefault((study.path, *study.text.split()), []).append(study)
+        rows_to_merge, policy = list(groups_of_text.values()), "merge"
+    else:
+        rows_to_merge = list(groups.values())
+    return [group[0] if len(group) == 1 else _merge_rows(group, policy) for group in rows_to_merge]
+
+
+def count_split_texts(studies: Sequence[Study]) -> int:
+    """Returns the number of rows with boxes whose image and text another row with boxes has too."""
+    counts = Counter((study.path, *study.text.split()) for study in studies if study.boxes)
+    return sum(count for count in counts.values() if count > 1)
 
 
 def _merge_rows(rows: Sequence[Study], policy: str) -> Study:
     texts = {" ".join(row.text.split()): row.text for row in rows if row.text}
     if len(texts) > 1:
         _refuse(
-            rows, "with different texts", "set data.builder.duplicates to 'separate' to keep them"
+            rows, "with different texts", "set data.builder.duplicates to 'by_text' to keep them"
         )
+    text = next(iter(texts.values()), "")
+    rows = [_respell_text(row, text) for row in rows]
     labels = _merge_labels(rows, policy)
     boxes: list[dict[str, Any]] = []
     for row in rows:
@@ -73,13 +88,22 @@ def _merge_rows(rows: Sequence[Study], policy: str) -> Study:
         ]
     return dataclasses.replace(
         rows[0],
-        text=next(iter(texts.values()), ""),
+        text=text,
         labels=labels,
         boxes=boxes,
         masks=_merge_mappings("masks", rows),
         regions=_merge_mappings("regions", rows),
         anatomy=_merge_mappings("anatomy", rows),
     )
+
+
+def _respell_text(row: Study, text: str) -> Study:
+    """Returns a row whose boxes and masks of the whole text have that text for a phrase."""
+    if not row.text or row.text == text:
+        return row
+    boxes = [box | {"phrase": text} if box["phrase"] == row.text else box for box in row.boxes]
+    masks = {text if name == row.text else name: path for name, path in row.masks.items()}
+    return dataclasses.replace(row, boxes=boxes, masks=masks)
 
 
 def _check_equal(name: str, values: Sequence[str], rows: Sequence[Study]) -> None:
@@ -94,7 +118,8 @@ def _merge_mappings(name: str, rows: Sequence[Study]) -> dict[str, Any]:
     for row in rows:
         for key, value in getattr(row, name).items():
             if merged.setdefault(key, value) != value:
-                _refuse(rows, f"with different {name}", "leave one of them")
+                remedy = "save their union as one mask" if name == "masks" else "leave one of them"
+                _refuse(rows, f"with different {name}", remedy)
     return merged
 
 
