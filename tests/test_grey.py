@@ -34,6 +34,23 @@ def test_a_white_frame_does_not_decide_the_depth():
     )
 
 
+@pytest.mark.parametrize(
+    ("film", "outlier"),
+    [
+        (np.round(draw_picture() * 4095).astype(np.uint16), 4096),
+        ((draw_picture() * 255).astype(np.float32), 256.5),
+        ((draw_picture() * 255).astype(np.float32), -1.5),
+        ((draw_picture() * 65535).astype(np.float32), 65540),
+    ],
+)
+def test_a_pixel_just_beyond_the_depth_does_not_decide_it(film, outlier):
+    resampled = film.copy()
+    resampled[0, 0] = outlier
+    expected = grey.scale_to_uint8(film)
+    expected[0, 0] = 255 if outlier > 0 else 0
+    np.testing.assert_array_equal(grey.scale_to_uint8(resampled), expected)
+
+
 def test_a_small_bright_object_is_not_a_marker():
     black = np.zeros((40, 40), np.uint16)
     black[3:8, 4:9] = 40000

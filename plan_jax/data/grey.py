@@ -12,7 +12,8 @@ BIT_DEPTHS = (8, 10, 12, 14, 16)  # of detectors and of the files that they writ
 WHITES = tuple(2**depth - 1 for depth in BIT_DEPTHS)
 MAX_MARKER = 0.05  # largest fraction of an image that burnt-in letters and lines cover
 MAX_FRAME = 0.5  # largest fraction that a white frame around the film covers
-UNIT_TOLERANCE = 0.05  # how far resampling moves real pixels beyond 0 and 1
+UNIT_TOLERANCE = 0.05  # how far resampling moves pixels beyond black and white, white being 1
+MAX_OVERSHOOT = 0.001  # largest fraction of whole grey values that are moved so
 MIN_REAL_WHITE = 16  # real pixels whose maximum lies between 1 and this have an unknown white
 LUMINANCE = np.asarray([0.299, 0.587, 0.114], np.float32)  # of ITU-R 601, as in Pillow
 
@@ -34,7 +35,7 @@ def scale_to_uint8(pixels: Num[np.ndarray, "Y X"], bit_depth: int = 0) -> UInt8[
     [[0, 128, 255]]
 
     Args:
-      pixels: grey values, 0 is black.
+      pixels: grey values, 0 is black; real ones may be a little below it, as after resampling.
       bit_depth: their depth (0: that of `find_bit_depth`); brighter pixels become white.
 
     Raises:
@@ -46,7 +47,8 @@ def scale_to_uint8(pixels: Num[np.ndarray, "Y X"], bit_depth: int = 0) -> UInt8[
         raise ImageError("has pixels that are NaN or infinite")
     if is_unit(pixels):
         return clip_to_uint8(pixels, 0.0, 1.0)
-    if not 0 <= low <= high < 2**16:
+    tolerance = UNIT_TOLERANCE if np.issubdtype(pixels.dtype, np.floating) else 0.0
+    if low < -tolerance * high or high < 0 or high > WHITES[-1] * (1 + tolerance):
         raise ImageError(
             f"has pixels from {low:g} to {high:g}, not 0 to 65535; shift or scale them"
         )
@@ -69,6 +71,7 @@ def find_bit_depth(pixels: Num[np.ndarray, "*N"]) -> int:
 
     A marker is a small part of the image that lies far beyond all the rest, as a letter of 65535 on
     a film of 12 bits does. A frame of one value, the largest of a depth, may be half of the image.
+    Neither do single pixels count that lie just beyond, as resampling leaves them.
 
     >>> film = np.arange(4096)
     >>> find_bit_depth(film), find_bit_depth(np.append(film, [65535] * 50))
@@ -83,14 +86,16 @@ def find_bit_depth(pixels: Num[np.ndarray, "*N"]) -> int:
         if largest <= white:
             return depth
         is_beyond = pixels > white
-        share = is_beyond.mean()
-        if share > MAX_FRAME or (share > MAX_MARKER and largest not in WHITES):
+        fraction = is_beyond.mean()
+        if fraction <= MAX_OVERSHOOT and largest <= white * (1 + UNIT_TOLERANCE):
+            return depth
+        if fraction > MAX_FRAME or (fraction > MAX_MARKER and largest not in WHITES):
             continue
-        beyond = pixels[is_beyond]
+        marker = pixels[is_beyond]
         # A film of this depth uses a good part of it, or the small part is the picture itself.
         is_film = pixels[~is_beyond].max() > white / 4
-        is_marker = share <= MAX_MARKER or beyond.min() == largest
-        if is_film and is_marker and np.median(beyond) > 3 * white:
+        is_marker = fraction <= MAX_MARKER or marker.min() == largest
+        if is_film and is_marker and np.median(marker) > 3 * white:
             return depth
     return BIT_DEPTHS[-1]
 
