@@ -24,9 +24,10 @@ CONTENT = make_dicom(STORED)
 def read(tmp_path):
     """Returns a function that reads an image from a file's content, at its own size."""
 
-    def read_content(content):
+    def read_content(content, bit_depth=0, notes=None):
         (tmp_path / "film.dcm").write_bytes(content)
-        pixels, shape = images.read_image(tmp_path / "film.dcm", max(SHAPE))
+        path = tmp_path / "film.dcm"
+        pixels, shape = images.read_image(path, max(SHAPE), bit_depth, notes)
         assert shape == pixels.shape == SHAPE
         return pixels
 
@@ -114,8 +115,14 @@ def test_bits_stored_is_the_depth_of_all_films(read):
     assert_close(read(make_dicom(marked, **TWELVE_BITS)), expected)
     assert_close(read(make_dicom(marked)), expected)  # 16 of 16 bits say nothing
     byte = np.round(PICTURE * 250).astype(np.uint8)
-    assert_close(read(make_dicom(byte)), byte)
-    assert_close(read(make_dicom(byte.astype(np.uint16), **TWELVE_BITS)), byte)
+    assert_close(read(make_dicom(byte), bit_depth=12), byte)
+
+
+def test_an_underexposed_film_keeps_the_scale_of_its_neighbours(read):
+    notes = set()
+    dim = np.round(PICTURE * 460).astype(np.uint16)
+    assert_close(read(make_dicom(dim, **TWELVE_BITS), notes=notes), dim / 4095 * 255)
+    assert not notes
 
 
 def test_unused_bits_are_an_overlay_or_an_error(read):
@@ -129,12 +136,46 @@ def test_unused_bits_are_an_overlay_or_an_error(read):
         read(make_dicom(STORED, BitsStored=8))
 
 
+def test_a_border_beyond_the_bits_is_padding_and_a_window_clips_the_rest(read):
+    notes = set()
+    framed = STORED.copy()
+    framed[:8] = 65535
+    window = {"WindowCenter": 2048, "WindowWidth": 4096}
+    expected = STORED / 4095 * 255
+    expected[:8] = 0
+    for elements in (window, {}):
+        assert_close(read(make_dicom(framed, **TWELVE_BITS, **elements), notes=notes), expected)
+        assert notes == {dicom.PADDED}
+    assert_close(read(make_dicom(STORED, BitsStored=10, **window)), STORED / 4095 * 255)
+
+
 def test_signed_pixels_keep_their_grey_levels(read):
-    assert_close(read(make_dicom(STORED.astype(np.int16))), STORED / 4095 * 255)
+    notes = set()
+    assert_close(read(make_dicom(STORED.astype(np.int16)), notes=notes), STORED / 4095 * 255)
+    assert notes == {12}
     signed = STORED.astype(np.int16) - 1000
-    expected = shown(signed, signed.min(), signed.max())
-    assert_close(read(make_dicom(signed)), expected)
     assert_close(read(make_dicom(signed, BitsStored=13)), shown(signed, -4096, 4095))
+    assert_close(read(make_dicom(signed), bit_depth=12), shown(signed, -2048, 2047))
+    notes = set()
+    assert_close(read(make_dicom(signed), notes=notes), shown(signed, -4096, 4095))
+    assert notes == {13, dicom.SIGNED}
+
+
+@pytest.mark.parametrize("elements", [{"BitsStored": 13}, {}])
+@pytest.mark.parametrize("marker", [-1, -4096])
+def test_a_few_negative_pixels_do_not_decide_the_scale(read, elements, marker):
+    marked = STORED.astype(np.int16)
+    marked[0, :5] = marker
+    expected = STORED / 4095 * 255
+    expected[0, :5] = 0
+    assert_close(read(make_dicom(marked, **elements)), expected)
+
+
+def test_a_scale_of_the_image_itself_is_noted(read):
+    wide = np.round(PICTURE * 100000).astype(np.uint32)
+    notes = set()
+    assert_close(read(make_dicom(wide), notes=notes), wide / wide.max() * 255)
+    assert notes == {dicom.OWN_RANGE}
 
 
 @pytest.mark.parametrize(

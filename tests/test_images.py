@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 from radiographs import draw_picture, make_dicom, make_png, make_tiff, save_with_orientation
 
-from plan_jax.data import images
+from plan_jax.data import dicom, images
 
 PICTURE = draw_picture()
 GREY = np.round(PICTURE * 255).astype(np.uint8)
@@ -406,14 +406,23 @@ def test_notes_become_one_sentence_each():
         images.ENLARGED: ["d.png", "c.png", "b.png", "a.png"],
         10: ["x.png"],
         12: ["y.png", "z.png"],
+        14: ["w.png"],
+        dicom.OWN_RANGE: ["p.dcm"],
+        dicom.SIGNED: ["q.dcm"],
+        dicom.PADDED: ["r.dcm"],
         images.EMPTY: ["m.png"],
         images.FULL: ["n.png"],
         images.FRAME: ["o.png"],
     }
-    turned, enlarged, depths, empty, full, frame = images.summarise_notes(notes, 224)
+    messages = images.summarise_notes(notes, 224)
+    turned, enlarged, depths, own_range, signed, padded, empty, full, frame = messages
     assert turned.startswith("turned 1 image (a.jpg) upright by the EXIF orientation")
     assert enlarged.startswith("enlarged 4 images (a.png, b.png, c.png and 1 more) to size 224")
-    assert "(10 bits in 1, 12 bits in 2)" in depths and "data.builder.bit_depth=12" in depths
+    assert "(10 bits in 1, 12 bits in 2, 14 bits in 1)" in depths
+    assert "data.builder.bit_depth=12" in depths  # the most frequent
+    assert own_range.startswith("1 image (p.dcm) scaled from the smallest to the largest pixel")
+    assert signed.startswith("1 image (q.dcm) with negative pixels and no window")
+    assert padded.startswith("1 image (r.dcm) with one value beyond BitsStored")
     assert empty.startswith("1 mask (m.png) without any pixel")
     assert full.startswith("1 mask (n.png) of the whole image")
     assert frame.startswith("1 mask (o.png) with all of the image's border")

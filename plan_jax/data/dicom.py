@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import MutableSet
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from plan_jax.types import UserError
 
 MIN_PYDICOM = 3  # the first version that has `pydicom.pixels`
 MAX_REASON = 60  # characters of a file's or a library's own words in a message
-MIN_LEVELS = 32  # grey values of 255 that an image without a window reaches if BitsStored is right
 PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "RGB", "PALETTE COLOR")  # besides YBR_...
 OVERLAY_GROUPS = range(0x6000, 0x6020, 2)
 PIXEL_ELEMENTS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+# What is noted of an image, besides a bit depth that was guessed.
+OWN_RANGE, SIGNED, PADDED = "own range", "signed", "padded"
 
 
 def is_dicom(data: bytes) -> bool:
@@ -27,27 +29,28 @@ def is_dicom(data: bytes) -> bool:
 
 
 def decode_dicom(
-    data: bytes, path: Path, bit_depth: int = 0
-) -> tuple[UInt8[np.ndarray, "Y X"], int]:
+    data: bytes, path: Path, bit_depth: int = 0, notes: MutableSet[str | int] | None = None
+) -> UInt8[np.ndarray, "Y X"]:
     """Decodes a DICOM file of one frame as grey in which bone is bright.
-
-    Returns the grey values, and their bit depth if it was guessed (else 0).
 
     Colour, also by palette, becomes luminance. Grey values are rescaled and shown in the file's
     first window that has a width. Without one, black and white are the ends of what `BitsStored`
-    can hold. Where that is the whole of 16 bits, or the image is far from using it, the depth is
-    that of `grey.find_bit_depth`; 16 bits with negative pixels reach from their minimum to their
-    maximum. Pixels of padding are black and have no part in the scale. MONOCHROME1 is inverted.
+    can hold; where that is the whole of 16 bits, the depth is that of `grey.find_bit_depth`. Black
+    is 0 unless more than a marker is negative: then it is the most negative value of the depth.
+    Pixels of padding are black and have no part in the scale. MONOCHROME1 is inverted.
 
     Args:
       data: content of the file.
       path: its path, for messages.
       bit_depth: depth of an image without a window that does not say it (0: guessed).
+      notes: receives the bit depth if it was guessed, OWN_RANGE if black and white are those of the
+        image itself, SIGNED if black is negative, PADDED if padding was recognised by its value.
 
     Raises:
       UserError: if pydicom is not installed, or too old.
       ImageError: if the pixels cannot be read; the message says what is missing.
     """
+    notes = set() if notes is None else notes
     pydicom = _import_pydicom(path)
     has_prefix = data[128:132] == b"DICM"
     try:
@@ -57,8 +60,8 @@ def decode_dicom(
         _check_elements(dataset, has_prefix)
         stored = _decode_pixels(dataset)
         if stored.ndim == 3 or dataset.PhotometricInterpretation == "PALETTE COLOR":
-            return _show_colour(stored, dataset), 0
-        return _show_grey(stored, dataset, bit_depth)
+            return _show_colour(stored, dataset)
+        return _show_grey(stored, dataset, bit_depth, notes)
     except ImageError:
         raise
     except Exception as error:  # pydicom raises many kinds, each for a file it cannot read
@@ -140,7 +143,7 @@ def _decode_pixels(dataset: Any) -> Num[np.ndarray, "Y X *C"]:
             f"{_name_decoders(decoder)}"
         )
     try:
-        # Unused bits are left to `_clear_unused_bits`, because padding may use them.
+        # Unused bits are left to `_find_beyond`, because padding may use them.
         is_signed = _read_number(dataset, "PixelRepresentation", 0) == 1
         return pixel_array(dataset, correct_unused_bits=is_signed)
     except Exception as error:
@@ -180,17 +183,27 @@ def _show_colour(stored: Num[np.ndarray, "Y X *C"], dataset: Any) -> UInt8[np.nd
 
 
 def _show_grey(
-    stored: Num[np.ndarray, "Y X"], dataset: Any, bit_depth: int
-) -> tuple[UInt8[np.ndarray, "Y X"], int]:
-    """Returns the grey values that a viewer shows, and their depth if it was guessed (else 0)."""
+    stored: Num[np.ndarray, "Y X"], dataset: Any, bit_depth: int, notes: MutableSet[str | int]
+) -> UInt8[np.ndarray, "Y X"]:
+    """Returns the grey values that a viewer shows."""
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
     _repair_scale(dataset)
     is_padding = _find_padding(stored, dataset)
-    stored = _clear_unused_bits(stored, ~is_padding, dataset)
+    stored = _clear_overlays(stored, dataset)
+    is_beyond = _find_beyond(stored, dataset) & ~is_padding
+    if is_beyond.mean() > grey.MAX_MARKER:
+        has_film = len(np.unique(stored[~is_padding & ~is_beyond])) > 1
+        if has_film and np.ptp(stored[is_beyond]) == 0:
+            is_padding |= is_beyond
+            notes.add(PADDED)
+        elif "VOILUTSequence" not in dataset and "WindowWidth" not in dataset:
+            raise ImageError(
+                f"has grey values up to {stored[is_beyond].max()}, beyond its BitsStored "
+                f"{dataset.BitsStored}; correct that element"
+            )
     film = stored.ravel() if is_padding.all() else stored[~is_padding]
     values = apply_modality_lut(stored, dataset)
-    guessed_depth = 0
     if "VOILUTSequence" in dataset:
         length, first, _ = dataset.VOILUTSequence[0].LUTDescriptor
         table = apply_voi_lut(np.arange(first, first + (length or 2**16)), dataset)
@@ -206,7 +219,7 @@ def _show_grey(
                 "shows none of its grey values; delete the window or correct it"
             )
     else:
-        low, high, guessed_depth = _find_range(film, dataset, bit_depth)
+        low, high = _find_range(film, dataset, bit_depth, notes)
         has_table = "ModalityLUTSequence" in dataset
         ends = np.arange(int(low), int(high) + 1) if has_table else np.asarray([low, high])
         limits = apply_modality_lut(ends, dataset)
@@ -214,7 +227,7 @@ def _show_grey(
     pixels = grey.clip_to_uint8(values, float(black), float(white))
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         pixels = 255 - pixels
-    return np.where(is_padding, np.uint8(0), pixels), guessed_depth
+    return np.where(is_padding, np.uint8(0), pixels)
 
 
 def _repair_scale(dataset: Any) -> None:
@@ -263,56 +276,57 @@ def _find_padding(stored: Num[np.ndarray, "Y X"], dataset: Any) -> Bool[np.ndarr
     return (stored >= min(first, last)) & (stored <= max(first, last))
 
 
-def _clear_unused_bits(
-    stored: Num[np.ndarray, "Y X"], is_film: Bool[np.ndarray, "Y X"], dataset: Any
-) -> Num[np.ndarray, "Y X"]:
-    """Returns unsigned values without the overlays that old files store in the bits beyond.
+def _find_beyond(stored: Num[np.ndarray, "Y X"], dataset: Any) -> Bool[np.ndarray, "Y X"]:
+    """Returns which pixels use bits beyond `BitsStored`; those of signed values are its sign."""
+    if not np.issubdtype(stored.dtype, np.unsignedinteger):
+        return np.zeros(stored.shape, bool)
+    return stored >> _read_number(dataset, "BitsStored", 16) > 0
 
-    Raises:
-      ImageError: if more than a marker uses these bits and no overlay explains it.
-    """
-    bits = _read_number(dataset, "BitsStored", 16)
-    is_unsigned = np.issubdtype(stored.dtype, np.unsignedinteger)
-    if not is_unsigned or not (is_beyond := (stored >> bits > 0) & is_film).any():
-        return stored
+
+def _clear_overlays(stored: Num[np.ndarray, "Y X"], dataset: Any) -> Num[np.ndarray, "Y X"]:
+    """Returns values without the overlays that old files store in the bits beyond `BitsStored`."""
     positions = [dataset.get((group, 0x0102)) for group in OVERLAY_GROUPS]
-    if any(position is not None and position.value for position in positions):
-        return stored & (2**bits - 1)
-    if is_beyond.mean() > grey.MAX_MARKER:
-        raise ImageError(
-            f"has grey values up to {stored[is_film].max()}, beyond its BitsStored {bits}; "
-            "correct that element"
-        )
+    has_overlay = any(position is not None and position.value for position in positions)
+    if has_overlay and np.issubdtype(stored.dtype, np.unsignedinteger):
+        return stored & (2 ** _read_number(dataset, "BitsStored", 16) - 1)
     return stored
 
 
 def _find_range(
-    film: Num[np.ndarray, " N"], dataset: Any, bit_depth: int
-) -> tuple[float, float, int]:
-    """Returns the stored values of black and white, and the depth if it was guessed (else 0)."""
+    film: Num[np.ndarray, " N"], dataset: Any, bit_depth: int, notes: MutableSet[str | int]
+) -> tuple[float, float]:
+    """Returns the stored values of black and white."""
     low, high = float(film.min()), float(film.max())
     allocated = _read_number(dataset, "BitsAllocated", 16)
     bits = _read_number(dataset, "BitsStored", allocated)
     if np.issubdtype(film.dtype, np.floating):
-        return (0.0, 1.0, 0) if grey.is_unit(film) else (low, high, 0)
-    if low < 0:
-        half = 2.0 ** (bits - 1)
-        return (-half, half - 1, 0) if bits < allocated else (low, high, 0)
-    if high >= 2**16:
-        return 0.0, high, 0
-    depth = bits - dataset.PixelRepresentation if bits < max(allocated, 8) else bit_depth
-    if depth and (high * 255 >= MIN_LEVELS * 2**depth or depth in (bit_depth, 1)):
-        return 0.0, 2.0**depth - 1, 0
-    # Of 16 bits with a sign, 15 hold what is not negative.
-    depth = min(grey.find_bit_depth(film), allocated - dataset.PixelRepresentation)
-    return 0.0, 2.0**depth - 1, depth
+        if grey.is_unit(film):
+            return 0.0, 1.0
+        notes.add(OWN_RANGE)
+        return low, high
+    # A few negative pixels are a marker: they must not change the scale of all the rest.
+    if is_signed := bool(np.mean(film < 0) > grey.MAX_MARKER):
+        notes.add(SIGNED)
+    if bits < allocated or allocated <= 8:
+        depth = bits - dataset.PixelRepresentation
+    elif max(high, -low if is_signed else 0) >= 2**16:
+        notes.add(OWN_RANGE)
+        return (low if is_signed else 0.0), high
+    elif bit_depth:
+        depth = bit_depth - is_signed
+    else:
+        # Of 16 bits with a sign, 15 hold what is not negative.
+        positive = np.abs(film.astype(np.int64)) if is_signed else np.clip(film, 0, None)
+        depth = min(grey.find_bit_depth(positive), allocated - dataset.PixelRepresentation)
+        notes.add(depth + is_signed)
+    return (-(2.0**depth) if is_signed else 0.0), 2.0**depth - 1
 
 
 def _read_numbers(dataset: Any, name: str) -> list[float]:
     """Returns the values of an element, NaN for those that are not numbers."""
     try:
         value = dataset.get(name)
-    except Exception:  # of pydicom, for a text that is no number
+    except Exception:  # of pydicom, for a text that is not a number
         return []
     items = value if isinstance(value, list | tuple) or hasattr(value, "append") else [value]
     numbers = []

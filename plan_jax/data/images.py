@@ -68,8 +68,8 @@ def read_image(
       path: the file.
       size: longer side of the result in pixels.
       bit_depth: depth of images of more than 8 bits that do not say it (0: guessed from each).
-      notes: receives TURNED if the image was turned, ENLARGED if it was smaller than `size`, and
-        the bit depth if it was guessed.
+      notes: receives TURNED if the image was turned, ENLARGED if it was smaller than `size`, the
+        bit depth if it was guessed, and what `dicom.decode_dicom` notes.
 
     Raises:
       OSError, ValueError: if the file is missing or is not a readable image.
@@ -78,7 +78,7 @@ def read_image(
     notes = set() if notes is None else notes
     data = path.read_bytes()
     if dicom.is_dicom(data):
-        pixels, guessed_depth = dicom.decode_dicom(data, path, bit_depth)
+        pixels = dicom.decode_dicom(data, path, bit_depth, notes)
         shape = pixels.shape
     else:
         try:
@@ -89,8 +89,8 @@ def read_image(
             raise ImageError(_describe_error(error, data)) from None
         if is_turned:
             notes.add(TURNED)
-    if guessed_depth:
-        notes.add(guessed_depth)
+        if guessed_depth:
+            notes.add(guessed_depth)
     if max(shape) < size:
         notes.add(ENLARGED)
     return transforms.resize_image(pixels, *transforms.scale_shape(shape, size)), shape
@@ -114,9 +114,24 @@ def summarise_notes(notes: Mapping[str | int, Sequence[str]], size: int) -> list
     depths = sorted(depth for depth in notes if isinstance(depth, int))
     if len(depths) > 1:
         counts = ", ".join(f"{depth} bits in {len(notes[depth])}" for depth in depths)
+        frequent = max(depths, key=lambda depth: (len(notes[depth]), depth))
         messages.append(
             f"images have different bit depths ({counts}); if all are of one detector, set "
-            f"data.builder.bit_depth={depths[-1]}"
+            f"data.builder.bit_depth={frequent}"
+        )
+    if names := notes.get(dicom.OWN_RANGE):
+        messages.append(
+            f"{_count(names, 'image')} scaled from the smallest to the largest pixel of each; to "
+            "compare them, add a window (0028,1050) and (0028,1051)"
+        )
+    if names := notes.get(dicom.SIGNED):
+        messages.append(
+            f"{_count(names, 'image')} with negative pixels and no window: 0 is grey; to make it "
+            "black, add a window (0028,1050) and (0028,1051)"
+        )
+    if names := notes.get(dicom.PADDED):
+        messages.append(
+            f"{_count(names, 'image')} with one value beyond BitsStored, which was taken as padding"
         )
     if names := notes.get(EMPTY):
         messages.append(f"{_count(names, 'mask')} without any pixel; draw or remove them")
@@ -184,7 +199,7 @@ def _describe_error(error: Exception, data: bytes) -> str:
 
 
 def _check_frames(image: Image.Image) -> None:
-    """Raises ImageError if a file has several pictures; reduced copies of the first are none."""
+    """Raises ImageError if a file has several pictures; reduced copies do not count."""
     if image.format not in FRAME_FORMATS:
         return
     num_frames = getattr(image, "n_frames", 1)
