@@ -23,6 +23,10 @@ def test_a_comma_divides_where_its_parts_are_names():
     assert split_all(["A, B", "A", "B"])[0] == {"A": 1, "B": 1}
     assert split_all(["A, B", "B, C", "A, C"])[0] == {"A": 1, "B": 1}
     assert split_all(["A, b", "A|b"])[0] == {"A": 1, "b": 1}
+    sides = [f"{name}, {side}" for name in ("Nodule", "Opacity") for side in ("left", "right")]
+    for cells in (sides, [*sides, "Nodule", "Opacity"]):
+        with pytest.raises(UserError, match="labels contain commas, as 'Nodule, left'; set"):
+            split_all(cells)
     message = "labels contain commas, as 'A, B'; set data.builder.label_separator to ',' if"
     with pytest.raises(UserError, match=message):
         split_all(["A, B", "A"])
@@ -39,6 +43,11 @@ def test_a_mark_that_may_divide_two_findings_is_refused(mark):
     ):
         split_all(cells)
     assert split_all(cells, separator=mark)[0] == {"Effusion": 1, "Edema": 1}
+    with pytest.raises(UserError, match="if it divides findings, else to ';'"):
+        split_all(cells)
+    assert split_all(cells, separator=";")[0] == {cells[0]: 1}
+    with pytest.raises(UserError, match="if it divides findings, else to '|'"):
+        split_all([*cells, "Mass|Edema"])
     assert split_all(["Nodule/Mass", "Edema"])[0] == {"Nodule/Mass": 1}
 
 
@@ -83,6 +92,17 @@ def test_configured_findings_are_matched_without_regard_to_case():
 def test_values_are_no_names_of_findings(names, remedy):
     with pytest.raises(UserError, match=f"not names of findings; .*{remedy}"):
         label_names.match_names(dict.fromkeys(names, 1))
+
+
+def test_texts_in_place_of_labels_are_counted_and_not_shown():
+    texts = [f"small left effusion in zone {number}" for number in range(12)]
+    with pytest.raises(UserError, match="labels are 12 different texts in one row each") as raised:
+        label_names.match_names(dict.fromkeys(texts, 1))
+    assert "effusion" not in str(raised.value)
+    assert len(label_names.match_names(dict.fromkeys(texts, 2))[0]) == 12
+    assert len(label_names.match_names(dict.fromkeys(texts, 1), texts)[0]) == 12
+    _, notes = label_names.match_names({texts[0]: 1, "Edema": 3}, ("Edema",))
+    assert notes == ["labels that are not in findings: a text of 29 characters 1"]
 
 
 def test_names_that_look_alike_are_remarked_but_not_grades():

@@ -81,6 +81,10 @@ def test_a_caller_may_edit_its_copy():
         ("healthy", "normal chest radiograph", "abnormal chest radiograph"),
         ("No pneumothorax", "there is no pneumothorax", "there is pneumothorax"),
         ("non-COVID", "there is no COVID", "there is COVID"),
+        *(
+            (name, f"there is {name}", f"there is no {name}")
+            for name in ("Non-small cell lung cancer", "Non-displaced fracture")
+        ),
         ("Nodule", "there is Nodule", "there is no Nodule"),
     ],
 )

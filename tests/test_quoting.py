@@ -33,6 +33,25 @@ def test_a_quotation_is_short_printable_and_shows_no_report(quote, cell):
     assert not [word for word in ("Miller", "effusion", "积液", "telephone") if word in shown]
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "双肺纹理清晰，心影不大，左侧胸腔积液",
+        "ปอดทั้งสองข้างปกติไม่พบสิ่งผิดปกติ",
+        "Seen and agreed by Dr.Smith",
+        "No focal consolidation.Clear",
+    ],
+)
+def test_a_report_without_blanks_or_with_an_end_like_a_suffix_is_not_shown(cell):
+    assert quoting.quote_path(cell) == f"a text of {len(cell)} characters"
+
+
+def test_a_path_of_many_words_shows_the_name_of_its_file():
+    path = "My Drive/Study of the year/Chest films from both sites/001 front.png"
+    assert quoting.is_path(path) and quoting.quote_path(path) == ".../001 front.png"
+    assert quoting.quote_path(f"{REPORT} x.png") == f"a text of {len(REPORT) + 6} characters"
+
+
 def test_short_values_and_ends_of_paths_are_shown():
     assert quoting.quote("held out") == "'held out'" and quoting.quote(0.5) == "0.5"
     assert quoting.quote_path("a b/c.png") == "a b/c.png"

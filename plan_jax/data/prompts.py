@@ -216,7 +216,10 @@ _NORMAL_NAMES = frozenset(
         *("normalstudy", "normalchest", "normalchestxray", "normalcxr"),
     )
 )
-_NEGATION = re.compile(r"(?:no|not|non|without|absence of|absent)[ \-]+(?=\S)", re.IGNORECASE)
+# `non-COVID` denies COVID; in `Non-small cell lung cancer` the word is part of an adjective.
+_NEGATION = re.compile(
+    r"(?:(?:no|without|absence of|absent)[ \-]+(?=\S)|(?:non|not)[ \-]+(?=\S+$))", re.IGNORECASE
+)
 
 
 def is_normal_name(name: str) -> bool:

@@ -6,6 +6,14 @@ from typing import Any
 
 MAX_CHARACTERS = 60  # of a cell in a message
 MAX_WORDS = 3  # a text with more words may be a report
+MAX_DENSE_LETTERS = 8  # of scripts without blanks between words
+_DENSE_LETTER = re.compile(
+    # Thai, Lao, Myanmar, Khmer, Japanese, Chinese.
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+)
+_IMAGE_SUFFIX = re.compile(
+    r"[^\s.]\.(?:png|jpe?g|dcm|dicom|tiff?|bmp|gif|webp|jp2|j2k|pgm|ppm|nii|gz|npy)$", re.IGNORECASE
+)
 _SENTENCE_END = re.compile(r"[.!?]\s|[.!?]$|[。！？؟।]")
 
 
@@ -34,37 +42,51 @@ def quote(value: Any) -> str:
 def quote_path(value: Any) -> str:
     """Returns a path as a message may show it: a long one from its end, a report not at all.
 
+    Of a path with many words, only the name of the file is shown.
+
     >>> quote_path("img/001.png"), quote_path("There is effusion in the left lower zone")
     ('img/001.png', 'a text of 40 characters')
     """
     if not isinstance(value, str):
         return quote(value)
-    if not is_path(value):
+    name = re.split(r"[/\\]", value)[-1] if len(value.split()) > 2 * MAX_WORDS else value
+    if not is_path(value) or len(name.split()) > 2 * MAX_WORDS:
         return f"a text of {len(value)} characters"
-    line = _to_line(value)
+    line = _to_line(value if name == value else f".../{name}")
     return line if len(line) <= MAX_CHARACTERS else f"...{line[3 - MAX_CHARACTERS :]}"
 
 
-def is_path(text: str) -> bool:
-    """Returns whether a text may be a path: a name with blanks ends like the name of a file.
+def quote_name(name: str, num_rows: int) -> str:
+    """Returns the name of a finding for a list; one of a single row is hidden if it may be a text.
 
-    >>> is_path("chest 1/front.png"), is_path("3f2e"), is_path("Clear lungs")
-    (True, True, False)
+    >>> [quote_name("Disease of both lungs", number) for number in (2, 1)]
+    ['Disease of both lungs', 'a text of 21 characters']
     """
-    if re.search(r"[^\s.]\.[A-Za-z]\w{1,4}$", text):
-        return len(text.split()) <= 2 * MAX_WORDS
+    return shorten(name) if num_rows > 1 or not is_prose(name) else quote(name)
+
+
+def is_path(text: str) -> bool:
+    """Returns whether a text may be a path: a name with blanks ends like the name of an image.
+
+    >>> is_path("chest 1/front.png"), is_path("3f2e"), is_path("Clear lungs"), is_path("by Dr.Yu")
+    (True, True, False, False)
+    """
+    if _IMAGE_SUFFIX.search(text):
+        return True
     return len(text.split()) <= 1 and not is_prose(text)
 
 
 def is_prose(text: str) -> bool:
     """Returns whether a text may be a sentence: more than three words, or an end of a sentence.
 
+    In a script without blanks, more than eight letters may be one.
+
     >>> is_prose("Pleural Effusion"), is_prose("No effusion.")
     (False, True)
     """
-    return len(text.split()) > MAX_WORDS or (
-        _SENTENCE_END.search(text) is not None and any(map(str.isalpha, text))
-    )
+    if len(text.split()) > MAX_WORDS or len(_DENSE_LETTER.findall(text)) > MAX_DENSE_LETTERS:
+        return True
+    return _SENTENCE_END.search(text) is not None and any(map(str.isalpha, text))
 
 
 def shorten(text: str) -> str:

@@ -493,7 +493,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             anatomy = self._read_masks(study.anatomy, study.number, shape, image.shape)
             # Stored masks have no names but their order, so a study has all of them or none.
             if anatomy and (missing := sorted({*self._anatomy_names} - {*anatomy})):
-                raise ValueError(f"has masks of anatomy, but not of {', '.join(missing)}")
+                names = ", ".join(quoting.quote(name) for name in missing[:MAX_REPORTED_ROWS])
+                raise ValueError(f"has masks of anatomy, but not of {names}")
             corners = [
                 box | {"box": boxes.to_corners(box["box"], box["box_format"], shape)}
                 for box in study.boxes

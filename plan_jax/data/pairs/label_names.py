@@ -16,6 +16,7 @@ _DIGITS = re.compile(r"[-+\d\s.,:/]*\d[-+\d\s.,:/]*")
 # What may divide two findings, and may as well be part of the name of one.
 _AMBIGUOUS_SEPARATORS = ("/", "+", "&", " and ", " ")
 MAX_NAMES = 12  # of a list in a message
+MIN_TEXTS = 5  # that may be reports in place of names
 MAX_COMPARED = 60  # names, all pairs of which are compared
 MIN_RATIO = 0.8  # of letters that two spellings of one name have in common
 
@@ -25,7 +26,9 @@ def choose_separator(
 ) -> re.Pattern[str]:
     """Returns the pattern that divides the names of a column of labels.
 
-    A comma divides names if all of its parts are names by themselves or of several lists.
+    A comma divides names if each of its parts stands alone somewhere or is the first of a list. In
+    lists whose order is free, a part of several lists is a name too: `left` of `Nodule, left` and
+    `Mass, left` is none.
 
     >>> choose_separator(["Edema, Effusion", "Edema", "Effusion"]).split("a,b")
     ['a', 'b']
@@ -53,19 +56,24 @@ def choose_separator(
     )
     known_keys = {fold_name(name) for name in findings}
     commas = re.compile("[,，]")
+    own_mark = "|" if any("|" in text for text in texts) else ";"
     lists = [
         name
         for name in names
         if commas.search(name) and fold_name(name) not in known_keys and not _DIGITS.fullmatch(name)
     ]
     if lists:
-        parts = Counter(fold_name(part) for name in lists for part in set(commas.split(name)))
-        known_keys |= {fold_name(name) for name in names if name not in lists}
-        known_keys |= {part for part, count in parts.items() if count > 1}
-        if not set(parts) <= known_keys:
+        parts_of_list = [[fold_name(part) for part in commas.split(name)] for name in lists]
+        first_parts = {parts[0] for parts in parts_of_list}
+        later_parts = Counter(part for parts in parts_of_list for part in {*parts[1:]})
+        known_keys |= {fold_name(name) for name in {*names} - {*lists}} | first_parts
+        if first_parts & {*later_parts}:  # the order is free
+            known_keys |= {part for part, count in later_parts.items() if count > 1}
+        if not {*later_parts} <= known_keys:
             raise UserError(
                 f"labels contain commas, as {quoting.quote(lists[0])}; set "
-                "data.builder.label_separator to ',' if a comma divides findings, else to ';'"
+                "data.builder.label_separator to ',' if a comma divides findings, else to "
+                f"{own_mark!r}"
             )
         return re.compile(f"{DEFAULT_SEPARATOR.pattern}|{commas.pattern}")
     single = known_keys | {fold_name(name) for name in names}
@@ -75,8 +83,8 @@ def choose_separator(
             if len(pieces) > 1 and fold_name(name) not in known_keys and set(pieces) <= single:
                 raise UserError(
                     f"label {quoting.quote(name)} may be one finding or {len(pieces)}; set "
-                    f"data.builder.label_separator to {mark!r} if it divides findings, else list "
-                    "the names in data.builder.findings"
+                    f"data.builder.label_separator to {mark!r} if it divides findings, else to "
+                    f"{own_mark!r}"
                 )
     return DEFAULT_SEPARATOR
 
@@ -103,6 +111,7 @@ def match_names(
     if len(finding_of_key) < len(findings):
         raise UserError(f"findings {list_names(findings)} has one name twice; name it once")
     _check_values(counts, finding_of_key)
+    _check_texts(counts, finding_of_key)
     spellings: dict[str, list[str]] = {}
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         spellings.setdefault(fold_name(name), []).append(name)
@@ -121,13 +130,13 @@ def match_names(
     if finding_of_key and counts and not matches:
         raise UserError(
             f"none of the findings {list_names(findings)} is a label; the labels are "
-            f"{list_names(list(counts))}: correct data.builder.findings"
+            f"{list_names(list(counts), counts)}: correct data.builder.findings"
         )
     unmatched_names = [name for name in counts if name not in matches]
     if unmatched_names:
         notes.append(f"labels that are not in findings: {list_names(unmatched_names, counts)}")
     notes += [
-        f"labels {quoting.shorten(first)!r} and {quoting.shorten(second)!r} look alike; if they "
+        f"labels {quoting.quote(first)} and {quoting.quote(second)} look alike; if they "
         "are one, write them in one way"
         for first, second in _find_similar(sorted(set(matches.values())))
     ]
@@ -163,6 +172,18 @@ def _check_values(counts: Mapping[str, int], finding_of_key: Mapping[str, str]) 
     )
 
 
+def _check_texts(counts: Mapping[str, int], finding_of_key: Mapping[str, str]) -> None:
+    """Raises UserError if most names are sentences, each of one row."""
+    names = [name for name in counts if fold_name(name) not in finding_of_key]
+    texts = [n for n in names if counts[n] <= 1 and len(n.split()) > quoting.MAX_WORDS]
+    if len(texts) >= MIN_TEXTS and len(texts) > len(names) / 2:
+        raise UserError(
+            f"labels are {len(texts)} different texts in one row each, not names of findings; name "
+            "the column of labels with data.builder.columns={'labels': '...'}, or list the names "
+            "in data.builder.findings"
+        )
+
+
 def _find_similar(names: Sequence[str]) -> list[tuple[str, str]]:
     """Returns the pairs of names that may be one finding, as `Infiltrate` and `Infiltration`."""
     if len(names) > MAX_COMPARED:
@@ -180,7 +201,9 @@ def list_names(names: Sequence[str], counts: Mapping[str, int] | None = None) ->
     """Returns names in a line for a message, with their counts, the most frequent ones first."""
     names = sorted(names, key=lambda name: -counts[name]) if counts else list(names)
     items = [
-        quoting.shorten(str(name)) + (f" {counts[name]}" if counts else "")
+        f"{quoting.quote_name(name, counts[name])} {counts[name]}"
+        if counts
+        else quoting.shorten(str(name))
         for name in names[:MAX_NAMES]
     ]
     num_hidden = len(names) - len(items)

@@ -1,6 +1,7 @@
 """The short summary of what was understood of a manifest; it contains no text of a report."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from plan_jax.data import quoting
@@ -91,16 +92,17 @@ class Summary:
             return []
         items = []
         label_names = {name for study in studies for name in study.labels.values}
-        for name in findings:
-            values = [
+        for name in findings[:MAX_LISTED]:
+            counts = Counter(
                 study.labels.values.get(name, study.labels.default if name in label_names else -1)
                 for study in studies
-            ]
-            counts = "/".join(str(values.count(value)) for value in (1, 0, -1))
-            items.append(f"{quoting.shorten(name)} {counts}")
-        num_hidden = len(items) - MAX_LISTED
+            )
+            counts_text = "/".join(str(counts[value]) for value in (1, 0, -1))
+            shown_name = quoting.quote_name(name, counts[1] + counts[0])
+            items.append(f"{shown_name} {counts_text}")
+        num_hidden = len(findings) - MAX_LISTED
         more = f" and {num_hidden} more" if num_hidden > 0 else ""
-        return [f"findings (1/0/unknown): {', '.join(items[:MAX_LISTED])}{more}"]
+        return [f"findings (1/0/unknown): {', '.join(items)}{more}"]
 
     def _describe_boxes(self, studies: Sequence[Study]) -> list[str]:
         counts = [len(study.boxes) for study in studies if study.boxes]
