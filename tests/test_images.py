@@ -353,6 +353,38 @@ def test_ripples_and_soft_edges_are_no_mask(tmp_path, quality, mode):
     assert (read_mask(tmp_path / "soft.png") != MASK).sum() <= 8
 
 
+@pytest.mark.parametrize("factors", [(4, 4), (5, 3)])
+def test_a_soft_mask_enlarged_by_nearest_neighbour_has_one_label(tmp_path, factors):
+    soft = np.asarray(Image.fromarray(paint(255, 0)).filter(ImageFilter.GaussianBlur(2)))
+    assert len(np.unique(soft)) > images.FEW_LEVELS
+    enlarged = np.kron(soft, np.ones(factors, np.uint8))
+    Image.fromarray(enlarged).save(tmp_path / "mask.png")
+    mask = images.read_mask(tmp_path / "mask.png", enlarged.shape, *enlarged.shape)
+    np.testing.assert_array_equal(mask, enlarged >= soft.max() / 2)
+
+
+def test_an_image_named_as_a_mask_is_refused(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 6, SHAPE)
+    film = np.clip(np.round(GREY * 0.7 + 40 + noise), 0, 255).astype(np.uint8)
+    for suffix in ("png", "jpg"):
+        Image.fromarray(film).save(tmp_path / f"film.{suffix}")
+        message = f"mask film.{suffix} looks like an image, not a mask; save a mask of 0 and 255"
+        with pytest.raises(ValueError, match=message):
+            read_mask(tmp_path / f"film.{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("white", "dtype", "message"),
+    [(0.02, "<f4", "0.02 of 1;"), (12, "u1", "12 of 255;"), (300, "<u2", "300 of 1023;")],
+)
+def test_a_dark_map_is_not_thresholded_at_half_of_its_own_maximum(tmp_path, white, dtype, message):
+    heat = np.linspace(0, 1, MASK.size).reshape(SHAPE) ** 8 * white
+    heat = heat if "f" in dtype else np.round(heat)
+    (tmp_path / "mask.tif").write_bytes(make_tiff(heat.astype(dtype)[..., None]))
+    with pytest.raises(ValueError, match=f"brightest pixel is {message} threshold it yourself"):
+        read_mask(tmp_path / "mask.tif")
+
+
 @pytest.mark.parametrize("labels", [(0, 128, 255), (0, 1, 2), (1, 2, 3), (0, 1, 255)])
 def test_several_labels_are_refused(tmp_path, labels):
     stored = np.full(SHAPE, labels[0], np.uint8)
@@ -361,6 +393,14 @@ def test_several_labels_are_refused(tmp_path, labels):
     message = f"mask mask.png has the grey levels {', '.join(map(str, labels))}, as of several"
     with pytest.raises(ValueError, match=message):
         read_mask(tmp_path / "mask.png")
+
+
+def test_many_labels_drawn_in_blocks_are_refused(tmp_path):
+    stored = np.zeros((8, 8), np.uint8)
+    stored[1:6:2, 1:6:2] = np.arange(28, 253, 28).reshape(3, 3)
+    Image.fromarray(np.kron(stored, np.ones((8, 8), np.uint8))).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="mask mask.png has the grey levels 0, 28, 56.*several"):
+        images.read_mask(tmp_path / "mask.png", (64, 64), 64, 64)
 
 
 @pytest.mark.parametrize("background", [(0, 0, 0), (255, 255, 255)])

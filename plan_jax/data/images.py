@@ -46,6 +46,8 @@ CODE_OF_COLOUR = np.asarray([1, 2**16, 2**32])  # red, green and blue of 16 bits
 FEW_LEVELS = 8  # levels or colours of a mask without soft edges, not compressed with loss
 RIPPLE = 1 / 8  # of a mask's maximum: how far lossy compression moves its pixels, or nearly so
 MAX_FLAT = 0.05  # largest fraction of a mask with soft edges that is flat and half bright
+MIN_DRAWN = 16  # rows and columns of a mask that was enlarged; fewer are drawn blocks
+MAX_SOFT = 0.5  # largest fraction of a picture of a mask that is neither black nor white
 # What is noted of an image, and of a mask.
 TURNED, ENLARGED = "turned", "enlarged"
 EMPTY, FULL, FRAME = "empty", "full", "frame"
@@ -437,11 +439,22 @@ def _is_flat(values: Num[np.ndarray, "Y X"]) -> Bool[np.ndarray, "Y X"]:
     return ndimage.minimum_filter(values, 3) == ndimage.maximum_filter(values, 3)
 
 
+def _reduce_blocks(values: Num[np.ndarray, "Y X"]) -> Num[np.ndarray, "V U"]:
+    """Returns one pixel of each block of equal pixels, as enlarging by nearest neighbour makes."""
+    picture = values
+    for _ in range(2):
+        is_step = (picture[1:] != picture[:-1]).any(1)
+        size = np.gcd.reduce(np.append(np.flatnonzero(is_step) + 1, len(picture)))
+        picture = picture[::size].T
+    return picture if min(picture.shape) >= MIN_DRAWN else values
+
+
 def _find_foreground(values: Num[np.ndarray, "Y X"], is_lossy: bool) -> Bool[np.ndarray, "Y X"]:
     """Returns which pixels of a mask are at least half as bright as its brightest one.
 
     Raises:
-      ImageError: if pixels of a brightness between have an area of their own, as several labels do.
+      ImageError: if pixels of a brightness between have an area of their own, as several labels do,
+        or if it is an image, or a map too dark to say what is white.
     """
     low, high = float(values.min()), float(values.max())
     if low < 0:
@@ -449,9 +462,12 @@ def _find_foreground(values: Num[np.ndarray, "Y X"], is_lossy: bool) -> Bool[np.
     levels = np.unique(values)
     is_exact = len(levels) <= FEW_LEVELS and not is_lossy
     margin = 0 if is_exact else high * RIPPLE
-    is_between = (values > margin) & (values < high - margin)
+    if len(levels) > FEW_LEVELS:
+        _check_range(values, margin)
+    picture = values if is_exact else _reduce_blocks(values)
+    is_between = (picture > margin) & (picture < high - margin)
     if is_between.any():
-        area = (is_between & _is_flat(values)).sum() / max((values > margin).sum(), 1)
+        area = (is_between & _is_flat(picture)).sum() / max((picture > margin).sum(), 1)
         if area > (0 if is_exact else MAX_FLAT):
             names = ", ".join(f"{level:g}" for level in levels[:FEW_LEVELS])
             raise ImageError(
@@ -459,3 +475,20 @@ def _find_foreground(values: Num[np.ndarray, "Y X"], is_lossy: bool) -> Bool[np.
                 "labels; save one mask of 0 and 255 for each"
             )
     return (values >= high / 2) & (values > 0)
+
+
+def _check_range(values: Num[np.ndarray, "Y X"], margin: float) -> None:
+    """Raises ImageError if many grey levels are those of an image, or do not reach white.
+
+    White is the smallest of those in use that is not exceeded: 1 of real pixels, else 255, 1023 ...
+    """
+    high = float(values.max())
+    whites = (1, *grey.WHITES) if np.issubdtype(values.dtype, np.floating) else grey.WHITES
+    white = next((w for w in whites if high <= w * (1 + grey.UNIT_TOLERANCE)), high)
+    if high < white / 2:
+        raise ImageError(
+            f"is too dark to tell its foreground: its brightest pixel is {high:g} of {white:g}; "
+            "threshold it yourself, and save it with 0 and 255"
+        )
+    if ((values > margin) & (values < high - margin)).mean() > MAX_SOFT:
+        raise ImageError("looks like an image, not a mask; save a mask of 0 and 255")
