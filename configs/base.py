@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
     config.weights.vision = ""
     config.weights.text = ""
     config.weights.heads = ""
+    config.weights.any_normalisation = False  # accept another than theirs, for fine-tuning
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 3e-3  # peak; use 2e-5 to 1e-4 for pretrained encoders

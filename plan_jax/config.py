@@ -133,6 +133,7 @@ class WeightsConfig(Section):
     vision: str = ""
     text: str = ""
     heads: str = ""  # projection heads of a MGCA checkpoint; all four heads must be mlp
+    any_normalisation: bool = False  # accept weights of another normalisation, for fine-tuning
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def load_published_weights(
                 log=parallel.print_once,
                 num_heads=heads,
                 normalisation=config.normalisation,
+                any_normalisation=config.weights.any_normalisation,
             )
             replace(part, load)
     if source := config.weights.heads:

@@ -133,8 +133,18 @@ def test_a_published_checkpoint_is_evaluated_without_training(mgca, tmp_path, mo
 def test_weights_refuse_images_of_another_scale(mgca):
     """What an original computes and no array shows."""
     content = make_content(vision=mgca[1]) | {"normalisation": "image"}
-    with pytest.raises(UserError, match="normalisation is image; set it to fixed"):
+    remedy = "normalisation is image; set it to fixed, or .*config.weights.any_normalisation=true"
+    with pytest.raises(UserError, match=remedy):
         init_from(content)
+
+
+def test_weights_of_another_scale_are_accepted_on_purpose(mgca, capsys):
+    trained, path = mgca
+    content = make_content(vision=path, any_normalisation=True) | {"normalisation": "image"}
+    tower = init_from(content).params["encoders"]["image_tower"]
+    jax.tree.map(np.testing.assert_array_equal, tower, trained["params"]["image_tower"])
+    expected = "MGCA trained it on images of normalisation fixed, and config.normalisation is image"
+    assert expected in capsys.readouterr().err
 
 
 def test_heads_of_another_kind_are_refused(mgca):

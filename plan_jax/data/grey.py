@@ -39,7 +39,7 @@ def scale_to_uint8(pixels: Num[np.ndarray, "Y X"], bit_depth: int = 0) -> UInt8[
       bit_depth: their depth (0: that of `find_bit_depth`); brighter pixels become white.
 
     Raises:
-      ImageError: for pixels that are negative or no numbers, more than 16 bits, or real pixels
+      ImageError: for pixels that are negative or not numbers, more than 16 bits, or real pixels
         whose white is unknown.
     """
     low, high = float(pixels.min()), float(pixels.max())

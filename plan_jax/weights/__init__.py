@@ -45,6 +45,7 @@ def load_tower(
     log: Callable[[str], None],
     num_heads: int | None = None,
     normalisation: str | None = None,
+    any_normalisation: bool = False,
 ) -> dict[str, PyTree]:
     """Returns {"params", "batch_stats"} of a tower, filled from `source`, as float32.
 
@@ -61,6 +62,7 @@ def load_tower(
         shows how many heads there were.
       normalisation: that of the images, for an image tower. It is compared with the one that the
         layout's origin was trained on, which no array shows either.
+      any_normalisation: whether another one is accepted, and logged, because training goes on.
 
     Raises:
       UserError: the weights cannot be read, are of no known layout, were trained on images of
@@ -84,7 +86,9 @@ def load_tower(
         )
     if tower == "text":
         _check_config(source, num_heads)
-    notes = [_check_normalisation(source, layout, normalisation)] if tower == "vision" else []
+    notes = []
+    if tower == "vision":
+        notes.append(_check_normalisation(source, layout, normalisation, any_normalisation))
     conversion = rename_arrays(arrays, layout)
     notes += adapt_arrays(conversion.arrays, shapes, layout, source)
     check_match(conversion, shapes, f"weights {source} do not fit the {tower} tower")
@@ -120,20 +124,28 @@ def load_head(head: str, source: str, template: Mapping[str, Any]) -> dict[str, 
     return unflatten_arrays(template, conversion.arrays)
 
 
-def _check_normalisation(source: str, layout: Layout, normalisation: str | None) -> str:
-    """Returns how images have to be normalised, if that is known and cannot be compared.
+def _check_normalisation(
+    source: str, layout: Layout, normalisation: str | None, any_normalisation: bool
+) -> str:
+    """Returns a sentence about the normalisation of the weights, if it may not be that of images.
 
     Raises:
-      UserError: the normalisation is another than that of the weights.
+      UserError: it is another than theirs, and that is not accepted.
     """
     trained = NORMALISATION_OF_ORIGIN.get(layout.origin)
     if trained is None or trained == normalisation:
         return ""
     if normalisation is None:
         return f"{layout.origin} trained it on images of config.normalisation {trained}"
+    if any_normalisation:
+        return (
+            f"{layout.origin} trained it on images of normalisation {trained}, and"
+            f" config.normalisation is {normalisation}"
+        )
     raise UserError(
         f"weights {source} are {layout.origin}'s, trained on images of normalisation {trained}, and"
-        f" config.normalisation is {normalisation}; set it to {trained}"
+        f" config.normalisation is {normalisation}; set it to {trained}, or accept another for"
+        " fine-tuning with config.weights.any_normalisation=true"
     )
 
 
