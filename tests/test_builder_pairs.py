@@ -215,7 +215,7 @@ def test_films_of_several_depths_are_named_and_can_be_read_as_one(folder, capfd)
     greys = {number_of(record): record.image[0, 0, 0] for record in dataset}
     assert greys["0"] == round(900 / 4095 * 255)
     with pytest.raises(
-        UserError, match="bit_depth 3 of dataset pairs is no depth of images; use 8"
+        UserError, match="bit_depth 3 of dataset pairs is not a depth of images; use 8"
     ):
         open_pairs(folder, make_rows(), bit_depth=3)
 

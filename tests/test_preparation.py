@@ -353,8 +353,74 @@ def test_images_on_a_faulty_disk_are_not_taken_for_the_data_folder(folder, monke
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(images, "read_image", fail)
-    with pytest.raises(UserError, match="8 of 12 rows cannot .*0.png .Input/output error.*max_bad"):
+    with pytest.raises(UserError, match="png in .*pairs cannot be read .Input/output error.; cor"):
         open_pairs(folder, make_rows())
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_images_that_cannot_be_read_for_a_while_are_not_dropped(
+    folder, is_prepared, monkeypatch, capfd
+):
+    (folder / "s").mkdir()
+    write_grey_image(folder / "s" / "0.png", 200)
+    rows = change_first_row(image="s/0.png")
+    if is_prepared:
+        open_pairs(folder, rows)
+    stat = os.stat
+
+    def refuse(path, *args, **options):
+        if str(path).startswith(str(folder / "s") + os.sep):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, *args, **options)
+
+    capfd.readouterr()
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(UserError, match="s/0.png in .* cannot be read .Permission denied.; corr"):
+        open_pairs(folder, rows)
+    assert "changed" not in capfd.readouterr().err
+    monkeypatch.setattr(os, "stat", stat)
+    assert grey_values(open_pairs(folder, rows))[-1] == 200
+    assert len(list((folder.parent / "data" / "pairs").glob("*/*/sources.json"))) == 1
+
+
+def test_images_whose_path_is_no_path_yet_are_noticed_when_they_exist(folder):
+    rows = change_first_row(image="Clear lungs", mask="a\\mask.png")
+    assert len(open_pairs(folder, rows)) == 7
+    write_grey_image(folder / "0.png", 220)
+    (folder / "0.png").rename(folder / "Clear lungs")
+    assert len(open_pairs(folder, rows)) == 7, "its mask does not exist yet"
+    (folder / "a").mkdir()
+    write_mask(folder / "a" / "mask.png")
+    assert grey_values(open_pairs(folder, rows))[-1] == 220
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("manifest.csv", "manifest .*manifest.csv"), ("", "images folder .*pairs")],
+)
+def test_a_manifest_or_folder_without_permission_is_named(folder, name, sentence, monkeypatch):
+    refused_path, stat = folder / name, os.stat
+    config = {"images": str(folder), "manifest": write_manifest(folder, make_rows())}
+
+    def refuse(path, *args, **options):
+        if str(path) == str(refused_path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(UserError, match=f"{sentence} cannot be read .Permission denied.; correct"):
+        datasets.open_dataset("pairs", "train", data_dir=str(folder.parent / "data"), **config)
+
+
+def test_records_that_are_deleted_meanwhile_are_no_error(folder, monkeypatch):
+    open_pairs(folder, make_rows())
+    write_grey_image(folder / "1.png", 7)
+
+    def list_deleted_files(path, _):
+        yield path / "deleted a moment ago"
+
+    monkeypatch.setattr(Path, "rglob", list_deleted_files)
+    assert grey_values(open_pairs(folder, make_rows()))[:2] == [0, 7]
 
 
 def test_a_mistake_in_the_code_stays_a_traceback(folder, monkeypatch):

@@ -135,7 +135,7 @@ def test_a_script_that_is_no_file_is_one_sentence(tmp_path):
     parent = start(tmp_path, GUARDED, from_stdin=True)
     out, err = parent.communicate(timeout=120)
     last = out.splitlines()[-1]
-    assert last.startswith("stopped: config.data.workers is 2") and "<stdin> is no file" in last
+    assert last.startswith("stopped: config.data.workers is 2") and "<stdin> is not a file" in last
     assert err == "" and parent.returncode == 0
 
 

@@ -1,5 +1,6 @@
 """Files that records are made from: a change of content is noticed, a move is none."""
 
+import errno
 import os
 import shutil
 import time
@@ -8,6 +9,7 @@ import pytest
 
 from plan_jax.data import sources
 from plan_jax.data.sources import SourceFiles
+from plan_jax.types import UserError
 
 OLD = 1_600_000_000  # seconds; a time that no clock takes for now
 
@@ -42,7 +44,7 @@ def test_unchanged_files_are_not_hashed_again(root, files, monkeypatch, tmp_path
     monkeypatch.setattr(sources, "YOUNG_NS", -(2**62))  # so that all times count at once
     files = make_files(root)
     files.save(tmp_path)
-    monkeypatch.setattr(sources, "_hash_file", lambda path: pytest.fail(f"{path} was hashed"))
+    monkeypatch.setattr(sources, "_hash_file", lambda _, path: pytest.fail(f"{path} was hashed"))
     assert SourceFiles.load(tmp_path).find_changes(root) == []
 
 
@@ -86,10 +88,59 @@ def test_a_copy_has_the_same_identity_and_is_hashed_once(root, files, tmp_path, 
 def test_a_change_within_the_step_of_the_clock_is_found(root, monkeypatch):
     """On drives with coarse clocks a second change leaves the size and the times as they were."""
     now = time.time_ns()
-    monkeypatch.setattr(sources, "_read_state", lambda path: (7, now, now))
+    monkeypatch.setattr(sources, "_read_state", lambda *_: (7, now, now))
     files = make_files(root)
     write(root / "3.png", b"IMAGE 3")
     assert files.find_changes(root) == ["3.png"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTCONN])
+@pytest.mark.parametrize("call", ["os.stat", "builtins.open"])
+def test_a_passing_fault_of_a_drive_is_no_change(root, files, monkeypatch, call, number):
+    """A file that cannot be asked for is not deleted, neither at the first time nor later."""
+
+    def fail(path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    if call == "builtins.open":
+        write(root / "3.png", b"IMAGE 3", OLD + 1)  # so that it is hashed
+    monkeypatch.setattr(call, fail)
+    sentence = f"png in {root} cannot be read .{os.strerror(number)}.; correct that, and repeat"
+    with pytest.raises(UserError, match=sentence):
+        files.find_changes(root)
+    with pytest.raises(UserError, match=sentence):
+        SourceFiles().add(root, root / "3.png")
+
+
+def test_names_that_no_file_can_have_are_absent(root):
+    files = SourceFiles()
+    for name in ("x" * 300, "a\0b", "0.png/a", "no folder/a.png"):
+        files.add(root, root / name)
+    assert set(files.states) == {sources.ABSENT} and files.find_changes(root) == []
+
+
+@pytest.mark.parametrize("seconds", [10**10, -(10**10)])
+def test_times_beyond_the_range_of_arrays_are_compared(root, monkeypatch, seconds):
+    stat = os.stat
+
+    def stat_with_far_times(path):
+        status = stat(path)
+        far = {"st_mtime_ns": seconds * 10**9, "st_ctime_ns": seconds * 10**9}
+        return os.stat_result(tuple(status), far | {"st_mtime": 0.0, "st_ctime": 0.0})
+
+    monkeypatch.setattr(sources.os, "stat", stat_with_far_times)
+    files = make_files(root)
+    assert files.find_changes(root) == []
+    write(root / "2.png", b"longer than it was")
+    assert files.find_changes(root) == ["2.png"]
+
+
+def test_a_time_ahead_of_the_clock_is_not_hashed_for_ever(root, monkeypatch):
+    ahead = time.time_ns() + 10**15
+    monkeypatch.setattr(sources, "_read_state", lambda *_: (7, ahead, OLD * 10**9))
+    files = make_files(root)
+    monkeypatch.setattr(sources, "_hash_file", lambda _, path: pytest.fail(f"{path} was hashed"))
+    assert files.find_changes(root) == []
 
 
 def test_the_digest_depends_on_every_content(root, files):

@@ -34,7 +34,7 @@ class Dataset(Sequence):
         """Initialises a dataset.
 
         Args:
-          source: serialised examples; a list of `schema.serialize(record)` will do.
+          source: serialised examples, or a list of `schema.serialize(record)`.
           findings: names of the labels.
           anatomy_names: names of the anatomy masks.
           region_names: names of the boxes of regions.

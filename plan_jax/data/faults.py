@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from plan_jax.data import quoting
 from plan_jax.types import UserError
 
 # What the system says of a disk that takes no more.
@@ -18,6 +19,24 @@ _PASSING_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO),
     *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
 )
+# What it says of a file that does not exist, or whose name no file can have.
+ABSENCE_ERRORS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EINVAL, errno.EILSEQ, errno.ENXIO),
+)
+
+
+def is_passing(error: OSError) -> bool:
+    """Returns whether a file may be readable later, as when a permission or a drive is missing."""
+    return error.errno is not None and error.errno not in ABSENCE_ERRORS
+
+
+def name_unreadable(error: OSError, folder: str | Path, path: str) -> UserError:
+    """Returns the sentence for a file below a folder that may be readable later."""
+    return UserError(
+        f"{quoting.quote_path(path)} in {os.path.normpath(folder)} cannot be read "
+        f"({error.strerror}); correct that, and repeat the command"
+    )
 
 
 @contextlib.contextmanager

@@ -272,7 +272,7 @@ class BatchIterator(grain.DatasetIterator):
 
     def _open_reader(self, step: int) -> grain.DatasetIterator:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
-        # The order is settled by `_BatchSource`; grain only runs it in the background.
+        # `_BatchSource` determines the order; grain only runs it in the background.
         reader = self._batches[step:].to_iter_dataset(options)
         if self._workers:
             processes.check_script(self._workers)

@@ -150,7 +150,7 @@ def _prepare_locked(
         if prepared := _find_current(location, key, config):  # while this process waited
             return prepared
         outdated = _list_prepared(location, key)
-        _explain_outdated(outdated, _list_older(location, key, config), config)
+        _explain_outdated(outdated, _list_earlier(location, key, config), config)
         names = {folder.parent.name for folder in outdated}
         config.name = next(
             name
@@ -232,7 +232,7 @@ def _hash_origin(config: tfds.core.BuilderConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _list_older(location: Path, key: str, config: tfds.core.BuilderConfig) -> list[Path]:
+def _list_earlier(location: Path, key: str, config: tfds.core.BuilderConfig) -> list[Path]:
     """Returns the folders of records that were made from an earlier content of the manifest."""
     folders = []
     if hasattr(config, "root"):
@@ -245,26 +245,31 @@ def _list_older(location: Path, key: str, config: tfds.core.BuilderConfig) -> li
 
 
 def _explain_outdated(
-    folders: Sequence[Path], older: Sequence[Path], config: tfds.core.BuilderConfig
+    folders: Sequence[Path], earlier_folders: Sequence[Path], config: tfds.core.BuilderConfig
 ) -> None:
     """Prints why records are prepared again, and how to free the space of the old ones.
 
     Args:
       folders: the records of the same manifest, of which files have changed.
-      older: the records of an earlier content of the manifest.
+      earlier_folders: the records of an earlier content of the manifest.
       config: the builder's configuration.
     """
-    unused = [*folders, *older]
-    if not unused:
+    old_folders = [*folders, *earlier_folders]
+    if not old_folders:
         return
     changed = f"manifest {config.manifest}"
     if folders:
         changes = _find_changes(folders[-1], config, _load_sources(folders[-1], config))
+        if not changes:  # the files were restored meanwhile
+            return
         changed = f"{_shorten(changes)} in {config.root}"
-    size = sum(file.stat().st_size for folder in unused for file in folder.rglob("*"))
+    size = 0
+    with contextlib.suppress(OSError):  # the user may be deleting them
+        for path in (path for folder in old_folders for path in folder.rglob("*")):
+            size += path.stat().st_size
     print(
         f"{changed} changed since the records were prepared; to free {size / 1e6:.1f} MB, "
-        f"delete {', '.join(str(folder.parent) for folder in unused)}",
+        f"delete {', '.join(str(folder.parent) for folder in old_folders)}",
         file=sys.stderr,
         flush=True,
     )

@@ -47,7 +47,7 @@ def check_script(num_workers: int) -> None:
     if path and getattr(main, "__spec__", None) is None and not Path(path).exists():
         raise UserError(
             f"config.data.workers is {num_workers}, which needs a script with "
-            f'`if __name__ == "__main__":`, and {path} is no file; {REMEDY}'
+            f'`if __name__ == "__main__":`, and {path} is not a file; {REMEDY}'
         )
 
 

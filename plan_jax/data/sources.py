@@ -18,10 +18,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
+from plan_jax.data import faults
+
 # Files next to the records: the list of sources, and lines about the data for every run.
 SOURCES_FILE = "sources.json"
 MESSAGES_FILE = "messages.txt"
-ABSENT = (-1, 0, 0)  # the state of a file that does not exist or cannot be read
+ABSENT = (-1, 0, 0)  # the state of a file that does not exist
+LARGEST_TIME = 2**63 - 1  # of the arrays that times are compared in
 NUM_THREADS = 16  # a network drive answers many questions at once
 CHUNK_SIZE = 512  # files asked for at a time
 # Drives store times in steps of up to 2 s, so a file that young can change once more unnoticed.
@@ -32,7 +35,7 @@ class SourceFiles:
     """Files below a folder, with the state and the digest that each had when it was read.
 
     The state of a file is its size, and the times of its last change in content and in attributes.
-    Paths are relative to the folder, which is not stored. A file that cannot be read has an empty
+    Paths are relative to the folder, which is not stored. A file that does not exist has an empty
     digest.
     """
 
@@ -53,12 +56,17 @@ class SourceFiles:
         return len(self._files)
 
     def add(self, root: Path, path: Path) -> None:
-        """Adds a file as it is now; threads may add at the same time."""
+        """Adds a file as it is now; threads may add at the same time.
+
+        Raises:
+          UserError: the file may exist, and cannot be read.
+        """
+        name, folder = os.path.relpath(path, root), os.path.join(root, "")
         # The state comes first: a change after it makes the file look changed, never unchanged.
-        state = _settle(_read_state(path))
-        digest = _hash_file(path)
+        state = _forget_young_times(_read_state(folder, name))
+        digest = _hash_file(folder, name)
         with self._lock:
-            self._files[os.path.relpath(path, root)] = (state, digest)
+            self._files[name] = (state, digest)
 
     @property
     def states(self) -> list[tuple[int, ...]]:
@@ -80,24 +88,27 @@ class SourceFiles:
         Args:
           root: the folder.
           announce: called with the number of files to hash, before they are.
+
+        Raises:
+          UserError: a file may exist, and cannot be read.
         """
-        paths = list(self._files)
-        before = np.asarray([self._files[path][0] for path in paths], np.int64).reshape(-1, 3)
-        now = _read_states(root, paths)
-        resized = np.flatnonzero(before[:, 0] != now[:, 0])
+        paths, folder = list(self._files), os.path.join(root, "")
+        old_states = np.asarray(self.states, np.int64).reshape(-1, 3)
+        new_states = _read_states(folder, paths)
+        resized = np.flatnonzero(old_states[:, 0] != new_states[:, 0])
         if len(resized):
             return sorted(paths[index] for index in resized)
-        suspects = np.flatnonzero((before != now).any(axis=1)).tolist()
+        suspects = np.flatnonzero((old_states != new_states).any(axis=1)).tolist()
         if announce is not None and suspects:
             announce(len(suspects))
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            digests = list(pool.map(_hash_file, (root / paths[index] for index in suspects)))
+            digests = list(pool.map(lambda index: _hash_file(folder, paths[index]), suspects))
         changes = []
         for index, digest in zip(suspects, digests, strict=True):
             if digest != self._files[paths[index]][1]:
                 changes.append(paths[index])
             else:
-                self._files[paths[index]] = (_settle(now[index].tolist()), digest)
+                self._files[paths[index]] = (_forget_young_times(new_states[index].tolist()), digest)
         return sorted(changes)
 
     def compare(self, reference: "SourceFiles") -> list[str]:
@@ -154,40 +165,67 @@ class SourceFiles:
             raise ValueError(f"{SOURCES_FILE} is malformed: {error}") from None
 
 
-def _read_state(path: str | Path) -> tuple[int, int, int]:
-    """Returns size and times of a regular file, or ABSENT."""
+def _read_state(folder: str, path: str) -> tuple[int, int, int]:
+    """Returns size and times of a regular file; ABSENT if there is none.
+
+    Args:
+      folder: the folder, with a separator at its end.
+      path: relative to the folder.
+
+    Raises:
+      UserError: the system does not say whether the file exists.
+    """
+    # Strings: to join paths as objects costs more than to ask for the files.
     try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a null byte in the path
+        status = os.stat(folder + path)
+    except OSError as error:
+        # A missing permission or drive must not look as if the file were deleted.
+        if faults.is_passing(error):
+            raise faults.name_unreadable(error, folder, path) from None
+        return ABSENT
+    except ValueError:  # a null byte in the path
         return ABSENT
     if not stat.S_ISREG(status.st_mode):
         return ABSENT
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    # A drive may return a time that no array can hold.
+    mtime, ctime = (
+        max(min(time_ns, LARGEST_TIME), -LARGEST_TIME)
+        for time_ns in (status.st_mtime_ns, status.st_ctime_ns)
+    )
+    return status.st_size, mtime, ctime
 
 
-def _read_states(root: Path, paths: Sequence[str]) -> Int64[np.ndarray, "N 3"]:
+def _read_states(folder: str, paths: Sequence[str]) -> Int64[np.ndarray, "N 3"]:
     """Returns size and times of files below a folder; ABSENT for those that do not exist."""
-    # Strings: to join paths as objects costs more than to ask for the files.
-    prefix = os.path.join(root, "")
     chunks = [paths[start : start + CHUNK_SIZE] for start in range(0, len(paths), CHUNK_SIZE)]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        states = pool.map(lambda chunk: [_read_state(prefix + path) for path in chunk], chunks)
+        states = pool.map(lambda chunk: [_read_state(folder, path) for path in chunk], chunks)
         return np.asarray([state for part in states for state in part], np.int64).reshape(-1, 3)
 
 
-def _settle(state: Sequence[int]) -> tuple[int, int, int]:
-    """Returns a state; without times if it is so young that it would survive another change."""
-    size, *times = state
-    is_young = max(times) > time.time_ns() - YOUNG_NS
-    return (size, 0, 0) if is_young else (size, times[0], times[1])
+def _forget_young_times(state: Sequence[int]) -> tuple[int, int, int]:
+    """Returns a state; without times if it is so young that it would survive another change.
+
+    A time of change in content that lies ahead was set by a program, which sets the other time too.
+    """
+    size, mtime, ctime = state
+    now = time.time_ns()
+    is_young = ctime > now - YOUNG_NS or now - YOUNG_NS < mtime <= now + YOUNG_NS
+    return (size, 0, 0) if is_young else (size, mtime, ctime)
 
 
-def _hash_file(path: Path) -> str:
-    """Returns the digest of a file's content, or "" if it cannot be read."""
+def _hash_file(folder: str, path: str) -> str:
+    """Returns the digest of a file's content, or "" if there is no such file.
+
+    Raises:
+      UserError: the file may exist, and cannot be read.
+    """
+    if _read_state(folder, path) == ABSENT:  # to open a pipe would wait for ever
+        return ""
     try:
-        if not path.is_file():  # opening a pipe would wait for ever
-            return ""
-        with path.open("rb") as file:
+        with open(folder + path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    except (OSError, ValueError):
+    except OSError as error:
+        if faults.is_passing(error):
+            raise faults.name_unreadable(error, folder, path) from None
         return ""

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool
 
-from plan_jax.data import images, quoting, schema
+from plan_jax.data import faults, images, quoting, schema
 from plan_jax.data.pairs import (
     annotations,
     boxes,
@@ -108,7 +108,7 @@ class PairsConfig(tfds.core.BuilderConfig):
             )
         if self.bit_depth not in (0, *range(8, 17)):
             raise UserError(
-                f"bit_depth {self.bit_depth} of dataset pairs is no depth of images; use 8 to 16, "
+                f"bit_depth {self.bit_depth} of dataset pairs is not a depth of images; use 8 to 16, "
                 "or 0 to guess it"
             )
         for name in ("val_fraction", "test_fraction", "max_bad"):
@@ -140,15 +140,29 @@ class PairsConfig(tfds.core.BuilderConfig):
         its content changes. Where the folder is does not matter: data can be moved.
 
         Raises:
-          UserError: if the manifest or the folder does not exist.
+          UserError: if the manifest or the folder does not exist or cannot be read.
         """
         path = Path(self.manifest).expanduser()
-        if not path.is_file():
+        try:
+            content = path.read_bytes() if path.is_file() else None
+        except OSError as error:
+            raise UserError(
+                f"manifest {path} cannot be read ({error.strerror}); correct that, and repeat the "
+                "command"
+            ) from None
+        if content is None:
             raise UserError(
                 f"manifest {path} does not exist; give the path of a file as "
                 "config.data.builder.manifest"
             )
-        if not self.root.is_dir():
+        try:
+            is_folder = self.root.is_dir()
+        except OSError as error:
+            raise UserError(
+                f"images folder {self.root} cannot be read ({error.strerror}); correct that, and "
+                "repeat the command"
+            ) from None
+        if not is_folder:
             raise UserError(
                 f"images folder {self.root} does not exist; give a folder as "
                 "config.data.builder.images"
@@ -159,7 +173,7 @@ class PairsConfig(tfds.core.BuilderConfig):
             for field in dataclasses.fields(self)
             if field.name not in inherited
         }
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(content).hexdigest()
         return values | {"manifest": digest + path.suffix, "images": ""}
 
 
@@ -389,9 +403,9 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         path = ""
         try:
             path = paths.read_image_name(row["image"]) + config.image_suffix
-            full_path = paths.resolve_path(self._root, path, number)
+            full_path = self._resolve_path(path, number)
             if not full_path.is_file():
-                self._sources.add(self._root, full_path)  # it may exist later
+                self._add_absent(path)
                 self._path_hint = self._path_hint or paths.suggest_folder(self._root, path)
                 raise ValueError("does not exist")
             path = full_path.relative_to(self._root).as_posix()
@@ -433,6 +447,19 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             error = cause
         self._skipped.append(f"{quoting.quote_path(path) if path else f'row {number}'} ({error})")
         return None
+
+    def _resolve_path(self, path: str, number: int) -> Path:
+        """Returns the full path of an image or a mask, see `paths.resolve_path`."""
+        try:
+            return paths.resolve_path(self._root, path, number)
+        except ValueError:
+            self._add_absent(path)
+            raise
+
+    def _add_absent(self, path: str) -> None:
+        """Adds the files that a path may mean to the sources: one of them may exist later."""
+        for candidate in paths.list_candidates(self._root, path):
+            self._sources.add(self._root, candidate)
 
     def _assign_split(self, split: Any, column: str | None, patient_id: str, number: int) -> str:
         config = self.builder_config
@@ -485,7 +512,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     def _read_record(self, study: Study) -> Record | str:
         """Returns the record of a study, or the reason why it cannot be used."""
         try:
-            path = paths.resolve_path(self._root, study.path, study.number)
+            path = self._resolve_path(study.path, study.number)
             self._sources.add(self._root, path)
             config, notes = self.builder_config, set[str | int]()
             image, shape = images.read_image(path, config.size, config.bit_depth, notes)
@@ -513,6 +540,11 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                 for name in self._region_names
             ]
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and faults.is_passing(error):
+                # The row would be missing for good, and its file may be readable tomorrow.
+                place = error.filename or self._root / study.path
+                path_below = os.path.relpath(place, self._root)
+                raise faults.name_unreadable(error, self._root, path_below) from None
             reason = getattr(error, "strerror", None) or str(error)
             return reason.splitlines()[0]
         for note in notes:
@@ -537,8 +569,11 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         """Reads the masks of a row by name, resized as its image."""
         masks = {}
         for name, path in mask_paths.items():
-            full_path = paths.resolve_path(self._root, path, number)
-            self._sources.add(self._root, full_path)
+            full_path = self._resolve_path(path, number)
+            if full_path.is_file():
+                self._sources.add(self._root, full_path)
+            else:
+                self._add_absent(path)
             masks[name] = images.read_mask(full_path, shape, *new_shape)
             if note := images.describe_mask(masks[name]):
                 self._notes[note].append(quoting.quote_path(path))

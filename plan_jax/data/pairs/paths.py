@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from plan_jax.data import quoting
+from plan_jax.data import faults, quoting
 from plan_jax.data.pairs.cells import is_missing, parse_literal
 from plan_jax.types import UserError
 
@@ -50,19 +50,16 @@ def resolve_path(root: Path, path: str, number: int) -> Path:
 
     Raises:
       ValueError: if the path is an address, a text, or too long for a path.
-      UserError: if it leaves the root.
+      UserError: if it leaves the root, or if the system does not say whether it exists.
     """
     if _URL.match(path):
         raise ValueError("is an address; download it and write the path of the file")
-    full_path = Path(os.path.abspath(root / path))
-    if full_path.is_relative_to(root) and _is_file(full_path):
-        return full_path
-    spellings = [Path(os.path.abspath(root / name)) for name in _list_spellings(path)]
+    spellings = _list_spellings(root, path)
     for spelling in spellings:
-        if spelling.is_relative_to(root) and _is_file(spelling):
+        if spelling.is_relative_to(root) and _is_file(root, spelling):
             return spelling
     # `..\\x` leaves the folder on a system that reads backslashes as `/`.
-    if not all(spelling.is_relative_to(root) for spelling in (full_path, *spellings)):
+    if not all(spelling.is_relative_to(root) for spelling in spellings):
         inner_path = find_inside(root, path)
         remedy = f"write {quoting.quote_path(inner_path)}" if inner_path else "move it inside"
         raise UserError(
@@ -71,19 +68,29 @@ def resolve_path(root: Path, path: str, number: int) -> Path:
         )
     if not quoting.is_path(path):
         raise ValueError(f"{quoting.quote_path(path)} is not a path")
-    return full_path
+    return spellings[0]
 
 
-def _list_spellings(path: str) -> list[str]:
+def list_candidates(root: Path, path: str) -> list[Path]:
+    """Returns the files inside the root that a path may mean when they exist."""
+    if _URL.match(path):
+        return []
+    return [spelling for spelling in _list_spellings(root, path) if spelling.is_relative_to(root)]
+
+
+def _list_spellings(root: Path, path: str) -> list[Path]:
     slashes = [path, path.replace("\\", "/")]
     forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD") for text in slashes]
-    return list(dict.fromkeys([*slashes, *forms]))
+    names = dict.fromkeys([*slashes, *forms])
+    return [Path(os.path.abspath(root / name)) for name in names]
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(root: Path, path: Path) -> bool:
     try:
         return path.is_file()
     except OSError as error:
+        if faults.is_passing(error):
+            raise faults.name_unreadable(error, root, os.path.relpath(path, root)) from None
         raise ValueError(f"is not a path ({error.strerror})") from None
 
 
@@ -92,7 +99,7 @@ def find_inside(root: Path, path: str) -> str | None:
     parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")]
     for start in range(len(parts)):
         end = "/".join(parts[start:])
-        if (root / end).is_file():
+        if os.path.isfile(root / end):
             return end
     return None
 
