@@ -1,5 +1,6 @@
 """A user's manifest and images become a dataset; rows that cannot be used are reported."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from manifests import (
     write_mask,
 )
 from PIL import Image
-from radiographs import save_with_orientation
+from radiographs import draw_picture, make_dicom, make_png, make_tiff, save_with_orientation
 
-from plan_jax.data import loader
+from plan_jax.data import images, loader
+from plan_jax.data.builders.pairs import Pairs
 from plan_jax.data.dataset import open_dataset
 from plan_jax.data.pairs import manifest
 from plan_jax.types import UserError
@@ -580,6 +582,55 @@ def test_mistakes_are_named_and_nothing_is_written(folder, mistake):
         open_pairs(folder, rows, **config)
     assert "\n" not in str(raised.value)
     assert not list((folder.parent / "data").rglob("*.json"))
+
+
+def make_files_of_many_kinds():
+    """Returns name -> content of images, one of each kind of pixels."""
+    picture = draw_picture()
+    twelve_bits = np.round(picture * 4095).astype(np.uint16)
+    sixteen_bits = np.round(picture * 65535).astype(np.uint16)[..., None]
+    colour = np.stack([picture, picture**2, 1 - picture], axis=-1)
+    window = {"WindowCenter": 1500, "WindowWidth": 2000, "BitsStored": 12}
+    return {
+        "grey.png": make_png(np.round(picture * 255).astype(np.uint8)[..., None], 0, 8),
+        "12_bits.png": make_png(twelve_bits[..., None], 0),
+        "16_bits.png": make_png(sixteen_bits, 0),
+        "colour.png": make_png(np.round(colour * 255).astype(np.uint8), 2, 8),
+        "16_bits_colour.png": make_png(np.round(colour * 65535).astype(np.uint16), 2),
+        "unit.tif": make_tiff(picture[..., None]),
+        "white_zero.tif": make_tiff(sixteen_bits, photometric=0),
+        "window.dcm": make_dicom(twelve_bits, **window),
+        "bits_stored.dcm": make_dicom(twelve_bits, BitsStored=12),
+        "no_depth.dcm": make_dicom(twelve_bits),
+    }
+
+
+# The version of the records, and digests of the pixels that it stands for.
+PIXELS_OF_VERSION = "1.5.0"
+PIXELS = {
+    "grey.png": "69ef3132",
+    "12_bits.png": "69ef3132",
+    "16_bits.png": "69ef3132",
+    "colour.png": "3c2da97b",
+    "16_bits_colour.png": "6669a10c",
+    "unit.tif": "69ef3132",
+    "white_zero.tif": "2c05da7d",
+    "window.dcm": "b0249816",
+    "bits_stored.dcm": "69ef3132",
+    "no_depth.dcm": "69ef3132",
+}
+
+
+def test_other_pixels_are_another_version_of_the_records(tmp_path):
+    """Records that an earlier decoder has prepared must not be taken for those of this one."""
+    digests = {}
+    for name, content in make_files_of_many_kinds().items():
+        (tmp_path / name).write_bytes(content)
+        pixels, _ = images.read_image(tmp_path / name, 24)
+        digests[name] = hashlib.sha256(pixels.tobytes()).hexdigest()[:8]
+    assert (str(Pairs.VERSION), digests) == (PIXELS_OF_VERSION, PIXELS), (
+        "raise Pairs.VERSION, and write it and the new digests into this file"
+    )
 
 
 # Real data ----------------------------------------------------------------------------------

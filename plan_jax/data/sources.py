@@ -108,7 +108,10 @@ class SourceFiles:
             if digest != self._files[paths[index]][1]:
                 changes.append(paths[index])
             else:
-                self._files[paths[index]] = (_forget_young_times(new_states[index].tolist()), digest)
+                self._files[paths[index]] = (
+                    _forget_young_times(new_states[index].tolist()),
+                    digest,
+                )
         return sorted(changes)
 
     def compare(self, reference: "SourceFiles") -> list[str]:

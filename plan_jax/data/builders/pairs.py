@@ -108,8 +108,8 @@ class PairsConfig(tfds.core.BuilderConfig):
             )
         if self.bit_depth not in (0, *range(8, 17)):
             raise UserError(
-                f"bit_depth {self.bit_depth} of dataset pairs is not a depth of images; use 8 to 16, "
-                "or 0 to guess it"
+                f"bit_depth {self.bit_depth} of dataset pairs is not a depth of images; use 8 to "
+                "16, or 0 to guess it"
             )
         for name in ("val_fraction", "test_fraction", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
