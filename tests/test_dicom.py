@@ -149,6 +149,17 @@ def test_a_border_beyond_the_bits_is_padding_and_a_window_clips_the_rest(read):
     assert_close(read(make_dicom(STORED, BitsStored=10, **window)), STORED / 4095 * 255)
 
 
+@pytest.mark.parametrize("padding", [-32768, -2000])
+def test_a_negative_border_of_one_value_is_padding(read, padding):
+    notes = set()
+    framed = STORED.astype(np.int16)
+    framed[:8] = padding
+    expected = STORED / 4095 * 255
+    expected[:8] = 0
+    assert_close(read(make_dicom(framed), notes=notes), expected)
+    assert notes == {12, dicom.PADDED}
+
+
 def test_signed_pixels_keep_their_grey_levels(read):
     notes = set()
     assert_close(read(make_dicom(STORED.astype(np.int16)), notes=notes), STORED / 4095 * 255)

@@ -462,7 +462,7 @@ def test_notes_become_one_sentence_each():
     assert "data.builder.bit_depth=12" in depths  # the most frequent
     assert own_range.startswith("1 image (p.dcm) scaled from the smallest to the largest pixel")
     assert signed.startswith("1 image (q.dcm) with negative pixels and no window")
-    assert padded.startswith("1 image (r.dcm) with one value beyond BitsStored")
+    assert padded.startswith("1 image (r.dcm) with a border or area of one value")
     assert empty.startswith("1 mask (m.png) without any pixel")
     assert full.startswith("1 mask (n.png) of the whole image")
     assert frame.startswith("1 mask (o.png) with all of the image's border")

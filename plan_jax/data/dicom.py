@@ -192,12 +192,14 @@ def _show_grey(
     is_padding = _find_padding(stored, dataset)
     stored = _clear_overlays(stored, dataset)
     is_beyond = _find_beyond(stored, dataset) & ~is_padding
+    is_unsigned = np.issubdtype(stored.dtype, np.unsignedinteger)
     if is_beyond.mean() > grey.MAX_MARKER:
+        # Many files have a border of padding whose value no element declares.
         has_film = len(np.unique(stored[~is_padding & ~is_beyond])) > 1
         if has_film and np.ptp(stored[is_beyond]) == 0:
             is_padding |= is_beyond
             notes.add(PADDED)
-        elif "VOILUTSequence" not in dataset and "WindowWidth" not in dataset:
+        elif is_unsigned and "VOILUTSequence" not in dataset and "WindowWidth" not in dataset:
             raise ImageError(
                 f"has grey values up to {stored[is_beyond].max()}, beyond its BitsStored "
                 f"{dataset.BitsStored}; correct that element"
@@ -277,9 +279,9 @@ def _find_padding(stored: Num[np.ndarray, "Y X"], dataset: Any) -> Bool[np.ndarr
 
 
 def _find_beyond(stored: Num[np.ndarray, "Y X"], dataset: Any) -> Bool[np.ndarray, "Y X"]:
-    """Returns which pixels use bits beyond `BitsStored`; those of signed values are its sign."""
+    """Returns which pixels use bits beyond `BitsStored`; of values with a sign, which have it."""
     if not np.issubdtype(stored.dtype, np.unsignedinteger):
-        return np.zeros(stored.shape, bool)
+        return stored < 0
     return stored >> _read_number(dataset, "BitsStored", 16) > 0
 
 

@@ -133,7 +133,8 @@ def summarise_notes(notes: Mapping[str | int, Sequence[str]], size: int) -> list
         )
     if names := notes.get(dicom.PADDED):
         messages.append(
-            f"{_count(names, 'image')} with one value beyond BitsStored, which was taken as padding"
+            f"{_count(names, 'image')} with a border or area of one value that is negative or "
+            "beyond BitsStored, which was taken as padding"
         )
     if names := notes.get(EMPTY):
         messages.append(f"{_count(names, 'mask')} without any pixel; draw or remove them")
