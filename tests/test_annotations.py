@@ -45,9 +45,10 @@ def test_columns_of_labels_win_over_the_cell():
         ("{x", "property name"),
         ("[1, 2]", r"labels are not names but \[1, 2\]"),
         ("Mr Miller has an effusion. He knows.", "labels are a text of 36 characters, not names"),
-        ("oedema: 1; effusion: 0", "label 'oedema: 1' contains its value; write JSON"),
+        ("x" * 201, "labels are a text of 201 characters, not names"),
         ("['oedema' 'effusion']", "a list without commas, as numpy writes it"),
         ({"oedema": 10**400}, "label 'oedema' is 1000*[.]{3}, not 1, 0 or -1"),
+        ({"oedema": 1, "oedema ": 0}, "label 'oedema' is there twice, with two values"),
         ({"oedema": 0.7}, "label 'oedema' is 0.7, not 1, 0 or -1"),
         ('{"oedema": 2}', "label 'oedema' is 2, not 1, 0 or -1"),
     ],
@@ -84,6 +85,17 @@ def test_malformed_boxes_are_refused(cell):
         annotations.parse_boxes(cell, "whole")
     with pytest.raises(ValueError, match="boxes are not a list"):
         annotations.parse_boxes("1 2 3 4", "whole")
+
+
+def test_a_box_may_name_its_format_and_an_unknown_one_is_refused():
+    item = {"box": [1, 2, 3, 4], "box_format": "normalised_cxcywh"}
+    (box,) = annotations.parse_boxes([item], "whole")
+    assert box["box_format"] == "normalised_cxcywh"
+    (box,) = annotations.parse_boxes([item | {"box_format": None}], "whole")
+    assert "box_format" not in box
+    for value in ("yolo", ["xywh"], {}):
+        with pytest.raises(ValueError, match="box_format .* of a box is unknown; use one of xyxy"):
+            annotations.parse_boxes([item | {"box_format": value}], "whole")
 
 
 @pytest.mark.parametrize("value", [3, "3", ["mass"], {"a": 1}])

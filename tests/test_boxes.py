@@ -45,6 +45,8 @@ def test_the_format_that_the_user_names_wins_over_the_names_of_coordinates():
 def test_a_single_mistake_does_not_decide_on_the_column():
     assert boxes.choose_format([*CORNERS, SIZES[0]], "boxes") == "xyxy"
     assert boxes.choose_format([*CORNERS, NORMALISED[0]], "boxes") == "xyxy"
+    fractions = [*NORMALISED, SIZES[0]]
+    assert boxes.choose_format(fractions, "boxes", "normalised_xywh") == "normalised_xywh"
     assert boxes.choose_format([], "boxes") == "xyxy"
 
 

@@ -258,6 +258,24 @@ def test_the_summary_says_what_was_understood(folder, capfd):
     ]
 
 
+def test_the_summary_says_what_conditions_leave_out(folder, capfd):
+    rows = vary(
+        make_rows(),
+        view=lambda n: "LATERAL" if n < 2 else "PA",
+        boxes=lambda n: json.dumps([{"box": [3, 3, 39, 29], "by": "A" if n % 2 else "B"}]),
+    )
+    config = {"filters": {"view": {"not": ["lateral", "L"]}}, "box_where": {"by": ["a", "C"]}}
+    notes = [line for line in summary_of(folder, rows, capfd, **config) if "note: " in line]
+    assert notes[:4] == [
+        "note: filters leave out 2 of 12 rows",
+        "note: filters: no row has 'L' in column 'view'",
+        "note: box_where leaves out 5 of 10 boxes",
+        "note: box_where: no box has 'C' in column 'by'",
+    ]
+    lines = summary_of(folder, make_rows(), capfd, filters={"patient_id": ["P0"]}, min_words=2)
+    assert "note: filters leave out 10 of 12 rows" in lines
+
+
 def test_words_that_mean_missing_are_no_text_label_patient_or_box(folder, capfd):
     words = ("nan", "None", "NULL", "N/A")
     rows = vary(make_rows(labels="Edema", boxes="nan"), text=lambda n: words[n] if n < 4 else "Ok.")
@@ -532,6 +550,11 @@ MISTAKES = {
     "no rows": (make_rows(), {"min_words": 99}, "has no row left; loosen filters or min_words"),
     "size": (make_rows(), {"size": 2}, "size 2 of .* is too small; use at least 8 pixels"),
     "fraction": (make_rows(), {"max_bad": 3}, "max_bad 3.0 is not a fraction; use 0 to 1"),
+    "sum of fractions": (
+        make_rows(),
+        {"val_fraction": 0.9, "test_fraction": 0.9},
+        "val_fraction 0.9 and test_fraction 0.9 are more than all patients; lower one of them",
+    ),
     "missing manifest": (
         make_rows(),
         {"manifest": "absent.csv"},
@@ -546,6 +569,16 @@ MISTAKES = {
         make_rows(),
         {"images": "absent"},
         "images folder .*absent does not exist; give a folder",
+    ),
+    "manifest of an unknown user": (
+        make_rows(),
+        {"manifest": "~nobody_x/m.csv"},
+        "manifest ~nobody_x/m.csv does not exist; give the path of a file",
+    ),
+    "folder of an unknown user": (
+        make_rows(),
+        {"images": "~nobody_x/images"},
+        "images folder .*~nobody_x/images does not exist; give a folder",
     ),
     "no text": (
         make_rows(text=""),

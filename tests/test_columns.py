@@ -27,6 +27,15 @@ def test_a_column_of_images_without_paths_is_refused(cell, message):
     columns.check_images([cell, *["a.png"] * 19], "Path", max_bad=0.1)
 
 
+@pytest.mark.parametrize("cell", ["patient 0 ap", 7, "7"])
+def test_a_name_with_its_suffix_is_a_path(cell):
+    columns.check_images([cell] * 4, "Path", max_bad=0.1, image_suffix=".png")
+    with pytest.raises(UserError, match="has 4 numbers, not paths"):
+        columns.check_images([7.5] * 4, "Path", max_bad=0.1, image_suffix=".png")
+    with pytest.raises(UserError, match="has 4 texts, not paths"):
+        columns.check_images([REPORT] * 4, "Path", max_bad=0.1)
+
+
 def test_swapped_columns_are_named():
     with pytest.raises(UserError, match="columns of images and of texts are swapped in 3 of 3"):
         columns.check_order([REPORT] * 3, ["a.png", "b.jpg", "c.dcm"])

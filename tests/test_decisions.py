@@ -35,6 +35,9 @@ def test_boxes_and_regions_have_formats_of_their_own():
     )
     assert formats == ["xywh"] and region_format == "normalised_xyxy"
     assert {box["box_format"] for box in named.boxes} == {"xywh"}
+    study = make_study({"box": (0.5, 0.5, 0.2, 0.2), "box_format": "normalised_cxcywh"})
+    assert decisions.choose_box_formats([study], "", "")[1] == ["normalised_cxcywh"]
+    study = make_study(regions={"left lung": (0.1, 0.1, 0.4, 0.9)})
     with pytest.raises(UserError, match="1 of 1 regions .* set data.builder.region_format to"):
         decisions.choose_box_formats([study], "xywh", "")
 

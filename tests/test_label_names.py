@@ -94,6 +94,15 @@ def test_values_are_no_names_of_findings(names, remedy):
         label_names.match_names(dict.fromkeys(names, 1))
 
 
+def test_a_value_in_a_name_is_refused_but_not_a_grade():
+    for names in (("oedema: 1", "effusion: 0"), ("Edema=yes",)):
+        with pytest.raises(UserError, match=f"label '{names[0]}' contains its value; write JSON"):
+            label_names.match_names(dict.fromkeys(names, 1))
+    grades = {"BI-RADS: 1": 3, "BI-RADS: 2": 1, "BI-RADS: 4a": 1}
+    assert len(label_names.match_names(grades)[0]) == 3
+    assert label_names.match_names({"BI-RADS: 1": 3}, ("BI-RADS: 1",))[0]
+
+
 def test_texts_in_place_of_labels_are_counted_and_not_shown():
     texts = [f"small left effusion in zone {number}" for number in range(12)]
     with pytest.raises(UserError, match="labels are 12 different texts in one row each") as raised:

@@ -30,6 +30,13 @@ def test_a_manifest_of_any_kind_is_read(tmp_path, name):
         ("m.csv", b"image,text, text\na,b,c\n", "column 'text' is there twice; rename or drop"),
         ("m.csv", b"img/1.png,Mr Miller has an effusion.\n", "it has no header; write the names"),
         ("m.jsonl", b'{"text": "a", "text": "b"}', "line 1: the name 'text' is there twice"),
+        ("m.jsonl", b'{"text": "a", "text ": "b"}', "column 'text' is there twice; rename or drop"),
+        ("m.csv", b'image,text\na,b\nb,"c"d\n', "line 3: "),
+        (
+            "m.json",
+            b'{\n "train": [\n {"image": "a.png"}],\n "val": []\n}',
+            "it is an object with lists of rows .train, val.; write one list, with .* `split`",
+        ),
         ("m.jsonl", b'{"a": ' + b"[" * 6000 + b"]" * 6000 + b"}", "line 1 is nested too deep"),
         ("m.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: Exceeds the limit"),
         ("m.json", b"[1]", "item 1 is not a JSON object"),
@@ -80,6 +87,11 @@ def test_columns_without_a_name_are_ignored(tmp_path):
     assert (row["image"], row["text"]) == ("a.png", "Clear")
 
 
+def test_lines_of_delimiters_only_are_no_rows(tmp_path):
+    (tmp_path / "m.csv").write_text("image,text\na.png,Clear\n,\n , \n,,\n")
+    assert manifest.read_manifest(tmp_path / "m.csv") == [{"image": "a.png", "text": "Clear"}]
+
+
 def test_a_parquet_column_that_is_there_twice_is_named(tmp_path):
     table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "m.parquet")
@@ -99,6 +111,20 @@ def test_no_message_shows_a_report_that_stands_for_a_name():
 def test_accents_of_columns_may_be_composed_in_another_way(tmp_path):
     path = write_manifest(tmp_path, [{"E\u0301panchement": 1}], "m.jsonl")
     assert manifest.read_manifest(tmp_path / path) == [{"\u00c9panchement": 1}]
+
+
+def test_half_a_character_of_json_is_replaced(tmp_path):
+    cell = '{"text": "cut \\ud83d", "labels": {"a\\udc00": ["\\ud83d\\ude00"]}}'
+    (tmp_path / "m.jsonl").write_text(cell)
+    (row,) = manifest.read_manifest(tmp_path / "m.jsonl")
+    assert row == {"text": "cut \ufffd", "labels": {"a\ufffd": ["\U0001f600"]}}
+
+
+def test_a_date_out_of_range_is_named(tmp_path):
+    dates = pyarrow.array([2**50], pyarrow.timestamp("s"))
+    pyarrow.parquet.write_table(pyarrow.table({"date": dates}), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match="manifest .*m.parquet cannot be read: .*; fix the file"):
+        manifest.read_manifest(tmp_path / "m.parquet")
 
 
 def test_a_missing_manifest_is_named(tmp_path):
@@ -135,6 +161,26 @@ def test_conditions_are_checked_and_filter_rows():
     for condition in ("L", {"is": ["L"]}, {"in": "L"}):
         with pytest.raises(UserError, match="filters of 'view' is .*; write {\"in\": "):
             manifest.check_conditions({"view": condition}, rows, "filters")
+
+
+def test_conditions_compare_numbers_and_names_in_any_case():
+    rows = [{"view": "PA", "flag": 0.0}, {"view": "LATERAL", "flag": 1.0}, {"view": None}]
+    assert manifest.filter_rows(rows, {"view": {"not": ["lateral"]}}) == [rows[0], rows[2]]
+    assert manifest.filter_rows(rows, {"flag": {"not": [1]}}) == [rows[0], rows[2]]
+    assert manifest.filter_rows(rows, {"flag": ["0"]}) == rows[:1]
+    signs = [{"a": -1}, {"a": "1"}, {"a": 2**60}, {"a": 2**60 + 1}]
+    assert manifest.filter_rows(signs, {"a": [1]}) == signs[1:2]
+    assert manifest.filter_rows(signs, {"a": [str(2**60)]}) == signs[2:3]
+
+
+def test_a_condition_that_matches_nothing_is_remarked():
+    rows = [{"view": "PA"}, {"view": "LATERAL"}]
+    assert manifest.remark_conditions({}, rows, 2, "filters", "row") == []
+    conditions = {"view": {"not": ["L", "pa", ""]}}
+    assert manifest.remark_conditions(conditions, rows, 1, "filters", "row") == [
+        "filters leave out 1 of 2 rows",
+        "filters: no row has 'L' in column 'view'",
+    ]
 
 
 def test_splits_by_hash_have_the_requested_fractions():

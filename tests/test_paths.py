@@ -69,6 +69,14 @@ def test_a_missing_path_has_a_hint(root, path, hint):
     assert paths.suggest_folder(root, "x" * 5000) == ""
 
 
+def test_a_folder_behind_many_files_is_a_hint(root):
+    for number in range(paths.MAX_FOLDERS + 5):
+        (root / f"0{number}.png").touch()
+    (root / "z").mkdir()
+    (root / "z" / "deep.png").touch()
+    assert f"exists in {root / 'z'}: set data" in paths.suggest_folder(root, "deep.png")
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [

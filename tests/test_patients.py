@@ -49,5 +49,7 @@ def test_readers_are_named_as_readers():
 
 
 def test_different_ids_stay_different():
-    ids = ["1", "10", "100", "a1b", "a01c", "1e05", "20", "S1-01", "S10-1"]
+    ids = ["1", "10", "100", "a1b", "a01c", "1e05", "20", "S1-01", "S10-1", "-1", "1.05", "1.5"]
     assert patients.match_ids(ids) == ids
+    long_id = "0" * 20_000 + "x"  # a pattern that tries all of its zeros would take minutes
+    assert patients.match_ids([long_id]) == [long_id]

@@ -114,7 +114,11 @@ class PairsConfig(tfds.core.BuilderConfig):
         for name in ("val_fraction", "test_fraction", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} is not a fraction; use 0 to 1")
-
+        if self.val_fraction + self.test_fraction > 1:
+            raise UserError(
+                f"val_fraction {self.val_fraction} and test_fraction {self.test_fraction} are more "
+                "than all patients; lower one of them"
+            )
         boxes.check_format("box_format", self.box_format)
         boxes.check_format("region_format", self.region_format)
         if self.duplicates not in DUPLICATES:
@@ -131,7 +135,8 @@ class PairsConfig(tfds.core.BuilderConfig):
     def root(self) -> Path:
         """Returns the absolute path of the folder that no image path may leave."""
         folder = Path(self.images or Path(self.manifest).parent)
-        return Path(os.path.abspath(folder.expanduser()))
+        # `Path.expanduser` raises RuntimeError for a user that does not exist.
+        return Path(os.path.abspath(os.path.expanduser(folder)))
 
     def identity(self) -> dict[str, Any]:
         """Returns all that the records depend on, beside the content of images and masks.
@@ -142,7 +147,7 @@ class PairsConfig(tfds.core.BuilderConfig):
         Raises:
           UserError: if the manifest or the folder does not exist or cannot be read.
         """
-        path = Path(self.manifest).expanduser()
+        path = Path(os.path.expanduser(self.manifest))
         try:
             content = path.read_bytes() if path.is_file() else None
         except OSError as error:
@@ -219,6 +224,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         self._notes: dict[str | int, list[str]] = defaultdict(list)
         self._root = self.builder_config.root
         self._path_hint = ""
+        self._num_missing_images = 0
         # Names of images with such boxes; filled by several threads.
         self._tiny_boxes: list[str] = []
         self._cut_boxes: list[str] = []
@@ -226,7 +232,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         self._has_corner_proof = False
         studies = self._read_studies()
         self._check_skipped()
-        studies = self._decide(studies)
+        studies = self._apply_decisions(studies)
         manifest.check_patient_leaks((study.patient_id, study.split) for study in studies)
         self._collect_names(studies)
         self.messages = self._summary.describe(studies, self._findings)
@@ -240,27 +246,30 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                 generators[split] = self._generate_examples(split_studies, split)
         return generators
 
-    def _decide(self, studies: list[Study]) -> list[Study]:
+    def _apply_decisions(self, studies: list[Study]) -> list[Study]:
         """Returns one study for each image, after decisions over whole columns."""
-        config, facts = self.builder_config, self._summary
-        studies, facts.num_zero_boxes = decisions.filter_boxes(studies, config.box_where)
+        config, all_boxes = self.builder_config, [box for study in studies for box in study.boxes]
         # Boxes of named coordinates say what they are.
-        self._has_unnamed_boxes = any(
-            "box_format" not in box for study in studies for box in study.boxes
+        self._has_unnamed_boxes = any("box_format" not in box for box in all_boxes)
+        studies, self._summary.num_zero_boxes = decisions.filter_boxes(studies, config.box_where)
+        num_fulfilling = len(manifest.filter_rows(all_boxes, config.box_where))
+        box_notes = manifest.remark_conditions(
+            config.box_where, all_boxes, num_fulfilling, "box_where", "box"
         )
-        studies, facts.box_formats, self._region_format = decisions.choose_box_formats(
+        studies, self._summary.box_formats, self._region_format = decisions.choose_box_formats(
             studies, config.box_format, config.region_format
         )
         studies, notes = decisions.match_findings(studies, config.findings)
         merged_studies = merge_duplicates(studies, config.duplicates)
-        facts.num_merged = len(studies) - len(merged_studies)
+        self._summary.num_merged = len(studies) - len(merged_studies)
         num_split = count_split_texts(studies) if config.duplicates == "separate" else 0
         if num_split:
             notes.append(
                 f"{num_split} rows of boxes share their image and text and stay apart, each with "
                 "some of the boxes; data.builder.duplicates='by_text' joins them"
             )
-        facts.notes = [*notes, *columns.remark_texts([study.text for study in merged_studies])]
+        text_notes = columns.remark_texts([study.text for study in merged_studies])
+        self._summary.notes = [*self._filter_notes, *box_notes, *notes, *text_notes]
         return merged_studies
 
     # Rows -------------------------------------------------------------------------------------
@@ -268,7 +277,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     def _read_studies(self) -> list[Study]:
         """Reads the manifest, filters its rows, looks at its columns, and parses its cells."""
         config = self.builder_config
-        path = Path(config.manifest).expanduser()
+        path = Path(os.path.expanduser(config.manifest))
         all_rows = manifest.read_manifest(path)
         required = ("image",) if config.text_optional else ("image", "text")
         label_columns = [cells.normalise_name(name) for name in config.label_columns]
@@ -287,8 +296,13 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             role: [cells.get_cell(row, column) for row in rows]
             for role, column in column_of.items()
         }
+        self._filter_notes = manifest.remark_conditions(
+            filters, all_rows, len(rows), "filters", "row"
+        )
         columns.check_order(cells_of["image"], cells_of["text"])
-        columns.check_images(cells_of["image"], column_of["image"] or "", config.max_bad)
+        columns.check_images(
+            cells_of["image"], column_of["image"] or "", config.max_bad, config.image_suffix
+        )
         if column_of["text"] and column_of["text"] == column_of["labels"]:
             raise UserError(
                 f"column {quoting.quote(column_of['text'])} is mapped to text and to labels; "
@@ -321,11 +335,12 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         # Messages and keys use the number in the manifest, which filtering must not change.
         numbers = {id(row): number for number, row in enumerate(all_rows, 1)}
         self._num_rows = 0
-        studies = []
+        studies, num_short_texts = [], 0
         for position, row in enumerate(rows):
             row_cells = {role: cells_of[role][position] for role in ROLES}
             row_cells |= {"patient_id": patient_ids[position], "reader": readers[position]}
             if config.min_words and self._count_words(row_cells["text"]) < config.min_words:
+                num_short_texts += 1
                 continue
             self._num_rows += 1
             label_cells = {name: cells.get_cell(row, name) for name in label_columns}
@@ -335,6 +350,9 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             )
             if study is not None:
                 studies.append(study)
+        if num_short_texts:
+            row_count = quoting.count(num_short_texts, "row")
+            self._filter_notes.append(f"min_words leaves out {row_count}")
         if not self._num_rows:
             raise UserError(
                 f"manifest {config.manifest} has no row left; loosen filters or min_words"
@@ -402,11 +420,14 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         path = ""
         try:
-            path = paths.read_image_name(row["image"]) + config.image_suffix
+            path = paths.read_image_name(row["image"], config.image_suffix)
             full_path = self._resolve_path(path, number)
             if not full_path.is_file():
                 self._add_absent(path)
-                self._path_hint = self._path_hint or paths.suggest_folder(self._root, path)
+                # A hint looks into folders, so only a few rows ask for one.
+                if not self._path_hint and self._num_missing_images < MAX_REPORTED_ROWS:
+                    self._path_hint = paths.suggest_folder(self._root, path)
+                self._num_missing_images += 1
                 raise ValueError("does not exist")
             path = full_path.relative_to(self._root).as_posix()
             # Without a column of patients, every image is a patient.

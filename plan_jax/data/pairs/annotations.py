@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plan_jax.data import quoting
-from plan_jax.data.pairs.boxes import CORNER_AND_SIZE, Box, parse_box, scale_box
+from plan_jax.data.pairs.boxes import CORNER_AND_SIZE, FORMATS, Box, parse_box, scale_box
 from plan_jax.data.pairs.cells import (
     fold_name,
     is_missing,
@@ -25,7 +25,7 @@ LABEL_WORDS = {
     **dict.fromkeys(("uncertain", "unknown", "u"), -1),
 }
 DEFAULT_SEPARATOR = re.compile(r"[;|\n\t；、｜]")
-_VALUE_IN_NAME = re.compile(r"[:=]\s*(?:-?[01](?:\.0)?|true|false|yes|no)$", re.IGNORECASE)
+MAX_NAME = 200  # characters of the name of a finding, as in ICD
 _SENTENCE = re.compile(r"[.!?]\s|[.!?]$|[。！？]")
 
 
@@ -100,12 +100,8 @@ def _is_pair(value: Any) -> bool:
 
 def _check_label_name(name: str) -> None:
     is_sentence = _SENTENCE.search(name) and len(name.split()) > quoting.MAX_WORDS
-    if is_sentence or len(name) > quoting.MAX_CHARACTERS:
+    if is_sentence or len(name) > MAX_NAME:
         raise ValueError(f"labels are a text of {len(name)} characters, not names of findings")
-    if _VALUE_IN_NAME.search(name):
-        raise ValueError(
-            f'label {quoting.quote(name)} contains its value; write JSON, as {{"Edema": 1}}'
-        )
 
 
 def _parse_label_values(cells: Mapping[str, Any]) -> dict[str, int]:
@@ -113,7 +109,10 @@ def _parse_label_values(cells: Mapping[str, Any]) -> dict[str, int]:
     for key, cell in cells.items():
         name = normalise_name(key)
         _check_label_name(name)
-        values[name] = _parse_label_value(name, cell)
+        value = _parse_label_value(name, cell)
+        if values.get(name, value) != value:
+            raise ValueError(f"label {quoting.quote(name)} is there twice, with two values")
+        values[name] = value
     return values
 
 
@@ -137,7 +136,8 @@ def parse_boxes(value: Any, text: str) -> list[dict[str, Any]]:
 
     A box without a phrase belongs to the whole text. Additional fields are kept, for `box_where`. A
     box whose numbers are all missing is none. A box may also be an object of named coordinates, as
-    {"x": .., "y": .., "width": .., "height": ..}; `box_format` is then the format that they name.
+    {"x": .., "y": .., "width": .., "height": ..}; `box_format` is then the format that they name. A
+    field `box_format` names it too.
 
     >>> parse_boxes("[[1, 2, 3, 4]]", "Effusion.")
     [{'box': (1.0, 2.0, 3.0, 4.0), 'phrase': 'Effusion.', 'label': ''}]
@@ -161,10 +161,24 @@ def parse_boxes(value: Any, text: str) -> list[dict[str, Any]]:
         box, box_format = parse_box(fields)
         if box is None:
             continue
+        box_format = _read_format(fields) or box_format
+        fields.pop("box_format", None)
         phrase, label = _read_name(fields, "phrase") or text, _read_name(fields, "label")
         fields |= {"box": box, "phrase": phrase, "label": normalise_name(label)}
         boxes.append(fields | ({"box_format": box_format} if box_format else {}))
     return boxes
+
+
+def _read_format(fields: Mapping[str, Any]) -> str:
+    value = fields.get("box_format")
+    if is_missing(value):
+        return ""
+    if value not in FORMATS:
+        raise ValueError(
+            f"box_format {quoting.quote(value)} of a box is unknown; use one of "
+            f"{', '.join(FORMATS)}"
+        )
+    return str(value)
 
 
 def _read_name(fields: Mapping[str, Any], key: str) -> str:

@@ -23,6 +23,7 @@ _MISSING_WORDS = frozenset(
     )
 )
 _BYTES_LITERAL = re.compile(r"""b(['"]).*\1""", re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NUMPY_SCALAR = re.compile(r"\bnp\.\w+\(([^()]*)\)")
 _QUOTED_OR_NAN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\bnan\b""", re.IGNORECASE)
 # How a list, a tuple, an object or a set of strings begins, and an array of numpy.
@@ -93,7 +94,7 @@ def parse_literal(value: Any) -> Any:
     if value.startswith("array("):
         raise ValueError("is an array as numpy writes it; write a JSON list")
     try:
-        return json.loads(value)
+        return replace_surrogates(json.loads(value), value)
     except json.JSONDecodeError as error:
         message = error.msg
     except (RecursionError, ValueError):  # nested too deep; an int of more than 4,300 digits
@@ -104,6 +105,29 @@ def parse_literal(value: Any) -> Any:
     if content is None:
         raise ValueError(f"is not JSON: {message}")
     return sorted(content, key=str) if isinstance(content, set) else content
+
+
+def replace_surrogates(content: Any, source: str) -> Any:
+    """Returns parsed JSON whose texts can be written as UTF-8: half a character becomes U+FFFD.
+
+    Tools that cut texts at a number of UTF-16 units leave such halves, as `\\ud83d`.
+
+    Args:
+      content: what JSON has been parsed to.
+      source: the JSON.
+    """
+    if not _SURROGATE.search(source):
+        return content
+    if isinstance(content, str):
+        return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(content, list):
+        return [replace_surrogates(item, source) for item in content]
+    if isinstance(content, dict):
+        return {
+            replace_surrogates(key, source): replace_surrogates(item, source)
+            for key, item in content.items()
+        }
+    return content
 
 
 def is_literal_of_strings(text: str) -> bool:

@@ -35,15 +35,16 @@ def check_order(images: Sequence[Any], texts: Sequence[Any]) -> None:
 # Images ---------------------------------------------------------------------------------------
 
 
-def check_images(cells: Sequence[Any], column: str, max_bad: float) -> None:
+def check_images(cells: Sequence[Any], column: str, max_bad: float, image_suffix: str = "") -> None:
     """Raises UserError if a column of images does not hold one path in each row.
 
     Args:
       cells: all cells of the column.
       column: its name.
       max_bad: largest share of rows that may be mistakes of their own.
+      image_suffix: the suffix that the names lack; with it a number is a name.
     """
-    contents = [_parse_quietly(cell) for cell in cells]
+    contents = [_add_suffix(_parse_quietly(cell), image_suffix) for cell in cells]
     faults: list[tuple[Callable[[Any], bool], str]] = [
         (
             lambda value: isinstance(value, bytes | dict),
@@ -70,6 +71,11 @@ def check_images(cells: Sequence[Any], column: str, max_bad: float) -> None:
                 f"column {quoting.quote(column)} (image) of {len(cells)} rows has {count} "
                 f"{description}"
             )
+
+
+def _add_suffix(content: Any, suffix: str) -> Any:
+    is_name = isinstance(content, str | int) and not isinstance(content, bool)
+    return f"{content}{suffix}" if suffix and is_name else content
 
 
 def _is_text(value: str) -> bool:
@@ -157,7 +163,7 @@ def read_text(cell: Any, join_text: bool = False, sections: Sequence[str] = ()) 
       sections: the sections of an object that are the text, in order.
 
     Raises:
-      ValueError: if the cell is no text.
+      ValueError: if the cell is not a text.
     """
     content = None if cell is None else _parse_text(cell)
     if isinstance(content, str) and is_literal_of_strings(content):

@@ -59,7 +59,7 @@ def choose_box_formats(
             box_format,
             stated,
         )
-        for stated in ("", boxes.CORNERS, boxes.CORNER_AND_SIZE)
+        for stated in ("", *boxes.FORMATS)
     }
     regions = [box for study in studies for box in study.regions.values()]
     chosen_region_format = boxes.choose_format(regions, "regions", region_format)

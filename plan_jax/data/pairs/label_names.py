@@ -12,6 +12,9 @@ from plan_jax.data.pairs.annotations import DEFAULT_SEPARATOR, LABEL_WORDS
 from plan_jax.data.pairs.cells import fold_name, is_missing, normalise_name, to_number
 from plan_jax.types import UserError
 
+_VALUE_IN_NAME = re.compile(
+    r"(.*?)\s*[:=]\s*(?:(-?[01](?:\.0)?|true|false|yes|no)|(-?[\d.]+|[IVX]+)\w?)", re.IGNORECASE
+)
 _DIGITS = re.compile(r"[-+\d\s.,:/]*\d[-+\d\s.,:/]*")
 # What may divide two findings, and may as well be part of the name of one.
 _AMBIGUOUS_SEPARATORS = ("/", "+", "&", " and ", " ")
@@ -111,6 +114,7 @@ def match_names(
     if len(finding_of_key) < len(findings):
         raise UserError(f"findings {list_names(findings)} has one name twice; name it once")
     _check_values(counts, finding_of_key)
+    _check_values_in_names(counts, finding_of_key)
     _check_texts(counts, finding_of_key)
     spellings: dict[str, list[str]] = {}
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
@@ -170,6 +174,22 @@ def _check_values(counts: Mapping[str, int], finding_of_key: Mapping[str, str]) 
     raise UserError(
         f"labels are the values {list_names(sorted(values))}, not names of findings; {remedy}"
     )
+
+
+def _check_values_in_names(counts: Mapping[str, int], finding_of_key: Mapping[str, str]) -> None:
+    """Raises UserError for names as `Edema: 1`, unless they are grades, as `BI-RADS: 1` to 5."""
+    matches = {
+        name: match
+        for name in counts
+        if fold_name(name) not in finding_of_key and (match := _VALUE_IN_NAME.fullmatch(name))
+    }
+    graded_names = {match[1] for match in matches.values() if match[3]}
+    for name, match in matches.items():
+        if match[2] and match[1] not in graded_names:
+            raise UserError(
+                f'label {quoting.quote(name)} contains its value; write JSON, as {{"Edema": 1}}, '
+                "or list it in data.builder.findings if it is a name"
+            )
 
 
 def _check_texts(counts: Mapping[str, int], finding_of_key: Mapping[str, str]) -> None:

@@ -5,15 +5,23 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from plan_jax.data import quoting
-from plan_jax.data.pairs.cells import Row, get_cell, normalise_name
+from plan_jax.data.pairs.cells import (
+    Row,
+    fold_name,
+    get_cell,
+    normalise_name,
+    replace_surrogates,
+    to_number,
+)
 from plan_jax.types import UserError
 
 DELIMITERS = ",;\t|"
+MAX_LISTED = 5  # values in a message
 MAX_REASON = 200  # characters of an error of a reader in a message
 _IMAGE_NAME = re.compile(r"\.(png|jpe?g|dcm|dicom|tiff?|bmp|webp)$", re.IGNORECASE)
 SPLITS = ("train", "val", "test")
@@ -52,13 +60,13 @@ def read_manifest(path: Path) -> list[Row]:
             f"manifest {path} is not CSV, JSONL or Parquet; use one of {', '.join(readers)}"
         )
     try:
-        rows = readers[suffix](path)
+        rows = _normalise_columns(readers[suffix](path))
     except UnicodeDecodeError:
         raise UserError(f"manifest {path} is not UTF-8; save it as UTF-8") from None
-    except (csv.Error, OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+    # pyarrow raises all of these, as for a type it cannot read or a date out of range.
+    except (csv.Error, OSError, ValueError, OverflowError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:MAX_REASON]
         raise UserError(f"manifest {path} cannot be read: {reason}; fix the file") from None
-    rows = _normalise_columns(rows)
     if not rows:
         raise UserError(f"manifest {path} has no rows; list at least one image and its text")
     return rows
@@ -69,6 +77,8 @@ def _normalise_columns(rows: list[Row]) -> list[Row]:
     names = {name: normalise_name(name) for name in dict.fromkeys(name for r in rows for name in r)}
     if all(name == normalised for name, normalised in names.items()):
         return rows
+    for row in rows:
+        _check_header([names[name] for name in row])
     return [{names[name]: cell for name, cell in row.items()} for row in rows]
 
 
@@ -93,8 +103,8 @@ def _read_csv(path: Path) -> list[Row]:
         if any(map(_IMAGE_NAME.search, header)):
             raise ValueError("it has no header; write the names of the columns in line 1")
         rows = []
-        for fields in reader:
-            if not fields:  # a blank line
+        for fields in _name_lines(reader):
+            if not any(map(str.strip, fields)):  # a blank line, or one that Excel writes as `,,`
                 continue
             while len(fields) > len(header) and not fields[-1].strip():
                 fields.pop()
@@ -104,6 +114,14 @@ def _read_csv(path: Path) -> list[Row]:
                 )
             rows.append(dict(zip(header, fields, strict=True)))
     return rows
+
+
+def _name_lines(reader: Any) -> Iterator[list[str]]:
+    """Yields the fields of each line; an error of the reader says in which line it is."""
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from None
 
 
 def _choose_delimiter(header: str) -> str:
@@ -130,12 +148,31 @@ def _read_jsonl(path: Path) -> list[Row]:
 def _read_json(path: Path) -> list[Row]:
     text = path.read_text("utf-8-sig")
     if not text.lstrip().startswith("["):
-        return _read_jsonl(path)
+        return _read_json_object(path, text)
     rows = _parse_json(text, "the file")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"item {number} is not a JSON object")
     return rows
+
+
+def _read_json_object(path: Path, text: str) -> list[Row]:
+    """Returns the only row of a file, or its lines, which are one object each."""
+    try:
+        content = json.loads(text, object_pairs_hook=_build_object)
+    except (ValueError, RecursionError):
+        return _read_jsonl(path)
+    if isinstance(content, dict) and content and all(map(_is_list_of_rows, content.values())):
+        names = ", ".join(quoting.quote(name).strip("'") for name in [*content][:MAX_LISTED])
+        raise ValueError(
+            f"it is an object with lists of rows ({names}); write one list, with the name of its "
+            "list in a column `split` of each row"
+        )
+    return [_read_object(text, "the file")]
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _read_object(line: str, name: str) -> Row:
@@ -147,7 +184,7 @@ def _read_object(line: str, name: str) -> Row:
 
 def _parse_json(text: str, name: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_build_object)
+        return replace_surrogates(json.loads(text, object_pairs_hook=_build_object), text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} is not JSON: {error.msg}") from None
     except RecursionError:
@@ -255,7 +292,7 @@ def filter_rows(rows: Iterable[Row], conditions: Mapping[str, Any]) -> list[Row]
     """Returns the rows that fulfil all conditions.
 
     Conditions are column -> {"in": [...]}, {"not": [...]} or [...], which is short for "in". Values
-    are compared as text; a missing one is "".
+    are compared as numbers, or as names in any case; a missing one is "".
 
     >>> filter_rows([{"view": "PA"}, {"view": "L"}], {"view": {"not": ["L"]}})
     [{'view': 'PA'}]
@@ -264,15 +301,53 @@ def filter_rows(rows: Iterable[Row], conditions: Mapping[str, Any]) -> list[Row]
     for column, condition in conditions.items():
         rules = condition if isinstance(condition, Mapping) else {"in": condition}
         for rule, values in rules.items():
-            texts = {str(value) for value in values}
-            rows = [row for row in rows if bool(_cell_texts(row, column) & texts) == (rule == "in")]
+            keys = {_fold_value(value) for value in values}
+            rows = [row for row in rows if bool(_cell_keys(row, column) & keys) == (rule == "in")]
     return rows
 
 
-def _cell_texts(row: Row, column: str) -> set[str]:
+def remark_conditions(
+    conditions: Mapping[str, Any], rows: Sequence[Row], num_rows: int, name: str, noun: str
+) -> list[str]:
+    """Returns notes on conditions: how much they leave out, and values that occur nowhere.
+
+    Args:
+      conditions: see `filter_rows`.
+      rows: the rows before they are filtered.
+      num_rows: number of rows that fulfil the conditions.
+      name: name of the conditions.
+      noun: what a row is, as "row" or "box".
+    """
+    if not conditions:
+        return []
+    num_excluded = len(rows) - num_rows
+    verb = "leaves" if name == "box_where" else "leave"
+    plural = "boxes" if noun == "box" else f"{noun}s"
+    notes = [f"{name} {verb} out {num_excluded} of {quoting.count(len(rows), noun, plural)}"]
+    for column, condition in conditions.items():
+        rules = condition if isinstance(condition, Mapping) else {"in": condition}
+        keys = {key for row in rows for key in _cell_keys(row, column)} | {""}
+        values = [value for items in rules.values() for value in items]
+        absent_values = [value for value in values if _fold_value(value) not in keys]
+        if absent_values:
+            value_list = ", ".join(map(quoting.quote, absent_values[:MAX_LISTED]))
+            notes.append(f"{name}: no {noun} has {value_list} in column {quoting.quote(column)}")
+    return notes
+
+
+def _cell_keys(row: Row, column: str) -> set[str | int | float]:
     """Returns how a condition may write a cell: a missing one as "" or as its word."""
     value = get_cell(row, column)
-    return {"", str(row.get(column, "")).strip()} if value is None else {str(value)}
+    return {"", _fold_value(row.get(column, ""))} if value is None else {_fold_value(value)}
+
+
+def _fold_value(value: Any) -> str | int | float:
+    """Returns the key of a value: 1, 1.0 and "1" are one, and so are `PA` and `pa`."""
+    text = str(value).strip()
+    if re.fullmatch(r"[+-]?\d{1,300}", text):
+        return int(text)  # exact, where a float of a long id is not
+    number = to_number(value)
+    return fold_name(text) if number is None else number
 
 
 # Splits ---------------------------------------------------------------------------------------

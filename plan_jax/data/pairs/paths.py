@@ -1,5 +1,6 @@
 """Paths of images and masks: inside the images folder, in any spelling, and hints where not."""
 
+import itertools
 import os
 import re
 import unicodedata
@@ -16,11 +17,11 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 MAX_FOLDERS = 50  # below the images folder that a hint looks into
 
 
-def read_image_name(value: Any) -> str:
-    """Returns the path in the cell of an image.
+def read_image_name(value: Any, suffix: str = "") -> str:
+    """Returns the path in the cell of an image, with the suffix that it lacks.
 
-    >>> read_image_name("a.png"), read_image_name(["a.png"])
-    ('a.png', 'a.png')
+    >>> read_image_name("a.png"), read_image_name(["a.png"]), read_image_name(7, ".png")
+    ('a.png', 'a.png', '7.png')
 
     Raises:
       ValueError: if the cell is not one path.
@@ -36,9 +37,11 @@ def read_image_name(value: Any) -> str:
         raise ValueError("is an embedded image; save it as a file and write its path")
     if isinstance(content, bytes):
         raise ValueError("holds bytes of an image; save them as a file and write its path")
+    if suffix and isinstance(content, int) and not isinstance(content, bool):
+        content = str(content)
     if not isinstance(content, str):
         raise ValueError(f"is {quoting.quote(content)}, not the path of an image")
-    return content.strip()
+    return content.strip() + suffix
 
 
 def resolve_path(root: Path, path: str, number: int) -> Path:
@@ -117,7 +120,9 @@ def _list_hints(root: Path, path: str) -> Iterator[str]:
     for folder in (root.parent, root.parent.parent):
         if (folder / path).is_file():
             yield f"{name} exists from {folder}: set data.builder.images to it"
-    folders = [folder for folder in sorted(root.iterdir())[:MAX_FOLDERS] if folder.is_dir()]
+    with os.scandir(root) as entries:
+        entries_of_folders = (Path(entry.path) for entry in entries if entry.is_dir())
+        folders = sorted(itertools.islice(entries_of_folders, MAX_FOLDERS))
     for folder in folders:
         if (folder / path).is_file():
             yield f"{name} exists in {folder}: set data.builder.images to it"

@@ -10,7 +10,6 @@ from plan_jax.types import UserError
 
 _FLOAT_SPELLING = re.compile(r"([+-]?\d+)\.0+")
 _EXCEL_SPELLING = re.compile(r"\d(?:[.,]\d+)?[eE]\+\d+")
-_NUMBER_AT_END = re.compile(r"(.*?)0*(\d+)")
 MAX_EXACT = 2**53  # ints up to here are exact as floats
 
 
@@ -31,16 +30,29 @@ def match_ids(cells: Sequence[Any], noun: str = "patient") -> list[str | None]:
     for name in ids:
         if name is None:
             continue
-        key = fold_name(name)
-        match = _NUMBER_AT_END.fullmatch(key)
-        key = f"{match[1]}{match[2]}" if match else key
-        spelling = first_spelling.setdefault(key, name)
+        spelling = first_spelling.setdefault(_fold_id(name), name)
         if spelling != name:
             raise UserError(
                 f"{noun}s {quoting.quote(spelling)} and {quoting.quote(name)} "
                 f"differ in zeros, case or blanks only; write each {noun} in one way"
             )
     return ids
+
+
+def _fold_id(name: str) -> str:
+    """Returns the key of an id: equal for ids that differ in leading zeros, case or blanks.
+
+    >>> _fold_id("P-007") == _fold_id("p 7"), _fold_id("-1") == _fold_id("1"), _fold_id("1.05")
+    (True, False, '1.05')
+    """
+    key = fold_name(name)
+    sign = "-" if name[:1] == "-" and name[1:2].isdigit() else ""
+    head = key.rstrip("0123456789")
+    digits = key[len(head) :]
+    # Zeros after a point are not leading ones.
+    if digits and not head.endswith("."):
+        digits = digits.lstrip("0") or "0"
+    return f"{sign}{head}{digits}"
 
 
 def fill_ids(ids: Sequence[str | None], images: Sequence[Any]) -> list[str | None]:

@@ -16,7 +16,7 @@ _KINDS = {CORNERS: "x0, y0, x1, y1", "xywh": "x, y, width, height"}
 
 @dataclasses.dataclass
 class Summary:
-    """The facts that were understood of a manifest.
+    """The account of a manifest.
 
     Attributes:
       manifest: name of the file.
@@ -60,7 +60,8 @@ class Summary:
     def _describe_rows(self, studies: Sequence[Study]) -> str:
         num_patients = len({study.patient_id for study in studies})
         num_images = len({study.path for study in studies})
-        merge_note = f" ({self.num_merged} rows merged into others)" if self.num_merged else ""
+        rows = quoting.count(self.num_merged, "row")
+        merge_note = f" ({rows} merged into others)" if self.num_merged else ""
         return (
             f"{self.manifest}: {quoting.count(len(studies), 'study', 'studies')}{merge_note}, "
             f"{quoting.count(num_images, 'image')}, {quoting.count(num_patients, 'patient')}; "
