@@ -143,7 +143,7 @@ def _decode_pixels(dataset: Any) -> Num[np.ndarray, "Y X *C"]:
             f"{_name_decoders(decoder)}"
         )
     try:
-        # Unused bits are left to `_find_beyond`, because padding may use them.
+        # Unused bits are left to `_find_outliers`, because padding may use them.
         is_signed = _read_number(dataset, "PixelRepresentation", 0) == 1
         return pixel_array(dataset, correct_unused_bits=is_signed)
     except Exception as error:
@@ -191,17 +191,17 @@ def _show_grey(
     _repair_scale(dataset)
     is_padding = _find_padding(stored, dataset)
     stored = _clear_overlays(stored, dataset)
-    is_beyond = _find_beyond(stored, dataset) & ~is_padding
+    is_outlier = _find_outliers(stored, dataset) & ~is_padding
     is_unsigned = np.issubdtype(stored.dtype, np.unsignedinteger)
-    if is_beyond.mean() > grey.MAX_MARKER:
+    if is_outlier.mean() > grey.MAX_MARKER:
         # Many files have a border of padding whose value no element declares.
-        has_film = len(np.unique(stored[~is_padding & ~is_beyond])) > 1
-        if has_film and np.ptp(stored[is_beyond]) == 0:
-            is_padding |= is_beyond
+        has_film = len(np.unique(stored[~is_padding & ~is_outlier])) > 1
+        if has_film and np.ptp(stored[is_outlier]) == 0:
+            is_padding |= is_outlier
             notes.add(PADDED)
         elif is_unsigned and "VOILUTSequence" not in dataset and "WindowWidth" not in dataset:
             raise ImageError(
-                f"has grey values up to {stored[is_beyond].max()}, beyond its BitsStored "
+                f"has grey values up to {stored[is_outlier].max()}, beyond its BitsStored "
                 f"{dataset.BitsStored}; correct that element"
             )
     film = stored.ravel() if is_padding.all() else stored[~is_padding]
@@ -278,7 +278,7 @@ def _find_padding(stored: Num[np.ndarray, "Y X"], dataset: Any) -> Bool[np.ndarr
     return (stored >= min(first, last)) & (stored <= max(first, last))
 
 
-def _find_beyond(stored: Num[np.ndarray, "Y X"], dataset: Any) -> Bool[np.ndarray, "Y X"]:
+def _find_outliers(stored: Num[np.ndarray, "Y X"], dataset: Any) -> Bool[np.ndarray, "Y X"]:
     """Returns which pixels use bits beyond `BitsStored`; of values with a sign, which have it."""
     if not np.issubdtype(stored.dtype, np.unsignedinteger):
         return stored < 0

@@ -116,10 +116,10 @@ def summarise_notes(notes: Mapping[str | int, Sequence[str]], size: int) -> list
     depths = sorted(depth for depth in notes if isinstance(depth, int))
     if len(depths) > 1:
         counts = ", ".join(f"{depth} bits in {len(notes[depth])}" for depth in depths)
-        frequent = max(depths, key=lambda depth: (len(notes[depth]), depth))
+        likely_depth = max(depths, key=lambda depth: (len(notes[depth]), depth))
         messages.append(
             f"images have different bit depths ({counts}); if all are of one detector, set "
-            f"data.builder.bit_depth={frequent}"
+            f"data.builder.bit_depth={likely_depth}"
         )
     if names := notes.get(dicom.OWN_RANGE):
         messages.append(
