@@ -210,19 +210,63 @@ def test_messages_about_the_data_are_repeated_in_every_run(folder, capfd):
     assert "skipped" not in capfd.readouterr().err
 
 
-def test_records_on_a_read_only_drive_are_used(folder, monkeypatch):
+def test_records_on_a_read_only_drive_are_used(folder, tmp_path, monkeypatch, capfd):
     first = open_pairs(folder, make_rows())
-    monkeypatch.setattr(preparation.SourceFiles, "save", raise_read_only)
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(sources, "YOUNG_NS", -(2**62))  # so that all times count at once
-    for number in range(NUM_ROWS):
+    monkeypatch.setattr(preparation, "MANY_FILES", 1)
+    write = sources._write_at_once
+
+    def refuse_data_folder(path, content):
+        if home not in path.parents or not is_home_writable:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        write(path, content)
+
+    monkeypatch.setattr(sources, "_write_at_once", refuse_data_folder)
+    for is_home_writable in (True, False):
+        for number in range(NUM_ROWS):
+            seconds = number + NUM_ROWS * is_home_writable
+            os.utime(folder / f"{number}.png", (seconds, seconds))
+        capfd.readouterr()
+        for _ in range(2):
+            assert open_pairs(folder, make_rows()).folder == first.folder
+        assert capfd.readouterr().err == f"checking {NUM_ROWS} files in {folder}\n"
+    assert [path.parent for path in home.rglob("*.json")] == [home / ".cache" / "plan_jax"]
+    preparation._UNSAVED.clear()
+
+
+def test_copies_of_images_in_two_places_are_hashed_once_each(folder, tmp_path, monkeypatch, capfd):
+    first = open_pairs(folder, make_rows())
+    monkeypatch.setattr(sources, "YOUNG_NS", -(2**62))
+    monkeypatch.setattr(preparation, "MANY_FILES", 1)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)
+    capfd.readouterr()
+    for images_folder in (folder, copy, folder, copy):
+        again = open_pairs(folder, make_rows(), images=str(images_folder))
+        assert again.folder == first.folder
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if str(copy) in line] == [f"checking {NUM_ROWS} files in {copy}"]
+    assert len(lines) <= 2, "images in the first place may have been young when they were read"
+
+
+def test_one_change_has_the_other_files_read_once(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sources, "YOUNG_NS", -(2**62))
+    monkeypatch.setattr(preparation, "MANY_FILES", 1)
+    rows = change_first_row(image="0.bmp")  # of the same size whatever its grey level is
+    for value in (10, 20):
+        write_grey_image(folder / "0.bmp", value)
+        open_pairs(folder, rows)
+    for number in range(1, NUM_ROWS):
         os.utime(folder / f"{number}.png", (number, number))
-    assert open_pairs(folder, make_rows()).folder == first.folder
-    write_grey_image(folder / "3.png", 1)
-    assert preparation._UNSAVED.pop(first.folder).find_changes(folder) == ["3.png"]
-
-
-def raise_read_only(*_):
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    write_grey_image(folder / "0.bmp", 30)
+    capfd.readouterr()
+    assert grey_values(open_pairs(folder, rows))[0:2] == [20, 30]
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if "checking" in line] == [
+        f"checking {NUM_ROWS} files in {folder}"
+    ]
 
 
 # Preparation by several processes, and on drives that are full or have no locks -------------

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from plan_jax.data import sources
-from plan_jax.data.sources import SourceFiles
+from plan_jax.data.sources import DigestCache, SourceFiles
 from plan_jax.types import UserError
 
 OLD = 1_600_000_000  # seconds; a time that no clock takes for now
@@ -45,44 +45,97 @@ def test_unchanged_files_are_not_hashed_again(root, files, monkeypatch, tmp_path
     files = make_files(root)
     files.save(tmp_path)
     monkeypatch.setattr(sources, "_hash_file", lambda _, path: pytest.fail(f"{path} was hashed"))
-    assert SourceFiles.load(tmp_path).find_changes(root) == []
+    assert SourceFiles.load(tmp_path).find_changes(DigestCache(root)) == []
 
 
 @pytest.mark.parametrize("seconds", [OLD, OLD + 1, OLD - 1])
 @pytest.mark.parametrize("content", [b"IMAGE 1", b"another image", b""])
 def test_a_change_in_place_is_found_whatever_its_size_and_time(root, files, content, seconds):
     write(root / "1.png", content, seconds)
-    assert files.find_changes(root) == ["1.png"]
+    assert files.find_changes(DigestCache(root)) == ["1.png"]
 
 
 def test_a_file_that_appears_or_disappears_is_a_change(root, tmp_path):
     files = make_files(root, "later.png")
     files.save(tmp_path)
-    assert SourceFiles.load(tmp_path).find_changes(root) == []
+    assert SourceFiles.load(tmp_path).find_changes(DigestCache(root)) == []
     write(root / "later.png", b"now")
-    assert files.find_changes(root) == ["later.png"]
+    assert files.find_changes(DigestCache(root)) == ["later.png"]
     (root / "later.png").unlink()
     (root / "2.png").unlink()
-    assert files.find_changes(root) == ["2.png"]
+    assert files.find_changes(DigestCache(root)) == ["2.png"]
     (root / "2.png").mkdir()
-    assert files.find_changes(root) == ["2.png"]
+    assert files.find_changes(DigestCache(root)) == ["2.png"]
 
 
 def test_a_link_to_another_file_is_a_change(root, files):
     (root / "1.png").unlink()
     (root / "1.png").symlink_to(root / "2.png")
-    assert files.find_changes(root) == ["1.png"]
+    assert files.find_changes(DigestCache(root)) == ["1.png"]
 
 
 def test_a_copy_has_the_same_identity_and_is_hashed_once(root, files, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(root, copy, copy_function=shutil.copyfile)  # with times of its own
-    assert files.find_changes(copy) == []
+    assert files.find_changes(DigestCache(copy)) == []
     assert files.digest == make_files(copy).digest
     monkeypatch.setattr(sources, "YOUNG_NS", -(2**62))
     numbers = []
-    files.find_changes(copy, numbers.append)
-    assert files.find_changes(copy, numbers.append) == [] and numbers == [4]
+    for _ in range(2):
+        cache = DigestCache(copy, [tmp_path / "cache"])
+        assert files.find_changes(cache, numbers.append) == [] and cache.save()
+    assert numbers == [4]
+
+
+def test_files_of_a_place_are_hashed_once_for_all_records_made_of_it(root, monkeypatch, tmp_path):
+    """Also those that differ from the records, as after images were changed and restored."""
+    monkeypatch.setattr(sources, "YOUNG_NS", -(2**62))
+    first = make_files(root)
+    write(root / "1.png", b"IMAGE 1")
+    second = make_files(root)
+    write(root / "1.png", b"image 1")
+    numbers = []
+    for _ in range(2):
+        cache = DigestCache(root, [tmp_path / "cache"])
+        assert second.find_changes(cache, numbers.append) == ["1.png"]
+        assert first.find_changes(cache, numbers.append) == []
+        assert cache.save()
+    assert numbers == [1]
+    write(root / "1.png", b"IMAGE 2")
+    assert first.find_changes(DigestCache(root, [tmp_path / "cache"])) == ["1.png"]
+
+
+def test_a_cache_goes_where_it_can_be_written_and_damage_is_hashed_again(
+    root, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(sources, "YOUNG_NS", -(2**62))
+    (tmp_path / "file").write_text("not a folder")
+    folders = [tmp_path / "file", tmp_path / "cache"]
+    files = make_files(root)
+    write(root / "1.png", b"image 1", OLD + 1)
+    cache = DigestCache(root, folders)
+    assert files.find_changes(cache) == [] and cache.save()
+    (path,) = (tmp_path / "cache").iterdir()
+    numbers = []
+    assert files.find_changes(DigestCache(root, folders), numbers.append) == [] == numbers
+    for content in ("", "[]", '{"1.png": 1}', '{"1.png": [1, 2]}', "\0"):
+        path.write_text(content)
+        files.find_changes(DigestCache(root, folders), numbers.append)
+    assert numbers == [1] * 5
+    cache = DigestCache(root, [tmp_path / "file"])
+    assert files.find_changes(cache) == [] and not cache.save()
+
+
+def test_caches_of_places_that_come_and_go_are_few(root, monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "YOUNG_NS", -(2**62))
+    monkeypatch.setattr(sources, "MAX_CACHES", 2)
+    files = make_files(root)
+    for number in range(4):
+        copy = tmp_path / f"job {number}"
+        shutil.copytree(root, copy, copy_function=shutil.copyfile)
+        cache = DigestCache(copy, [tmp_path / "cache"])
+        assert files.find_changes(cache) == [] and cache.save()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_a_change_within_the_step_of_the_clock_is_found(root, monkeypatch):
@@ -91,7 +144,7 @@ def test_a_change_within_the_step_of_the_clock_is_found(root, monkeypatch):
     monkeypatch.setattr(sources, "_read_state", lambda *_: (7, now, now))
     files = make_files(root)
     write(root / "3.png", b"IMAGE 3")
-    assert files.find_changes(root) == ["3.png"]
+    assert files.find_changes(DigestCache(root)) == ["3.png"]
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTCONN])
@@ -107,7 +160,7 @@ def test_a_passing_fault_of_a_drive_is_no_change(root, files, monkeypatch, call,
     monkeypatch.setattr(call, fail)
     sentence = f"png in {root} cannot be read .{os.strerror(number)}.; correct that, and repeat"
     with pytest.raises(UserError, match=sentence):
-        files.find_changes(root)
+        files.find_changes(DigestCache(root))
     with pytest.raises(UserError, match=sentence):
         SourceFiles().add(root, root / "3.png")
 
@@ -116,7 +169,7 @@ def test_names_that_no_file_can_have_are_absent(root):
     files = SourceFiles()
     for name in ("x" * 300, "a\0b", "0.png/a", "no folder/a.png"):
         files.add(root, root / name)
-    assert set(files.states) == {sources.ABSENT} and files.find_changes(root) == []
+    assert set(files.states) == {sources.ABSENT} and files.find_changes(DigestCache(root)) == []
 
 
 @pytest.mark.parametrize("seconds", [10**10, -(10**10)])
@@ -130,9 +183,9 @@ def test_times_beyond_the_range_of_arrays_are_compared(root, monkeypatch, second
 
     monkeypatch.setattr(sources.os, "stat", stat_with_far_times)
     files = make_files(root)
-    assert files.find_changes(root) == []
+    assert files.find_changes(DigestCache(root)) == []
     write(root / "2.png", b"longer than it was")
-    assert files.find_changes(root) == ["2.png"]
+    assert files.find_changes(DigestCache(root)) == ["2.png"]
 
 
 def test_a_time_ahead_of_the_clock_is_not_hashed_for_ever(root, monkeypatch):
@@ -140,7 +193,7 @@ def test_a_time_ahead_of_the_clock_is_not_hashed_for_ever(root, monkeypatch):
     monkeypatch.setattr(sources, "_read_state", lambda *_: (7, ahead, OLD * 10**9))
     files = make_files(root)
     monkeypatch.setattr(sources, "_hash_file", lambda _, path: pytest.fail(f"{path} was hashed"))
-    assert files.find_changes(root) == []
+    assert files.find_changes(DigestCache(root)) == []
 
 
 def test_the_digest_depends_on_every_content(root, files):

@@ -22,7 +22,7 @@ from absl import logging
 from plan_jax.data.builders.pairs import Pairs, PairsConfig
 from plan_jax.data.builders.phantom import Phantom, PhantomConfig
 from plan_jax.data.faults import DISK_ERRORS, find_system_error, name_damage
-from plan_jax.data.sources import MESSAGES_FILE, SourceFiles
+from plan_jax.data.sources import MESSAGES_FILE, DigestCache, SourceFiles
 from plan_jax.types import UserError
 
 # Name -> builder, configuration. A new dataset is one file under builders/ and one line here.
@@ -59,8 +59,8 @@ def prepare_dataset(
     builder_class, _ = BUILDERS[name]
     root = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
     with _silence_tfds():
-        prepared = _find_current(root / name, key, config) or _prepare_locked(root, key, config)
-        folder, sources = prepared
+        prepared, _ = _find_current(root / name, key, config)
+        folder, sources = prepared or _prepare_locked(root, key, config)
         config.name = folder.parent.name
         # A builder reads `info` from disk when it is created.
         with name_damage(folder):
@@ -107,16 +107,20 @@ def _list_prepared(location: Path, key: str) -> list[Path]:
 
 def _find_current(
     location: Path, key: str, config: tfds.core.BuilderConfig
-) -> tuple[Path, SourceFiles | None] | None:
-    """Returns the folder whose records were made from the files as they are now, and the files.
+) -> tuple[tuple[Path, SourceFiles | None] | None, list[str]]:
+    """Finds the folder whose records were made from the files as they are now.
 
-    Returns None if there is no such folder.
+    Returns the folder and the files, or None if there is no such folder; and the paths of files
+    that changed since the newest records were made.
     """
-    for folder in reversed(_list_prepared(location, key)):
+    folders = _list_prepared(location, key)
+    all_changes: list[list[str]] = []
+    for folder in reversed(folders):
         sources = _load_sources(folder, config)
-        if not _find_changes(folder, config, sources):
-            return folder, sources
-    return None
+        all_changes.append(_find_changes(location, config, sources))
+        if not all_changes[-1]:
+            return (folder, sources), all_changes[0]
+    return None, all_changes[0] if all_changes else []
 
 
 def _print_messages(folder: Path) -> None:
@@ -147,10 +151,11 @@ def _prepare_locked(
     builder_class = next(kind for kind, fields in BUILDERS.values() if isinstance(config, fields))
     location = root / builder_class.name
     with _lock(location / key) as is_locked:
-        if prepared := _find_current(location, key, config):  # while this process waited
+        prepared, changes = _find_current(location, key, config)
+        if prepared:  # while this process waited
             return prepared
         outdated = _list_prepared(location, key)
-        _explain_outdated(outdated, _list_earlier(location, key, config), config)
+        _explain_outdated(outdated, changes, _list_earlier(location, key, config), config)
         names = {folder.parent.name for folder in outdated}
         config.name = next(
             name
@@ -172,7 +177,7 @@ def _prepare_locked(
             builder.download_and_prepare(file_format="array_record")
         except BaseException as error:  # a Ctrl-C too must end the line
             print("failed", file=sys.stderr, flush=True)
-            if not is_locked and (prepared := _find_current(location, key, config)):
+            if not is_locked and (prepared := _find_current(location, key, config)[0]):
                 return prepared  # another process was faster
             if isinstance(error, UserError):  # it may quote what the system says of an image
                 raise
@@ -245,12 +250,16 @@ def _list_earlier(location: Path, key: str, config: tfds.core.BuilderConfig) -> 
 
 
 def _explain_outdated(
-    folders: Sequence[Path], earlier_folders: Sequence[Path], config: tfds.core.BuilderConfig
+    folders: Sequence[Path],
+    changes: Sequence[str],
+    earlier_folders: Sequence[Path],
+    config: tfds.core.BuilderConfig,
 ) -> None:
     """Prints why records are prepared again, and how to free the space of the old ones.
 
     Args:
       folders: the records of the same manifest, of which files have changed.
+      changes: the files that have changed since the last of them were made.
       earlier_folders: the records of an earlier content of the manifest.
       config: the builder's configuration.
     """
@@ -259,8 +268,7 @@ def _explain_outdated(
         return
     changed = f"manifest {config.manifest}"
     if folders:
-        changes = _find_changes(folders[-1], config, _load_sources(folders[-1], config))
-        if not changes:  # the files were restored meanwhile
+        if not changes:  # another process has just prepared them, on a drive without locks
             return
         changed = f"{_shorten(changes)} in {config.root}"
     size = 0
@@ -327,17 +335,17 @@ def _load_sources(folder: Path, config: tfds.core.BuilderConfig) -> SourceFiles 
     if not hasattr(config, "root"):
         return None
     with name_damage(folder):
-        return _UNSAVED.get(folder) or SourceFiles.load(folder)
+        return SourceFiles.load(folder)
 
 
-# Files whose new state could not be written, as the folder is read-only: hash them once a process.
-_UNSAVED: dict[Path, SourceFiles] = {}
+# Digests that could not be written anywhere, by location and root: hash files once a process.
+_UNSAVED: dict[tuple[Path, Path], DigestCache] = {}
 
 
 def _find_changes(
-    folder: Path, config: tfds.core.BuilderConfig, sources: SourceFiles | None
+    location: Path, config: tfds.core.BuilderConfig, sources: SourceFiles | None
 ) -> list[str]:
-    """Returns the paths of files that changed since the records in `folder` were made of them."""
+    """Returns the paths of files that changed since records in `location` were made of them."""
     if sources is None:
         return []
 
@@ -345,13 +353,13 @@ def _find_changes(
         if count >= MANY_FILES:
             print(f"checking {count} files in {config.root}", file=sys.stderr, flush=True)
 
-    before = sources.states
-    changes = sources.find_changes(config.root, announce)
-    if not changes and sources.states != before:
-        try:
-            sources.save(folder)
-        except OSError:
-            _UNSAVED[folder] = sources
+    place = (location, config.root)
+    # Records may be on a read-only drive.
+    folders = [location, Path(DEFAULT_DATA_DIR).expanduser()]
+    cache = _UNSAVED.pop(place, None) or DigestCache(config.root, folders)
+    changes = sources.find_changes(cache, announce)
+    if not cache.save():
+        _UNSAVED[place] = cache
     return changes
 
 

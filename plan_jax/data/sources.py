@@ -5,6 +5,8 @@ whether it can have changed, and only then is it hashed again. So images that ar
 are noticed, and images that are copied to another folder or machine are the same images.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -23,12 +25,73 @@ from plan_jax.data import faults
 # Files next to the records: the list of sources, and lines about the data for every run.
 SOURCES_FILE = "sources.json"
 MESSAGES_FILE = "messages.txt"
+CACHE_PREFIX = "sources-"
 ABSENT = (-1, 0, 0)  # the state of a file that does not exist
 LARGEST_TIME = 2**63 - 1  # of the arrays that times are compared in
+MAX_CACHES = 16  # in a folder: each copy of the images has one, and copies come and go
 NUM_THREADS = 16  # a network drive answers many questions at once
 CHUNK_SIZE = 512  # files asked for at a time
 # Drives store times in steps of up to 2 s, so a file that young can change once more unnoticed.
 YOUNG_NS = 2_000_000_000
+
+
+class DigestCache:
+    """Digests of the files below a folder, as of the states in which they were hashed last.
+
+    It serves all records that are made from the folder. Records themselves remember the states
+    that their files had. The cache has those of files that were changed or copied since then.
+    """
+
+    def __init__(self, root: Path, folders: Sequence[Path] = ()):
+        """Initialises the cache; it is read when it is needed.
+
+        Args:
+          root: the folder of the files.
+          folders: where the cache may be stored. It goes into the first that can be written.
+        """
+        self.root = root
+        try:
+            number = os.stat(root).st_ino  # copies on several machines may have one path
+        except OSError:
+            number = 0
+        place = hashlib.sha256(f"{root}\n{number}".encode(errors="surrogateescape")).hexdigest()
+        self._paths = [folder / f"{CACHE_PREFIX}{place[:12]}.json" for folder in folders]
+        self._is_changed = False
+
+    def find(self, path: str, state: Sequence[int]) -> str | None:
+        """Returns the digest of a file in this state, or None if it is not in the cache."""
+        old_state, digest = self._entries.get(path, (ABSENT, ""))
+        return digest if old_state == (*state,) else None
+
+    def add(self, path: str, state: Sequence[int], digest: str) -> None:
+        """Adds the digest of a file that was hashed in this state."""
+        new_state = _forget_young_times(state)
+        if new_state == (*state,):
+            self._entries[path] = (new_state, digest)
+            self._is_changed = True
+
+    def save(self) -> bool:
+        """Writes what was added; returns whether that is on disk now."""
+        for path in self._paths if self._is_changed else ():
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write_at_once(path, json.dumps(self._entries))
+                self._is_changed = False
+                _delete_oldest(path.parent)
+                break
+        return not self._is_changed
+
+    @functools.cached_property
+    def _entries(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        contents: list[tuple[float, dict[str, tuple[tuple[int, ...], str]]]] = []
+        for path in self._paths:
+            # Without a cache, or with a damaged one, files are hashed.
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                items = json.loads(path.read_text()).items()
+                entries = {name: ((*state,), str(digest)) for name, (state, digest) in items}
+                contents.append((path.stat().st_mtime, entries))
+        newest_last = sorted(contents, key=lambda content: content[0])
+        return {name: entry for _, entries in newest_last for name, entry in entries.items()}
 
 
 class SourceFiles:
@@ -79,40 +142,47 @@ class SourceFiles:
         contents = [self._files[path][1] for path in sorted(self._files)]
         return hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
-    def find_changes(self, root: Path, announce: Callable[[int], None] | None = None) -> list[str]:
-        """Returns the paths of files that have another content below `root`.
+    def find_changes(
+        self, cache: DigestCache, announce: Callable[[int], None] | None = None
+    ) -> list[str]:
+        """Returns the paths of files that have another content in the folder of a cache.
 
-        The list adopts the states of files that have the same content. If the size of a file
-        differs, the result has only files of another size, and nothing is hashed.
+        If the size of a file differs, the result has only files of another size, and nothing is
+        hashed.
 
         Args:
-          root: the folder.
+          cache: digests of the files in the folder; receives those of files that are hashed.
           announce: called with the number of files to hash, before they are.
 
         Raises:
           UserError: a file may exist, and cannot be read.
         """
-        paths, folder = list(self._files), os.path.join(root, "")
+        paths, folder = list(self._files), os.path.join(cache.root, "")
         old_states = np.asarray(self.states, np.int64).reshape(-1, 3)
         new_states = _read_states(folder, paths)
         resized = np.flatnonzero(old_states[:, 0] != new_states[:, 0])
         if len(resized):
             return sorted(paths[index] for index in resized)
         suspects = np.flatnonzero((old_states != new_states).any(axis=1)).tolist()
-        if announce is not None and suspects:
-            announce(len(suspects))
+        digests = {
+            index: cache.find(paths[index], new_states[index].tolist()) for index in suspects
+        }
+        unread = [index for index, digest in digests.items() if digest is None]
+        if announce is not None and unread:
+            announce(len(unread))
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            digests = list(pool.map(lambda index: _hash_file(folder, paths[index]), suspects))
-        changes = []
-        for index, digest in zip(suspects, digests, strict=True):
-            if digest != self._files[paths[index]][1]:
-                changes.append(paths[index])
-            else:
-                self._files[paths[index]] = (
-                    _forget_young_times(new_states[index].tolist()),
-                    digest,
-                )
-        return sorted(changes)
+            for index, digest in zip(
+                unread,
+                pool.map(lambda index: _hash_file(folder, paths[index]), unread),
+                strict=True,
+            ):
+                digests[index] = digest
+                cache.add(paths[index], new_states[index].tolist(), digest)
+        return sorted(
+            paths[index]
+            for index, digest in digests.items()
+            if digest != self._files[paths[index]][1]
+        )
 
     def compare(self, reference: "SourceFiles") -> list[str]:
         """Returns the paths of files whose content differs from that in `reference`."""
@@ -144,12 +214,7 @@ class SourceFiles:
             "sizes_and_times": self.states,
             "digests": [digest for _, digest in self._files.values()],
         }
-        temporary = folder / f"{SOURCES_FILE}.{os.getpid()}.{threading.get_ident()}"
-        try:
-            temporary.write_text(json.dumps(content))
-            temporary.replace(folder / SOURCES_FILE)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _write_at_once(folder / SOURCES_FILE, json.dumps(content))
 
     @classmethod
     def load(cls, folder: Path) -> "SourceFiles":
@@ -166,6 +231,24 @@ class SourceFiles:
             return cls(content["paths"], states, content["digests"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{SOURCES_FILE} is malformed: {error}") from None
+
+
+def _delete_oldest(folder: Path) -> None:
+    """Deletes caches of digests but the newest, as other processes may do at the same time."""
+    with contextlib.suppress(OSError):
+        caches = sorted(folder.glob(f"{CACHE_PREFIX}*.json"), key=os.path.getmtime)
+        for path in caches[:-MAX_CACHES]:
+            path.unlink(missing_ok=True)
+
+
+def _write_at_once(path: Path, content: str) -> None:
+    """Writes a file that other processes see whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        temporary.write_text(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_state(folder: str, path: str) -> tuple[int, int, int]:
