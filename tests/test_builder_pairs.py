@@ -547,7 +547,16 @@ MISTAKES = {
         {"filters": {"text": {"is": ["L"]}}},
         "filters of 'text' is .*; write {\"in\": ",
     ),
-    "no rows": (make_rows(), {"min_words": 99}, "has no row left; loosen filters or min_words"),
+    "no rows": (
+        make_rows(),
+        {"min_words": 99},
+        r"has no row left \(min_words leaves out 12 rows\); loosen filters or min_words",
+    ),
+    "filter of an absent value": (
+        make_rows(),
+        {"filters": {"patient_id": ["XX"]}},
+        "has no row left .*no row has 'XX' in column 'patient_id'.; loosen filters",
+    ),
     "size": (make_rows(), {"size": 2}, "size 2 of .* is too small; use at least 8 pixels"),
     "fraction": (make_rows(), {"max_bad": 3}, "max_bad 3.0 is not a fraction; use 0 to 1"),
     "sum of fractions": (

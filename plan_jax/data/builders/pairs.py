@@ -354,8 +354,9 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             row_count = quoting.count(num_short_texts, "row")
             self._filter_notes.append(f"min_words leaves out {row_count}")
         if not self._num_rows:
+            causes = f" ({', '.join(self._filter_notes)})" if self._filter_notes else ""
             raise UserError(
-                f"manifest {config.manifest} has no row left; loosen filters or min_words"
+                f"manifest {config.manifest} has no row left{causes}; loosen filters or min_words"
             )
         return studies
 
