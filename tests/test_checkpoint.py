@@ -464,16 +464,36 @@ def test_a_folder_without_permission(damaged, monkeypatch):
 
 
 def test_content_that_means_nothing(damaged, capfd):
-    """It is JSON, but orbax cannot restore: the step is broken only if another one can be read."""
-    for step in (3, 2):
-        (damaged / f"{step}/state/_sharding").write_text('{"wrong": 1}')
-        restored = checkpoint.restore(checkpoint.open_manager(damaged), make_state(0))
-        assert restored.step == step - 1
-        assert f"checkpoint {step} is broken (" in capfd.readouterr().err
-    (damaged / "1/state/_sharding").write_text('{"wrong": 1}')
-    with pytest.raises(UserError, match="/1 cannot be read .*does not prove it broken"):
+    """It is JSON, but orbax cannot restore: no checksum proves that the step is broken."""
+    (damaged / "3/state/_sharding").write_text('{"wrong": 1}')
+    with pytest.raises(UserError, match="/3 cannot be read .*does not prove it broken; remove the"):
         checkpoint.restore(checkpoint.open_manager(damaged), make_state(0))
-    assert sorted(path.name for path in damaged.iterdir()) == ["1", "broken-2", "broken-3"]
+    assert sorted(path.name for path in damaged.iterdir()) == ["1", "2", "3"]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("content", ["[]", '"plan"', "3"])
+def test_a_config_that_is_no_object_is_broken(damaged, content):
+    (damaged / "3/config/metadata").write_text(content)
+    assert checkpoint.read_config(damaged)["steps"] == CONFIG["steps"]
+    assert checkpoint.restore(checkpoint.open_manager(damaged), make_state(0)).step == 2
+    assert (damaged / "broken-3").exists()
+
+
+def test_memory_that_is_short_once_breaks_no_checkpoint(damaged, monkeypatch, capfd):
+    """An older step, which is read next, would fit; the newest is still good."""
+    restore, errors = ocp.StandardCheckpointer.restore, [PASSING["memory of the device"]]
+
+    def fail_once(*arguments, **options):
+        if errors:
+            raise errors.pop()
+        return restore(*arguments, **options)
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", fail_once)
+    with pytest.raises(UserError, match="/3 cannot be read .RESOURCE_EXHAUSTED.*remove the cause"):
+        checkpoint.restore(checkpoint.open_manager(damaged), make_state(0))
+    assert sorted(path.name for path in damaged.iterdir()) == ["1", "2", "3"]
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -571,14 +591,69 @@ def test_files_and_folders_that_are_no_steps(damaged):
     assert {path.name for path in damaged.iterdir()} == names - {"1"} | {"4"}
 
 
-def test_a_step_whose_deletion_was_interrupted(damaged, capfd):
-    """A run that is killed while it deletes an old step goes on from the newest one."""
-    (damaged / "1/config/metadata").unlink()
-    assert checkpoint.restore(checkpoint.open_manager(damaged), make_state(0)).step == 3
-    sentence = (
-        "checkpoint 1 is broken (config/metadata is missing), renamed to broken-1; using step 3"
-    )
-    assert capfd.readouterr().err == f"{sentence}\n"
+def test_a_step_whose_deletion_is_interrupted_is_no_broken_one(tmp_path, monkeypatch, capfd):
+    """A run that is killed while it deletes an old step deletes the rest of it when it resumes."""
+
+    def kill(folder):
+        (folder / "1/config/metadata").unlink()
+        raise KeyboardInterrupt
+
+    manager = checkpoint.open_manager(tmp_path, keep=1)
+    for step in (1, 2):
+        checkpoint.save(manager, step, make_state(step), {}, CONFIG)
+    manager.wait_until_finished()
+    monkeypatch.setattr("shutil.rmtree", kill)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.close(manager)
+    monkeypatch.undo()
+    assert (tmp_path / ".deleted/1").is_dir()
+    assert checkpoint.load_weights(tmp_path)["step"] == 2
+    assert checkpoint.restore(checkpoint.open_manager(tmp_path), make_state(0)).step == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_old_steps_do_not_fill_the_disk(tmp_path):
+    """What a run does not keep is deleted while it trains, and not only at its end."""
+    manager = checkpoint.open_manager(tmp_path, keep=1)
+    for step in range(4):
+        checkpoint.save(manager, step, {"params": {"a": jnp.ones(2)}}, {}, {})
+        manager.wait_until_finished()
+        steps = [path.name for path in tmp_path.glob(".deleted/*")]
+        assert steps == ([str(step - 1)] if step else [])
+    checkpoint.close(manager)
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_the_main_process_finds_broken_steps_for_all(damaged, is_main, monkeypatch):
+    """It may have renamed one before another process looks."""
+    (damaged / "3/config/metadata").unlink()
+    monkeypatch.setattr(parallel, "is_main", lambda: is_main)
+    message = json.dumps([[1, 2, 3], {"3": "config/metadata is missing"}])
+    texts = []
+
+    def gather(text):
+        texts.append(text)
+        return [message, json.dumps([[], {}])]
+
+    monkeypatch.setattr(parallel, "gather_strings", gather)
+    assert checkpoint._find_faults(damaged) == ([1, 2, 3], {3: "config/metadata is missing"})
+    assert texts == [message if is_main else json.dumps([[], {}])]
+
+
+def test_a_lost_host_is_not_a_full_disk(tmp_path, monkeypatch):
+    def lose_host(*_, **__):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: barrier timed out, connection reset")
+
+    manager = checkpoint.open_manager(tmp_path)
+    monkeypatch.setattr(manager, "save", lose_host)
+    with pytest.raises(UserError, match="could not be written to .*UNAVAILABLE.*; free the disk"):
+        checkpoint.save(manager, 1, make_state(1), {}, CONFIG)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(parallel, "gather_strings", lambda text: [text, text])
+    with pytest.raises(UserError, match="another host of this run has ended .*repeat the command"):
+        checkpoint.save(manager, 1, make_state(1), {}, CONFIG)
 
 
 def test_a_broken_step_that_cannot_be_renamed(damaged, monkeypatch):

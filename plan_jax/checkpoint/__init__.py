@@ -91,7 +91,7 @@ def open_manager(
     folder = Path(folder).absolute()
     folders.check_name(folder)
     silence_orbax()
-    preserved: list = [policies.LatestN(keep)]
+    rules: list = [policies.LatestN(keep)]
     rank: Callable[[Mapping[str, float]], float] | None = None
     if best_metric is not None:
 
@@ -99,29 +99,49 @@ def open_manager(
             value = metrics.get(best_metric)
             return float(value) if value is not None and math.isfinite(value) else -math.inf
 
-        preserved.append(
+        rules.append(
             policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False)
         )
     options = ocp.CheckpointManagerOptions(
         best_fn=rank,
-        preservation_policy=policies.AnyPreservationPolicy(preserved),
+        preservation_policy=policies.AnyPreservationPolicy(rules),
         cleanup_tmp_directories=True,  # what a killed save left behind
+        # An old step is renamed before it is deleted, so that a kill leaves no half of it.
+        todelete_subdir=folders.DELETED,
     )
     with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    folders.empty_deleted(folder)
     # Orbax parses the metrics of all steps when it opens the folder, and fails on broken ones.
-    faults = {}
-    for step in folders.list_steps(folder):
-        try:
-            faults[step] = find_fault(folder / str(step))
-        except OSError as error:
-            raise Failure(first_line(error)).to_error(folder / str(step)) from error
-    newest = max((step for step, fault in faults.items() if not fault), default=None)
+    steps, faults = _find_faults(folder)
+    newest = max((step for step in steps if step not in faults), default=None)
     for step, fault in faults.items():
-        if fault:
-            folders.set_aside(folder, step, fault, newest)
+        folders.set_aside(folder, step, fault, newest)
     with report_write_errors(folder):
         return ocp.CheckpointManager(folder, options=options)
+
+
+def _find_faults(folder: Path) -> tuple[list[int], dict[int, str]]:
+    """Returns the steps in `folder`, and what is wrong with the small files of the broken ones.
+
+    The main process decides for all. It may rename a step before another process has looked.
+
+    Raises:
+      UserError: a step cannot be read.
+    """
+    steps: list[int] = []
+    faults: dict[str, str] = {}
+    if parallel.is_main():
+        steps = folders.list_steps(folder)
+        for step in steps:
+            try:
+                fault = find_fault(folder / str(step))
+            except OSError as error:
+                raise Failure(first_line(error)).to_error(folder / str(step)) from error
+            if fault:
+                faults[str(step)] = fault
+    steps, faults = json.loads(parallel.gather_strings(json.dumps([steps, faults]))[0])
+    return steps, {int(step): fault for step, fault in faults.items()}
 
 
 def save(
@@ -167,6 +187,8 @@ def save(
     with _report_write_errors(manager):
         if step in manager.all_steps():
             return False
+        manager.wait_until_finished()  # the previous save renames an old step at its end
+        folders.empty_deleted(Path(manager.directory))
         # `force`, because when to save is decided by the caller and not by orbax's policy.
         return manager.save(step, args=args, metrics=values, force=True)
 
@@ -181,6 +203,7 @@ def close(manager: ocp.CheckpointManager) -> None:
         manager.wait_until_finished()
         manager.check_for_errors()
         manager.close()
+        folders.empty_deleted(Path(manager.directory))
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -258,12 +281,9 @@ def _read_first(
         content, failure = try_reading(read, folder / str(step))
         if failure is None:
             return content, step, failures
-        if failure.is_passing:
-            raise failure.to_error(folder / str(step))
-        failures[step] = failure
-    for step, failure in failures.items():
         if not failure.is_proof:
             raise failure.to_error(folder / str(step))
+        failures[step] = failure
     return None, None, failures
 
 
@@ -274,6 +294,8 @@ def _read_about(step_folder: Path) -> dict[str, Any]:
     fields, whose names have changed, are compared with today's.
     """
     about = read_json(step_folder / "config/metadata")
+    if not isinstance(about, dict):
+        raise BrokenError("config/metadata is not what was saved")
     number, version = about.get("format", 1), about.get("version", "unknown")
     if number != FORMAT:
         raise UserError(
@@ -416,7 +438,10 @@ def _installed_version() -> str:
 def _report_write_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Turns any error of a save into a sentence for the user."""
     try:
-        yield
+        with parallel.report_lost_host():  # a save waits for all hosts
+            yield
+    except UserError:
+        raise
     except Exception as error:  # a full disk surfaces as many kinds
         raise UserError(
             f"checkpoint could not be written to {manager.directory} ({first_line(error)});"

@@ -21,8 +21,8 @@ from plan_jax.types import UserError
 
 # The files of a step that are small enough to be parsed whenever its run is opened.
 SMALL_FILES = ("config/metadata", "data/metadata", "state/_METADATA", "metrics/metrics")
-# No error of the system, and those that mean that a file is missing.
-NO_PASSING_ERRORS = (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+# No error of the system, and those that mean that a file is missing: only then do the files tell.
+MISSING_FILE_ERRORS = (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class BrokenError(Exception):
@@ -34,15 +34,12 @@ class Failure(NamedTuple):
 
     Attributes:
       reason: a phrase for the user.
-      is_proof: the step is broken.
-      is_passing: the system did not let us read a file, so nothing is known about the step. If
-        neither holds, all files can be read and the step still cannot be restored: it is broken if
-        another step can be.
+      is_proof: the step is broken. Otherwise nothing is known about it: it may be whole, and only
+        the memory was too small.
     """
 
     reason: str
     is_proof: bool = False
-    is_passing: bool = False
 
     def to_error(self, step_folder: Path) -> UserError:
         """Returns the sentence for a run that cannot go on."""
@@ -67,12 +64,18 @@ def try_reading(read: Callable[[Path], Any], step_folder: Path) -> tuple[Any, Fa
         return None, Failure(str(error), is_proof=True)
     except Exception as error:  # orbax, tensorstore and JAX raise many kinds
         reason = first_line(error)
-        if isinstance(error, MemoryError) or system_error(error) not in NO_PASSING_ERRORS:
-            return None, Failure(reason, is_passing=True)
+        if isinstance(error, MemoryError) or system_error(error) not in MISSING_FILE_ERRORS:
+            return None, Failure(reason)
     try:
-        fault = find_fault(step_folder) or _find_fault_in_arrays(step_folder / "state")
+        fault = (
+            find_fault(step_folder)
+            or _find_fault_in_names(step_folder)
+            or _find_fault_in_arrays(step_folder / "state")
+        )
+    except BrokenError as error:
+        return None, Failure(str(error), is_proof=True)
     except (OSError, MemoryError) as error:
-        return None, Failure(first_line(error), is_passing=True)
+        return None, Failure(first_line(error))
     return None, Failure(fault or reason, is_proof=bool(fault))
 
 
@@ -107,6 +110,26 @@ def read_json(path: Path) -> Any:
         raise BrokenError(f"{name} is missing") from None
     except (ValueError, RecursionError) as error:
         raise BrokenError(f"{name} is not JSON: {first_line(error)}") from None
+
+
+def _find_fault_in_names(step_folder: Path) -> str:
+    """Returns what is wrong with orbax's description of a step's tree, or "".
+
+    It has no checksum, but the names in it are those of the checksums of the arrays.
+    """
+    checksums = read_json(step_folder / "config/metadata").get("checksums", {})
+    name = "state/_METADATA"
+    try:
+        names = set()
+        for path, entry in read_json(step_folder / name)["tree_metadata"].items():
+            keys = [(key["key"], key["key_type"]) for key in entry["key_metadata"]]
+            is_valid = all(kind == 2 or (kind == 1 and key.isdigit()) for key, kind in keys)
+            if not is_valid or path != str(tuple(key for key, _ in keys)):
+                return f"{name} is not what was saved"
+            names.add(".".join(key for key, _ in keys))
+    except (KeyError, TypeError, AttributeError):
+        return f"{name} is not what was saved"
+    return "" if checksums.keys() <= names else f"{name} is not what was saved"
 
 
 def _find_fault_in_arrays(folder: Path) -> str:

@@ -1,8 +1,9 @@
-"""The folders of a run's checkpoints: which steps exist, and renaming of broken ones."""
+"""The folders of a run's checkpoints: which steps exist, and which are renamed or deleted."""
 
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from plan_jax.logger import report_write_errors
 from plan_jax.types import UserError
 
 FOLDER = "checkpoints"
+DELETED = ".deleted"  # where steps lie while they are deleted
 
 
 def locate(folder: str | Path) -> tuple[Path, int | None]:
@@ -108,3 +110,14 @@ def set_aside(folder: Path, step: int, reason: str, substitute: int | None) -> N
         parallel.print_once(f"checkpoint {step} is broken ({reason}), renamed to {name}; {remedy}")
     # No process may look for the newest step while the main one still renames it.
     parallel.barrier(f"set aside {step}")
+
+
+def empty_deleted(folder: Path) -> None:
+    """Deletes the steps that a run does not keep, and what a killed one has left of them.
+
+    Raises:
+      UserError: they cannot be deleted.
+    """
+    if parallel.is_main():
+        with report_write_errors(folder / DELETED), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder / DELETED)
