@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import functools
 import hashlib
 import json
 import re
@@ -132,6 +133,8 @@ def _choose_delimiter(header: str) -> str:
 
 def _check_header(names: Sequence[str]) -> None:
     """Raises ValueError for a name that is there twice; columns without a name are not used."""
+    if len(set(names)) == len(names):
+        return
     for name in names:
         if name and names.count(name) > 1:
             raise ValueError(
@@ -343,10 +346,14 @@ def _cell_keys(row: Row, column: str) -> set[str | int | float]:
 
 def _fold_value(value: Any) -> str | int | float:
     """Returns the key of a value: 1, 1.0 and "1" are one, and so are `PA` and `pa`."""
-    text = str(value).strip()
+    return _fold_text(str(value).strip())
+
+
+@functools.lru_cache(maxsize=4096)  # a column has few values, and many rows
+def _fold_text(text: str) -> str | int | float:
     if re.fullmatch(r"[+-]?\d{1,300}", text):
         return int(text)  # exact, where a float of a long id is not
-    number = to_number(value)
+    number = to_number(text)
     return fold_name(text) if number is None else number
 
 
