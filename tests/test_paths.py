@@ -1,5 +1,7 @@
 """Paths of images: other machines, other spellings, and hints for those that are missing."""
 
+import errno
+import os
 import unicodedata
 
 import pytest
@@ -46,6 +48,23 @@ def test_a_path_of_another_machine_names_the_path_here(root):
 )
 def test_what_is_no_path_is_a_mistake_of_the_row(root, path, message):
     with pytest.raises(ValueError, match=message):
+        paths.resolve_path(root, path, 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("img/a.png", "img/a.png in .*study cannot be read .Permission denied.; correct that, and"),
+        ("img/Clear lungs", "a text of 15 characters in .*study cannot be read"),
+        ("/data/me/img/a.png", "of row 1 leaves the images folder .*; move it inside"),
+    ],
+)
+def test_a_folder_without_permission_is_no_mistake_of_the_row(root, path, sentence, monkeypatch):
+    def refuse(place, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(UserError, match=sentence):
         paths.resolve_path(root, path, 1)
 
 
