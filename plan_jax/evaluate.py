@@ -6,7 +6,7 @@ them, and `config.eval.tasks` selects some.
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,19 @@ def check_requirements(task: str, data: EvalData, options: Any) -> None:
             )
 
 
-def evaluate_model(model: Model, config: Config, split: str, folder: Path | None = None) -> Result:
+def evaluate_model(
+    model: Model,
+    config: Config,
+    split: str,
+    folder: Path | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Result:
     """Returns the metrics `<task>/...` of all selected tasks on a split, and their examples.
 
     Fitted heads are saved under `folder`, so that an interrupted evaluation resumes. With
     `eval.random_baseline`, tasks that fit a head also fit it to a tower of random weights, under
-    `<task>/random/...`. `<task>/seconds` is the duration of a task.
+    `<task>/random/...`. `<task>/seconds` is the duration of a task. `check_stop` is called before
+    each task and after each epoch of a fit, and ends the evaluation by an exception.
 
     Raises:
       UserError: see `open_eval_data`.
@@ -109,10 +116,12 @@ def evaluate_model(model: Model, config: Config, split: str, folder: Path | None
         seed=config.seed,
         folder=folder and folder / "fits",
         label_report=report_labeller(data.findings),
+        check_stop=check_stop,
     )
     metrics: dict[str, float] = {}
     examples: list[Any] = []
     for name in config.eval.tasks:
+        check_stop()
         task, options = TASKS[name], config.eval.options[name]
         start = time.monotonic()
         result = task.evaluate(model, data, options, context)

@@ -201,9 +201,10 @@ def run_steps(run: Run, state: State, start: int) -> State:
                 f"first step after {seconds:.1f} s ({programs.compiled} programs compiled, "
                 f"{programs.cache_hits} read from the cache)"
             )
-        if pending is not None and step % min(config.log_every, FINITE_EVERY) == 0:
+        is_logged = step % config.log_every == 0
+        if pending is not None and (is_logged or step % FINITE_EVERY == 0):
             require_finite(pending)
-            if step % config.log_every == 0:
+            if is_logged:
                 log_metrics(run, step, pending, rate)
         pending = metrics
         logger.advance()
@@ -267,29 +268,33 @@ def validate(run: Run, state: State) -> dict[str, float]:
     Raises:
       Stopped: a signal arrived; with several processes it waits, since all of them take part.
     """
+
+    def check_stop() -> None:
+        if run.stop.number and jax.process_count() == 1:
+            raise Stopped
+
     model = make_model(run.components, run.config, model_variables(state))
-    if jax.process_count() == 1:
-        model = stop_between_calls(model, run.stop)
-    return evaluate.evaluate_model(model, run.config, "val").metrics
+    model = check_before_calls(model, check_stop)
+    result = evaluate.evaluate_model(model, run.config, "val", check_stop=check_stop)
+    return result.metrics
 
 
-def stop_between_calls(model: Model, stop: StopSignal) -> Model:
-    """Returns a model whose functions raise `Stopped` once a signal has arrived."""
+def check_before_calls(model: Model, check: Callable[[], None]) -> Model:
+    """Returns a model each of whose functions calls `check` first."""
 
-    def check(function: Callable) -> Callable:
+    def with_check(function: Callable) -> Callable:
         def call(*args: Any, **options: Any) -> Any:
-            if stop.number:
-                raise Stopped
+            check()
             return function(*args, **options)
 
         return call
 
     return dataclasses.replace(
         model,
-        encode_image=check(model.encode_image),
-        encode_text=check(model.encode_text),
-        similarity=check(model.similarity),
-        heatmap=check(model.heatmap),
+        encode_image=with_check(model.encode_image),
+        encode_text=with_check(model.encode_text),
+        similarity=with_check(model.similarity),
+        heatmap=with_check(model.heatmap),
     )
 
 
@@ -297,14 +302,15 @@ def validate_again(run: Run, state: State) -> None:
     """Evaluates a restored state whose validation a signal has prevented."""
     step = int(state.step)
     keys = {key for row in run.logger.history if row["step"] == step for key in row}
-    if not is_validated(run.config, step) or any("/" in key for key in keys):
+    is_due = is_validated(run.config, step) and not any("/" in key for key in keys)
+    # Only the main process has the rows, and all processes take part in a validation.
+    if not parallel.any_process(parallel.is_main() and is_due):
         return
     validation = validate(run, state)
-    run.logger.log(step, validation)
     if run.config.checkpoint.best:
-        # Saved again with the metric by which it is compared with other steps.
-        run.manager.delete(step)
-        save(run, step, state, validation)
+        checkpoint.add_metrics(run.manager, step, validation)
+    # The row comes last: after a kill before it, the step is validated once more.
+    run.logger.log(step, validation)
 
 
 def finish(run: Run, state: State) -> dict[str, Any]:

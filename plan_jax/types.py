@@ -298,12 +298,14 @@ class EvalData:
 class TaskContext:
     """Facts about the run: the seed, the folder for fitted heads, and a report labeller.
 
-    `label_report` maps a report to the findings it states (1) or denies (0).
+    `label_report` maps a report to the findings it states (1) or denies (0). `check_stop` raises an
+    exception if the run has to stop; fits call it after each epoch.
     """
 
     seed: int = 0
     folder: Path | None = None
     label_report: Callable[[str], Mapping[str, int]] | None = None
+    check_stop: Callable[[], None] = lambda: None
 
 
 @runtime_checkable

@@ -244,6 +244,22 @@ def test_the_newest_and_the_best_steps_are_kept(tmp_path):
     assert (tmp_path / "broken-2").is_dir()
 
 
+def test_metrics_are_added_to_a_step_that_stays_whole(tmp_path):
+    manager = checkpoint.open_manager(tmp_path, keep=1, best_metric="cnr")
+    for step in range(3):
+        checkpoint.save(manager, step, {"params": {"a": jnp.full(3, step)}}, {}, {})
+        manager.wait_until_finished()
+        if step == 1:
+            (tmp_path / "1" / "metrics.part").mkdir()  # of a process that was killed
+            checkpoint.add_metrics(manager, 1, {"cnr": 0.5})
+            checkpoint.add_metrics(manager, 1, {"cnr": 0.7})  # it has some already
+    checkpoint.close(manager)
+    # Step 1 is kept as the best one, and can still be read.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    assert checkpoint.load_weights(tmp_path / "1")["params"]["a"].tolist() == [1, 1, 1]
+    assert (tmp_path / "1" / "metrics" / "metrics").read_text() == '{"cnr": 0.5}'
+
+
 def test_weights_are_loaded_without_the_optimiser(complete, monkeypatch):
     for folder in (complete, complete.parent, complete / "3"):
         monkeypatch.chdir(complete.parent.parent)

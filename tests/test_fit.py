@@ -37,6 +37,22 @@ def test_an_interrupted_fit_resumes_to_the_same_result(tmp_path):
     assert len(calls) == 13 and complete.history == resumed.history
 
 
+def test_a_fit_ends_where_the_run_has_to_stop():
+    calls = []
+
+    class Stopped(Exception):
+        pass
+
+    def check_stop():
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fit_scalar_head(attach_scalar_head(), epochs=6, check_stop=check_stop)
+    assert len(calls) == 2
+
+
 def test_a_broken_state_is_reported_and_fitted_again(tmp_path, capsys):
     attached = attach_scalar_head()
     first = fit_scalar_head(attached, epochs=2, folder=tmp_path)

@@ -212,6 +212,11 @@ def test_nothing_is_logged_from_the_first_step_on_that_is_not_finite(tmp_path):
     assert len(rows) == 3 and "first_nonfinite" not in rows[0]
 
 
+def test_rows_come_at_their_own_interval(tmp_path):
+    run_loop(tmp_path, steps=320, log_every=150, checkpoint__every=1000)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [150, 300, 320]
+
+
 def test_a_long_run_without_logs_and_checkpoints_ends_soon(tmp_path):
     seen = []
     with pytest.raises(train.NotFinite):
@@ -287,7 +292,7 @@ def validations(monkeypatch):
 
     model = Model("toy", (1, 1), 0, 8, encode, encode, encode, encode)
 
-    def evaluate_model(model, config, split, folder=None):
+    def evaluate_model(model, config, split, folder=None, check_stop=lambda: None):
         calls.on_call()
         model.encode_image(np.zeros((1, 8, 8, 1), np.uint8))
         return Result({"retrieval/i2t_r5": 0.5})

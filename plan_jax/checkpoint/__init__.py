@@ -12,6 +12,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ from plan_jax.types import UserError
 __all__ = [
     "FOLDER",
     "Checkpoint",
+    "add_metrics",
     "close",
     "fingerprint",
     "load_weights",
@@ -191,6 +193,27 @@ def save(
         folders.empty_deleted(Path(manager.directory))
         # `force`, because when to save is decided by the caller and not by orbax's policy.
         return manager.save(step, args=args, metrics=values, force=True)
+
+
+def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]) -> None:
+    """Adds the metrics by which the best step is selected to a saved step that has none.
+
+    The step itself is not touched, so a kill at any moment loses nothing.
+
+    Raises:
+      UserError: they could not be written.
+    """
+    folder = Path(manager.directory) / str(step)
+    if parallel.is_main() and not (folder / "metrics").exists():
+        with _report_write_errors(manager):
+            temporary = folder / "metrics.part"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            values = {name: float(value) for name, value in metrics.items()}
+            (temporary / "metrics").write_text(json.dumps(values))
+            temporary.rename(folder / "metrics")
+    parallel.barrier("metrics added")
+    manager.reload()
 
 
 def close(manager: ocp.CheckpointManager) -> None:

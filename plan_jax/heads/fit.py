@@ -53,6 +53,7 @@ def fit_head(
     option: str = "learning_rate",
     description: str = "",
     folder: Path | None = None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> FitResult:
     """Fits a head (or a whole model) to examples, and returns the best epoch on validation.
 
@@ -79,6 +80,7 @@ def fit_head(
       option: the name of the learning rate, which an error tells to lower.
       description: whatever else identifies the fit; a part of the hash.
       folder: where the state is saved; None for nowhere.
+      check_stop: called after each epoch; ends the fit by an exception.
 
     Raises:
       UserError: there are no examples, or the loss or the score is not a number.
@@ -131,6 +133,7 @@ def fit_head(
             rate = num_examples // batch * batch / (time.monotonic() - start_time)
             bar.set_postfix_str(f"loss {epoch_loss:.3g}, {rate:.0f} examples/s", refresh=False)
             bar.update()
+            check_stop()
     values = zip(state["losses"], state["scores"], strict=True)
     history = [{"epoch": n + 1, "loss": a, "score": b} for n, (a, b) in enumerate(values)]
     return FitResult(state["best_params"], state["best_stats"], state["best_score"], history)

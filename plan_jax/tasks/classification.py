@@ -386,6 +386,7 @@ def _fit_share(
         option="config.eval.classification.learning_rate",
         description=description,
         folder=context.folder,
+        check_stop=context.check_stop,
     )
 
 

@@ -233,6 +233,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         score=_selection_score(attached, detect_boxes, val, truth["val"], options),
         description=f"{tower.name} {options} {tuple(data.findings)}",
         folder=context.folder,
+        check_stop=context.check_stop,
     )
     detected = detect_boxes(fit_result.params, fit_result.stats, attached.examples(images["test"]))
     baseline = [typical_boxes(truth["train"], options.nms_iou)] * len(detected)

@@ -519,6 +519,7 @@ def _fit_decoder(
         option="config.eval.report_generation.learning_rate",
         description=description,
         folder=context.folder,
+        check_stop=context.check_stop,
     )
 
 

@@ -443,6 +443,7 @@ def _fit_decoder(
         option="config.eval.segmentation.learning_rate",
         description=description,
         folder=context.folder,
+        check_stop=context.check_stop,
     )
 
 

@@ -142,12 +142,32 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, start):
     assert steps == sorted(set(steps)) and len(steps) == steps[-1]
 
 
-def test_two_processes_train_and_save_one_checkpoint(tmp_path, start):
+def start_two(start, folder, *overrides):
+    """Starts the two processes of one run."""
     port = portpicker.pick_unused_port()
     cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    config = tmp_path / "two.py"
+    config = folder / "two.py"
     config.write_text(TWO_PROCESSES)
-    runs = [start(tmp_path, config=config, JAX_PROCESS_ID=str(i), **cluster) for i in range(2)]
+    return [
+        start(folder, *overrides, config=config, JAX_PROCESS_ID=str(i), **cluster) for i in range(2)
+    ]
+
+
+def test_two_processes_that_validate_can_be_resumed(tmp_path, start):
+    options = ("steps=40", "eval.every=5", "eval.tasks=('retrieval',)")
+    options += ("checkpoint.best=retrieval/i2t_r1",)
+    runs = start_two(start, tmp_path, *options)
+    wait_for_step(runs[0], tmp_path, 12)
+    for run in runs:
+        run.kill()
+        wait_for_exit(run)
+    results = [wait_for_exit(run) for run in start_two(start, tmp_path, *options)]
+    assert [code for code, _ in results] == [0, 0], results
+    assert "resumed at step" in results[0][1] and checkpoint.load_weights(tmp_path)["step"] == 40
+
+
+def test_two_processes_train_and_save_one_checkpoint(tmp_path, start):
+    runs = start_two(start, tmp_path)
     results = [wait_for_exit(run) for run in runs]
     assert [code for code, _ in results] == [0, 0], results
     weights = checkpoint.load_weights(tmp_path)
