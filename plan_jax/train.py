@@ -132,6 +132,10 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
             except NotFinite as error:
                 checkpoint.close(manager)
                 raise UserError(describe_divergence(error, config, folder)) from None
+            except KeyboardInterrupt:
+                # A save in the background has to end before the lock does.
+                checkpoint.close(manager)
+                raise
             checkpoint.close(manager)
             batches.close()
         describe_interruption("the state is saved, and the same command continues", is_saved=True)
