@@ -2,10 +2,11 @@
 
 SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) end a command at once. Nothing is unwound:
 files are complete or absent at any moment, and an exception that arises while XLA calls Python ends
-in a segmentation fault. While a `StopSignal` is open, the first signal only asks for the end, so
+in a segmentation fault. While a `StopSignal` is open, the first signal only requests a stop, so
 that training can save its state.
 """
 
+import builtins
 import contextlib
 import errno
 import os
@@ -22,7 +23,16 @@ from typing import Any
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
-BROKEN_PIPE = 13  # the number of SIGPIPE: a pipe without a reader asks for the end like a signal
+BROKEN_PIPE = 13  # the number of SIGPIPE: a pipe without a reader requests a stop like a signal
+# What the system says of a path or a disk, which no change of this program would mend.
+SYSTEM_ERRORS = tuple(
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "EROFS", "EIO", "ESTALE", "ETIMEDOUT", "EMFILE", "ENFILE"),
+        *("ENAMETOOLONG", "ELOOP", "EFBIG"),
+    )
+    if hasattr(errno, name)
+)
 
 
 class _Process:
@@ -31,8 +41,8 @@ class _Process:
     def __init__(self) -> None:
         self.stops: list[StopSignal] = []
         self.is_listening = False
-        self.number = 0  # of the signal that training has heeded
-        self.remark, self.is_saved = "", False
+        self.number = 0  # of the signal that training has handled
+        self.description, self.is_saved = "", False
 
 
 _process = _Process()
@@ -44,11 +54,17 @@ def run(command: Callable[[], None]) -> int:
     The code is 0, 2 for a user's mistake and for what the system says (one sentence on stderr), and
     128 + n after signal n. It is 0 after SIGTERM if the same command continues.
     """
-    # Imported here: it takes seconds, and signals have to be heeded before.
+    # Imported here: it takes seconds, and signals have to be handled before.
     from plan_jax.types import UserError
 
     _open_closed_streams()
-    stderr, sys.stderr = sys.stderr, _PatientStream(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # the stream of a notebook
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    stderr = sys.stderr
+    if not isinstance(stderr, _TolerantStream):  # that of a run in another thread
+        sys.stderr = _TolerantStream(stderr)
+    run_stderr = sys.stderr
     _process.number = 0
     describe_interruption("")
     try:
@@ -68,25 +84,36 @@ def run(command: Callable[[], None]) -> int:
     except BrokenPipeError:  # as of `| head`, which has read enough
         _flush_output()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        place = error.filename or "the output"
-        print(f"{place} cannot be written ({error.strerror}); free disk space", file=sys.stderr)
-        _flush_output()
-        return 2
+        # A closed terminal fails like a disk that does not answer.
+        if error.errno != errno.EIO or not _is_terminal_closed():
+            print(_describe_system_error(error), file=sys.stderr)
+            _flush_output()
+            return 2
     finally:
-        sys.stderr = stderr
+        if sys.stderr is run_stderr:
+            sys.stderr = stderr
     return _exit_code(_process.number, is_saved=True) if _process.number else 0
 
 
-def describe_interruption(remark: str, *, is_saved: bool = False) -> None:
+def _describe_system_error(error: OSError) -> str:
+    """Returns the sentence for what the system says; raises an error that is a bug."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or "the output"
+        return f"{place} cannot be written ({error.strerror}); free disk space"
+    if error.errno not in SYSTEM_ERRORS:
+        raise error
+    place = error.filename or "a file"
+    return f"{place} cannot be read or written ({error.strerror}); remove the cause and repeat"
+
+
+def describe_interruption(description: str, *, is_saved: bool = False) -> None:
     """Sets what a signal says from now on when it ends the process.
 
     Args:
-      remark: what is not lost, and what continues; the second half of a sentence.
+      description: what is not lost, and what continues; the second half of a sentence.
       is_saved: whether the same command continues, so that SIGTERM is no failure.
     """
-    _process.remark, _process.is_saved = remark, is_saved
+    _process.description, _process.is_saved = description, is_saved
 
 
 # Signals -----------------------------------------------------------------------------------------
@@ -95,10 +122,13 @@ def describe_interruption(remark: str, *, is_saved: bool = False) -> None:
 def end_on_signals() -> None:
     """Lets signals end this process from now on, at any moment and without a traceback.
 
+    The process must be that of the module that calls this. In a notebook or another program, which
+    go on afterwards, nothing changes.
+
     A thread receives them. Python runs handlers in the main thread only, between two of its
     instructions, and while XLA compiles that can take minutes.
     """
-    if not _install(lambda *_: None):
+    if not _is_program(sys._getframe(1)) or not _install(lambda *_: None):
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -107,6 +137,18 @@ def end_on_signals() -> None:
     arguments = (reader, writer)
     threading.Thread(target=_receive_signals, args=arguments, name="signals", daemon=True).start()
     _process.is_listening = True
+
+
+def _is_program(frame: FrameType) -> bool:
+    """Returns whether the module of a frame is the program that this process runs."""
+    if hasattr(builtins, "__IPYTHON__") or hasattr(sys, "ps1") or sys.flags.interactive:
+        return False
+    variables = frame.f_globals
+    while frame.f_back:
+        frame = frame.f_back
+    # `python -m` begins in runpy, by whose other functions a program runs a module inside itself.
+    is_outermost = frame.f_globals is variables or frame.f_code.co_name == "_run_module_as_main"
+    return is_outermost and vars(sys.modules["__main__"]) is variables
 
 
 class StopSignal:
@@ -146,7 +188,7 @@ class StopSignal:
             return number != signal.SIGINT
         self.number = _process.number = number
         again = "; press Ctrl-C again to end at once" if number == signal.SIGINT else ""
-        _say(f"stopping after this step, whose state is saved{again}")
+        _print_line(f"stopping after this step, whose state is saved{again}")
         return True
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -169,22 +211,22 @@ def _receive_signals(reader: socket.socket, _: socket.socket) -> None:
             stop = _process.stops[-1] if _process.stops else None
             if number not in STOP_SIGNALS or (stop and stop.receive(number)):
                 continue
-            _say(_interruption())
+            _print_line(_interruption())
             os._exit(_exit_code(number, is_saved=_process.is_saved and not stop))
 
 
 def _interruption() -> str:
-    remark = _process.remark
+    description = _process.description
     if _process.stops:
-        remark = "the same command resumes from the last checkpoint"
-    return f"interrupted; {remark}" if remark else "interrupted"
+        description = "the same command resumes from the last checkpoint"
+    return f"interrupted; {description}" if description else "interrupted"
 
 
 def _exit_code(number: int, is_saved: bool) -> int:
     return 0 if is_saved and number == signal.SIGTERM else 128 + number
 
 
-def _say(sentence: str) -> None:
+def _print_line(sentence: str) -> None:
     """Prints a line on stderr, without the locks that the main thread may hold."""
     from tqdm import tqdm
 
@@ -197,7 +239,7 @@ def _say(sentence: str) -> None:
 # Output ------------------------------------------------------------------------------------------
 
 
-class _PatientStream:
+class _TolerantStream:
     """A stream whose errors end nothing: a terminal may be closed, and the reader of a pipe gone.
 
     Training whose output nobody reads any more saves its state and ends.
@@ -249,3 +291,12 @@ def _flush_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_terminal_closed() -> bool:
+    """Returns whether stdout is a terminal that has been closed."""
+    try:
+        os.write(sys.stdout.fileno(), b"")
+    except OSError as error:
+        return error.errno == errno.EIO  # a stream without a number has no such error
+    return False

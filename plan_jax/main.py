@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import ast
 import functools
+import glob
 import json
 import math
 import os
@@ -37,7 +38,7 @@ from plan_jax.types import UserError
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs the command and returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs the command and returns the exit code, as `command.run` defines it."""
     leave_worker()
     return command.run(lambda: run_command(argv))
 
@@ -129,8 +130,9 @@ def load_config_file(path: str) -> dict[str, Any]:
       UserError: the file is missing, or an error is in it.
     """
     name = path.partition(":")[0]
-    if not Path(name).is_file():
-        siblings = ", ".join(sorted(str(p) for p in Path(name).absolute().parent.glob("*.py"))[:9])
+    if not os.path.isfile(name):  # unlike Path, it raises nothing for a name that is too long
+        parent = glob.escape(str(Path(name).absolute().parent))
+        siblings = ", ".join(sorted(glob.glob(f"{parent}/*.py"))[:9])
         remedy = f"there are {siblings}" if siblings else "pass the path of a file"
         raise UserError(f"config file {name} does not exist; {remedy}")
     try:
@@ -362,7 +364,14 @@ def read_run_config(workdir: Path) -> dict[str, Any]:
 
 def require_writable(folder: Path, name: str, remedy: str) -> None:
     """Raises UserError if a folder can neither be written nor created; creates nothing."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # the name is too long, or a folder may not be entered
+        raise UserError(f"{name} {folder} cannot be written ({error.strerror}); {remedy}") from None
+    parents = folder.absolute().parents
+    existing = next(path for path in (folder, *parents) if os.path.exists(path))
     if not existing.is_dir():
         raise UserError(f"{name} {folder} is inside {existing}, a file; {remedy}")
     if not os.access(existing, os.W_OK):

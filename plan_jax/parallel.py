@@ -158,12 +158,28 @@ class CompilationCounter:
 
     def __init__(self) -> None:
         """Starts counting."""
-        self.compiled = self.cache_hits = 0
-        jax.monitoring.register_event_listener(self._count)
+        self._start = _count_events().copy()
 
-    def _count(self, event: str, **_: Any) -> None:
-        self.cache_hits += event == "/jax/compilation_cache/cache_hits"
-        self.compiled += event == "/jax/compilation_cache/cache_misses"
+    @property
+    def compiled(self) -> int:
+        """The number of programs that were compiled."""
+        return self._count("/jax/compilation_cache/cache_misses")
+
+    @property
+    def cache_hits(self) -> int:
+        """The number of programs that were read from the cache."""
+        return self._count("/jax/compilation_cache/cache_hits")
+
+    def _count(self, event: str) -> int:
+        return _count_events()[event] - self._start[event]
+
+
+@functools.cache  # JAX keeps each listener, so one serves all counters
+def _count_events() -> collections.Counter[str]:
+    """Returns how often JAX has reported each event, which grows from now on."""
+    events: collections.Counter[str] = collections.Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
+    return events
 
 
 # Processes ---------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs the command and returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs the command and returns the exit code, as `command.run` defines it."""
     return command.run(lambda: run_command(argv))
 
 
@@ -74,8 +74,10 @@ def write_heat_map(
     path = Path(out)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {out} is not a PNG or JPEG; use one of {', '.join(SUFFIXES)}")
-    if not path.absolute().parent.is_dir():
+    if not os.path.isdir(path.absolute().parent):  # unlike Path, it raises nothing
         raise UserError(f"--out {out} is in a folder that does not exist; create it first")
+    if any(map(_is_surrogate, text)):
+        raise UserError("--text has bytes that are not UTF-8; pass the phrase as UTF-8")
     if not any(map(str.isalnum, text)):
         raise UserError(f"--text {text!r} has no word; pass a phrase")
     if rounds is not None and rounds < 0:
@@ -101,6 +103,11 @@ def write_heat_map(
     # The patient faces the viewer: the left half of the image is the patient's right.
     side = "right" if x < heat.shape[1] / 2 else "left"
     return f"{out}: highest at x {x}, y {y} of {heat.shape[1]} x {heat.shape[0]}, patient's {side}"
+
+
+def _is_surrogate(character: str) -> bool:
+    """Returns whether a character stands for a byte that Python could not decode."""
+    return "\ud800" <= character <= "\udfff"
 
 
 def read_image(image: str, bit_depth: int = 0) -> UInt8[np.ndarray, "Y X 1"]:

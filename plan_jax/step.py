@@ -105,11 +105,11 @@ def watch_numbers(
     not wait for each step.
     """
 
-    def watched(carry: tuple[State, Array], batch: Batch) -> tuple[tuple[State, Array], Metrics]:
+    def watch_step(carry: tuple[State, Array], batch: Batch) -> tuple[tuple[State, Array], Metrics]:
         state, first = carry
         state, metrics = step(state, batch)
         is_finite = jnp.isfinite(jnp.stack([metrics["loss"], metrics["gradient_norm"]]))
         first = jnp.where((first == 0) & ~is_finite, state.step, first)
         return (state, first), {**metrics, FIRST_NONFINITE: first}
 
-    return watched
+    return watch_step

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from flax import struct
 
 from plan_jax import checkpoint, parallel
 from plan_jax.checkpoint import checksums
+from plan_jax.checkpoint.silence import silence_orbax
 from plan_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -362,6 +364,16 @@ def test_a_failed_save_is_one_line_and_keeps_the_last_checkpoint(tmp_path, num_b
     assert run.stderr.startswith(sentence) and run.stderr.count("\n") == 1, run.stderr
     assert (run.stdout, run.returncode) == ("", 1)
     assert checkpoint.load_weights(tmp_path)["step"] == 1
+
+
+def test_each_run_hides_the_warnings_of_orbax():
+    """The first run ends with the filters as they were before it."""
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as rows:
+            warnings.simplefilter("always")
+            silence_orbax()
+            warnings.warn("coroutine 'run_sync.<locals>' was never awaited", stacklevel=1)
+            assert not rows
 
 
 def test_positions_of_another_number_of_processes(monkeypatch):

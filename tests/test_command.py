@@ -2,9 +2,11 @@
 
 import errno
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -58,6 +60,14 @@ def test_exit_codes(capsys):
         command.run(raising(ZeroDivisionError()))
     with pytest.raises(OSError, match="mistake"):
         command.run(raising(OSError(errno.EINVAL, "mistake")))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EIO, errno.EROFS])
+def test_what_the_system_says_of_a_path_is_one_sentence(number, capsys):
+    assert command.run(raising(OSError(number, os.strerror(number), "run/x"))) == 2
+    assert capsys.readouterr().err == (
+        f"run/x cannot be read or written ({os.strerror(number)}); remove the cause and repeat\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,6 +137,54 @@ def test_what_nohup_ignores_stays_ignored():
     assert process.returncode == 0
 
 
+# Inside of another program ------------------------------------------------------------------------
+
+SIGNALS_AFTER_RUNPY = """
+import runpy, signal, sys
+handler = signal.getsignal(signal.SIGINT)
+sys.argv = ["main", "--help"]
+try:
+    runpy.run_module("plan_jax.main", run_name="__main__", alter_sys={alter_sys})
+except SystemExit as end:
+    assert end.code == 0
+assert signal.getsignal(signal.SIGINT) is handler and signal.set_wakeup_fd(-1) == -1
+"""
+
+
+@pytest.mark.parametrize("alter_sys", [False, True])
+def test_a_program_that_runs_the_module_keeps_its_signals(alter_sys):
+    script = SIGNALS_AFTER_RUNPY.format(alter_sys=alter_sys)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("setting", ["builtins.__IPYTHON__", "sys.ps1"])
+def test_an_interactive_interpreter_keeps_its_signals(setting):
+    before = f"import builtins, sys; {setting} = True\n"
+    process = start("signal.raise_signal(signal.SIGINT)", before=before)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")  # by Python's own KeyboardInterrupt
+    body = "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    assert start(body, before=before).wait(timeout=60) == 0
+
+
+def test_runs_in_two_threads_leave_the_streams_as_they_were():
+    stream, is_inside, may_end = sys.stderr, threading.Event(), threading.Event()
+
+    def wait():
+        is_inside.set()
+        may_end.wait(60)
+
+    thread = threading.Thread(target=command.run, args=[wait])
+    thread.start()
+    is_inside.wait(60)
+    # The second run ends after the first, so each would restore what it has seen at its start.
+    assert command.run(lambda: (may_end.set(), thread.join(60))) == 0
+    assert sys.stderr is stream
+
+
+# Output ------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_has_read_enough_ends_the_output_quietly(stream):
     reader, writer = os.pipe()
@@ -161,6 +219,31 @@ def test_closed_streams_do_not_give_their_number_to_a_file(tmp_path):
     assert subprocess.run(["sh", "-c", shell], env=environment).returncode == 0
     assert int((tmp_path / "numbers").read_text()) > 2
     assert (tmp_path / "x").read_text() == ""
+
+
+@pytest.mark.parametrize("ending", ["", "; sys.stdout.flush()"])
+def test_a_terminal_that_is_closed_ends_the_output_quietly(ending):
+    terminal, output = pty.openpty()
+    body = f"sys.stdin.readline(); print('result' * 99){ending}"
+    process = start(body, stdin=subprocess.PIPE, stdout=output)
+    os.close(output)
+    os.close(terminal)
+    _, err = process.communicate("\n", timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
+def test_a_disk_that_does_not_answer_is_no_closed_terminal():
+    process = start("raise OSError(5, 'Input/output error')")
+    _, err = process.communicate(timeout=60)
+    sentence = "a file cannot be read or written (Input/output error); remove the cause and repeat"
+    assert (process.returncode, err) == (2, f"{sentence}\n")
+
+
+def test_a_name_that_the_output_cannot_encode_is_written_in_ascii():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    process = start("print('runs/' + chr(246))", env=environment)
+    assert process.communicate(timeout=60) == ("runs/\\xf6\n", "")
+    assert process.returncode == 0
 
 
 def test_a_full_disk_behind_the_output_is_one_sentence():

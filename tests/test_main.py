@@ -178,6 +178,42 @@ def test_exit_codes(error, code, message, monkeypatch, capsys):
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.parametrize("flag", ["workdir", "config", "checkpoint"])
+@pytest.mark.parametrize("parent", ["", "x/", "y" * 300 + "/"])
+def test_a_name_that_is_too_long_is_one_sentence(flag, parent, capsys):
+    argv = [f"--{flag}={parent}{'a' * 300}.py"]
+    argv += {"workdir": [f"--config={CONFIG}"], "checkpoint": ["--mode=eval"]}.get(flag, [])
+    if flag == "workdir" and parent == "x/":
+        Path("x").mkdir()
+    assert main.run(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(flag if flag != "config" else "config file ")
+    remedies = (
+        "pass another --workdir",
+        "there are ",
+        "pass the path",
+        "pass the folder",
+        "remove",
+    )
+    assert error.count("\n") == 1 and any(remedy in error for remedy in remedies), error
+
+
+def test_a_workdir_in_a_folder_that_may_not_be_entered(monkeypatch, calls, capsys):
+    stat = os.stat
+
+    def refuse(path, *arguments, **options):
+        if "closed" in Path(path).parts[:-1]:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr("os.stat", refuse)
+    assert main.run(["--config", CONFIG, "--workdir", "closed/run"]) == 2
+    assert capsys.readouterr().err == (
+        "workdir closed/run cannot be written (Permission denied); pass another --workdir\n"
+    )
+    assert not calls
+
+
 def test_a_bug_is_not_hidden(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError

@@ -14,6 +14,7 @@ import optax
 import portpicker
 import pytest
 from flax import linen as nn
+from jax._src import monitoring
 
 from plan_jax import parallel
 from plan_jax.types import UserError
@@ -126,6 +127,16 @@ def test_donation_deletes_the_state_but_not_its_source(implementation):
     new_state, _ = parallel_step(state, parallel.shard(np.ones(8, np.float32)))
     assert state.is_deleted() and not source.is_deleted()
     assert new_state.sharding.is_fully_replicated and new_state.tolist() == [1, 2, 3]
+
+
+def test_counters_of_compiled_programs_share_one_listener():
+    first, event = parallel.CompilationCounter(), "/jax/compilation_cache/cache_misses"
+    num_listeners = len(monitoring.get_event_listeners())
+    jax.monitoring.record_event(event)
+    second = parallel.CompilationCounter()
+    jax.monitoring.record_event(event)
+    assert (first.compiled, second.compiled, second.cache_hits) == (2, 1, 0)
+    assert len(monitoring.get_event_listeners()) == num_listeners
 
 
 def test_steps_are_compiled_once():

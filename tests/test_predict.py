@@ -83,3 +83,19 @@ def test_a_heat_map_uses_the_bit_depth_of_the_run(monkeypatch, capsys):
     Image.fromarray(np.full((50, 40), 90, np.uint8)).save("chest.png")
     assert predict.run(["--checkpoint", "x", "--image", "chest.png", "--text", "effusion"]) == 0
     assert depths == [0, 12]
+
+
+def test_a_text_with_bytes_that_are_no_text_is_refused(capsys):
+    argv = ["--checkpoint", "x", "--image", "chest.png", "--text", "edema \udcff"]
+    assert predict.run(argv) == 2
+    sentence = "--text has bytes that are not UTF-8; pass the phrase as UTF-8"
+    assert capsys.readouterr().err == f"{sentence}\n"
+
+
+@pytest.mark.parametrize("name", ["a" * 300, f"{'a' * 300}/heat"])
+def test_an_output_whose_name_is_too_long(name, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load", lambda folder: toy_model())
+    Image.fromarray(np.full((50, 40), 90, np.uint8)).save("chest.png")
+    argv = ["--checkpoint", "x", "--image", "chest.png", "--text", "edema", "--out", f"{name}.png"]
+    assert predict.run(argv) == 2
+    assert capsys.readouterr().err.startswith(f"--out {name}.png ")

@@ -13,12 +13,17 @@ import warnings
 from typing import Any
 
 
-@functools.cache  # installed once and for good, since nobody knows when the last line comes
 def silence_orbax() -> None:
     """Hides what orbax logs, and the tracebacks of what it abandons after a failure."""
+    # Each time: whoever catches warnings around a run restores the filters at its end.
+    warnings.filterwarnings("ignore", r"coroutine '(run_sync|\w*Handler)\..*never awaited")
+    _install_filters()
+
+
+@functools.cache  # installed once and for good, since nobody knows when the last line comes
+def _install_filters() -> None:
     logging.getLogger("absl").addFilter(lambda row: "orbax" not in row.pathname)
     logging.getLogger("asyncio").addFilter(lambda row: "never retrieved" not in row.getMessage())
-    warnings.filterwarnings("ignore", r"coroutine '(run_sync|\w*Handler)\..*never awaited")
     report_uncaught, report_unraisable = sys.excepthook, sys.unraisablehook
 
     def report_uncaught_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
