@@ -24,10 +24,9 @@ def test_a_random_tower_depends_on_the_seed_alone():
     assert np.abs(pooled[0] - pooled[2]).max() > 1e-3
 
 
-@pytest.fixture(scope="module")
-def model_parts():
-    """Components, config and parameters of zeros, as `make_model` takes them."""
-    config = Config.from_dict(testing.get_config().to_dict())
+def make_parts(**changes):
+    """Returns components, config and parameters of zeros, as `make_model` takes them."""
+    config = Config.from_dict(testing.get_config().to_dict() | changes)
     components = models.build_components(config)
     text = tokenize_batch(components.tokenizer, ["No effusion."], 24, 20)
     batch = Batch(image=np.zeros((1, 32, 32, 1), np.uint8), text=text)
@@ -40,6 +39,19 @@ def model_parts():
         "memory": {},
     }
     return components, config, variables
+
+
+@pytest.fixture(scope="module")
+def model_parts():
+    return make_parts()
+
+
+def test_rounds_of_a_method_without_rounds_are_refused():
+    model = models.make_model(*make_parts(method="convirt", hyper={}, fine_map=False))
+    images = model.encode_image(np.zeros((1, 32, 32, 1), np.uint8))
+    texts = model.encode_text(["effusion"])
+    with pytest.raises(UserError, match="rounds is 1, and convirt has none; leave it out"):
+        model.heatmap(images, texts, rounds=1)
 
 
 def test_a_text_in_another_script_is_refused(model_parts):
