@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "page*": "page* metrics* logger types",
     "weights*": "weights* types",
     "encoders*": "encoders* layers* types",
-    "data*": "data* weights.sources types",
+    "data*": "data* weights.sources logger types",
     "methods": "methods.* types",
     "methods.contrastive": "types",
     "methods.ranges": "types",

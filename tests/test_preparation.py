@@ -216,14 +216,14 @@ def test_records_on_a_read_only_drive_are_used(folder, tmp_path, monkeypatch, ca
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(sources, "YOUNG_NS", -(2**62))  # so that all times count at once
     monkeypatch.setattr(preparation, "MANY_FILES", 1)
-    write = sources._write_at_once
+    write = sources.write_atomically
 
     def refuse_data_folder(path, content):
         if home not in path.parents or not is_home_writable:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            raise UserError(f"{path} cannot be written ({os.strerror(errno.EROFS)})")
         write(path, content)
 
-    monkeypatch.setattr(sources, "_write_at_once", refuse_data_folder)
+    monkeypatch.setattr(sources, "write_atomically", refuse_data_folder)
     for is_home_writable in (True, False):
         for number in range(NUM_ROWS):
             seconds = number + NUM_ROWS * is_home_writable

@@ -152,8 +152,7 @@ def _count(names: Sequence[str], noun: str) -> str:
     """Returns `1 image (a.png)` or `7 images (a.png, b.png, c.png and 4 more)`."""
     names = sorted(set(names))
     suffix = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    plural = noun + "s" * (len(names) > 1)
-    return f"{len(names)} {plural} ({', '.join(names[:MAX_NAMES])}{suffix})"
+    return f"{quoting.count(len(names), noun)} ({', '.join(names[:MAX_NAMES])}{suffix})"
 
 
 def _decode_image(

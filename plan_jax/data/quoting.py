@@ -86,7 +86,16 @@ def is_prose(text: str) -> bool:
     """
     if len(text.split()) > MAX_WORDS or len(_DENSE_LETTER.findall(text)) > MAX_DENSE_LETTERS:
         return True
-    return _SENTENCE_END.search(text) is not None and any(map(str.isalpha, text))
+    return has_sentence_end(text) and any(map(str.isalpha, text))
+
+
+def has_sentence_end(text: str) -> bool:
+    """Returns whether a sentence ends in a text, or at its end.
+
+    >>> has_sentence_end("No effusion."), has_sentence_end("Dr.Yu")
+    (True, False)
+    """
+    return _SENTENCE_END.search(text) is not None
 
 
 def shorten(text: str) -> str:

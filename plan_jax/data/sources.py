@@ -21,6 +21,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from plan_jax.data import faults
+from plan_jax.logger import write_atomically
+from plan_jax.types import UserError
 
 # Files next to the records: the list of sources, and lines about the data for every run.
 SOURCES_FILE = "sources.json"
@@ -73,9 +75,9 @@ class DigestCache:
     def save(self) -> bool:
         """Writes what was added; returns whether that is on disk now."""
         for path in self._paths if self._is_changed else ():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UserError):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _write_at_once(path, json.dumps(self._entries))
+                write_atomically(path, json.dumps(self._entries))
                 self._is_changed = False
                 _delete_oldest(path.parent)
                 break
@@ -207,14 +209,14 @@ class SourceFiles:
         """Writes the list into a folder, at once or not at all.
 
         Raises:
-          OSError: the folder cannot be written.
+          UserError: the folder cannot be written.
         """
         content = {
             "paths": list(self._files),
             "sizes_and_times": self.states,
             "digests": [digest for _, digest in self._files.values()],
         }
-        _write_at_once(folder / SOURCES_FILE, json.dumps(content))
+        write_atomically(folder / SOURCES_FILE, json.dumps(content))
 
     @classmethod
     def load(cls, folder: Path) -> "SourceFiles":
@@ -239,16 +241,6 @@ def _delete_oldest(folder: Path) -> None:
         caches = sorted(folder.glob(f"{CACHE_PREFIX}*.json"), key=os.path.getmtime)
         for path in caches[:-MAX_CACHES]:
             path.unlink(missing_ok=True)
-
-
-def _write_at_once(path: Path, content: str) -> None:
-    """Writes a file that other processes see whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        temporary.write_text(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_state(folder: str, path: str) -> tuple[int, int, int]:

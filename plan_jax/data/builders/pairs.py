@@ -563,7 +563,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             ]
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and faults.is_passing(error):
-                # The row would be missing for good, and its file may be readable tomorrow.
+                # The row would be missing for good, and its file may be readable later.
                 place = error.filename or self._root / study.path
                 path_below = os.path.relpath(place, self._root)
                 raise faults.name_unreadable(error, self._root, path_below) from None

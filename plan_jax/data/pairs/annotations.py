@@ -26,7 +26,6 @@ LABEL_WORDS = {
 }
 DEFAULT_SEPARATOR = re.compile(r"[;|\n\t；、｜]")
 MAX_NAME = 200  # characters of the name of a finding, as in ICD
-_SENTENCE = re.compile(r"[.!?]\s|[.!?]$|[。！？]")
 
 
 # Labels ---------------------------------------------------------------------------------------
@@ -99,7 +98,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _check_label_name(name: str) -> None:
-    is_sentence = _SENTENCE.search(name) and len(name.split()) > quoting.MAX_WORDS
+    is_sentence = quoting.has_sentence_end(name) and len(name.split()) > quoting.MAX_WORDS
     if is_sentence or len(name) > MAX_NAME:
         raise ValueError(f"labels are a text of {len(name)} characters, not names of findings")
 
