@@ -1,5 +1,6 @@
 """Checkpoints: a round trip is exact, a broken step is skipped, and every failure is reported."""
 
+import errno
 import json
 import os
 import re
@@ -658,16 +659,35 @@ def test_the_main_process_finds_broken_steps_for_all(damaged, is_main, monkeypat
     """It may have renamed one before another process looks."""
     (damaged / "3/config/metadata").unlink()
     monkeypatch.setattr(parallel, "is_main", lambda: is_main)
-    message = json.dumps([[1, 2, 3], {"3": "config/metadata is missing"}])
+    message = json.dumps([[1, 2, 3], {"3": "config/metadata is missing"}, ""])
     texts = []
 
     def gather(text):
         texts.append(text)
-        return [message, json.dumps([[], {}])]
+        return [message, json.dumps([[], {}, ""])]
 
     monkeypatch.setattr(parallel, "gather_strings", gather)
     assert checkpoint._find_faults(damaged) == ([1, 2, 3], {3: "config/metadata is missing"})
-    assert texts == [message if is_main else json.dumps([[], {}])]
+    assert texts == [message if is_main else json.dumps([[], {}, ""])]
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_all_processes_refuse_steps_that_the_main_one_cannot_read(damaged, is_main, monkeypatch):
+    def refuse(_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    texts = []
+
+    def gather(text):
+        texts.append(text)
+        return [text if is_main else json.dumps([[1], {}, "checkpoint 1 cannot be read"])]
+
+    monkeypatch.setattr(checkpoint, "find_fault", refuse)
+    monkeypatch.setattr(parallel, "is_main", lambda: is_main)
+    monkeypatch.setattr(parallel, "gather_strings", gather)
+    with pytest.raises(UserError, match="checkpoint .*1 cannot be read"):
+        checkpoint._find_faults(damaged)
+    assert len(texts) == 1  # the main process answers before it stops
 
 
 def test_a_lost_host_is_not_a_full_disk(tmp_path, monkeypatch):

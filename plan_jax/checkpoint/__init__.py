@@ -133,17 +133,27 @@ def _find_faults(folder: Path) -> tuple[list[int], dict[int, str]]:
     """
     steps: list[int] = []
     faults: dict[str, str] = {}
+    refusal = ""
     if parallel.is_main():
-        steps = folders.list_steps(folder)
-        for step in steps:
-            try:
-                fault = find_fault(folder / str(step))
-            except OSError as error:
-                raise Failure(first_line(error)).to_error(folder / str(step)) from error
-            if fault:
-                faults[str(step)] = fault
-    steps, faults = json.loads(parallel.gather_strings(json.dumps([steps, faults]))[0])
+        try:
+            steps = folders.list_steps(folder)
+            for step in steps:
+                if fault := _find_fault(folder / str(step)):
+                    faults[str(step)] = fault
+        except UserError as error:
+            refusal = str(error)  # shared, because the other processes wait for an answer
+    answer = parallel.gather_strings(json.dumps([steps, faults, refusal]))[0]
+    steps, faults, refusal = json.loads(answer)
+    if refusal:
+        raise UserError(refusal)
     return steps, {int(step): fault for step, fault in faults.items()}
+
+
+def _find_fault(step_folder: Path) -> str:
+    try:
+        return find_fault(step_folder)
+    except OSError as error:
+        raise Failure(first_line(error)).to_error(step_folder) from error
 
 
 def save(
