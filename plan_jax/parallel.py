@@ -58,7 +58,8 @@ def initialize() -> None:
     if jax.distributed.is_initialized():
         return
     # Its handler of SIGTERM would replace the one that lets training save.
-    jax.config.update("jax_enable_preemption_service", False)
+    if "jax_enable_preemption_service" in jax.config.values:  # since JAX 0.8
+        jax.config.update("jax_enable_preemption_service", False)
     if os.environ.get("JAX_DISTRIBUTED") == "auto":
         with _end_without_host():
             jax.distributed.initialize()
