@@ -1,14 +1,15 @@
 """The command line: trains a config, or evaluates a checkpoint.
 
-    python -m plan_jax.main --config configs/demo.py
-    python -m plan_jax.main --config configs/demo.py --config.seed=1 --workdir runs/seed_1
-    python -m plan_jax.main --mode eval --checkpoint runs/demo --config.eval.split=val
-    python -m plan_jax.main --config configs/eval/all_phantom.py --checkpoint runs/demo
+    plan-jax --config demo
+    plan-jax --config demo --config.seed=1 --workdir runs/seed_1
+    plan-jax --mode eval --checkpoint runs/demo --config.eval.split=val
+    plan-jax --config eval/all_phantom --checkpoint runs/demo
 
-`--config.field=value` overrides a field. Re-run the same command to resume an interrupted run.
-Ctrl-C, SIGTERM and a closed terminal save the state of a training run; a second Ctrl-C does not
-wait. SIGTERM exits with 0, signal n otherwise with 128 + n, and a mistake is one sentence on stderr
-and exit code 2.
+`python -m plan_jax.main` is the same command. A config is a file or the name of one of the package,
+and may have an argument, as `gloria:phantom`. `--config.field=value` overrides a field. Re-run the
+same command to resume an interrupted run. Ctrl-C, SIGTERM and a closed terminal save the state of a
+training run; a second Ctrl-C does not wait. SIGTERM exits with 0, signal n otherwise with 128 + n,
+and a mistake is one sentence on stderr and exit code 2.
 """
 
 from plan_jax import command
@@ -18,12 +19,12 @@ if __name__ == "__main__":
 
 import ast
 import functools
-import glob
 import json
 import math
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from plan_jax.command.config_files import list_names, load_config_file
 from plan_jax.data.processes import leave_worker
 from plan_jax.types import UserError
 
@@ -51,7 +53,8 @@ def run_command(argv: Sequence[str]) -> None:
     """
     values, overrides = parse_arguments(argv)
     if values.help:
-        print(__doc__, values.get_help(), sep="\n")
+        names = textwrap.fill(f"Names of configs: {', '.join(list_names())}.", 80)
+        print(__doc__, values.get_help(), names, sep="\n")
         return
     content = load_config_file(values.config) if values.config else None
 
@@ -78,7 +81,7 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     options: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string(
-        "config", None, "a file with get_config(), such as configs/demo.py", **options
+        "config", None, "a file with get_config(), or a name such as demo", **options
     )
     flags.DEFINE_string(
         "workdir",
@@ -121,34 +124,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, st
     if positional:
         raise UserError(f"argument {positional[0]!r} has no flag; did you mean --config?")
     return values, overrides
-
-
-def load_config_file(path: str) -> dict[str, Any]:
-    """Loads a config file, `file.py` or `file.py:argument`, as nested dicts.
-
-    Raises:
-      UserError: the file is missing, or an error is in it.
-    """
-    name = path.partition(":")[0]
-    if not os.path.isfile(name):  # unlike Path, it raises nothing for a name that is too long
-        parent = glob.escape(str(Path(name).absolute().parent))
-        siblings = ", ".join(sorted(glob.glob(f"{parent}/*.py"))[:9])
-        remedy = f"there are {siblings}" if siblings else "pass the path of a file"
-        raise UserError(f"config file {name} does not exist; {remedy}")
-    try:
-        content = config_flags.ConfigFileFlagParser(Path(name).stem, lock_config=False).parse(path)
-    except Exception as error:  # a user's file can raise anything
-        line = getattr(error, "lineno", None) or _error_line(error, name)
-        message = (str(error).strip().splitlines() or [""])[-1]
-        place = f"{name} line {line}" if line else name
-        raise UserError(
-            f"config file {place} raises {type(error).__name__}: {message}; correct it"
-        ) from None
-    if not hasattr(content, "to_dict"):
-        raise UserError(
-            f"config file {name} returns {content!r}; get_config() must return a ConfigDict"
-        )
-    return content.to_dict()
 
 
 def apply_overrides(content: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
@@ -218,7 +193,7 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
       UserError: for a mistake of the user.
     """
     if content is None:
-        raise UserError("--config is missing; pass --config configs/demo.py, for example")
+        raise UserError("--config is missing; pass --config demo, for example")
     from plan_jax import config as configs
     from plan_jax import parallel
 
@@ -385,7 +360,7 @@ def default_workdir(config: str | None) -> str:
       UserError: there is no config file.
     """
     if not config:
-        raise UserError("--config is missing; pass --config configs/demo.py, or see --help")
+        raise UserError("--config is missing; pass --config demo, or see --help")
     path, _, argument = config.partition(":")
     return str(Path("runs") / "_".join(filter(None, (Path(path).stem, argument.replace("/", "_")))))
 
@@ -440,17 +415,6 @@ def _owner(name: str, values: Mapping[str, Any]) -> str:
     source = {"vision": "vision", "text": "text", "data.builder": "data"}.get(section, "")
     choice = values.get(source)
     return f" of {choice.get('name')}" if isinstance(choice, Mapping) else ""
-
-
-def _error_line(error: Exception, name: str) -> int | None:
-    """Returns the last line of the file `name` in the error's traceback, if it is there."""
-    path = Path(name).resolve()
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).resolve() == path
-    ]
-    return lines[-1] if lines else None
 
 
 def run_process(argv: Sequence[str]) -> NoReturn:

@@ -45,9 +45,11 @@ MAY_IMPORT = {
     "step": "model state parallel types",
     "evaluate": "config model tasks data* checkpoint* logger page metrics* types",
     "train": "config model evaluate state step data* parallel checkpoint* logger command types",
-    "command": "types",
+    "command.scripts": "command main predict",
+    "command*": "types",
     "predict": "model data* parallel page.figures command types",
-    "main": "config train evaluate checkpoint* data.processes parallel metrics tasks command types",
+    "main": "config train evaluate checkpoint* data.processes parallel metrics tasks command "
+    "command.config_files types",
 }
 # The only files that may import these libraries.
 ONLY_IN = {
@@ -66,7 +68,7 @@ ONLY_IN = {
     "transformers": ("plan_jax/data/tokenizer.py", "tools/benchmark_encoders.py"),
     "safetensors": ("plan_jax/weights/sources.py", "tools/convert_weights.py"),
     "absl.flags": ("plan_jax/main.py", "plan_jax/data/processes.py", "tests/conftest.py"),
-    "ml_collections": ("plan_jax/main.py",),
+    "ml_collections": ("plan_jax/main.py", "plan_jax/command/config_files.py"),
 }
 FORBIDDEN_NAMES = re.compile(r"(^|/)(utils?|common|helpers?|misc|base_\w+)(\.py)?(/|$)")
 ARRAYS = {"Array", "ndarray", "ArrayLike"}

@@ -47,7 +47,7 @@ FILES = {
 # Arguments (after `--config configs/testing.py` where they begin with a field), and the parts of
 # the sentence.
 TRAIN = {
-    "no arguments": ("", ["--config is missing", "pass --config configs/demo.py"]),
+    "no arguments": ("", ["--config is missing", "pass --config demo"]),
     "unknown flag": ("--confg x.py", ["'confg'", "config", "--help shows the flags"]),
     "unknown mode": ("--mode trian", ["--mode=trian", "<train|eval>"]),
     "no flag": ("configs/demo.py", ["argument 'configs/demo.py'", "did you mean --config?"]),
@@ -56,7 +56,8 @@ TRAIN = {
         ["configs/eval/kermany.py", "pass its folder as --checkpoint"],
     ),
     "checkpoint in training": ("--checkpoint run", ["--checkpoint", "resumed by its --workdir"]),
-    "missing config file": ("--config nowhere.py", ["nowhere.py does not exist", "there are"]),
+    "missing config file": ("--config nowhere.py", ["nowhere.py does not exist", "did you mean"]),
+    "mistyped config": ("--config gloia:phantom", ["gloia does not exist", "did you mean gloria?"]),
     "syntax error": ("--config syntax.py", ["syntax.py line 1", "SyntaxError", "correct it"]),
     "name error": ("--config name.py", ["name.py line 6", "NameError", "correct it"]),
     "no function": ("--config no_function.py", ["no_function.py", "get_config"]),

@@ -119,16 +119,16 @@ def describe_interruption(description: str, *, is_saved: bool = False) -> None:
 # Signals -----------------------------------------------------------------------------------------
 
 
-def end_on_signals() -> None:
+def end_on_signals(caller: FrameType | None = None) -> None:
     """Lets signals end this process from now on, at any moment and without a traceback.
 
-    The process must be that of the module that calls this. In a notebook or another program, which
-    go on afterwards, nothing changes.
+    The process must be that of the module of `caller`, by default of the module that calls this. In
+    a notebook or another program, which go on afterwards, nothing changes.
 
     A thread receives them. Python runs handlers in the main thread only, between two of its
     instructions, and while XLA compiles that can take minutes.
     """
-    if not _is_program(sys._getframe(1)) or not _install(lambda *_: None):
+    if not _is_program(caller or sys._getframe(1)) or not _install(lambda *_: None):
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
