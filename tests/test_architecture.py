@@ -66,7 +66,11 @@ ONLY_IN = {
     "importlib.util": (),
     "importlib.import_module": ("plan_jax/tasks/__init__.py",),
     "transformers": ("plan_jax/data/tokenizer.py", "tools/benchmark_encoders.py"),
-    "safetensors": ("plan_jax/weights/sources.py", "tools/convert_weights.py"),
+    "safetensors": (
+        "plan_jax/weights/sources.py",
+        "plan_jax/weights/torch_tower.py",
+        "tools/convert_weights.py",
+    ),
     "absl.flags": ("plan_jax/main.py", "plan_jax/data/processes.py", "tests/conftest.py"),
     "ml_collections": ("plan_jax/main.py", "plan_jax/command/config_files.py"),
 }
