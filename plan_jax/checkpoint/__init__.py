@@ -26,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from plan_jax import parallel
 from plan_jax.checkpoint import checksums, folders
 from plan_jax.checkpoint.checksums import fingerprint
+from plan_jax.checkpoint.copies import copy_repeatedly, copy_steps, restore_steps
 from plan_jax.checkpoint.faults import (
     BrokenError,
     Failure,
@@ -45,6 +46,8 @@ __all__ = [
     "Checkpoint",
     "add_metrics",
     "close",
+    "copy_repeatedly",
+    "copy_steps",
     "fingerprint",
     "load_weights",
     "locate",
@@ -52,6 +55,7 @@ __all__ = [
     "open_manager",
     "read_config",
     "restore",
+    "restore_steps",
     "save",
 ]
 
