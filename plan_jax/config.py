@@ -22,7 +22,7 @@ from plan_jax.data.prompts import PROMPT_SETS
 from plan_jax.encoders.bert import BERTS, Bert
 from plan_jax.encoders.dual_encoder import NORMALISATIONS
 from plan_jax.encoders.resnet import RESNETS, ResNet
-from plan_jax.encoders.vit import VITS, ViT
+from plan_jax.encoders.vit import VITS, ViT, check_patches
 from plan_jax.methods import METHODS
 from plan_jax.tasks import TASKS
 from plan_jax.types import UserError
@@ -269,6 +269,9 @@ class Config(Section):
             self.fine_map,
             f"{self.vision['name']} has maps of one size only; set it to False",
         )
+        if self.vision["name"] in VITS:
+            sizes = {**VITS[self.vision["name"]], **self.vision}
+            check_patches(self.data.size, sizes["patch"])
         kinds = set(vars(self.heads).values())
         check_that(
             not self.weights.heads or kinds == {"mlp"},

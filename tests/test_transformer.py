@@ -15,6 +15,7 @@ from plan_jax.layers.transformer import (
     attention_weights,
     dropout,
     exact_gelu,
+    swiglu,
 )
 
 KEY = jax.random.key(0)
@@ -42,10 +43,14 @@ def test_gelu_and_its_derivative_are_exact_over_the_whole_range():
     )
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_the_layer_is_its_formula(pre_norm):
+@pytest.mark.parametrize(
+    ("pre_norm", "activation", "layer_scale"),
+    [(False, nn.relu, 0.0), (True, nn.relu, 0.0), (False, nn.relu, 0.5), (True, swiglu, 0.5)],
+)
+def test_the_layer_is_its_formula(pre_norm, activation, layer_scale):
     """Compares with attention and MLP in numpy, with the norms of pre-norm and of post-norm."""
-    layer = TransformerLayer(6, 2, 9, pre_norm=pre_norm, activation=nn.relu, epsilon=1e-5)
+    options = {"pre_norm": pre_norm, "activation": activation, "layer_scale": layer_scale}
+    layer = TransformerLayer(6, 2, 8, **options, epsilon=1e-5)
     x = draw_normal(3, 5, 6)
     params = jax.tree.map(lambda a: a + 0.3 * draw_normal(*a.shape), layer.init(KEY, x)["params"])
     arrays = jax.tree.map(np.asarray, params)
@@ -71,15 +76,27 @@ def test_the_layer_is_its_formula(pre_norm):
         return dense(values, arrays["attention"]["out"])
 
     def mlp(x):
-        return dense(np.maximum(dense(x, arrays["fc1"]), 0), arrays["fc2"])
+        x = dense(x, arrays["fc1"])
+        if activation is swiglu:
+            x = x[..., :4] / (1 + np.exp(-x[..., :4])) * x[..., 4:]
+        return dense(np.maximum(x, 0) if activation is nn.relu else x, arrays["fc2"])
 
+    def scale(x, name):
+        """Scales each channel of each token by its factor."""
+        if not layer_scale:
+            return x
+        for b, n, e in np.ndindex(x.shape):
+            x[b, n, e] = x[b, n, e] * arrays[name][e]
+        return x
+
+    assert ("scale1" in arrays) == ("scale2" in arrays) == bool(layer_scale)
     expected = np.asarray(x)
     if pre_norm:
-        expected = expected + attention(norm(expected, arrays["norm1"]))
-        expected = expected + mlp(norm(expected, arrays["norm2"]))
+        expected = expected + scale(attention(norm(expected, arrays["norm1"])), "scale1")
+        expected = expected + scale(mlp(norm(expected, arrays["norm2"])), "scale2")
     else:
-        expected = norm(expected + attention(expected), arrays["norm1"])
-        expected = norm(expected + mlp(expected), arrays["norm2"])
+        expected = norm(expected + scale(attention(expected), "scale1"), arrays["norm1"])
+        expected = norm(expected + scale(mlp(expected), "scale2"), arrays["norm2"])
     output = layer.apply({"params": params}, x, jnp.asarray(mask))
     np.testing.assert_allclose(output.x, expected, rtol=1e-4, atol=1e-5)
     projections = output.attention

@@ -1,7 +1,8 @@
 """The transformer layer of all towers and decoders, and how towers stack it.
 
 Source: Vaswani et al., arXiv 1706.03762; pre-norm: Xiong et al., arXiv 2002.04745; GELU: Hendrycks
-and Gimpel, arXiv 1606.08415.
+and Gimpel, arXiv 1606.08415; LayerScale: Touvron et al., arXiv 2103.17239; SwiGLU: Shazeer, arXiv
+2002.05202.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,6 +39,12 @@ class Attended(NamedTuple):
 def exact_gelu(x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
     """Computes `x Phi(x)` in float32, Phi the normal distribution's function; keeps x's type."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def swiglu(x: Float[Array, "*B N E"]) -> Float[Array, "*B N F"]:
+    """Computes `silu(gate) value` of the first and second half of the channels, in float32."""
+    gate, value = jnp.split(x.astype(jnp.float32), 2, -1)
+    return (jax.nn.silu(gate) * value).astype(x.dtype)
 
 
 def dropout(x: Float[Array, "*B E"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*B E"]:
@@ -127,9 +134,12 @@ class TransformerLayer(nn.Module):
     """Self-attention, optional cross-attention and an MLP, each with a residual connection.
 
     Pre-norm (ViT, the decoders): `x + f(norm(x))`; post-norm (BERT): `norm(x + f(x))`. The MLP is
-    `fc2(activation(fc1(x)))` with `hidden` channels. Norms and softmax are computed in float32.
+    `fc2(activation(fc1(x)))`, where fc1 has `hidden` channels. Norms and softmax are computed in
+    float32.
 
     Attributes:
+      layer_scale: initial value of a learned factor for each channel of the self-attention's and
+        the MLP's output (LayerScale); 0 has none.
       dropout: rate on the output of each of the branches.
       hidden_dropout: rate inside the MLP, after the activation.
       attention_dropout: rate on attention weights. It costs the fused attention, see `Attention`.
@@ -147,11 +157,12 @@ class TransformerLayer(nn.Module):
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     attention_bias: bool = True
+    layer_scale: float = 0.0
     kernel_init: Callable = nn.initializers.lecun_normal()
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        """Builds norms, attentions and MLP."""
+        """Builds norms, attentions, MLP and the factors of LayerScale."""
 
         def attention() -> Attention:
             return Attention(
@@ -171,6 +182,11 @@ class TransformerLayer(nn.Module):
             nn.Dense(width, dtype=self.dtype, kernel_init=self.kernel_init)
             for width in (self.hidden, self.width)
         )
+        if self.layer_scale:
+            initializer = nn.initializers.constant(self.layer_scale)
+            self.scale1, self.scale2 = (
+                self.param(name, initializer, (self.width,)) for name in ("scale1", "scale2")
+            )
 
     def project_memory(self, memory: Float[Array, "*B M E"]) -> KeyValue:
         """Returns what the cross-attention needs of the items it attends to."""
@@ -210,6 +226,7 @@ class TransformerLayer(nn.Module):
                 )
             )
         y, attended = self.attention(y, key_value, mask, weights_key)
+        y = y * self.scale1.astype(y.dtype) if self.layer_scale else y
         x = self._after(self.norm1, x + dropout(y, self.dropout, self_key))
 
         cross = None
@@ -221,6 +238,7 @@ class TransformerLayer(nn.Module):
 
         y = self.activation(self.fc1(self._before(self.norm2, x)))
         y = self.fc2(dropout(y, self.hidden_dropout, hidden_key))
+        y = y * self.scale2.astype(y.dtype) if self.layer_scale else y
         x = self._after(self.norm2, x + dropout(y, self.dropout, mlp_key))
         return LayerOutput(x, attended, cross)
 
