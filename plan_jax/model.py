@@ -19,6 +19,9 @@ from plan_jax.encoders.bert import BERTS
 from plan_jax.encoders.dual_encoder import DualEncoder
 from plan_jax.encoders.resnet import RESNETS
 from plan_jax.encoders.vit import VITS
+from plan_jax.export.folder import read_folder, read_settings
+from plan_jax.export.pretrained import Pretrained
+from plan_jax.export.sources import find_model
 from plan_jax.heads.head_on_tower import map_chunks
 from plan_jax.methods import METHODS
 from plan_jax.types import Features, Method, Model, Stages, Tower, UserError
@@ -95,7 +98,8 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
     Args:
       components: what `build_components` returns.
       config: the config of the run.
-      variables: a dict that contains `params`, `batch_stats` and `memory`.
+      variables: a dict that contains `params`, `batch_stats` and `memory`; `step` and `source`, the
+        folder that they were read from, are said in the card of a saved model.
 
     Raises:
       UserError: the tokenizer has another number of pieces than the embedding of the parameters.
@@ -152,6 +156,9 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
             constants = dataclasses.replace(hyper, rounds=rounds)
         return jax.device_get(apply_heatmap(params, memory, images, texts, constants))
 
+    pretrained = Pretrained(
+        config, tokenizer, lambda: state, variables.get("step", 0), variables.get("source")
+    )
     size = config.data.size
     blank = jax.ShapeDtypeStruct((1, size, size, 1), jnp.uint8)
     features = jax.eval_shape(apply_image, encoders, blank)
@@ -166,6 +173,8 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
         heatmap=heatmap,
         config=config,
         tower=make_tower(encoder, encoders),
+        save_pretrained=pretrained.save,
+        push_to_hub=pretrained.push,
     )
 
 
@@ -210,33 +219,68 @@ def random_tower(components: Components, size: int, seed: int) -> Tower:
     return make_tower(encoder, {"batch_stats": {}, **variables})
 
 
-def load(folder: str | Path) -> Model:
-    """Loads the model of a run from its folder, or from one of its checkpoints.
+def load(source: str | Path) -> Model:
+    """Loads a trained model.
+
+    Args:
+      source: the folder of a run or one of its checkpoints; a folder that `save_pretrained` wrote;
+        the name of a model that comes with plan_jax, `phantom-plan`; or a model on the Hugging Face
+        Hub, `owner/name` or `owner/name@revision`.
 
     Raises:
-      UserError: there is no complete checkpoint, or its weights are not finite.
+      UserError: there is no complete model, or its weights are not finite.
     """
-    variables = load_variables(folder)
+    variables = load_variables(source)
     config = variables["config"]
     return make_model(build_components(config), config, variables)
 
 
-def load_variables(folder: str | Path) -> dict[str, Any]:
-    """Loads the weights, the config and the step of a checkpoint.
+def load_variables(source: str | Path) -> dict[str, Any]:
+    """Loads the weights, the config and the step of a trained model; see `load`.
 
-    `params` are the moving average of the parameters if the run kept one.
+    `params` are the moving average of the parameters if the run kept one. `source` is the folder of
+    the run, or of the saved model.
 
     Raises:
-      UserError: there is no complete checkpoint, or its weights are not finite.
+      UserError: there is no complete model, or its weights are not finite.
     """
-    variables = checkpoint.load_weights(folder)
+    folder = find_model(source)
+    if folder is None:
+        variables = checkpoint.load_weights(source)
+        variables["source"] = checkpoint.locate(source)[0].parent
+    else:
+        variables = read_folder(folder) | {"ema_params": {}, "source": folder}
     names = ("params", "ema_params", "batch_stats", "memory")
     if array := find_nonfinite({name: variables[name] for name in names}):
         raise UserError(
-            f"checkpoint {folder} has values in {array} that are not finite; use an older step, or"
+            f"checkpoint {source} has values in {array} that are not finite; use an older step, or"
             " train again"
         )
     return variables | {
         "params": variables["ema_params"] or variables["params"],
-        "config": Config.from_dict(variables["config"]),
+        "config": _build_config(variables["config"], folder),
     }
+
+
+def load_config(source: str | Path) -> Config:
+    """Loads the config of a trained model, see `load`, and not its weights.
+
+    Raises:
+      UserError: there is no complete model.
+    """
+    folder = find_model(source)
+    if folder is None:
+        return Config.from_dict(checkpoint.read_config(source))
+    return _build_config(read_settings(folder)["config"], folder)
+
+
+def _build_config(values: Mapping[str, Any], folder: Path | None) -> Config:
+    """Returns the config of a run, or of the model in `folder`, which has its own tokenizer."""
+    if folder is None:
+        return Config.from_dict(values)
+    try:
+        config = Config.from_dict(values)
+    except UserError as error:
+        raise UserError(f"model {folder} has a config that cannot be used ({error})") from None
+    data = dataclasses.replace(config.data, tokenizer=str(folder))
+    return dataclasses.replace(config, data=data)

@@ -110,6 +110,10 @@ class Tower:
     apply: Callable[..., tuple[Stages, PyTree]]
 
 
+def _refuse_to_save(*_: Any, **__: Any) -> Any:
+    raise UserError("this model has no parameters of its own to save; load one by plan_jax.load")
+
+
 @dataclass(frozen=True)
 class Model:
     """A trained model as pure functions.
@@ -118,7 +122,9 @@ class Model:
     compares all images with all texts and returns one Float[I T] for each kind (`global`, `local`,
     `both`). `heatmap` compares image b with text b and returns Float[B W P] maps and Float[B W]
     word weights, after `rounds` rounds of refinement (None: as the method was configured). `tower`
-    is the image tower without projection heads.
+    is the image tower without projection heads. `save_pretrained(folder, ...)` writes a folder that
+    `plan_jax.load` reads, and `push_to_hub("owner/name", ...)` uploads it; their options are those
+    of `export.pretrained.Pretrained.save` and `push`.
     """
 
     name: str
@@ -131,6 +137,8 @@ class Model:
     heatmap: Callable[..., tuple[np.ndarray, np.ndarray]]
     config: Any = None
     tower: Tower | None = None
+    save_pretrained: Callable[..., Path] = _refuse_to_save
+    push_to_hub: Callable[..., str] = _refuse_to_save
 
 
 # Records ----------------------------------------------------------------------------------------

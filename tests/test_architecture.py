@@ -40,7 +40,12 @@ MAY_IMPORT = {
     "tasks": "tasks.* metrics types",
     "tasks.*": "metrics* tasks.grounding_targets heads* types",
     "config": "data* encoders* methods tasks parallel types",
-    "model": "config encoders* methods data* heads* checkpoint* types",
+    "export.__main__": "model export* command types",
+    "export*": (
+        "export* checkpoint.checksums config data.tokenizer logger methods metrics page.tables"
+        " parallel tasks types"
+    ),
+    "model": "config encoders* methods data* export* heads* checkpoint* types",
     "state": "config model encoders* data* weights* optim parallel types",
     "step": "model state parallel types",
     "evaluate": "config model tasks data* checkpoint* logger page metrics* types",
@@ -67,6 +72,7 @@ ONLY_IN = {
     "importlib.import_module": ("plan_jax/tasks/__init__.py",),
     "transformers": ("plan_jax/data/tokenizer.py", "tools/benchmark_encoders.py"),
     "safetensors": (
+        "plan_jax/export/folder.py",
         "plan_jax/weights/sources.py",
         "plan_jax/weights/torch_tower.py",
         "tools/convert_weights.py",

@@ -1,9 +1,10 @@
 """Tokenisation: the sentences of a report, their WordPiece tokens, and the word of each token."""
 
+import json
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -21,6 +22,10 @@ from plan_jax.weights.sources import PACKAGE, find_in_package
 WORD_HASHES = 2**20
 # Sentences and texts to remember: a report returns every epoch.
 CACHE_SIZE = 2**15
+
+# The files of a tokenizer that was saved with a model, and how they are told from other ones.
+SAVED_FILES = ("tokenizer.json", "tokenizer_config.json")
+SAVED_BY = "plan_jax"
 
 # Share of unknown pieces of texts that are still in the language of a tokenizer.
 MAX_UNKNOWN = 0.3
@@ -140,8 +145,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Loads a BERT-style WordPiece tokenizer.
 
     Args:
-      name: `phantom` (part of plan_jax), a local folder or vocab.txt, a Hugging Face Hub id, or
-        `package:NAME`, an installed distribution.
+      name: `phantom` (part of plan_jax), a local folder or vocab.txt, a Hugging Face Hub id,
+        `package:NAME`, an installed distribution, or the folder of a saved model.
 
     Raises:
       UserError: if there is none of this name, or it is not of BERT's kind ([CLS], [SEP], padding
@@ -152,6 +157,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = find_in_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()
     if path.is_file():
         return load_vocabulary(str(path), name)
+    if saved := _read_saved_settings(path):
+        return _load_saved(path, saved)
     # AutoTokenizer cannot tell the class of a tokenizer from a folder with nothing but vocab.txt.
     has_config = any((path / file).exists() for file in ("tokenizer.json", "tokenizer_config.json"))
     if (path / "vocab.txt").exists() and not has_config:
@@ -208,6 +215,47 @@ def _read_pieces(path: str | Path) -> list[str]:
                 f"{remedy}"
             )
     return pieces
+
+
+def encode_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns the files of a tokenizer, by name; `load_tokenizer` reads a folder with them.
+
+    Nothing else is needed to tokenise, and transformers reads them too.
+    """
+    token = tokenizer.backend.id_to_token
+    settings = {
+        "saved_by": SAVED_BY,
+        "name": Path(tokenizer.name).name if os.path.exists(tokenizer.name) else tokenizer.name,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "cls_token": token(tokenizer.cls_id),
+        "sep_token": token(tokenizer.sep_id),
+        "pad_token": token(0),
+        "unk_token": token(tokenizer.unknown_id),
+    }
+    contents = (tokenizer.backend.to_str(pretty=False), json.dumps(settings, indent=2) + "\n")
+    return dict(zip(SAVED_FILES, contents, strict=True))
+
+
+def _read_saved_settings(folder: Path) -> dict[str, Any]:
+    """Returns the settings of a tokenizer that `encode_tokenizer` has encoded, {} for another."""
+    try:
+        settings = json.loads((folder / SAVED_FILES[1]).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    is_own = isinstance(settings, dict) and settings.get("saved_by") == SAVED_BY
+    return settings if is_own else {}
+
+
+def _load_saved(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
+    # Without transformers, which takes seconds to import.
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(folder / SAVED_FILES[0]))
+    except Exception as error:  # the backend raises bare exceptions
+        raise UserError(
+            f"{folder / SAVED_FILES[0]} is not a tokenizer ({error}); save the model again"
+        ) from None
+    tokens = (settings.get(f"{kind}_token") for kind in ("cls", "sep", "pad", "unk"))
+    return _build_tokenizer(str(settings.get("name", folder.name)), backend, *tokens)
 
 
 def _load_pretrained(name: str, path: Path) -> Tokenizer:

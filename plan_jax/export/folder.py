@@ -1,0 +1,373 @@
+"""A model folder: files that need no pickle and no orbax, each with its SHA-256.
+
+`model.safetensors` holds the parameters in use, BatchNorm's statistics and the memory, under their
+paths (`params/encoders/...`). `config.json` holds the run's config without paths of one machine,
+`tokenizer.json` and `tokenizer_config.json` all that tokenises a text, `metrics.json` what was
+measured and `README.md` the card. `checksums.json` lists all of them. A folder is written beside
+its place and renamed, and only complete, unchanged files are read.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from jaxtyping import PyTree
+
+from plan_jax import parallel
+from plan_jax.checkpoint.checksums import fingerprint
+from plan_jax.config import PLACES, Config
+from plan_jax.data.tokenizer import Tokenizer, encode_tokenizer
+from plan_jax.logger import encode_json, report_write_errors, write_atomically
+from plan_jax.types import UserError
+
+# Raised whenever names of parameters or files change.
+FORMAT = 1
+LIBRARY = "plan_jax"
+WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "checksums.json"
+METRICS, CARD = "metrics.json", "README.md"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+REQUIRED = (CONFIG, WEIGHTS, *TOKENIZER)
+DTYPES = ("float32", "float16")
+PARTS = ("params", "batch_stats", "memory")
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+def encode_model(
+    config: Config,
+    variables: Mapping[str, PyTree],
+    tokenizer: Tokenizer,
+    *,
+    dtype: str,
+    step: int,
+    about: Mapping[str, str],
+    metrics: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, bytes], str]:
+    """Returns the files of a model but its card, and the fingerprint of its parameters.
+
+    Args:
+      config: the config of the run.
+      variables: `params`, `batch_stats` and `memory`.
+      tokenizer: the tokenizer of the model.
+      dtype: float32, or float16 for a file of half the size. BatchNorm's statistics stay float32.
+      step: updates that the parameters have seen.
+      about: what the user states of the data and of licences.
+      metrics: what was measured, by the name of the evaluation.
+
+    Raises:
+      UserError: `dtype` is unknown, or a parameter is too large for it.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
+    tensors = _flatten(variables, dtype)
+    settings = {
+        "library": LIBRARY,
+        "format": FORMAT,
+        "version": installed_version(),
+        "dtype": dtype,
+        "step": step,
+        "about": dict(about),
+        "config": remove_places(config),
+    }
+    files = {
+        WEIGHTS: _encode_tensors(tensors),
+        CONFIG: _encode_object(settings),
+        METRICS: _encode_object(metrics),
+    }
+    files |= {name: text.encode() for name, text in encode_tokenizer(tokenizer).items()}
+    return files, fingerprint(_unflatten(tensors)["params"])
+
+
+def write_folder(folder: str | Path, files: Mapping[str, bytes], params_sha256: str) -> Path:
+    """Writes a model folder; a model that was there is replaced as a whole.
+
+    The old folder is renamed before the new one takes its name. A kill between these two renames
+    leaves it as `<folder>.old`.
+
+    Raises:
+      UserError: `folder` holds anything but a saved model, or cannot be written.
+    """
+    folder = Path(folder).absolute()
+    check_replaceable(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    old = folder.with_name(f"{folder.name}.old")
+    with report_write_errors(folder):
+        try:
+            temporary.mkdir(parents=True)
+            for name, content in files.items():
+                _write_file(temporary / name, content)
+            _write_file(temporary / CHECKSUMS, _encode_checksums(_hash(files), params_sha256))
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+                try:
+                    temporary.rename(folder)
+                except OSError:
+                    old.rename(folder)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def add_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
+    """Adds files to a model folder, by names that may contain folders, and lists their SHA-256.
+
+    `checksums.json` is replaced last, so that a kill leaves a model that can be read.
+
+    Raises:
+      UserError: the folder holds no complete model, or cannot be written.
+    """
+    folder = Path(folder)
+    checksums = _read_checksums(folder)
+    for name, content in files.items():
+        if not _is_inside(name):
+            raise UserError(f"file {name!r} is not a name inside {folder}; use a relative name")
+        with report_write_errors(folder / name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, content)
+    hashes = checksums["files"] | _hash(files)
+    write_atomically(folder / CHECKSUMS, _encode_checksums(hashes, checksums["params_sha256"]))
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises UserError if a folder holds anything that is no part of a saved model."""
+    with report_write_errors(folder):
+        if not os.path.lexists(folder):
+            return
+        if not folder.is_dir():
+            raise UserError(f"{folder} is a file; pass the name of a new folder")
+        names = {path.name for path in folder.iterdir()}
+    if not names:
+        return
+    if not is_model_folder(folder):
+        raise UserError(
+            f"folder {folder} holds {min(names)} and no model of plan_jax; pass a new folder"
+        )
+    known = {PurePosixPath(name).parts[0] for name in _read_checksums(folder)["files"]}
+    if others := names - known - {CHECKSUMS}:
+        raise UserError(
+            f"folder {folder} holds {min(others)} beside its model, which would be lost; move it,"
+            " or pass a new folder"
+        )
+
+
+def remove_places(config: Config) -> dict[str, Any]:
+    """Returns a config as nested dicts, without the paths of the machine that trained it.
+
+    The folders of data and of programs get their defaults. Of another path only its last name
+    stays, so that one can still see what the run was made of.
+    """
+
+    def replace(value: Any, name: str = "") -> Any:
+        if isinstance(value, Mapping):
+            return {key: replace(item, f"{name}.{key}") for key, item in value.items()}
+        if isinstance(value, list):
+            return [replace(item, name) for item in value]
+        is_place = name.removeprefix(".") in PLACES
+        return (
+            _last_name(value) if isinstance(value, str) and (is_place or _is_path(value)) else value
+        )
+
+    values = replace(config.to_dict())
+    defaults = Config(hyper=config.hyper)
+    values["data"]["dir"] = defaults.data.dir
+    values["parallel"]["cache"] = defaults.parallel.cache
+    return values
+
+
+def _is_path(value: str) -> bool:
+    """Returns whether a string is a path here; `owner/name` and `package:NAME` are none."""
+    kinds = (PurePosixPath(value), PureWindowsPath(value))
+    if any(path.is_absolute() or ".." in path.parts for path in kinds) or value.startswith("~"):
+        return True
+    return "/" in value and os.path.exists(value)
+
+
+def _last_name(value: str) -> str:
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+
+
+def _flatten(variables: Mapping[str, PyTree], dtype: str) -> dict[str, np.ndarray]:
+    """Returns the arrays under their paths, [name] -> array of any shape, in `dtype`."""
+    parts = {name: variables[name] for name in PARTS}
+    tensors = {}
+    for name, leaf in traverse_util.flatten_dict(parts, sep="/").items():
+        array = np.asarray(leaf)
+        # Statistics are few, and their ratio decides what a channel becomes.
+        if np.issubdtype(array.dtype, np.floating) and not name.startswith("batch_stats/"):
+            with np.errstate(over="ignore"):
+                converted = array.astype(dtype)
+            if np.isinf(converted).any() and np.isfinite(array).all():
+                raise UserError(f"{name} has values too large for {dtype}; use dtype float32")
+            array = converted
+        tensors[name] = np.ascontiguousarray(array).reshape(array.shape)
+    return tensors
+
+
+def _unflatten(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns the parts of a model from arrays of any shape under their paths, as float32 [...]."""
+    tree: dict[str, Any] = {name: {} for name in PARTS}
+    flat = {
+        name: array.astype(np.float32) if array.dtype == np.float16 else array
+        for name, array in tensors.items()
+    }
+    tree |= traverse_util.unflatten_dict(flat, sep="/")
+    tree["params"].setdefault("method", {})  # of a method without parameters no name is left
+    return tree
+
+
+def _encode_tensors(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """Returns arrays of any shape [...] as a safetensors file."""
+    from safetensors.numpy import save
+
+    return save(dict(tensors), metadata={"library": LIBRARY})
+
+
+def _encode_object(value: Mapping[str, Any]) -> bytes:
+    return (encode_json(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _hash(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def _encode_checksums(hashes: Mapping[str, str], params_sha256: str) -> bytes:
+    content = {"files": dict(hashes), "params_sha256": params_sha256}
+    # With its own hash, so that a change in this file is not taken for one in another.
+    own = hashlib.sha256(_encode_object(content)).hexdigest()
+    return _encode_object(content | {"sha256": own})
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    """Writes a file of a folder that has no name yet, down to the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def installed_version() -> str:
+    """Returns the version of plan_jax, "unknown" if it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("plan_jax")
+    return "unknown"
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Returns whether a folder holds a model of plan_jax, of any format and perhaps incomplete."""
+    # A changed config still has to be recognised, to be reported.
+    has_files = all((folder / name).is_file() for name in (CHECKSUMS, WEIGHTS))
+    return has_files or read_object(folder / CONFIG).get("library") == LIBRARY
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Returns the checked content of `config.json`: config, step, about, dtype and version.
+
+    Raises:
+      UserError: the folder is of another format, or a file is missing or not what was saved.
+    """
+    return _verify_folder(folder)[0]
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """Returns the content of a model folder: its settings, `params`, `batch_stats` and `memory`.
+
+    The arrays are float32, in whatever precision they were saved, or integers. `metrics` are those
+    of `metrics.json`.
+
+    Raises:
+      UserError: the folder is of another format, or a file is missing or not what was saved.
+    """
+    settings, weights = _verify_folder(folder)
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(weights)
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS} is not a safetensors file ({error})") from None
+    return settings | _unflatten(tensors) | {"metrics": read_object(folder / METRICS)}
+
+
+def _verify_folder(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """Returns the settings and the bytes of the weights, having checked every file.
+
+    The card is for people, who may correct it: a change there is only reported.
+    """
+    settings = read_object(folder / CONFIG)
+    number, version = settings.get("format"), settings.get("version", "unknown")
+    if settings.get("library") == LIBRARY and number != FORMAT and isinstance(number, int):
+        raise UserError(
+            f"model {folder} was saved by plan_jax {version} in format {number}, and this version"
+            f" reads format {FORMAT}; install that version"
+        )
+    hashes = _read_checksums(folder)["files"]
+    weights = b""
+    for name in dict.fromkeys([*REQUIRED, *hashes]):
+        try:
+            content = (folder / name).read_bytes()
+        except FileNotFoundError:
+            if name not in REQUIRED:
+                continue  # only what a model needs is fetched from the hub
+            raise UserError(f"model {folder} has no {name}; save or download it again") from None
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read ({error.strerror})") from None
+        if hashlib.sha256(content).hexdigest() != hashes.get(name):
+            sentence = f"{folder / name} is not the file that was saved"
+            if name != CARD:
+                raise UserError(f"{sentence}; save or download the model again")
+            parallel.print_once(f"{sentence}; the model itself is unchanged")
+        weights = content if name == WEIGHTS else weights
+    return settings, weights
+
+
+def _read_checksums(folder: Path) -> dict[str, Any]:
+    """Returns the content of `checksums.json`.
+
+    Raises:
+      UserError: it is missing, changed, or names files outside of the folder.
+    """
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        raise UserError(f"model {folder} has no {CHECKSUMS}; save or download it again")
+    content = read_object(path)
+    hashes, params_sha256 = content.get("files"), content.get("params_sha256")
+    if not isinstance(hashes, dict) or path.read_bytes() != _encode_checksums(
+        hashes, str(params_sha256)
+    ):
+        raise UserError(f"{path} is not the file that was saved; save or download the model again")
+    if outside := [name for name in content["files"] if not _is_inside(name)]:
+        raise UserError(f"{path} names {outside[0]!r}, which is not a file of its folder")
+    return content
+
+
+def _is_inside(name: str) -> bool:
+    """Returns whether a name stays inside the folder that it is joined to."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) is not None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; {} if there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

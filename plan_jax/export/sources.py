@@ -1,0 +1,53 @@
+"""Finds the folder that the name of a trained model means: in the package, or on the hub."""
+
+import os
+from pathlib import Path
+
+from plan_jax.export import hub
+from plan_jax.export.folder import is_model_folder
+from plan_jax.types import UserError
+
+# Models that come with the package.
+BOX = Path(__file__).resolve().parent.parent / "models"
+
+
+def find_model(source: str | Path) -> Path | None:
+    """Returns the model folder that a source names, or None if it names a run or a step of one.
+
+    Args:
+      source: a folder; else the name of a model of the package, as `phantom-plan`; else a model on
+        the hub, `owner/name` or `owner/name@revision`, which is fetched to its cache.
+
+    Raises:
+      UserError: it names a file, a model of another library, or a model that cannot be fetched.
+    """
+    name, path = str(source), Path(source)
+    # Unlike those of Path, these raise nothing for a name that is too long.
+    if os.path.isdir(name):
+        return _check_folder(path)
+    if os.path.exists(name):
+        raise UserError(f"checkpoint {name} is a file; pass the folder of a run or of a model")
+    if name in list_box():
+        return BOX / name
+    # A mistyped folder of runs is not looked up on the hub: `runs/demo` has the form of a hub id.
+    if hub.HUB_ID.fullmatch(name) and ("@" in name or not path.parent.is_dir()):
+        return hub.fetch_model(name)
+    return None
+
+
+def list_box() -> list[str]:
+    """Returns the names of the models that come with the package."""
+    if not BOX.is_dir():
+        return []
+    return sorted(path.name for path in BOX.iterdir() if is_model_folder(path))
+
+
+def _check_folder(folder: Path) -> Path | None:
+    """Returns a folder that holds a model, or None for one that may belong to a run."""
+    if (folder / "checkpoints").is_dir() or (folder / "state").is_dir():
+        return None
+    if is_model_folder(folder):
+        return folder
+    if hub.recognise_library(folder):
+        raise UserError(hub.describe_foreign(folder, f"checkpoint {folder}"))
+    return None
