@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxlib import _jax
 from jaxtyping import Array, PyTree
@@ -144,6 +145,9 @@ def configure_backend(cpu_devices: int, cache: str | Path) -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser().absolute()))
+        # JAX looks at the folder once, at its first program. A notebook may have loaded a model or
+        # trained another run before.
+        compilation_cache.reset_cache()
     flags = os.environ.get("XLA_FLAGS", "")
     if cpu_devices > 1 and "xla_force_host_platform_device_count" not in flags:
         with contextlib.suppress(RuntimeError):  # JAX has been used: its devices are fixed

@@ -238,6 +238,26 @@ def test_the_device_that_is_used_instead_is_named(monkeypatch, capsys):
     assert error.startswith("JAX_PLATFORMS is cuda,cpu: ") and error.endswith("; using cpu\n")
 
 
+CACHE = """
+import os, sys, jax
+from plan_jax import parallel
+jax.jit(lambda x: x + 1)(1.0).block_until_ready()
+for cache in sys.argv[1:]:
+    parallel.configure_backend(1, cache)
+    jax.jit(lambda x: x @ x.T)(jax.numpy.ones((3, 3))).block_until_ready()
+    assert any(name.endswith("-cache") for name in os.listdir(cache)), cache
+"""
+
+
+def test_programs_are_cached_whatever_ran_before(tmp_path):
+    """A notebook loads a model, then trains: JAX would ignore the folder of the run."""
+    environment = {name: x for name, x in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    # JAX stores no program that compiles within a second.
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    command = [sys.executable, "-c", CACHE, str(tmp_path / "a"), str(tmp_path / "b")]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+
+
 @pytest.mark.parametrize(("name", "value"), [("JAX_PROCESS_ID", "one"), ("JAX_NUM_PROCESSES", "")])
 def test_incomplete_cluster_variables(monkeypatch, name, value):
     cluster = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
