@@ -5,6 +5,7 @@ a row nor leaves half a file. What the system says about a write becomes one sen
 process writes.
 """
 
+import builtins
 import contextlib
 import errno
 import json
@@ -72,8 +73,7 @@ class Logger:
                 # Refreshing depends on time alone. By default tqdm also waits for a number of steps
                 # that it adapts to past intervals, and a validation in between throws it off.
                 miniters=1,
-                # A log file keeps every refresh as a line of its own.
-                mininterval=0.5 if sys.stderr.isatty() else 20.0,
+                mininterval=_refresh_interval(),
                 # The mean over the run: validation and checkpoints belong to the remaining time,
                 # and a moving average would jump at each of them.
                 smoothing=0,
@@ -131,6 +131,14 @@ class Logger:
     def elapsed(self) -> float:
         """Returns the seconds since the run, or its resumption, began."""
         return time.monotonic() - self.start_time
+
+
+def _refresh_interval() -> float:
+    """Returns the seconds between two refreshes of the progress bar.
+
+    A log file keeps every refresh as a line of its own. A terminal and a notebook replace it.
+    """
+    return 0.5 if sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__") else 20.0
 
 
 class _EventFile:

@@ -1,5 +1,6 @@
 """The log of a run: rows survive a kill, the remaining time leaves the compile out."""
 
+import builtins
 import errno
 import json
 import math
@@ -84,6 +85,15 @@ def test_bar_refreshes_by_time(tmp_path, monkeypatch, capsys):
         clock.advance(20)
         logger.advance()
         assert last_refresh(capsys) == 34
+
+
+def test_a_notebook_refreshes_the_bar_as_a_terminal_does(tmp_path, monkeypatch):
+    """A notebook replaces what it shows, as a terminal does; a log file keeps every line."""
+    with Logger(tmp_path / "file", {}, 3) as logger:
+        assert logger.bar.mininterval == 20
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    with Logger(tmp_path / "notebook", {}, 3) as logger:
+        assert logger.bar.mininterval == 0.5
 
 
 def test_rows_of_later_steps_are_dropped_on_resumption(tmp_path):
