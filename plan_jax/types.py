@@ -26,6 +26,10 @@ Metrics = dict[str, Array]
 class UserError(Exception):
     """A user's mistake, in one sentence that names the thing, its value and the remedy."""
 
+    def _render_traceback_(self) -> list[str]:
+        """Returns what a notebook shows of the error, by a convention of IPython."""
+        return [str(self)]
+
 
 # Batches and features --------------------------------------------------------------------------
 
