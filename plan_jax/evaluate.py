@@ -5,6 +5,7 @@ them, and `config.eval.tasks` selects some.
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -196,3 +197,27 @@ def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[s
     }
     write_results(out, config, Result(metrics, result.rows), history)
     return metrics
+
+
+def compare_runs(runs: Mapping[str, str | Path]) -> page.Comparison:
+    """Compares finished runs, or evaluations, by their headline metrics beside the null baselines.
+
+        compare_runs({"ConVIRT": "runs/convirt", "PLAN": "runs/plan"})
+
+    Args:
+      runs: the folders that hold `metrics.json`, by their label in the table.
+
+    Raises:
+      UserError: a folder has no metrics.
+    """
+    metrics: dict[str, list[dict[str, Any]]] = {}
+    for label, folder in runs.items():
+        path = Path(folder) / "metrics.json"
+        try:
+            metrics[label] = [json.loads(path.read_bytes())]
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not JSON"
+            raise UserError(
+                f"{path} cannot be read ({reason}); pass the folder of a run that has ended"
+            ) from None
+    return page.compare(metrics, CATALOGUE)

@@ -13,25 +13,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.compare import METHODS, STEPS, VARIANTS  # noqa: E402
 from plan_jax.logger import write_atomically  # noqa: E402
-from plan_jax.metrics import headlines, is_number  # noqa: E402
 from plan_jax.page import render_comparison  # noqa: E402
+from plan_jax.page.comparison import compare  # noqa: E402
 from plan_jax.tasks import CATALOGUE  # noqa: E402
 
-RUN_METRICS = {"images_per_s": "images/s"}  # of a run, not of a task: not in the catalogue
 MAX_SEEDS = 99
-
-Metrics = Mapping[str, Any]
 
 
 def train(folder: Path, variant: str, seed: int, data: str, core: int | None) -> str:
@@ -63,86 +58,16 @@ def train(folder: Path, variant: str, seed: int, data: str, core: int | None) ->
     return "finished"
 
 
-def format_significant(value: float, digits: int) -> str:
-    """Returns a number with this many significant digits, trailing zeros included.
-
-    >>> format_significant(2.0, 3), format_significant(101.7, 3), format_significant(0.054, 2)
-    ('2.00', '102', '0.054')
-    """
-    return f"{value:#.{digits}g}".rstrip(".")
-
-
-def format_seeds(values: Sequence[float]) -> str:
-    """Returns mean and standard deviation over seeds; of one seed the value, of none nothing.
-
-    >>> format_seeds([1.0, 2.0]), format_seeds([1.0]), format_seeds([])
-    ('1.50 ± 0.71', '1.00', '')
-    """
-    if not values:
-        return ""
-    mean = format_significant(float(np.mean(values)), 3)
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {format_significant(float(np.std(values, ddof=1)), 2)}"
-
-
-def read_runs(folder: Path, variants: Sequence[str]) -> dict[str, list[Metrics]]:
-    """Returns the metrics of all finished runs of each variant that has some."""
+def read_runs(folder: Path, variants: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the metrics of all finished runs of each variant that has some, by its label."""
     runs = {
-        variant: [
+        VARIANTS[variant]: [
             json.loads(path.read_text())
             for path in sorted(folder.glob(f"{variant}-*/metrics.json"))
         ]
         for variant in variants
     }
-    return {variant: metrics for variant, metrics in runs.items() if metrics}
-
-
-def column_labels(runs: Mapping[str, Sequence[Metrics]]) -> dict[str, str]:
-    """Returns the compared metrics: their keys in the catalogue's order, and their labels."""
-    merged = {
-        key: value
-        for metrics_of_seeds in runs.values()
-        for metrics in metrics_of_seeds
-        for key, value in metrics.items()
-    }
-    labels = {entry.key: entry.metric.label for entry in headlines(CATALOGUE, merged)}
-    return labels | {key: label for key, label in RUN_METRICS.items() if key in merged}
-
-
-def table_rows(runs: Mapping[str, Sequence[Metrics]], keys: Sequence[str]) -> list[list[str]]:
-    """Returns a row of cells for each variant, and below them one for each null baseline.
-
-    Baselines are those of one run: they depend on the data and not on the model.
-    """
-    rows = []
-    for variant, metrics_of_seeds in runs.items():
-        cells = [VARIANTS[variant], str(len(metrics_of_seeds))]
-        for key in keys:
-            values = [metrics.get(key) for metrics in metrics_of_seeds]
-            cells.append(format_seeds([value for value in values if is_number(value)]))
-        rows.append(cells)
-    if not rows:
-        return rows
-    *_, (last_run, *_) = runs.values()
-    baselines = {entry.key: entry.baselines for entry in headlines(CATALOGUE, last_run)}
-    for name in dict.fromkeys(name for nulls in baselines.values() for name in nulls):
-        values = [baselines.get(key, {}).get(name) for key in keys]
-        cells = ["" if value is None else format_significant(value, 3) for value in values]
-        rows.append([name, "", *cells])
-    return rows
-
-
-def to_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns the rows as a Markdown table.
-
-    >>> print(to_markdown(["variant", "CNR"], [["PLAN", "2.1"]]), end="")
-    | variant | CNR |
-    | --- | --- |
-    | PLAN | 2.1 |
-    """
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return {label: metrics for label, metrics in runs.items() if metrics}
 
 
 def main() -> None:
@@ -172,15 +97,14 @@ def main() -> None:
         list(pool.map(run_job, jobs))
 
     runs = read_runs(folder, variants)
-    labels = column_labels(runs)
-    columns, rows = ["variant", "seeds", *labels.values()], table_rows(runs, list(labels))
+    comparison = compare(runs, CATALOGUE, "variant")
     pages = [f"{variant}-{seed}/report.html" for variant in variants for seed in range(MAX_SEEDS)]
     description = f"{STEPS} steps a run; mean ± standard deviation over seeds."
     links = [path for path in pages if (folder / path).exists()]
-    page = render_comparison("Comparison of methods", description, columns, rows, links)
+    page = render_comparison("Comparison of methods", description, *comparison, links)
     write_atomically(folder / "report.html", page)
     print(f"{STEPS} steps a run; as a page: {folder / 'report.html'}\n")
-    print(to_markdown(columns, rows), end="")
+    print(comparison, end="")
 
 
 if __name__ == "__main__":

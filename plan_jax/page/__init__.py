@@ -19,6 +19,7 @@ from numpy import ndarray
 from plan_jax.logger import write_atomically
 from plan_jax.metrics import Catalogue, is_number, slug
 from plan_jax.page import charts, figures
+from plan_jax.page.comparison import Comparison, compare
 from plan_jax.page.tables import (
     Cell,
     Table,
@@ -37,7 +38,7 @@ from plan_jax.types import (
     RetrievalExample,
 )
 
-__all__ = ["markdown", "render_comparison", "write_page"]
+__all__ = ["Comparison", "compare", "markdown", "render_comparison", "write_page"]
 
 
 def write_page(
