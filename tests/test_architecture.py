@@ -78,6 +78,7 @@ ONLY_IN = {
         "tools/convert_weights.py",
     ),
     "absl.flags": ("plan_jax/main.py", "plan_jax/data/processes.py", "tests/conftest.py"),
+    "tensorflow_datasets": ("plan_jax/data/tfds.py",),
     "ml_collections": ("plan_jax/main.py", "plan_jax/command/config_files.py"),
 }
 FORBIDDEN_NAMES = re.compile(r"(^|/)(utils?|common|helpers?|misc|base_\w+)(\.py)?(/|$)")

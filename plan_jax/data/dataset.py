@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-
 from plan_jax.data import schema
 from plan_jax.data.faults import name_damage
 from plan_jax.data.preparation import METADATA_FILE, explain_difference, prepare_dataset
+from plan_jax.data.tfds import tfds
 from plan_jax.types import Record, UserError
 
 

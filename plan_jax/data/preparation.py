@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
 from absl import logging
 
 from plan_jax.data.builders.pairs import Pairs, PairsConfig
 from plan_jax.data.builders.phantom import Phantom, PhantomConfig
 from plan_jax.data.faults import DISK_ERRORS, find_system_error, name_damage
 from plan_jax.data.sources import MESSAGES_FILE, DigestCache, SourceFiles
+from plan_jax.data.tfds import tfds
 from plan_jax.types import UserError
 
 # Name -> builder, configuration. A new dataset is one file under builders/ and one line here.

@@ -5,10 +5,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float32, Int8, UInt8
 from PIL import Image
 
+from plan_jax.data.tfds import tfds
 from plan_jax.types import Phrase, Record
 
 # Images are decoded here with Pillow, because TFDS decodes them with OpenCV or TensorFlow, neither

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import Bool
 
 from plan_jax.data import faults, images, quoting, schema
@@ -29,6 +28,7 @@ from plan_jax.data.pairs import (
 )
 from plan_jax.data.pairs.studies import DUPLICATES, Study, count_split_texts, merge_duplicates
 from plan_jax.data.sources import MESSAGES_FILE, SourceFiles
+from plan_jax.data.tfds import tfds
 from plan_jax.types import Phrase, Record, UserError
 
 # What a column can contain. `reader` is who has labelled the row, if several have.

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from plan_jax.data import phantom, schema
 from plan_jax.data.phantom.anatomy import Number
+from plan_jax.data.tfds import tfds
 from plan_jax.types import UserError
 
 MIN_PARALLEL_IMAGES = 600  # fewer are drawn before a second process has started
