@@ -20,7 +20,7 @@ from plan_jax import parallel
 from plan_jax.data.preparation import BUILDERS, builder_fields
 from plan_jax.data.prompts import PROMPT_SETS
 from plan_jax.encoders.bert import BERTS, Bert
-from plan_jax.encoders.dual_encoder import NORMALISATIONS
+from plan_jax.encoders.dual_encoder import HEAD_KINDS, NORMALISATIONS, PLAIN_KINDS
 from plan_jax.encoders.resnet import RESNETS, ResNet
 from plan_jax.encoders.vit import VITS, ViT, check_patches
 from plan_jax.methods import METHODS
@@ -28,7 +28,17 @@ from plan_jax.tasks import TASKS
 from plan_jax.types import UserError
 
 SPLITS = ("train", "val", "test")
-HEAD_KINDS = ("linear", "norm", "mlp", "shared")
+# The kinds of heads without parameters that each head may have.
+PLAIN_CHOICES = {
+    "image_global": ("mean",),
+    "image_local": ("shared",),
+    "text_global": ("none",),
+    "text_local": ("shared", "none"),
+}
+# The value of `normalisation` that leaves the choice to the published weights of the image tower.
+BY_WEIGHTS = "weights"
+# The value of `weights.heads` for heads that are stored with their towers.
+WITH_TOWERS = "towers"
 
 
 def check_that(condition: bool, name: str, value: Any, remedy: str) -> None:
@@ -121,7 +131,19 @@ class HeadsConfig(Section):
 
     def __post_init__(self) -> None:
         for name, kind in vars(self).items():
-            check_choice(f"heads.{name}", kind, HEAD_KINDS)
+            check_choice(f"heads.{name}", kind, (*HEAD_KINDS, *PLAIN_CHOICES[name]))
+        check_that(
+            not (self.image_global == "mean" and self.image_local == "shared"),
+            "heads.image_local",
+            self.image_local,
+            "a mean of projected pixels needs a head for them; set it to mlp_bn, for example",
+        )
+        check_that(
+            not (self.text_global == "none" and self.text_local == "shared"),
+            "heads.text_local",
+            self.text_local,
+            "there is no global head to share; set it to none",
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +154,7 @@ class WeightsConfig(Section):
 
     vision: str = ""
     text: str = ""
-    heads: str = ""  # projection heads of a MGCA checkpoint; all four heads must be mlp
+    heads: str = ""  # projection heads; "towers": from the files of `vision` and `text`
     any_normalisation: bool = False  # accept weights of another normalisation, for fine-tuning
 
 
@@ -238,7 +260,7 @@ class Config(Section):
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     embed_dim: int = 64  # width of the shared space
     head_hidden_dim: int = 128  # hidden width of heads of kind mlp
-    normalisation: str = "image"  # of grey values: image, fixed, unit or imagenet (`DualEncoder`)
+    normalisation: str = "image"  # of grey values (`DualEncoder`); "weights": as theirs
     channels: int = 1  # grey values repeated; 3 for encoders pretrained on colour images
     fine_map: bool = False  # also project the map one stage earlier, for PLAN's later rounds
     weights: WeightsConfig = field(default_factory=WeightsConfig)
@@ -256,7 +278,7 @@ class Config(Section):
         self.between(1, 3, "channels")
         self.decay("ema_decay")
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
-        check_choice("normalisation", self.normalisation, NORMALISATIONS)
+        check_choice("normalisation", self.normalisation, (*NORMALISATIONS, BY_WEIGHTS))
         check_that(
             self.normalisation != "imagenet" or self.channels == 3,
             "channels",
@@ -272,13 +294,40 @@ class Config(Section):
         if self.vision["name"] in VITS:
             sizes = {**VITS[self.vision["name"]], **self.vision}
             check_patches(self.data.size, sizes["patch"])
-        kinds = set(vars(self.heads).values())
         check_that(
-            not self.weights.heads or kinds == {"mlp"},
-            "weights.heads",
-            self.weights.heads,
-            f"it needs heads of kind mlp, and config.heads are {listed(sorted(kinds))}; "
-            "set all four to mlp, or leave weights.heads empty",
+            self.normalisation != BY_WEIGHTS or bool(self.weights.vision),
+            "weights.vision",
+            self.weights.vision,
+            f"normalisation {BY_WEIGHTS} is that of published weights; name them, or set it to"
+            f" one of {listed(NORMALISATIONS)}",
+        )
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        """Checks the heads against the text tower, the weights and the tasks."""
+        heads, weights = vars(self.heads), self.weights
+        width = {**BERTS[self.text["name"]], **self.text}["width"]
+        for name, kind in heads.items():
+            check_that(
+                kind != "none" or width == self.embed_dim,
+                f"heads.{name}",
+                kind,
+                f"texts then have {width} dimensions and embed_dim is {self.embed_dim}; set"
+                f" embed_dim to {width}, or choose a head",
+            )
+        # Nothing is trained, so whatever is not loaded would stay random, and look like a result.
+        # Tasks that fit a head use the image tower alone.
+        tasks = [task for task in self.eval.tasks if not TASKS[task].FITS_HEAD]
+        is_complete = bool(weights.text) and (
+            bool(weights.heads) or set(heads.values()) <= set(PLAIN_KINDS)
+        )
+        check_that(
+            bool(self.steps) or not weights.vision or not tasks or is_complete,
+            "eval.tasks",
+            self.eval.tasks,
+            f"{listed(tasks)} would compare images with random texts, as steps is 0 and"
+            f" weights.{'heads' if weights.text else 'text'} is empty; set it, or evaluate tasks of"
+            " images only",
         )
 
     @classmethod

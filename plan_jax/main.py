@@ -18,6 +18,7 @@ if __name__ == "__main__":
     command.end_on_signals()  # before the imports, which take seconds
 
 import ast
+import dataclasses
 import functools
 import json
 import math
@@ -210,6 +211,9 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
                 f"workdir {workdir} holds a config that cannot be used ({error}); "
                 "pass another --workdir"
             ) from None
+        # The run has stored what its weights were trained on, and does not need them again.
+        if config.normalisation == configs.BY_WEIGHTS:
+            config = dataclasses.replace(config, normalisation=previous_config.normalisation)
         difference = configs.difference(previous_config, config)
         if difference:
             raise UserError(

@@ -1,5 +1,6 @@
 """The state of a run, and its initialisation at random or from published weights."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,13 +12,12 @@ from flax import struct
 from jaxtyping import Array, PyTree
 
 from plan_jax import optim, parallel, weights
-from plan_jax.config import Config
+from plan_jax.config import BY_WEIGHTS, WITH_TOWERS, Config
 from plan_jax.data.tokenizer import tokenize_batch
 from plan_jax.encoders.bert import BERTS
-from plan_jax.encoders.dual_encoder import DualEncoder
+from plan_jax.encoders.dual_encoder import PLAIN_KINDS, DualEncoder
 from plan_jax.model import Components
 from plan_jax.types import Batch, Features, Memory, MethodContext, Params
-from plan_jax.weights.layouts import HEAD_PREFIXES
 
 # Names of findings are short phrases.
 TAG_TOKENS, TAG_WORDS = 16, 12
@@ -114,6 +114,20 @@ def make_optimiser(
     )
 
 
+def choose_normalisation(config: Config) -> Config:
+    """Returns a config with a normalisation in place of `weights`: that of the image tower's.
+
+    Raises:
+      UserError: the weights cannot be read, or do not tell.
+    """
+    if config.normalisation != BY_WEIGHTS:
+        return config
+    source = config.weights.vision
+    normalisation = weights.find_normalisation(source)
+    parallel.print_once(f"config.normalisation is {normalisation}, that of the weights {source}")
+    return dataclasses.replace(config, normalisation=normalisation)
+
+
 def load_published_weights(
     encoder: DualEncoder, variables: Mapping[str, Any], config: Config
 ) -> dict[str, Any]:
@@ -123,6 +137,7 @@ def load_published_weights(
       UserError: a source cannot be read, or its arrays do not fit the encoder.
     """
     variables = dict(variables)
+    read = functools.cache(weights.read_arrays)  # one file may hold both towers and four heads
 
     def replace(part: str, load: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
         loaded = load({kind: tree.get(part, {}) for kind, tree in variables.items()})
@@ -145,11 +160,21 @@ def load_published_weights(
                 num_heads=heads,
                 normalisation=config.normalisation,
                 any_normalisation=config.weights.any_normalisation,
+                read=read,
             )
             replace(part, load)
-    if source := config.weights.heads:
-        for head in HEAD_PREFIXES:
-            replace(f"{head}_head", functools.partial(weights.load_head, head, source))
+    if config.weights.heads:
+        for head, kind in encoder.heads.items():
+            if kind in PLAIN_KINDS:
+                continue
+            source = config.weights.heads
+            if source == WITH_TOWERS:
+                side = "vision" if head.startswith("image") else "text"
+                source = getattr(config.weights, side)
+            load = functools.partial(
+                weights.load_head, head, source, kind=kind, log=parallel.print_once, read=read
+            )
+            replace(f"{head}_head", load)
     return variables
 
 

@@ -25,7 +25,7 @@ from plan_jax.data.dataset import Dataset
 from plan_jax.data.preparation import open_once
 from plan_jax.logger import Logger
 from plan_jax.model import Components, build_components, make_model
-from plan_jax.state import State, init_state
+from plan_jax.state import State, choose_normalisation, init_state
 from plan_jax.step import FIRST_NONFINITE, make_step, watch_numbers
 from plan_jax.types import Batch, Metrics, Model, UserError
 
@@ -71,6 +71,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         finite, and other mistakes of the user.
     """
     workdir = Path(workdir)
+    config = choose_normalisation(config)
     mesh = parallel.make_mesh(config.parallel.devices or None)
     parallel.split_batch(config.batch, mesh.size)
     components = build_components(config, parallel.AXIS)

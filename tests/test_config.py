@@ -58,12 +58,22 @@ def test_ints_become_floats_and_lists_tuples(content):
         ("data", "builder", 3, "set one of its fields"),
         ("eval", "limit", 1, "use at least 2"),
         ("checkpoint", "keep", 0, "use at least 1"),
-        ("heads", "text_local", "cubic", "use one of linear, norm, mlp, shared"),
+        (
+            "heads",
+            "text_local",
+            "cubic",
+            "use one of linear, norm, mlp, mlp_bn, mlp_relu, mlp_ln, shared",
+        ),
         ("text", "pool", 3, "use one of cls, mean, attention"),
         ("", "ema_decay", 1.0, "below 1"),
         ("", "batch", 1, "use at least 2"),
         ("", "channels", 4, "use 1 to 3"),
-        ("", "normalisation", "zscore", "use one of image, fixed, unit, imagenet"),
+        (
+            "",
+            "normalisation",
+            "zscore",
+            "use one of image, fixed, unit, imagenet, mrm, rad_dino, weights",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(content, section, field, value, remedy):

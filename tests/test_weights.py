@@ -14,7 +14,7 @@ from configs import testing
 from plan_jax import main
 from plan_jax.config import Config, flatten
 from plan_jax.model import build_components
-from plan_jax.state import init_state
+from plan_jax.state import choose_normalisation, init_state
 from plan_jax.types import UserError
 
 SIDES = {
@@ -92,6 +92,12 @@ def test_a_run_starts_from_published_weights(mgca):
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, trained["batch_stats"])
 
 
+def test_heads_that_are_stored_with_their_towers(mgca):
+    trained, path = mgca
+    state = init_from(make_content(vision=path, text=path, heads="towers"), seed=1)
+    jax.tree.map(np.testing.assert_array_equal, state.params["encoders"], trained["params"])
+
+
 def test_loading_one_tower_leaves_the_other_unchanged(mgca):
     trained, path = mgca
     plain, loaded = init_from(make_content()), init_from(make_content(text=path))
@@ -132,7 +138,7 @@ def test_a_published_checkpoint_is_evaluated_without_training(mgca, tmp_path, mo
 
 def test_weights_refuse_images_of_another_scale(mgca):
     """What an original computes and no array shows."""
-    content = make_content(vision=mgca[1]) | {"normalisation": "image"}
+    content = make_content(vision=mgca[1]) | {"normalisation": "image", "steps": 1}
     remedy = "normalisation is image; set it to fixed, or .*config.weights.any_normalisation=true"
     with pytest.raises(UserError, match=remedy):
         init_from(content)
@@ -140,15 +146,69 @@ def test_weights_refuse_images_of_another_scale(mgca):
 
 def test_weights_of_another_scale_are_accepted_on_purpose(mgca, capsys):
     trained, path = mgca
-    content = make_content(vision=path, any_normalisation=True) | {"normalisation": "image"}
+    content = make_content(vision=path, any_normalisation=True)
+    content |= {"normalisation": "image", "steps": 1}
     tower = init_from(content).params["encoders"]["image_tower"]
     jax.tree.map(np.testing.assert_array_equal, tower, trained["params"]["image_tower"])
     expected = "MGCA trained it on images of normalisation fixed, and config.normalisation is image"
     assert expected in capsys.readouterr().err
 
 
+def test_the_scale_of_images_is_chosen_with_the_weights(mgca, capsys):
+    content = make_content(vision=mgca[1], text=mgca[1], heads="towers")
+    config = Config.from_dict(content | {"normalisation": "weights"})
+    assert choose_normalisation(config).normalisation == "fixed"
+    assert (
+        f"config.normalisation is fixed, that of the weights {mgca[1]}" in capsys.readouterr().err
+    )
+    # A config that names one is not asked again.
+    assert choose_normalisation(Config.from_dict(content)) == Config.from_dict(content)
+
+
+def test_weights_that_do_not_tell_the_scale_are_refused(mgca, tmp_path):
+    trained, path = mgca
+    trees = {"params": trained["params"]["image_tower"]}
+    trees["batch_stats"] = trained["batch_stats"]["image_tower"]
+    plain = str(tmp_path / "plain.safetensors")
+    save_file(publish("resnet", trees), plain)
+    content = make_content(vision=plain, text=path, heads=path) | {"normalisation": "weights"}
+    with pytest.raises(UserError, match=r"plain.safetensors are of no origin .*; set it to what"):
+        choose_normalisation(Config.from_dict(content))
+    content["weights"]["vision"] = ""
+    with pytest.raises(UserError, match=r"config.weights.vision is ''; normalisation weights is"):
+        Config.from_dict(content)
+
+
+@pytest.mark.parametrize(
+    ("weights", "empty"),
+    [({}, "text"), ({"text": "t"}, "heads"), ({"heads": "h"}, "text")],
+)
+def test_images_are_not_compared_with_random_texts(weights, empty):
+    content = make_content(vision="v", **weights)
+    with pytest.raises(UserError, match=rf"config.eval.tasks is .*weights.{empty} is empty"):
+        Config.from_dict(content)
+    content["eval"]["tasks"] = ("classification", "segmentation")
+    assert Config.from_dict(content).steps == 0
+    # Training starts from whatever there is.
+    content["eval"]["tasks"] = ("retrieval",)
+    assert Config.from_dict(content | {"steps": 1}).steps == 1
+
+
 def test_heads_of_another_kind_are_refused(mgca):
-    config = make_content(heads=mgca[1])
-    config["heads"]["text_local"] = "norm"
-    with pytest.raises(UserError, match="config.weights.heads .* set all four to mlp"):
-        Config.from_dict(config)
+    content = make_content(vision=mgca[1], text=mgca[1], heads=mgca[1])
+    content["heads"]["text_local"] = "norm"
+    with pytest.raises(UserError, match="config.heads.text_local is norm; set it to mlp"):
+        init_from(content)
+
+
+def test_heads_that_cannot_be_are_refused():
+    for changes, message in (
+        ({"text_global": "none", "text_local": "none"}, "texts then have 16 dimensions and embed"),
+        ({"text_global": "none", "text_local": "shared"}, "no global head to share"),
+        ({"image_global": "mean", "image_local": "shared"}, "needs a head for them"),
+        ({"image_local": "mean"}, "heads.image_local is 'mean'; use one of"),
+    ):
+        content = make_content()
+        content["heads"] |= changes
+        with pytest.raises(UserError, match=message):
+            Config.from_dict(content)

@@ -474,11 +474,19 @@ def test_heads_of_mgca(save):
     source = save(
         {prefix + key: value for key, value in state.items()} | {"other": random_array(2)}
     )
-    loaded = load_head("image_local", source, template)
+    options = {"kind": "mlp", "log": pytest.fail}
+    loaded = load_head("image_local", source, template, **options)
     np.testing.assert_allclose(head.apply(loaded, x, False), y, rtol=1e-5, atol=1e-5)
-    assert "missing: params/fc1/kernel" in error_of(
-        lambda: load_head("text_local", source, template)
-    )
+    message = error_of(lambda: load_head("text_local", source, template, **options))
+    assert "hold no head text_local of MGCA; choose other weights" in message
+    options["kind"] = "norm"
+    message = error_of(lambda: load_head("image_local", source, template, **options))
+    assert "head image_local is of kind mlp, and config.heads.image_local is norm; set" in message
+    del state["3.bias"]
+    source = save({prefix + key: value for key, value in state.items()})
+    options["kind"] = "mlp"
+    message = error_of(lambda: load_head("image_local", source, template, **options))
+    assert "missing: params/fc2/bias (4,)" in message
 
 
 def run_tool(capsys, *words):

@@ -1,7 +1,7 @@
 """The text tower: BERT in Flax linen; a size is a row of data, not a class.
 
 Source: Devlin et al., arXiv 1810.04805, with Hugging Face's semantics (post-norm, LayerNorm eps
-1e-12, exact GELU, no pooler). Words are sums of their pieces, as in GLoRIA and MGCA.
+1e-12, exact GELU). Words are sums of their pieces, as in GLoRIA and MGCA.
 Deviation: dropout is applied to the embeddings and the two branches of a layer, not to attention
 weights.
 """
@@ -71,8 +71,9 @@ def sum_pieces(
 class Bert(nn.Module):
     """BERT; with a smaller `depth` than a published model it has the first layers of that model.
 
-    `pool` is `cls` (the first piece), `mean` (of all pieces) or `attention` (a learned weighting of
-    the words). `sum_last_layers` is the number of last layers whose outputs are summed (GLoRIA: 4).
+    `pool` is `cls` (the first piece), `mean` (of all pieces), `attention` (a learned weighting of
+    the words) or `pooler` (BERT's own: tanh of a linear layer on the first piece).
+    `sum_last_layers` is the number of last layers whose outputs are summed (GLoRIA: 4).
     `block_diagonal` restricts the attention of words to their sentence: a report is a list of
     sentences in no particular order, and a word that attends to neighbouring sentences grounds in
     their findings too. `scan`, `remat` and `frozen_layers` are those of `run_layers`; with any
@@ -86,7 +87,7 @@ class Bert(nn.Module):
     positions: int = 512
     dropout: float = 0.0
     block_diagonal: bool = False
-    pool: Literal["cls", "mean", "attention"] = "cls"
+    pool: Literal["cls", "mean", "attention", "pooler"] = "cls"
     sum_last_layers: int = 1
     scan: bool = False
     remat: bool = False
@@ -95,7 +96,7 @@ class Bert(nn.Module):
 
     def is_frozen(self, name: str) -> bool:
         """Returns whether `frozen_layers` freezes this tower's parameters called `name`."""
-        if name == "pool":
+        if name in ("pool", "pooler"):
             return self.frozen_layers >= self.depth
         return is_frozen_layer(name, self.frozen_layers)
 
@@ -139,7 +140,12 @@ class Bert(nn.Module):
             weights = (is_real / is_real.sum(1, keepdims=True)).astype(pieces.dtype)
             pooled = jnp.einsum("ble,bl->be", pieces, weights)
             return TextOutput(pooled, words, word_attention, next_attention)
-        return TextOutput(pieces[:, 0], words, word_attention, next_attention)
+        pooled = pieces[:, 0]
+        if self.pool == "pooler":
+            pooled = nn.tanh(nn.Dense(self.width, dtype=self.dtype, name="pooler")(pooled))
+            if self.frozen_layers >= self.depth:
+                pooled = lax.stop_gradient(pooled)
+        return TextOutput(pooled, words, word_attention, next_attention)
 
     def _embed(self, tokens: Int[Array, "B L"], key: PRNGKeyArray | None) -> Float[Array, "B L E"]:
         """Returns the normalised sum of the embeddings of piece, position and type."""

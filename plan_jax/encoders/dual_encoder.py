@@ -1,9 +1,7 @@
 """Two towers and their heads: maps images and texts into one shared space, as `Features`.
 
 The local head of the image side is g(.) of PLAN, MGCA and GLoRIA: a learned map from a pixel of
-the feature map to the space of the words. Heads are those of the papers: `linear` (GLoRIA) and
-`mlp` (Linear, BatchNorm, ReLU, Linear, BatchNorm without scale; MGCA, PLAN); `norm` is a Linear
-with that last BatchNorm.
+the feature map to the space of the words. Heads are those of the papers, see `HEAD_KINDS`.
 Deviation: padded words do not enter the statistics of BatchNorm (they do in MGCA's code).
 """
 
@@ -15,15 +13,36 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, UInt8
 
 from plan_jax.encoders.bert import BERTS, Bert
+from plan_jax.encoders.bert import EPSILON as BERT_EPSILON
 from plan_jax.encoders.resnet import RESNETS, ResNet
 from plan_jax.encoders.vit import VITS, ViT
 from plan_jax.layers.batch_norm import BatchNorm
 from plan_jax.layers.resize import resize_bilinear
+from plan_jax.layers.transformer import exact_gelu
 from plan_jax.types import Batch, Features, Stages, TextBatch
 
-# How grey values become the input of the image tower; `DualEncoder` describes each.
-NORMALISATIONS = ("image", "fixed", "unit", "imagenet")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Normalisation of grey values from 0 to 1 -> mean and deviation, of three colours or of all.
+MEAN_AND_STD: dict[str, tuple[Any, Any]] = {
+    "fixed": (0.5, 0.5),  # MGCA, GLoRIA, M-FLAG
+    "unit": (0.0, 1.0),  # BioViL, BioViL-T
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ASG, MedKLIP, REFERS, ConVIRT
+    "mrm": (0.4978, 0.2449),
+    "rad_dino": (0.5307, 0.2583),
+}
+# `image` scales each image to mean 0 and variance 1.
+NORMALISATIONS = ("image", *MEAN_AND_STD)
+# Kind of a projection head -> its layers. LayerNorm is BERT's, the last BatchNorm has no scale.
+HEAD_KINDS = {
+    "linear": "Linear (GLoRIA)",
+    "norm": "Linear, BatchNorm",
+    "mlp": "Linear, BatchNorm, ReLU, Linear, BatchNorm (MGCA, M-FLAG, PLAN)",
+    "mlp_bn": "Linear, BatchNorm, ReLU, Linear (BioViL)",
+    "mlp_relu": "Linear, ReLU, Linear (ConVIRT)",
+    "mlp_ln": "Linear, GELU, LayerNorm, Linear (CXR-BERT)",
+}
+# Kinds without parameters of their own: the global head for each pixel or word, the mean of the
+# projected pixels, and the tower's own output.
+PLAIN_KINDS = ("shared", "mean", "none")
 
 
 def make_image_tower(name: str, axis: str | None, dtype: Any, **sizes: Any) -> ResNet | ViT:
@@ -49,7 +68,7 @@ def make_text_tower(name: str, vocab_size: int, dtype: Any, **sizes: Any) -> Ber
 
 
 class ProjectionHead(nn.Module):
-    """A projection to the shared space; `kind` is `linear`, `norm` or `mlp`."""
+    """A projection to the shared space; `HEAD_KINDS` lists the layers of each `kind`."""
 
     kind: str
     hidden_dim: int
@@ -62,12 +81,18 @@ class ProjectionHead(nn.Module):
         self, x: Float[Array, "*B E"], train: bool, mask: Bool[Array, "*B"] | None = None
     ) -> Float[Array, "*B D"]:
         """Projects the last axis; positions where mask is False do not enter any statistics."""
-        if self.kind == "mlp":
+        if self.kind.startswith("mlp"):
             # BatchNorm subtracts the mean, so a bias before it would have no effect.
-            x = nn.Dense(self.hidden_dim, use_bias=False, dtype=self.dtype, name="fc1")(x)
-            x = nn.relu(BatchNorm(self.axis, name="norm1")(x, train, mask))
+            has_bias = self.kind in ("mlp_relu", "mlp_ln")
+            x = nn.Dense(self.hidden_dim, use_bias=has_bias, dtype=self.dtype, name="fc1")(x)
+            if self.kind == "mlp_ln":
+                x = nn.LayerNorm(BERT_EPSILON, name="norm1")(exact_gelu(x))
+            elif self.kind == "mlp_relu":
+                x = nn.relu(x)
+            else:
+                x = nn.relu(BatchNorm(self.axis, name="norm1")(x, train, mask))
         x = nn.Dense(self.embed_dim, dtype=self.dtype, name="fc2")(x).astype(jnp.float32)
-        if self.kind == "linear":
+        if self.kind not in ("norm", "mlp"):
             return x
         return BatchNorm(self.axis, affine=False, name="norm2")(x, train, mask)
 
@@ -102,10 +127,11 @@ class DualEncoder(nn.Module):
       vision, text: the name of each tower and the sizes to replace, see `make_image_tower`.
       heads: the kind of each head: image_global, image_local, text_global, text_local. A `shared`
         local head is the global one, applied to each pixel or word with its running statistics
-        (ConVIRT has no local head: its heat map is a class activation map).
-      normalisation: of grey values x from 0 to 1: `image` (each image to mean 0, variance 1),
-        `fixed` ((x - 0.5) / 0.5, as in MGCA and GLoRIA), `unit` (x itself, BioViL) or `imagenet`
-        (mean and deviation of ImageNet's three colours, ASG).
+        (ConVIRT has no local head: its heat map is a class activation map). The global vector of
+        `mean` is that of an image's projected pixels (BioViL). With `none`, a text's vectors are
+        those of the tower (GLoRIA).
+      normalisation: of grey values x from 0 to 1: `image` (each image to mean 0, variance 1), or
+        (x - mean) / deviation by `MEAN_AND_STD`.
       channels: how often the grey channel is repeated; `imagenet` needs 3.
       fine_map: whether there is a head on the map one stage earlier.
       axis: the mapped device axis of BatchNorm; None on one device.
@@ -141,7 +167,7 @@ class DualEncoder(nn.Module):
         self.image_tower = make_image_tower(axis=self.axis, dtype=self.dtype, **self.vision)
         self.text_tower = make_text_tower(vocab_size=self.vocab_size, dtype=self.dtype, **self.text)
         for name, kind in self.heads.items():
-            if kind != "shared":
+            if kind not in PLAIN_KINDS:
                 head = ProjectionHead(
                     kind, self.head_hidden_dim, self.embed_dim, self.axis, self.dtype
                 )
@@ -159,12 +185,15 @@ class DualEncoder(nn.Module):
     def encode_image(self, image: UInt8[Array, "B Y X 1"], train: bool = False) -> Features:
         """Encodes grey images (0..255)."""
         output = self.image_tower(self._normalise(image), train)
-        pooled = self.image_global_head(output.pooled, train)
         if self.heads["image_local"] == "shared":
             # Batch statistics of pixels differ from those of whole images: use the running ones.
             local = self.image_global_head(output.local, False)
         else:
             local = self.image_local_head(output.local, train)
+        if self.heads["image_global"] == "mean":
+            pooled = local.mean((1, 2))
+        else:
+            pooled = self.image_global_head(output.pooled, train)
         batch, *grid = local.shape[:3]
         fine, fine_grid = None, None
         if self.fine_map:
@@ -188,10 +217,12 @@ class DualEncoder(nn.Module):
         """Encodes texts; vectors and attention of padded words are 0."""
         mask = text.word_id > 0
         output = self.text_tower(text.tokens, text.word_index, text.sentence, train)
-        pooled = self.text_global_head(output.pooled, train)
+        pooled, local = output.pooled.astype(jnp.float32), output.words.astype(jnp.float32)
+        if self.heads["text_global"] != "none":
+            pooled = self.text_global_head(output.pooled, train)
         if self.heads["text_local"] == "shared":
             local = self.text_global_head(output.words, False)
-        else:
+        elif self.heads["text_local"] != "none":
             local = self.text_local_head(output.words, train, mask)
         next_attention = output.next_attention
         return Features(
@@ -215,8 +246,7 @@ class DualEncoder(nn.Module):
             mean = pixels.mean((1, 2, 3), keepdims=True)
             std = pixels.std((1, 2, 3), keepdims=True)
             pixels = (pixels - mean) / (std + 1e-3)  # an image of one grey value has std 0
-        elif self.normalisation == "fixed":
-            pixels = (pixels - 0.5) / 0.5
-        elif self.normalisation == "imagenet":
-            pixels = (pixels - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
+        else:
+            mean, std = map(jnp.asarray, MEAN_AND_STD[self.normalisation])
+            pixels = (pixels - mean) / std
         return pixels.astype(self.dtype)

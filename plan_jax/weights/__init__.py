@@ -12,22 +12,25 @@ from jaxtyping import PyTree
 from plan_jax.types import UserError
 from plan_jax.weights.convert import (
     adapt_arrays,
+    adapt_head,
     check_match,
     flatten_shapes,
     rename_arrays,
     unflatten_arrays,
 )
 from plan_jax.weights.layouts import (
-    HEAD_PREFIXES,
+    HEAD_LAYOUTS,
     NORMALISATION_OF_ORIGIN,
     OWN_SIGNATURES,
     TOWER_KINDS,
     Layout,
+    describe_foreign,
+    recognise_head,
     recognise_layout,
 )
-from plan_jax.weights.sources import find_source, read_arrays, read_json_object
+from plan_jax.weights.sources import Arrays, find_source, read_arrays, read_json_object
 
-__all__ = ["find_source", "load_head", "load_tower", "read_arrays"]
+__all__ = ["find_normalisation", "find_source", "load_head", "load_tower", "read_arrays"]
 
 # What our BERT computes and no array shows. Weights for another function would load silently.
 BERT_CONFIG = {
@@ -46,6 +49,7 @@ def load_tower(
     num_heads: int | None = None,
     normalisation: str | None = None,
     any_normalisation: bool = False,
+    read: Callable[[str], Arrays] = read_arrays,
 ) -> dict[str, PyTree]:
     """Returns {"params", "batch_stats"} of a tower, filled from `source`, as float32.
 
@@ -63,15 +67,18 @@ def load_tower(
       normalisation: that of the images, for an image tower. It is compared with the one that the
         layout's origin was trained on, which no array shows either.
       any_normalisation: whether another one is accepted, and logged, because training goes on.
+      read: returns the arrays of a source, from a cache for example.
 
     Raises:
       UserError: the weights cannot be read, are of no known layout, were trained on images of
         another normalisation, or any array of the tower is missing, unexpected or of another shape;
         all of these are listed.
     """
-    arrays = read_arrays(source)
+    arrays = read(source)
     layout = recognise_layout(arrays, tower)
     if layout is None:
+        if tower == "vision":
+            _refuse_foreign(source, arrays)
         examples = ", ".join(sorted(arrays)[:3])
         raise UserError(
             f"weights {source} hold no {tower} tower of a known layout (their first arrays are "
@@ -79,9 +86,9 @@ def load_tower(
             " plan_jax/weights/layouts.py"
         )
     shapes = flatten_shapes(template)
-    if OWN_SIGNATURES[layout.kind] not in shapes:
+    if OWN_SIGNATURES[layout.tower] not in shapes:
         raise UserError(
-            f"weights {source} are of kind {layout.kind} and the {tower} tower is not; "
+            f"weights {source} are of kind {layout.tower} and the {tower} tower is not; "
             f"set {tower}.name to a tower of this kind"
         )
     if tower == "text":
@@ -97,31 +104,78 @@ def load_tower(
     return unflatten_arrays(template, conversion.arrays)
 
 
-def load_head(head: str, source: str, template: Mapping[str, Any]) -> dict[str, PyTree]:
-    """Returns {"params", "batch_stats"} of an `mlp` projection head, from MGCA's checkpoint.
+def load_head(
+    head: str,
+    source: str,
+    template: Mapping[str, Any],
+    *,
+    kind: str,
+    log: Callable[[str], None],
+    read: Callable[[str], Arrays] = read_arrays,
+) -> dict[str, PyTree]:
+    """Returns {"params", "batch_stats"} of a projection head, filled from `source`, as float32.
 
-    The first layer has a bias in the checkpoint and none here. BatchNorm follows and subtracts its
-    mean m, so the bias b moves into it exactly: (x + b) - m = x - (m - b).
+    `convert.adapt_head` describes what is adapted.
 
     Args:
       head: image_global, image_local, text_global or text_local.
       source: see `plan_jax.weights.sources`.
       template: the head's {"params", "batch_stats"}, of arrays or of their shapes.
+      kind: the kind of the head, see `ProjectionHead`.
+      log: called with one sentence about each adaptation.
+      read: returns the arrays of a source, from a cache for example.
 
     Raises:
-      UserError: an array is missing, unexpected or of another shape.
+      UserError: the weights have no such head or one of another kind, or an array is missing,
+        unexpected or of another shape.
     """
-    layout = Layout("MGCA", HEAD_PREFIXES[head], "head")
-    arrays = {k: v for k, v in read_arrays(source).items() if k.startswith(layout.prefix)}
-    conversion = rename_arrays(arrays, layout)
-    bias = conversion.arrays.pop("params/fc1/bias", None)
-    mean = conversion.arrays.get("batch_stats/norm1/mean")
-    if bias is not None and mean is not None and bias.shape == mean.shape:
-        conversion.arrays["batch_stats/norm1/mean"] = mean - bias
-    check_match(
-        conversion, flatten_shapes(template), f"weights {source} do not fit the head {head}"
-    )
+    file_arrays = read(source)
+    layout = recognise_head(file_arrays, head)
+    if layout is None:
+        origins = ", ".join(known.origin for known in HEAD_LAYOUTS[head])
+        raise UserError(
+            f"weights {source} hold no head {head} of {origins}; choose other weights, or leave"
+            " weights.heads empty and train the head"
+        )
+    if layout.kind != kind:
+        raise UserError(
+            f"weights {source} are {layout.origin}'s, whose head {head} is of kind {layout.kind},"
+            f" and config.heads.{head} is {kind}; set it to {layout.kind}"
+        )
+    own = {key: array for key, array in file_arrays.items() if key.startswith(layout.prefix)}
+    conversion, shapes = rename_arrays(own, layout), flatten_shapes(template)
+    if note := adapt_head(conversion.arrays, shapes, layout, file_arrays):
+        log(f"head {head} from {source}: {note}")
+    check_match(conversion, shapes, f"weights {source} do not fit the head {head}")
     return unflatten_arrays(template, conversion.arrays)
+
+
+def find_normalisation(source: str, read: Callable[[str], Arrays] = read_arrays) -> str:
+    """Returns the normalisation of the images that an image tower in `source` was trained on.
+
+    Raises:
+      UserError: the weights cannot be read, or it is not known whose they are.
+    """
+    arrays = read(source)
+    layout = recognise_layout(arrays, "vision")
+    if layout is None:
+        _refuse_foreign(source, arrays)
+    normalisation = NORMALISATION_OF_ORIGIN.get(layout.origin) if layout else None
+    if normalisation is None:
+        raise UserError(
+            f"config.normalisation is weights, and {source} are of no origin whose images are known"
+            f" ({', '.join(NORMALISATION_OF_ORIGIN)}); set it to what they were trained on"
+        )
+    return normalisation
+
+
+def _refuse_foreign(source: str, arrays: Arrays) -> None:
+    """Raises UserError if the weights hold an image tower that ours cannot compute."""
+    if foreign := describe_foreign(arrays):
+        raise UserError(
+            f"weights {source} hold {foreign}; no image tower of plan_jax computes that, so choose"
+            " other weights"
+        )
 
 
 def _check_normalisation(

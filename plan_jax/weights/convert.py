@@ -1,4 +1,4 @@
-"""Turns the arrays of a file into those of a tower: renamed, adapted where possible, and checked.
+"""Turns the arrays of a file into those of a tower or head: renamed, adapted, and checked.
 
 A tower is described by the shapes of its arrays, flat under our names, such as
 `params/layer1_0/conv1/kernel`.
@@ -14,7 +14,13 @@ from flax import traverse_util
 from jaxtyping import Float, PyTree
 
 from plan_jax.types import UserError
-from plan_jax.weights.layouts import POSITIONLESS_PREFIX, Layout, is_ignored, translate_name
+from plan_jax.weights.layouts import (
+    POSITIONLESS_PREFIX,
+    TOWERS,
+    Layout,
+    is_ignored,
+    translate_name,
+)
 from plan_jax.weights.sources import Arrays
 
 Shapes = dict[str, tuple[int, ...]]
@@ -23,6 +29,8 @@ Shapes = dict[str, tuple[int, ...]]
 # and [out in] -> [in out].
 KERNEL_AXES = {4: (2, 3, 1, 0), 3: (2, 1, 0), 2: (1, 0)}
 STEM, EMBED, POSITION = "params/stem/kernel", "params/embed/kernel", "params/position"
+# Of BioViL-T: a linear layer between ResNet and head, and what replaces a previous image.
+BIOVIL_T_ARRAYS = ("encoder.backbone_to_vit.weight", "encoder.missing_previous_emb")
 LAYER_PATTERN = re.compile(r"params/layer(\d+)/")
 
 
@@ -85,8 +93,10 @@ def rename_arrays(arrays: Arrays, layout: Layout) -> Conversion:
             continue
         if name.endswith("/kernel") and array.ndim in KERNEL_AXES:
             array = array.transpose(KERNEL_AXES[array.ndim])
-            # MGCA's local heads are convolutions of size 1 over the tokens; ours are dense.
-            array = array[0] if array.ndim == 3 and array.shape[0] == 1 else array
+            # Local heads are convolutions of size 1 over tokens or pixels; ours are dense.
+            is_head = layout.kind not in TOWERS
+            while is_head and array.ndim > 2 and array.shape[0] == 1:
+                array = array[0]
         for part_name, part in _split_qkv(name, array).items():
             conversion.arrays[part_name] = part
             conversion.file_names[part_name] = key
@@ -108,13 +118,15 @@ def adapt_arrays(arrays: Arrays, shapes: Shapes, layout: Layout, source: str) ->
     """Sums, resizes, cuts and fills `arrays` in place; returns a sentence for each change.
 
     Raises:
-      UserError: a BERT has too few layers or positions, or another vocabulary.
+      UserError: a BERT has too few layers or positions, or another vocabulary, or it is a RoBERTa.
     """
     adaptations: list[Callable[[], str]] = [lambda: _sum_channels(arrays, shapes)]
-    if layout.kind == "vit":
+    if layout.tower == "vit":
         adaptations.append(lambda: _resize_positions(arrays, shapes))
-    if layout.kind == "bert":
+    if layout.tower == "bert":
         adaptations += [
+            lambda: _check_segments(arrays, shapes, source),
+            lambda: _drop_pooler(arrays, shapes),
             lambda: _drop_layers(arrays, shapes, source),
             lambda: _drop_positions(arrays, shapes, source),
             lambda: _check_vocabulary(arrays, shapes, source),
@@ -186,6 +198,25 @@ def resize_bicubic(grid: Float[np.ndarray, "Y X E"], size: int) -> Float[np.ndar
     return np.einsum("sy,tx,yxe->ste", rows, columns, grid).astype(grid.dtype)
 
 
+def _check_segments(arrays: Arrays, shapes: Shapes, source: str) -> str:
+    """Raises UserError for a RoBERTa, which has BERT's names but one type of segment."""
+    name = "params/type"
+    if name in arrays and name in shapes and len(arrays[name]) == 1 < shapes[name][0]:
+        raise UserError(
+            f"weights {source} hold a RoBERTa, which counts positions from 2 and reads byte pieces;"
+            " leave weights.text empty and evaluate tasks of images only"
+        )
+    return ""
+
+
+def _drop_pooler(arrays: Arrays, shapes: Shapes) -> str:
+    """Drops BERT's pooler, unless the tower pools by it."""
+    for name in ("params/pooler/kernel", "params/pooler/bias"):
+        if name not in shapes:
+            arrays.pop(name, None)
+    return ""
+
+
 def _drop_layers(arrays: Arrays, shapes: Shapes, source: str) -> str:
     """Drops the layers of BERT above the tower's last."""
     file_depth, tower_depth = _count_layers(arrays), _count_layers(shapes)
@@ -252,6 +283,39 @@ def _fill_embeddings(arrays: Arrays, shapes: Shapes, layout: Layout) -> str:
         f"{type_name} is zero and every row of {POSITION} is its first, because {layout.origin} "
         "has no type embedding and gives every token the first position"
     )
+
+
+# Heads ------------------------------------------------------------------------------------------
+
+
+def adapt_head(arrays: Arrays, shapes: Shapes, layout: Layout, file_arrays: Arrays) -> str:
+    """Adapts the arrays of a head in place, with no change of what it computes; returns a sentence.
+
+    1. A bias b before a BatchNorm moves into its mean m: (x + b) - m = x - (m - b).
+    2. A head without bias gets one of zeros.
+    3. BioViL-T's head does not see the map x of the ResNet, but W x beside a vector e in place of
+       what changed since a previous image. With V and U the parts of the head's first matrix for
+       both, V W x + U e is a linear layer on x, and U e moves into the mean of BatchNorm.
+    """
+    mean, bias = "batch_stats/norm1/mean", arrays.get("params/fc1/bias", np.zeros(0))
+    if mean in arrays and "params/fc1/bias" not in shapes and bias.shape == arrays[mean].shape:
+        arrays[mean] = arrays[mean] - arrays.pop("params/fc1/bias")
+    note = ""
+    if layout.kind == "linear" and "params/fc2/bias" not in arrays and "params/fc2/bias" in shapes:
+        arrays["params/fc2/bias"] = np.zeros(shapes["params/fc2/bias"], np.float32)
+        note = f"{layout.origin} has no bias there, so ours is zero"
+    embed, missing = map(file_arrays.get, BIOVIL_T_ARRAYS)
+    kernel = arrays.get("params/fc1/kernel")
+    if embed is None or missing is None or kernel is None or layout.origin != "BioViL":
+        return note
+    # Of a convolution of size 1 [E C 1 1] and a map of one pixel [1 E 1 1].
+    embed, missing = embed.reshape(len(embed), -1).astype(np.float64), missing.reshape(-1)
+    if len(kernel) != len(embed) + len(missing) or mean not in arrays:
+        return note
+    static, change = kernel[: len(embed)], kernel[len(embed) :].astype(np.float64)
+    arrays["params/fc1/kernel"] = (embed.T @ static).astype(np.float32)
+    arrays[mean] = (arrays[mean] - missing @ change).astype(np.float32)
+    return "each image is encoded without a previous one, as BioViL-T encodes a single image"
 
 
 # Checking ----------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
 """The names of published weights: tables from the arrays of a file to the arrays of our towers.
 
 The names are those of torchvision (ResNet), timm and DeiT (ViT), Hugging Face (BERT) and of the
-checkpoints of MGCA, GLoRIA, BioViL and CXR-BERT. Ours are flat: `params/layer1_0/conv1/kernel`.
-Torch stores convolutions as [E C H W] and matrices as [out in], we as [H W C E] and [in out].
+checkpoints of MGCA, ASG, GLoRIA, BioViL, BioViL-T, CXR-BERT, and of those that BenchX published of
+ConVIRT, MedKLIP, M-FLAG, MRM and REFERS. Ours are flat: `params/layer1_0/conv1/kernel`. Torch
+stores convolutions as [E C H W] and matrices as [out in], we as [H W C E] and [in out].
 
 Established from the originals' code, not from their files: MGCA's and ASG's text tower has no type
 embedding, so ours becomes zero. It has no positions either: its encoder passes the token types, all
 0, as the numbers of the positions, in training and after, so every token gets the first row of the
-table, and so do ours. MGCA's heads have a bias before the first BatchNorm. Not covered: GLoRIA's
-heads (linear) and BioViL's and CXR-BERT's projections, which have no counterpart in
-`ProjectionHead`.
+table, and so do ours. MGCA's and M-FLAG's heads have a bias before the first BatchNorm, and
+GLoRIA's local head has none. MedKLIP numbers the first children of a ResNet and has no last stage.
 """
 
 import re
@@ -38,7 +38,7 @@ ARRAY_NAMES = {
     },
 }
 
-# Kind of tower -> (pattern of torch's module, our module, kind of module).
+# Kind of names -> (pattern of torch's module, our module, kind of module).
 MODULE_NAMES = {
     "resnet": (
         (r"conv1", r"stem", "conv"),
@@ -73,35 +73,90 @@ MODULE_NAMES = {
         (r"encoder\.layer\.(\d+)\.intermediate\.dense", r"layer\1/fc1", "dense"),
         (r"encoder\.layer\.(\d+)\.output\.dense", r"layer\1/fc2", "dense"),
         (r"encoder\.layer\.(\d+)\.output\.LayerNorm", r"layer\1/norm2", "layer_norm"),
+        (r"pooler\.dense", r"pooler", "dense"),
     ),
-    "head": (
+    "resnet_children": (
+        (r"0", r"stem", "conv"),
+        (r"1", r"stem_norm", "batch_norm"),
+        *(
+            (rf"{stage + 3}\.(\d+)\.{module}", rf"layer{stage}_\1/{name}", kind)
+            for stage in (1, 2, 3, 4)
+            for module, name, kind in (
+                (r"conv(\d)", r"conv\2", "conv"),
+                (r"bn(\d)", r"norm\2", "batch_norm"),
+                (r"downsample\.0", "conv_skip", "conv"),
+                (r"downsample\.1", "norm_skip", "batch_norm"),
+            )
+        ),
+    ),
+    "vit_refers": (
+        (r"embeddings\.patch_embeddings", r"embed", "patch"),
+        (r"embeddings\.cls_token", r"token", "plain"),
+        (r"embeddings\.position_embeddings", r"position", "plain"),
+        (r"encoder\.layer\.(\d+)\.attention_norm", r"layer\1/norm1", "layer_norm"),
+        (r"encoder\.layer\.(\d+)\.ffn_norm", r"layer\1/norm2", "layer_norm"),
+        (
+            r"encoder\.layer\.(\d+)\.attn\.(query|key|value|out)",
+            r"layer\1/attention/\2",
+            "dense",
+        ),
+        (r"encoder\.layer\.(\d+)\.ffn\.fc([12])", r"layer\1/fc\2", "dense"),
+        (r"encoder\.encoder_norm", r"norm", "layer_norm"),
+    ),
+    # The kinds of heads are those of `ProjectionHead`.
+    "linear": ((r"", r"fc2", "dense"),),
+    "mlp": (
         (r"0", r"fc1", "dense"),
         (r"1", r"norm1", "batch_norm"),
         (r"3", r"fc2", "dense"),
         (r"4", r"norm2", "batch_norm"),
     ),
+    "mlp_bn": (
+        (r"0", r"fc1", "dense"),
+        (r"1", r"norm1", "batch_norm"),
+        (r"3", r"fc2", "dense"),
+    ),
+    "mlp_relu": ((r"0", r"fc1", "dense"), (r"2", r"fc2", "dense")),
+    "mlp_ln": (
+        (r"dense_to_hidden", r"fc1", "dense"),
+        (r"LayerNorm", r"norm1", "layer_norm"),
+        (r"dense_to_output", r"fc2", "dense"),
+    ),
 }
 
-# Kind of tower -> patterns of arrays below its prefix that our towers have no use for.
+# Kind of names -> patterns of arrays below a prefix that our towers and heads have no use for.
 IGNORED_ARRAYS = {
     "resnet": (r"fc\.(weight|bias)", r".*\.num_batches_tracked"),
+    "resnet_children": (r".*\.num_batches_tracked",),
     "vit": (r"head\.(weight|bias)", r"pre_logits\.fc\.(weight|bias)"),
+    "vit_refers": (r"head\.(weight|bias)",),
     "bert": (
-        r"pooler\.dense\.(weight|bias)",
         r"embeddings\.(position|token_type)_ids",
         r"encoder\.layer\.\d+\.crossattention\..*",  # created but never used in MGCA
     ),
-    "head": (r".*\.num_batches_tracked",),
+    "mlp": (r".*\.num_batches_tracked",),
+    "mlp_bn": (r".*\.num_batches_tracked",),
 }
 
-TOWER_KINDS = {"vision": ("resnet", "vit"), "text": ("bert",)}
-# Kind of tower -> arrays that show, below some prefix, that a file holds one.
+# Kind of names -> the kind of tower that they are names of.
+TOWERS = {
+    "resnet": "resnet",
+    "resnet_children": "resnet",
+    "vit": "vit",
+    "vit_refers": "vit",
+    "bert": "bert",
+}
+TOWER_KINDS = {"vision": ("resnet", "resnet_children", "vit", "vit_refers"), "text": ("bert",)}
+# Kind of names -> arrays that show, below some prefix, that a file holds a tower.
 SIGNATURES = {
     "resnet": ("conv1.weight", "layer1.0.conv1.weight"),
+    "resnet_children": ("0.weight", "4.0.conv1.weight"),
     "vit": ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
+    "vit_refers": ("embeddings.patch_embeddings.weight", "encoder.layer.0.attention_norm.weight"),
     "bert": ("embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight"),
 }
-# The same for our own names, in files that `tools/convert_weights.py` wrote and in our towers.
+# Kind of tower -> the same for our own names, in files that `tools/convert_weights.py` wrote and in
+# our towers.
 OWN_SIGNATURES = {
     "resnet": "params/stem/kernel",
     "vit": "params/token",
@@ -112,12 +167,22 @@ OWN_SIGNATURES = {
 MGCA_PARTS = r"(img|text)_encoder_q\.|prototype_layer\.|\w+_atten_layer\.|irl\.|text_encoder\."
 GLORIA_PARTS = r"gloria\.(img|text)_encoder\."
 BIOVIL_PARTS = r"projector\.|classifier\.|encoder\.(backbone_to_vit|vit_pooler|missing_prev)"
+CONVIRT_PARTS = r"linguistic\.|visual\.|(vis|lin)_proj\."
+MFLAG_PARTS = r"encoder\.|proj_[vt]\.|lm_model\."
+REFERS_PARTS = r"(visual|fusion|contrastive_bert|textual|backward_textual|head)\."
 PREFIXES: dict[str, tuple[str, str | None]] = {
     "img_encoder_q.model.": ("MGCA", MGCA_PARTS),
     "text_encoder_q.model.": ("MGCA", MGCA_PARTS),
     "gloria.img_encoder.model.": ("GLoRIA", GLORIA_PARTS),
     "gloria.text_encoder.model.": ("GLoRIA", GLORIA_PARTS),
     "encoder.encoder.": ("BioViL", BIOVIL_PARTS),
+    "visual.model.": ("ConVIRT", CONVIRT_PARTS),
+    "linguistic.encoder.": ("ConVIRT", CONVIRT_PARTS),
+    "lm_model.bert.": ("M-FLAG", MFLAG_PARTS),
+    "module.res_features.": ("MedKLIP", r"module\.(?!res_features\.)"),
+    "visual.vit.transformer.": ("REFERS", REFERS_PARTS),
+    "visual.vit.": ("REFERS", REFERS_PARTS),
+    "transformer.": ("REFERS", REFERS_PARTS),
     "bert.": ("Hugging Face", r"cls\.|cls_projection_head\.|classifier\."),
     "module.": ("several devices", None),
     "backbone.": ("a backbone", None),
@@ -125,36 +190,88 @@ PREFIXES: dict[str, tuple[str, str | None]] = {
     "encoder.": ("an encoder", None),
     "": ("plain", None),
 }
+# (Prefix, beginning of another array) -> the same, where the prefix alone does not tell.
+MARKS: dict[tuple[str, str], tuple[str, str | None]] = {
+    ("img_encoder_q.model.", "irl."): ("ASG", MGCA_PARTS),  # a decoder of tags
+    ("text_encoder_q.model.", "irl."): ("ASG", MGCA_PARTS),
+    ("encoder.encoder.", "encoder.backbone_to_vit."): ("BioViL-T", BIOVIL_PARTS),
+    ("encoder.", "proj_v."): ("M-FLAG", MFLAG_PARTS),
+    ("", "bert_encoder."): ("MRM", r"(decoder_|mask_token|bert_encoder|bert_mlp)"),
+}
+# (Prefix, origin) -> the pattern of the other parts.
+OTHER_PARTS = {
+    (prefix, origin): parts
+    for prefix, (origin, parts) in (
+        *PREFIXES.items(),
+        *((prefix, entry) for (prefix, _), entry in MARKS.items()),
+    )
+}
 # Prefix of text towers without a type embedding, which give every token the first position.
 POSITIONLESS_PREFIX = "text_encoder_q.model."
-# ASG's checkpoints have MGCA's names, and a decoder of tags under this prefix.
-ASG_PREFIX = "irl."
 # Origin -> the normalisation of the images that its image tower was trained on.
 NORMALISATION_OF_ORIGIN = {
     "MGCA": "fixed",
     "ASG": "imagenet",
     "GLoRIA": "fixed",
     "BioViL": "unit",
+    "BioViL-T": "unit",
+    "ConVIRT": "imagenet",
+    "MedKLIP": "imagenet",
+    "M-FLAG": "fixed",
+    "MRM": "mrm",
+    "REFERS": "imagenet",
 }
-# Our heads -> prefix of their arrays in MGCA's checkpoints.
-HEAD_PREFIXES = {
-    "image_global": "img_encoder_q.global_embed.head.",
-    "image_local": "img_encoder_q.local_embed.head.",
-    "text_global": "text_encoder_q.global_embed.head.",
-    "text_local": "text_encoder_q.local_embed.head.",
+# What shows that a file holds a tower that ours cannot compute, and why.
+FOREIGN_TOWERS = {
+    r"(.*\.)?transformer\.resblocks\.0\.attn\.in_proj_weight": (
+        "CLIP's ViT (PTUnifier, CheXzero), which has a norm before its layers, QuickGELU and no"
+        " bias of the patches"
+    ),
+    r"(.*\.)?layers\.0\.blocks\.0\.attention\.self\.relative_position_bias_table": (
+        "a Swin transformer (MedCLIP), whose patches are merged between its stages"
+    ),
+    r"(.*\.)?features\.denseblock1\.denselayer1\.conv1\.weight": "a DenseNet",
 }
 
 
 class Layout(NamedTuple):
-    """Whose names a file has, the prefix of the tower's arrays in it, and the kind of tower."""
+    """Whose names a file has, the prefix of a tower's or head's arrays, and the kind of names."""
 
     origin: str
     prefix: str
     kind: str
 
+    @property
+    def tower(self) -> str:
+        """Returns the kind of tower that the names are names of."""
+        return TOWERS[self.kind]
+
     def __str__(self) -> str:
         location = f" under `{self.prefix}`" if self.prefix else ""
         return f"{self.kind} ({self.origin}){location}"
+
+
+# Our heads -> how checkpoints store them. No two have the same prefix.
+HEAD_LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "image_global": (
+        Layout("MGCA", "img_encoder_q.global_embed.head.", "mlp"),
+        Layout("GLoRIA", "gloria.img_encoder.global_embedder", "linear"),
+        Layout("ConVIRT", "vis_proj.", "mlp_relu"),
+        Layout("M-FLAG", "proj_v.", "mlp"),
+    ),
+    "image_local": (
+        Layout("MGCA", "img_encoder_q.local_embed.head.", "mlp"),
+        Layout("GLoRIA", "gloria.img_encoder.local_embedder", "linear"),
+        Layout("BioViL", "projector.model.", "mlp_bn"),
+    ),
+    "text_global": (
+        Layout("MGCA", "text_encoder_q.global_embed.head.", "mlp"),
+        Layout("ConVIRT", "lin_proj.", "mlp_relu"),
+        Layout("M-FLAG", "proj_t.", "mlp"),
+        Layout("CXR-BERT", "cls_projection_head.", "mlp_ln"),
+    ),
+    "text_local": (Layout("MGCA", "text_encoder_q.local_embed.head.", "mlp"),),
+}
 
 
 def recognise_layout(keys: Iterable[str], tower: str) -> Layout | None:
@@ -166,17 +283,47 @@ def recognise_layout(keys: Iterable[str], tower: str) -> Layout | None:
     """
     available = set(keys)
     for kind in TOWER_KINDS[tower]:
-        if OWN_SIGNATURES[kind] in available:
-            return Layout("plan_jax", "", kind)
+        if OWN_SIGNATURES[TOWERS[kind]] in available:
+            return Layout("plan_jax", "", TOWERS[kind])
     # The longest prefix, which is the most specific, wins in a file that holds several towers.
     for prefix in sorted(PREFIXES, key=len, reverse=True):
         for kind in TOWER_KINDS[tower]:
             if all(prefix + key in available for key in SIGNATURES[kind]):
-                origin = PREFIXES[prefix][0]
-                if origin == "MGCA" and any(key.startswith(ASG_PREFIX) for key in available):
-                    origin = "ASG"
-                return Layout(origin, prefix, kind)
+                return Layout(find_origin(prefix, available), prefix, kind)
     return None
+
+
+def recognise_head(keys: Iterable[str], head: str) -> Layout | None:
+    """Returns how a file with these keys stores one of our heads; None if it has none.
+
+    >>> recognise_head(["vis_proj.0.weight"], "image_global").kind
+    'mlp_relu'
+    """
+    keys = list(keys)
+    layouts = (x for x in HEAD_LAYOUTS[head] if any(key.startswith(x.prefix) for key in keys))
+    return next(layouts, None)
+
+
+def find_origin(prefix: str, keys: Iterable[str]) -> str:
+    """Returns whose checkpoint has a tower under a prefix, and these keys.
+
+    >>> find_origin("img_encoder_q.model.", ["irl.mlp_head.0.weight"])
+    'ASG'
+    """
+    keys = list(keys)
+    for (marked, mark), (origin, _) in MARKS.items():
+        if marked == prefix and any(key.startswith(mark) for key in keys):
+            return origin
+    return PREFIXES[prefix][0]
+
+
+def describe_foreign(keys: Iterable[str]) -> str:
+    """Returns which tower of these keys ours cannot compute, and why; "" if none is known."""
+    keys = list(keys)
+    for pattern, description in FOREIGN_TOWERS.items():
+        if any(re.fullmatch(pattern, key) for key in keys):
+            return description
+    return ""
 
 
 def translate_name(key: str, kind: str) -> str | None:
@@ -193,13 +340,17 @@ def translate_name(key: str, kind: str) -> str | None:
 
 
 def is_ignored(key: str, layout: Layout) -> bool:
-    """Returns whether an array of the file is known, but not part of the tower.
+    """Returns whether an array of the file is known, but not part of the tower or head.
 
-    >>> is_ignored("bert.pooler.dense.bias", Layout("Hugging Face", "bert.", "bert"))
+    >>> is_ignored("fc.bias", Layout("plain", "", "resnet"))
     True
     """
     if key.startswith(layout.prefix):
-        patterns = IGNORED_ARRAYS[layout.kind]
-        return any(re.fullmatch(p, key.removeprefix(layout.prefix)) for p in patterns)
-    other_parts = PREFIXES[layout.prefix][1]
-    return other_parts is not None and bool(re.match(other_parts, key))
+        patterns = IGNORED_ARRAYS.get(layout.kind, ())
+        if any(re.fullmatch(p, key.removeprefix(layout.prefix)) for p in patterns):
+            return True
+        # An empty prefix is that of everything in a file.
+        if layout.prefix:
+            return False
+    parts = OTHER_PARTS.get((layout.prefix, layout.origin))
+    return parts is not None and bool(re.match(parts, key))
