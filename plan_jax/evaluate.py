@@ -179,14 +179,14 @@ def write_results(
 
 @open_once()
 def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[str, Any]:
-    """Evaluates a checkpoint by the tasks of a config, and writes the results into `out`.
+    """Evaluates a checkpoint or a saved model by a config's tasks, and writes the results to `out`.
 
     Raises:
       UserError: if there is no complete checkpoint, or the data lack what a task needs.
     """
-    # The page shows the training curves of the run that the checkpoint belongs to.
-    history = read_rows(checkpoint.locate(folder)[0].parent / "metrics.jsonl")
     weights = models.load_variables(folder)
+    # The page shows the training curves of the run, which a saved model does not have.
+    history = read_rows(weights["source"] / "metrics.jsonl")
     model = models.make_model(models.build_components(config), config, weights)
     start = time.monotonic()
     result = evaluate_model(model, config, config.eval.split, out)

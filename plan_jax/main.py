@@ -92,7 +92,9 @@ def define_flags() -> flags.FlagValues:
         **options,
     )
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do", **options)
-    flags.DEFINE_string("checkpoint", None, "run, or one of its steps, to evaluate", **options)
+    flags.DEFINE_string(
+        "checkpoint", None, "run, one of its steps, or a saved model, to evaluate", **options
+    )
     flags.DEFINE_bool("help", False, "show this and exit", short_name="h", **options)
     return values
 
@@ -237,27 +239,35 @@ def evaluate(
     name: str = "",
     workdir: str | None = None,
 ) -> None:
-    """Evaluates a checkpoint by the config of its run, with overrides.
+    """Evaluates a trained model by the config of its run, with overrides.
 
     Args:
       content: a config of the same run; or one that describes only an evaluation, whose data and
         tasks then count; None for the run's own.
       overrides: fields set on the command line.
-      folder: the run, or one of its checkpoints.
+      folder: the run, or one of its checkpoints; or a saved model, see `model.load`.
       name: name of an evaluation-only config, and of the folder for its results; otherwise that
         folder is named after the split.
-      workdir: the folder under which results are written; None for that of the run.
+      workdir: the folder under which results are written; None for that of the run, and for
+        runs/<name> of a saved model.
 
     Raises:
       UserError: for a mistake of the user.
     """
     from plan_jax import checkpoint, parallel
     from plan_jax import config as configs
+    from plan_jax import model as models
+    from plan_jax.export.sources import find_model
 
-    run_config = configs.Config.from_dict(checkpoint.read_config(folder))
+    saved = find_model(folder)
+    source = saved or folder
+    run_config = models.load_config(source)
     if name or content is None:
         content = configs.merge_evaluation(run_config.to_dict(), content or {})
     config = configs.Config.from_dict(apply_overrides(content, overrides))
+    if saved and "data.tokenizer" not in overrides:  # the model's own is in its folder
+        data = dataclasses.replace(config.data, tokenizer=run_config.data.tokenizer)
+        config = dataclasses.replace(config, data=data)
     ignore = ("data.name", "data.builder") if name else ()
     if difference := configs.difference(run_config, config, ignore):
         field = difference.split()[0]
@@ -273,13 +283,16 @@ def evaluate(
         config = configs.expect_data(config, run_config, is_own)
     from plan_jax.evaluate import evaluate_checkpoint
 
-    parent = Path(workdir) if workdir else checkpoint.locate(folder)[0].parent
+    if workdir or saved:
+        parent = Path(workdir or Path("runs") / Path(folder).absolute().name.partition("@")[0])
+    else:
+        parent = checkpoint.locate(folder)[0].parent
     out = parent / "eval" / (name or config.eval.split)
     require_writable(out, "folder", "pass another for the results as --workdir")
     programs = parent.absolute().parent / "programs"
     parallel.configure_backend(1, config.parallel.cache or programs)
     command.describe_interruption("no results were written")
-    report_results(lambda: evaluate_checkpoint(config, folder, out), out / "report.html")
+    report_results(lambda: evaluate_checkpoint(config, source, out), out / "report.html")
 
 
 def report_results(compute_metrics: Callable[[], Mapping[str, Any]], page: Path) -> None:

@@ -50,11 +50,11 @@ MAY_IMPORT = {
     "step": "model state parallel types",
     "evaluate": "config model tasks data* checkpoint* logger page metrics* types",
     "train": "config model evaluate state step data* parallel checkpoint* logger command types",
-    "command.scripts": "command main predict",
+    "command.scripts": "command export.__main__ main predict",
     "command*": "types",
     "predict": "model data* parallel page.figures command types",
-    "main": "config train evaluate checkpoint* data.processes parallel metrics tasks command "
-    "command.config_files types",
+    "main": "config train evaluate model export.sources checkpoint* data.processes parallel "
+    "metrics tasks command command.config_files types",
 }
 # The only files that may import these libraries.
 ONLY_IN = {

@@ -20,3 +20,11 @@ def run_predict() -> NoReturn:
     from plan_jax.predict import run
 
     sys.exit(run(sys.argv[1:]))
+
+
+def run_export() -> NoReturn:
+    """Runs `plan-jax-export` and ends the process."""
+    command.end_on_signals(sys._getframe(1))
+    from plan_jax.export.__main__ import run
+
+    sys.exit(run(sys.argv[1:]))

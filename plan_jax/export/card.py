@@ -24,7 +24,7 @@ NOT_STATED = "not stated by the author of this model"
 TEXT = """\
 # {title}
 
-{summary} It maps chest radiographs and English text into one
+A model of {method}, trained with plan_jax. It maps chest radiographs and English text into one
 space of {embed_dim} dimensions, scores how well they match, and draws a heat map of a phrase over
 an image.
 
@@ -54,7 +54,7 @@ restricted access, such as MIMIC-CXR, is for the author to find out.
 
 | | |
 |---|---|
-| method | {method}: {paper} |
+| method | {method} |
 | image encoder | {vision}, images of {size} x {size} pixels |
 | text encoder | {text}, at most {max_tokens} word pieces |
 | parameters | {num_params:,}, saved as {dtype} |
@@ -76,7 +76,8 @@ restricted access, such as MIMIC-CXR, is for the author to find out.
 
 ## Citation
 
-Please cite the method, {paper}, and plan_jax.
+{method} is the method of {paper}.
+Please cite its authors, and plan_jax.
 """
 
 
@@ -103,7 +104,7 @@ def write_card(
       about: `data_name`, `data_licence` and `licence`, as the user states them; "" if not.
       metrics: what was measured on these parameters, by the name of the evaluation.
     """
-    method = f"{config.method.upper() if config.method != 'convirt' else 'ConVIRT'}"
+    method = {"convirt": "ConVIRT", "gloria": "GLoRIA"}.get(config.method, config.method.upper())
     weights = ", ".join(filter(None, (config.weights.vision, config.weights.text)))
     stated = {
         name: _to_line(about.get(name, "")) or NOT_STATED
@@ -111,7 +112,6 @@ def write_card(
     }
     text = TEXT.format(
         title=title,
-        summary=f"{method} ({METHODS[config.method].PAPER}), trained with plan_jax.",
         method=method,
         paper=METHODS[config.method].PAPER,
         embed_dim=config.embed_dim,
@@ -161,7 +161,8 @@ def _front_matter(
             task_type=entry.task.replace("_", "-"),
             task_name=TITLES.get(entry.task, entry.task),
             dataset_type=config.data.name,
-            dataset_name=f"{data}, {name}",
+            dataset_name=data,
+            dataset_config=name,  # the hub merges results that differ in nothing but their name
             metric_type=entry.key,
             metric_name=entry.metric.label,
             metric_value=round(entry.value, 4),

@@ -64,9 +64,7 @@ def push_folder(folder: Path, repo: str, *, private: bool, token: str | None, me
     """
     from huggingface_hub import HfApi
 
-    match = HUB_ID.fullmatch(repo)
-    if match is None or match["revision"]:
-        raise UserError(f"repository {repo!r} is not a name on the hub; use owner/name")
+    check_repository(repo)
     with report_hub_errors(repo):
         api = HfApi(token=token)
         url = api.create_repo(repo, private=private, exist_ok=True)
@@ -78,6 +76,13 @@ def push_folder(folder: Path, repo: str, *, private: bool, token: str | None, me
             )
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     return str(url)
+
+
+def check_repository(repo: str) -> None:
+    """Raises UserError unless a name is that of a repository on the hub."""
+    match = HUB_ID.fullmatch(repo)
+    if match is None or match["revision"]:
+        raise UserError(f"repository {repo!r} is not a name on the hub; use owner/name")
 
 
 def describe_foreign(folder: Path, name: str) -> str:
@@ -94,7 +99,8 @@ def describe_foreign(folder: Path, name: str) -> str:
 def recognise_library(folder: Path) -> str:
     """Returns what kind of another library's model a folder seems to hold, "" if none is known."""
     config = folders.read_object(folder / folders.CONFIG)
-    names = {path.name for path in folder.iterdir()}
+    # Of a repository without any of the markers not even a folder is fetched.
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if "open_clip_config.json" in names:
         return "a model of open_clip"
     if "adapter_config.json" in names:

@@ -103,6 +103,7 @@ class Pretrained:
           UserError: the hub refuses or cannot be reached; or everybody could have the model, and
             the data or their licence are not stated.
         """
+        hub.check_repository(repo)
         names = ("data_name", "data_licence")
         about = self._state(**{name: options.get(name, "") for name in STATEMENTS})
         if not private and (missing := [name for name in names if not about[name]]):

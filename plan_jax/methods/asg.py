@@ -46,7 +46,10 @@ from plan_jax.methods import contrastive
 from plan_jax.methods.ranges import BLOCKS, COUNT, FRACTION, TEMPERATURE, WEIGHT, Range, check_hyper
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
 
-PAPER = "arXiv 2403.09294, github.com/ASGMVLP/ASGMVLP_CODE"
+PAPER = (
+    "Li et al., Anatomical Structure-Guided Medical Vision-Language Pre-training, MICCAI 2024, "
+    "arXiv 2403.09294, github.com/ASGMVLP/ASGMVLP_CODE"
+)
 REQUIRES: tuple[str, ...] = ("labels", "regions", "region_words")
 
 

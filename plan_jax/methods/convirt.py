@@ -18,7 +18,10 @@ from plan_jax.methods import contrastive
 from plan_jax.methods.ranges import FRACTION, TEMPERATURE, check_hyper
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
 
-PAPER = "arXiv 2010.00747"
+PAPER = (
+    "Zhang et al., Contrastive Learning of Medical Visual Representations from Paired Images and "
+    "Text, arXiv 2010.00747"
+)
 REQUIRES: tuple[str, ...] = ()
 
 

@@ -24,7 +24,10 @@ from plan_jax.methods import contrastive, gloria_packed
 from plan_jax.methods.ranges import FACTOR, WEIGHT, Range, check_hyper
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params
 
-PAPER = "ICCV 2021, github.com/marshuang80/gloria"
+PAPER = (
+    "Huang et al., GLoRIA: A Multimodal Global-Local Representation Learning Framework for "
+    "Label-efficient Medical Image Recognition, ICCV 2021, github.com/marshuang80/gloria"
+)
 REQUIRES: tuple[str, ...] = ()
 
 

@@ -51,7 +51,10 @@ from plan_jax.methods import contrastive
 from plan_jax.methods.ranges import BLOCKS, COUNT, STEPS, TEMPERATURE, WEIGHT, Range, check_hyper
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
 
-PAPER = "arXiv 2210.06044, github.com/HKU-MedAI/MGCA"
+PAPER = (
+    "Wang et al., Multi-Granularity Cross-modal Alignment for Generalized Medical Visual "
+    "Representation Learning, NeurIPS 2022, arXiv 2210.06044, github.com/HKU-MedAI/MGCA"
+)
 REQUIRES: tuple[str, ...] = ()
 
 

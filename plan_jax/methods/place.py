@@ -48,7 +48,10 @@ from plan_jax.methods import contrastive
 from plan_jax.methods.ranges import BLOCKS, COUNT, FRACTION, TEMPERATURE, WEIGHT, Range, check_hyper
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
 
-PAPER = "arXiv 2506.10573"
+PAPER = (
+    "Wang, Zhu, Yu, Bhalerao, He, PLACE, arXiv 2506.10573; reconstructed here from what is public, "
+    "without the authors' code"
+)
 REQUIRES: tuple[str, ...] = ()
 
 

@@ -45,7 +45,10 @@ from plan_jax.methods.plan_contrast import PairScores
 from plan_jax.methods.ranges import COUNT, FRACTION, STEPS, TEMPERATURE, WEIGHT, Range, check_hyper
 from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
 
-PAPER = "arXiv 2502.18047"
+PAPER = (
+    "Yan, Yang, Bai, Liang, Progressive Local Alignment for Medical Multimodal Pre-training, arXiv "
+    "2502.18047; reconstructed here from what is public, without the authors' code"
+)
 REQUIRES: tuple[str, ...] = ()
 MAX_LOGIT_SCALE = 50.0  # of the learned factor on cosines; CLIP's bound is 100
 
