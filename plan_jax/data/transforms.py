@@ -20,7 +20,7 @@ def fit_image(image: UInt8[np.ndarray, "Y X 1"], size: int) -> UInt8[np.ndarray,
     """
     if image.shape[:2] == (size, size):
         return image
-    rows, columns, top, left = _content_area(image.shape[:2], size)
+    rows, columns, top, left = content_area(image.shape[:2], size)
     square = np.zeros((size, size, 1), np.uint8)
     content = resize_image(image[..., 0], rows, columns)
     square[top : top + rows, left : left + columns, 0] = content
@@ -40,7 +40,7 @@ def fit_boxes(
       shape: rows and columns of the original image.
       size: side of the square.
     """
-    rows, columns, top, left = _content_area(shape, size)
+    rows, columns, top, left = content_area(shape, size)
     scale = np.asarray([columns / shape[1], rows / shape[0]] * 2, boxes.dtype)
     return boxes * scale + np.asarray([left, top] * 2, boxes.dtype)
 
@@ -79,8 +79,12 @@ def _fit_phrase_boxes(
     return tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in boxes_N4.tolist())
 
 
-def _content_area(shape: tuple[int, int], size: int) -> tuple[int, int, int, int]:
-    """Returns rows, columns, top and left of a fitted image inside its square."""
+def content_area(shape: tuple[int, int], size: int) -> tuple[int, int, int, int]:
+    """Returns rows, columns, top and left of an image inside the square that `fit_image` returns.
+
+    >>> content_area((2, 4), 8)
+    (4, 8, 2, 0)
+    """
     rows, columns = scale_shape(shape, size)
     return rows, columns, (size - rows) // 2, (size - columns) // 2
 

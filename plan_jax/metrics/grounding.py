@@ -30,14 +30,30 @@ def bilinear_matrix(num_inputs: int, num_outputs: int) -> Float[np.ndarray, "out
     >>> bilinear_matrix(2, 4).tolist()
     [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
     """
-    centre = (np.arange(num_outputs) + 0.5) * num_inputs / num_outputs - 0.5
-    centre = np.clip(centre, 0, num_inputs - 1)
+    return interpolation_matrix((np.arange(num_outputs) + 0.5) / num_outputs, num_inputs)
+
+
+def interpolation_matrix(
+    positions: Float[np.ndarray, " outputs"], num_inputs: int
+) -> Float[np.ndarray, "outputs {num_inputs}"]:
+    """Returns the matrix that interpolates a line of samples linearly.
+
+    >>> interpolation_matrix(np.array([0.25, 0.5, 1.0]), 2).tolist()
+    [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
+
+    Args:
+      positions: of the outputs, as fractions of the length of the line.
+      num_inputs: number of samples, at the centres of equal parts of the line. Positions beyond the
+        first or last centre repeat that sample.
+    """
+    centre = np.clip(positions * num_inputs - 0.5, 0, num_inputs - 1)
     lower = np.floor(centre).astype(int)
     upper = np.minimum(lower + 1, num_inputs - 1)
-    matrix = np.zeros((num_outputs, num_inputs), np.float32)
+    matrix = np.zeros((len(positions), num_inputs), np.float32)
     # `add.at` sums both weights where lower and upper are the same input, at the last one.
-    np.add.at(matrix, (np.arange(num_outputs), lower), 1 - (centre - lower))
-    np.add.at(matrix, (np.arange(num_outputs), upper), centre - lower)
+    rows = np.arange(len(positions))
+    np.add.at(matrix, (rows, lower), 1 - (centre - lower))
+    np.add.at(matrix, (rows, upper), centre - lower)
     return matrix
 
 
