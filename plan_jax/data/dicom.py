@@ -68,6 +68,29 @@ def decode_dicom(
         raise ImageError(f"is not readable as DICOM ({_shorten(error)})") from None
 
 
+def read_tags(data: bytes, path: Path) -> dict[str, str]:
+    """Returns what a DICOM file says of its kind and its view, in capitals; "" where it is silent.
+
+    The keys are Modality, BodyPartExamined, ViewPosition and PatientOrientation, of which the first
+    value, the direction of the rows, is returned.
+
+    Raises:
+      UserError: if pydicom is not installed, or too old.
+    """
+    pydicom = _import_pydicom(path)
+    names = ("Modality", "BodyPartExamined", "ViewPosition", "PatientOrientation")
+    tags = dict.fromkeys(names, "")
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, force=True)
+        for name in names:
+            value = dataset.get(name) or ""
+            first = value if isinstance(value, str) else next(iter(value), "")
+            tags[name] = str(first).strip().upper()[:MAX_REASON]
+    except Exception:  # `decode_dicom` says what is wrong with the file
+        return tags
+    return tags
+
+
 def _import_pydicom(path: Path) -> Any:
     try:
         import pydicom

@@ -52,6 +52,7 @@ MAX_SOFT = 0.5  # largest fraction of a picture of a mask that is neither black 
 TURNED, ENLARGED = "turned", "enlarged"
 EMPTY, FULL, FRAME = "empty", "full", "frame"
 MAX_NAMES = 3  # of files in a sentence
+HUE_SIDE = 64  # pixels of the sides to which an image is reduced to measure its colours
 
 
 # Images -----------------------------------------------------------------------------------------
@@ -96,6 +97,30 @@ def read_image(
     if max(shape) < size:
         notes.add(ENLARGED)
     return transforms.resize_image(pixels, *transforms.scale_shape(shape, size)), shape
+
+
+def measure_hue_spread(path: Path) -> float:
+    """Computes how much pixels of one brightness differ in colour: 0 for grey, from 0 to 180.
+
+    It is the median over pixels of *|c - m|*, where c are Cb and Cr of a pixel, and m their median
+    over the pixels whose luminance is in the same of 16 ranges. A tinted film has one colour at
+    each brightness, and marks in colour cover a small part of it.
+
+    Args:
+      path: a file that `read_image` reads, and that is not DICOM.
+    """
+    with _open(path.read_bytes()) as image:
+        if image.mode in ("1", "L", "LA", "La") or image.mode.startswith(("I", "F")):
+            return 0.0
+        # A JPEG is decoded at an eighth of its size.
+        image.draft("RGB", (HUE_SIDE, HUE_SIDE))
+        small = image.convert("RGB").resize((HUE_SIDE, HUE_SIDE), Image.Resampling.BOX)
+    luminance, *chroma = np.asarray(small.convert("YCbCr")).reshape(-1, 3).T
+    colours, ranges = np.stack(chroma, axis=1).astype(np.float64), luminance // 16
+    for index in np.unique(ranges):
+        is_inside = ranges == index
+        colours[is_inside] -= np.median(colours[is_inside], axis=0)
+    return float(np.median(np.hypot(*colours.T)))
 
 
 def summarise_notes(notes: Mapping[str | int, Sequence[str]], size: int) -> list[str]:
