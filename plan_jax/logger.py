@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -233,12 +233,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
       UserError: the disk is full, the folder cannot be written, and whatever else the system says.
     """
+    with open_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that takes the place of `path` when the context ends without an exception.
+
+    Raises:
+      UserError: as `write_atomically`.
+    """
     # In the same folder, since a rename is atomic only within one file system. The number of the
     # process keeps two evaluations apart that write into one folder.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     with report_write_errors(path):
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            with temporary.open("wb") as file:
+                yield file
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
