@@ -139,25 +139,54 @@ def box_picture(
     At most `max_boxes` predictions are drawn, none with a score below `min_score`.
     """
     pixels = radiograph(example.image, side=side)
-    scale = pixels.shape[0] / example.image.shape[0]
+    shape = example.image.shape[:2]
     picture = Image.fromarray(pixels)
     canvas = ImageDraw.Draw(picture)
-
-    def to_rectangle(box: Float[np.ndarray, " 4"]) -> list[float]:
-        x0, y0, x1, y1 = (float(coordinate) * scale for coordinate in box)
-        # Pillow includes the last row and column of a rectangle; boxes end before theirs.
-        return [x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)]
-
     for box in example.truth:
-        canvas.rectangle(to_rectangle(box), outline=TRUTH_COLOUR, width=2)
-    predictions = list(zip(example.predicted, example.scores, strict=True))
-    for box, score in predictions[:max_boxes]:
-        if score >= min_score:
-            rectangle = to_rectangle(box)
-            canvas.rectangle(rectangle, outline=PREDICTION_COLOUR, width=1)
-            corner = (rectangle[0] + 3, rectangle[1] + 1)
-            canvas.text(corner, f"{score:.2f}", fill=PREDICTION_COLOUR)
-    return np.asarray(picture)
+        canvas.rectangle(_to_rectangle(box, shape, pixels), outline=TRUTH_COLOUR, width=2)
+    is_shown = example.scores[:max_boxes] >= min_score
+    return draw_boxes(
+        np.asarray(picture),
+        example.predicted[:max_boxes][is_shown],
+        example.scores[:max_boxes][is_shown],
+        shape,
+    )
+
+
+def draw_boxes(
+    picture: UInt8[np.ndarray, "V U 3"],
+    boxes: Float[np.ndarray, "N 4"],
+    scores: Float[np.ndarray, " N"],
+    shape: tuple[int, int],
+) -> UInt8[np.ndarray, "V U 3"]:
+    """Returns a picture with predicted boxes and their scores.
+
+    Args:
+      picture: the picture.
+      boxes: (x0, y0, x1, y1) in pixels of the image that the picture shows.
+      scores: the scores.
+      shape: rows and columns of that image.
+    """
+    drawing = Image.fromarray(picture)
+    canvas = ImageDraw.Draw(drawing)
+    for box, score in zip(boxes, scores, strict=True):
+        rectangle = _to_rectangle(box, shape, picture)
+        canvas.rectangle(rectangle, outline=PREDICTION_COLOUR, width=1)
+        corner = (rectangle[0] + 3, rectangle[1] + 1)
+        canvas.text(corner, f"{score:.2f}", fill=PREDICTION_COLOUR)
+    return np.asarray(drawing)
+
+
+def _to_rectangle(
+    box: Float[np.ndarray, " 4"], shape: tuple[int, int], picture: UInt8[np.ndarray, "V U 3"]
+) -> list[float]:
+    scale_x, scale_y = picture.shape[1] / shape[1], picture.shape[0] / shape[0]
+    x0, y0, x1, y1 = (
+        float(coordinate) * scale
+        for coordinate, scale in zip(box, (scale_x, scale_y) * 2, strict=True)
+    )
+    # Pillow includes the last row and column of a rectangle; boxes end before theirs.
+    return [x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)]
 
 
 def encode_picture(picture: Shaped[np.ndarray, "V U 3"], file_format: str = "PNG") -> bytes:
