@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from plan_jax import checkpoint
+from plan_jax import checkpoint, prediction
 from plan_jax.checkpoint.checksums import find_nonfinite
 from plan_jax.config import Config
 from plan_jax.data.tokenizer import Tokenizer, check_known, load_tokenizer, tokenize_batch
@@ -126,16 +126,34 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
     apply_text = jax.jit(functools.partial(encode, "encode_text"))
     apply_similarity = jax.jit(method.similarity, static_argnums=4)
     apply_heatmap = jax.jit(method.heatmap, static_argnums=4)
+
+    @jax.jit
+    def apply_pairs(
+        params: PyTree, memory: PyTree, images: Features, texts: Features
+    ) -> dict[str, jax.Array]:
+        def compare(pair: PyTree) -> dict[str, jax.Array]:
+            image, text = jax.tree.map(lambda leaf: leaf[None], pair)
+            tables = method.similarity(params, memory, image, text, hyper)
+            return {kind: table[0, 0] for kind, table in tables.items()}
+
+        return jax.vmap(compare)((images, texts))
+
     batch = config.eval.batch
 
+    # One image or text alone is not padded to a batch, which would cost as much as the batch.
+    def chunk_size(count: int) -> int:
+        return batch if count > 1 else 1
+
     def encode_image(images: np.ndarray) -> Features:
-        return map_chunks(lambda chunk: apply_image(encoders, chunk), images, batch)
+        size = chunk_size(len(images))
+        return map_chunks(lambda chunk: apply_image(encoders, chunk), images, size)
 
     def encode_text(texts: list[str]) -> Features:
         name = f"{len(texts)} texts" if len(texts) > 1 else "the text"
         check_known(tokenizer, texts, name, "write them in the language of the model's tokenizer")
         tokens = tokenize_batch(tokenizer, texts, config.data.max_tokens, config.data.max_words)
-        return map_chunks(lambda chunk: apply_text(encoders, chunk), tokens, batch)
+        size = chunk_size(len(texts))
+        return map_chunks(lambda chunk: apply_text(encoders, chunk), tokens, size)
 
     def similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
         def compare(chunk: Features) -> dict[str, jax.Array]:
@@ -145,6 +163,9 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
         # A chunk of texts at a time, since a table of all words and all pixels would not fit.
         tables = map_chunks(compare, texts, batch)
         return {kind: table.T for kind, table in tables.items()}
+
+    def pair_similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
+        return jax.device_get(apply_pairs(params, memory, images, texts))
 
     def heatmap(
         images: Features, texts: Features, rounds: int | None = None
@@ -162,7 +183,7 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
     size = config.data.size
     blank = jax.ShapeDtypeStruct((1, size, size, 1), jnp.uint8)
     features = jax.eval_shape(apply_image, encoders, blank)
-    return Model(
+    model = Model(
         name=config.method,
         grid=features.fine_grid or features.grid,
         rounds=getattr(hyper, "rounds", 0),
@@ -175,7 +196,10 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
         tower=make_tower(encoder, encoders),
         save_pretrained=pretrained.save,
         push_to_hub=pretrained.push,
+        tokenizer=tokenizer,
+        pair_similarity=pair_similarity,
     )
+    return dataclasses.replace(model, ground=functools.partial(prediction.ground, model))
 
 
 def make_tower(encoder: DualEncoder, variables: Mapping[str, Any]) -> Tower:

@@ -1,9 +1,15 @@
-"""The heat map of a phrase in an image, on the command line.
+"""Where phrases are in images, on the command line: heat maps, boxes and masks.
 
     python -m plan_jax.predict --checkpoint runs/demo --image chest.png \\
         --text "consolidation in the left lower zone" --out heat.png
+    python -m plan_jax.predict --checkpoint runs/demo --csv pairs.csv --out results.csv maps.npz
+    python -m plan_jax.predict --checkpoint runs/demo --image films/*.png \\
+        --text effusion "enlarged heart" --out results.json pictures/ --masks masks/
 
-No network is needed. Left and right are the patient's, as in a report.
+A table (CSV, JSON Lines) has the columns `image` and `text`; otherwise every phrase is located in
+every image. No network is needed. Left and right are the patient's, as in a report. The exit code
+is 0; 1 if some pairs failed; 2 if all did, and for a mistake in the command. docs/predict.md says
+what the files contain.
 """
 
 from plan_jax import command
@@ -12,19 +18,27 @@ if __name__ == "__main__":
     command.end_on_signals()  # before the imports, which take seconds
 
 import argparse
+import contextlib
+import glob
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from tqdm import tqdm
 
 from plan_jax.types import Model, UserError
 
-MAX_SIDE = 1024  # pixels of the longer side of the picture: more does not fit a screen
-SUFFIXES = (".png", ".jpg", ".jpeg")
+if TYPE_CHECKING:  # JAX takes seconds
+    from plan_jax import prediction
+    from plan_jax.prediction import batches, writers
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+TABLE_SUFFIXES = (".csv", ".json", ".npz")
+MAX_NAMED = 10  # failures that are printed
+SOME_FAILED = 1  # exit code
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -36,123 +50,263 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs the command and returns the exit code, as `command.run` defines it."""
-    return command.run(lambda: run_command(argv))
+    """Runs the command and returns the exit code: that of `command.run`, or 1 if some failed."""
+    num_failures = 0
+
+    def run_and_count() -> None:
+        nonlocal num_failures
+        num_failures = run_command(argv)
+
+    code = command.run(run_and_count)
+    return SOME_FAILED if code == 0 and num_failures else code
 
 
-def run_command(argv: Sequence[str]) -> None:
-    """Parses the arguments, writes the heat map, and prints where it is highest.
+def run_command(argv: Sequence[str]) -> int:
+    """Parses the arguments, writes the results, and returns the number of pairs that failed.
 
     Raises:
-      UserError: for a mistake of the user.
+      UserError: for a mistake of the user, or if all pairs fail.
     """
+    options = _build_parser().parse_args(argv)
+    _check_arguments(options)
+    if options.checkpoint and os.path.exists(options.checkpoint):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    # Imported once the arguments are known to be sensible: JAX takes seconds.
+    from plan_jax import model as models
+    from plan_jax import parallel, prediction
+    from plan_jax.prediction import batches, films, phrases, tables
+
+    settings = prediction.Options(
+        threshold=options.threshold,
+        normalisation=options.normalisation,
+        min_area=options.min_area,
+        rounds=options.rounds,
+        check=options.check,
+    )
+    for text in options.text:
+        phrases.check_phrase(text, "--text")
+    if options.csv:
+        jobs = tables.read_jobs(Path(options.csv), options.images and Path(options.images))
+    else:
+        jobs = batches.list_products(_expand(options.image), options.text)
+    num_pairs = sum(len(job.texts) for job in jobs)
+    default_path = "heat.png" if num_pairs == 1 else "results.csv"
+    paths = options.out or ([] if options.json else [default_path])
+    _check_outputs(paths, num_pairs)
+    parallel.list_devices()
+    if len(jobs) == 1 and not jobs[0].fault:
+        films.read_film(jobs[0].path, 64, check=options.check)  # a fault needs no model
+    model = models.load(options.checkpoint)
+    for note in prediction.describe_model(model):
+        print(note, file=sys.stderr)
+    return _write_results(model, jobs, settings, paths, options)
+
+
+def _build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         "plan_jax.predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, help="folder of a run, or one of its steps")
-    parser.add_argument("--image", required=True, help="a frontal chest radiograph: PNG, JPEG ...")
-    parser.add_argument("--text", required=True, help="a phrase, or a whole report")
-    parser.add_argument("--out", default="heat.png", help="the picture to write: PNG or JPEG")
-    parser.add_argument("--rounds", type=int, help="of refinement; by default as trained")
-    options = parser.parse_args(argv)
-    print(
-        write_heat_map(options.checkpoint, options.image, options.text, options.out, options.rounds)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run, one of its steps, a model folder, or a name")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--image", nargs="+", action="extend", help="frontal chest radiographs: PNG, JPEG, DICOM"
     )
+    source.add_argument("--csv", help="a table of pairs: columns image and text")
+    add("--images", help="folder that the paths in the table start from; by default that of it")
+    add("--text", nargs="+", action="extend", default=[], help="phrases, or whole reports")
+    add(
+        "--out",
+        nargs="+",
+        action="extend",
+        help="files (.csv, .json, .npz; .png or .jpg for one pair), and a folder for pictures",
+    )
+    add("--masks", help="folder for the masks")
+    add("--json", action="store_true", help="print the rows as JSON")
+    add("--threshold", type=float, help="of the mask, 0 to 1; docs/predict.md has the default")
+    add("--normalisation", default="minmax", help="scale of the threshold: minmax, raw or z")
+    add("--min-area", type=float, help="smallest area of the mask, as a fraction of the image")
+    add("--rounds", type=int, help="of refinement; by default as trained")
+    add(
+        "--no-check",
+        dest="check",
+        action="store_false",
+        help="also accept colour photographs, lateral views and other kinds of DICOM",
+    )
+    return parser
 
 
-def write_heat_map(
-    checkpoint: str, image: str, text: str, out: str, rounds: int | None = None
-) -> str:
-    """Writes the heat map of a text over an image; returns a sentence on where it is highest.
+def _check_arguments(options: argparse.Namespace) -> None:
+    """Raises UserError for arguments that do not fit together."""
+    from plan_jax import prediction
+
+    if options.image and not options.text:
+        raise UserError("--image needs phrases; pass them as --text")
+    if options.csv and options.text:
+        raise UserError("--csv has the phrases in its column text; leave --text out")
+    if options.images and not options.csv:
+        raise UserError("--images is the folder of the images of --csv; pass --image alone")
+    if options.threshold is None:
+        options.threshold = prediction.THRESHOLD
+    if options.min_area is None:
+        options.min_area = prediction.MIN_AREA
+    if options.rounds is not None and options.rounds < 0:
+        raise UserError(f"--rounds is {options.rounds}; use 0 or more")
+
+
+def _expand(patterns: Sequence[str]) -> list[str]:
+    """Returns the paths of images; patterns that no shell has replaced become what they match."""
+    paths = []
+    for pattern in patterns:
+        matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        paths += matches or [pattern]
+    return list(dict.fromkeys(paths))
+
+
+def _check_outputs(paths: Sequence[str], num_pairs: int) -> None:
+    """Raises UserError for a file that cannot be written, or is of another kind."""
+    for path in paths:
+        kind = _find_kind(path)
+        if kind == "folder":
+            continue
+        if kind not in ("picture", *TABLE_SUFFIXES):
+            names = ", ".join((*PICTURE_SUFFIXES, *TABLE_SUFFIXES))
+            raise UserError(f"--out {path} is not a PNG or JPEG, nor a table; use one of {names}")
+        if not os.path.isdir(Path(path).absolute().parent):  # unlike Path, it raises nothing
+            raise UserError(f"--out {path} is in a folder that does not exist; create it first")
+        if kind == "picture" and num_pairs > 1:
+            raise UserError(
+                f"--out {path} is one picture, and there are {num_pairs} pairs; give a folder"
+            )
+
+
+def _open_writers(
+    stack: contextlib.ExitStack, paths: Sequence[str], masks: str | None, *, prints_json: bool
+) -> list["writers.Write"]:
+    """Returns the functions that write an outcome; the files are complete when the stack ends."""
+    from plan_jax.prediction import writers
+
+    openers = {
+        "picture": writers.open_picture,
+        "folder": writers.open_pictures,
+        ".csv": writers.open_csv,
+        ".json": writers.open_json,
+        ".npz": writers.open_npz,
+    }
+    contexts = [openers[_find_kind(path)](Path(path)) for path in paths]
+    if masks:
+        contexts.append(writers.open_masks(Path(masks)))
+    if prints_json:
+        contexts.append(writers.write_json(sys.stdout))
+    return [stack.enter_context(context) for context in contexts]
+
+
+def _find_kind(path: str) -> str:
+    """Returns `folder`, `picture`, or the suffix of a table."""
+    suffix = Path(path).suffix.lower()
+    if not suffix or path.endswith(("/", os.sep)) or os.path.isdir(path):
+        return "folder"
+    return "picture" if suffix in PICTURE_SUFFIXES else suffix
+
+
+class _Summary:
+    """Counts of outcomes, and sentences on the terminal while pairs are located and at the end."""
+
+    def __init__(self, num_pairs: int, bar: tqdm) -> None:
+        self.num_pairs, self.bar = num_pairs, bar
+        self.num_failures = self.num_notes = 0
+        self.faults: dict[str, None] = {}  # in the order in which they came
+        self.last: batches.Outcome | None = None
+
+    def add(self, outcome: "batches.Outcome") -> None:
+        """Counts an outcome, and prints a fault that has not been printed yet."""
+        self.bar.update()
+        self.last = outcome
+        grounding = outcome.grounding
+        if grounding is not None:
+            self.num_notes += bool(grounding.notes)
+            return
+        self.num_failures += 1
+        if outcome.fault not in self.faults and self.num_pairs > 1:
+            self.faults[outcome.fault] = None
+            if len(self.faults) <= MAX_NAMED:
+                self.bar.write(outcome.fault, file=sys.stderr)
+
+    def print(self, paths: Sequence[str], clock: "batches.Clock", *, prints_json: bool) -> None:
+        """Prints what was written, how long it took, and what failed."""
+        stream = sys.stderr if prints_json else sys.stdout
+        name = ", ".join(paths) or "result"
+        grounding = self.last.grounding if self.last else None
+        if self.num_pairs == 1 and grounding is not None:
+            x, y = grounding.peak
+            rows, columns = grounding.heat_map.shape
+            place = f"highest at x {x}, y {y} of {columns} x {rows}, patient's {grounding.side}"
+            print(f"{name}: {place}", file=stream)
+            for note in grounding.notes:
+                print(note, file=sys.stderr)
+        else:
+            count = f"{self.num_pairs - self.num_failures} of {self.num_pairs} pairs"
+            print(f"{name}: {count}", file=stream)
+            if self.num_notes:
+                print(f"{self.num_notes} pairs have notes", file=sys.stderr)
+        median, high = np.percentile(clock.latencies, [50, 95]) * 1000
+        print(
+            f"{len(clock.latencies)} images, each {median:.0f} ms in the median, {high:.0f} ms at "
+            f"the 95th percentile, for reading, encoding, maps and writing; {clock.compilation:.1f}"
+            " s of compilation before",
+            file=sys.stderr,
+        )
+        if self.num_failures:
+            more = len(self.faults) - MAX_NAMED
+            also = f", {more} more reasons are in the tables" if more > 0 else ""
+            print(f"{self.num_failures} of {self.num_pairs} pairs failed{also}", file=sys.stderr)
+
+
+def _write_results(
+    model: Model,
+    jobs: Sequence["batches.Job"],
+    settings: "prediction.Options",
+    paths: Sequence[str],
+    options: argparse.Namespace,
+) -> int:
+    """Locates all pairs, writes what was asked for, and returns the number of failures.
 
     Raises:
-      UserError: the image or the checkpoint cannot be read, the text has no word, the method has no
-        rounds, or the picture cannot be written.
+      UserError: all pairs fail; then no table is written.
     """
-    path = Path(out)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--out {out} is not a PNG or JPEG; use one of {', '.join(SUFFIXES)}")
-    if not os.path.isdir(path.absolute().parent):  # unlike Path, it raises nothing
-        raise UserError(f"--out {out} is in a folder that does not exist; create it first")
-    if any(map(_is_surrogate, text)):
-        raise UserError("--text has bytes that are not UTF-8; pass the phrase as UTF-8")
-    if not any(map(str.isalnum, text)):
-        raise UserError(f"--text {text!r} has no word; pass a phrase")
-    if rounds is not None and rounds < 0:
-        raise UserError(f"--rounds is {rounds}; use 0 or more")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    # Imported once the arguments are known to be sensible: JAX takes seconds.
-    from plan_jax import model as models
-    from plan_jax import parallel
-    from plan_jax.page import figures
+    from plan_jax.prediction import batches
 
-    parallel.list_devices()
-    pixels = read_image(image)
-    model = models.load(checkpoint)
-    if bit_depth := model.config and model.config.data.builder.get("bit_depth"):
-        pixels = read_image(image, bit_depth)  # as the images that the model was trained on
-    heat = compute_heat_map(model, pixels, text, rounds)
-    try:
-        kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
-        path.write_bytes(figures.encode_picture(figures.overlay_heat_map(pixels, heat), kind))
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror})") from None
-    y, x = np.unravel_index(int(heat.argmax()), heat.shape)
-    # The patient faces the viewer: the left half of the image is the patient's right.
-    side = "right" if x < heat.shape[1] / 2 else "left"
-    return f"{out}: highest at x {x}, y {y} of {heat.shape[1]} x {heat.shape[0]}, patient's {side}"
-
-
-def _is_surrogate(character: str) -> bool:
-    """Returns whether a character stands for a byte that Python could not decode."""
-    return "\ud800" <= character <= "\udfff"
-
-
-def read_image(image: str, bit_depth: int = 0) -> UInt8[np.ndarray, "Y X 1"]:
-    """Reads an image as 8-bit grey, upright, scaled down if it is larger than MAX_SIDE.
-
-    `bit_depth` is that of images of more than 8 bits that do not say it (0: guessed).
-
-    Raises:
-      UserError: the file is missing, or is not an image.
-    """
-    from plan_jax.data import images
-
-    try:
-        pixels, shape = images.read_image(Path(image), MAX_SIDE, bit_depth)
-        if max(shape) < MAX_SIDE:  # never scaled up: read it again at its own size
-            pixels, _ = images.read_image(Path(image), max(shape), bit_depth)
-    except OSError as error:
-        raise UserError(f"--image {image} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        remedy = "" if ";" in str(error) else "; pass a PNG, JPEG or DICOM file"
-        raise UserError(f"--image {image} {error}{remedy}") from None
-    return pixels[..., None]
-
-
-def compute_heat_map(
-    model: Model, image: UInt8[np.ndarray, "Y X 1"], text: str, rounds: int | None = None
-) -> Float[np.ndarray, "Y X"]:
-    """Computes the heat map of a text: the weighted mean of its words' maps, at image size.
-
-    The model sees the image padded to a square; the map of the square is cut back to the image.
-    """
-    from PIL import Image
-
-    from plan_jax.data import transforms
-
-    square = transforms.fit_image(image, model.size)[None]
-    maps, weights = model.heatmap(
-        model.encode_image(square), model.encode_text([text]), rounds=rounds
+    num_pairs = sum(len(job.texts) for job in jobs)
+    with_picture = any(_find_kind(path) in ("picture", "folder") for path in paths)
+    clock = batches.Clock()
+    bar = tqdm(
+        total=num_pairs,
+        unit="pair",
+        dynamic_ncols=True,
+        smoothing=0,  # pairs come in batches
+        mininterval=0.5 if sys.stderr.isatty() else 20.0,
+        file=sys.stderr,
+        disable=num_pairs == 1,
     )
-    map_WP, weight_W = np.asarray(maps[0], np.float32), np.asarray(weights[0], np.float32)
-    heat = (weight_W @ map_WP / max(float(weight_W.sum()), 1e-9)).reshape(model.grid)
-    side = max(image.shape[:2])
-    enlarged = np.asarray(Image.fromarray(heat).resize((side, side), Image.Resampling.BILINEAR))
-    top, left = ((side - length) // 2 for length in image.shape[:2])
-    return enlarged[top : top + image.shape[0], left : left + image.shape[1]]
+    summary = _Summary(num_pairs, bar)
+    with bar, contextlib.ExitStack() as stack:
+        writes = _open_writers(stack, paths, options.masks, prints_json=options.json)
+        # The remaining time does not count the compilation before the first image.
+        outcomes = batches.ground_jobs(
+            model, jobs, settings, clock, with_picture=with_picture, on_compiled=bar.unpause
+        )
+        for outcome in outcomes:
+            for write in writes:
+                write(outcome)
+            summary.add(outcome)
+        if summary.num_failures == num_pairs:
+            reason = f"all {num_pairs} pairs failed; the first: " if num_pairs > 1 else ""
+            raise UserError(f"{reason}{next(iter(summary.faults), outcome.fault)}")
+    written = [*paths, options.masks] if options.masks else paths
+    summary.print(written, clock, prints_json=options.json)
+    return summary.num_failures
 
 
 if __name__ == "__main__":

@@ -118,6 +118,10 @@ def _refuse_to_save(*_: Any, **__: Any) -> Any:
     raise UserError("this model has no parameters of its own to save; load one by plan_jax.load")
 
 
+def _refuse_to_ground(*_: Any, **__: Any) -> Any:
+    raise UserError("this model has no config to read images by; load one by plan_jax.load")
+
+
 @dataclass(frozen=True)
 class Model:
     """A trained model as pure functions.
@@ -128,7 +132,9 @@ class Model:
     word weights, after `rounds` rounds of refinement (None: as the method was configured). `tower`
     is the image tower without projection heads. `save_pretrained(folder, ...)` writes a folder that
     `plan_jax.load` reads, and `push_to_hub("owner/name", ...)` uploads it; their options are those
-    of `export.pretrained.Pretrained.save` and `push`.
+    of `export.pretrained.Pretrained.save` and `push`. `pair_similarity` compares image b with text
+    b and returns one Float[B] for each kind. `ground(image, text)` locates a phrase in an image,
+    see `prediction.ground`.
     """
 
     name: str
@@ -143,6 +149,9 @@ class Model:
     tower: Tower | None = None
     save_pretrained: Callable[..., Path] = _refuse_to_save
     push_to_hub: Callable[..., str] = _refuse_to_save
+    tokenizer: Any = None
+    pair_similarity: Callable[[Features, Features], dict[str, np.ndarray]] | None = None
+    ground: Callable[..., Any] = _refuse_to_ground
 
 
 # Records ----------------------------------------------------------------------------------------

@@ -45,14 +45,15 @@ MAY_IMPORT = {
         "export* checkpoint.checksums config data.tokenizer logger methods metrics page.tables"
         " parallel tasks types"
     ),
-    "model": "config encoders* methods data* export* heads* checkpoint* types",
+    "model": "config encoders* methods data* export* heads* checkpoint* prediction types",
+    "prediction*": "prediction* data* metrics* page.figures logger types",
     "state": "config model encoders* data* weights* optim parallel types",
     "step": "model state parallel types",
     "evaluate": "config model tasks data* checkpoint* logger page metrics* types",
     "train": "config model evaluate state step data* parallel checkpoint* logger command types",
     "command.scripts": "command export.__main__ main predict",
     "command*": "types",
-    "predict": "model data* parallel page.figures command types",
+    "predict": "model prediction* data* parallel logger command types",
     "main": "config train evaluate model export.sources checkpoint* data.processes parallel "
     "metrics tasks command command.config_files types",
 }

@@ -199,9 +199,15 @@ EVAL = {
     ),
 }
 PREDICT = {
-    "no arguments": ("", ["--checkpoint, --image, --text", "--help shows the usage"]),
-    "missing image": ("--image none.png --text effusion", ["--image none.png", "No such file"]),
-    "not an image": ("--image text.png --text effusion", ["--image text.png", "pass a PNG"]),
+    "no arguments": ("", ["--checkpoint", "--help shows the usage"]),
+    "missing image": (
+        "--image none.png --text effusion",
+        ["none.png cannot be read", "No such file"],
+    ),
+    "not an image": (
+        "--image text.png --text effusion",
+        ["text.png is not an image", "pass a PNG"],
+    ),
     "no word": ("--image ok.png --text ...", ["--text '...' has no word", "pass a phrase"]),
     "suffix": (
         "--image ok.png --text effusion --out heat.pgn",
@@ -232,7 +238,9 @@ def folder(tmp_path_factory):
     (folder / "configs").symlink_to(ROOT / "configs")
     # Different images: copies in two splits would be a mistake too.
     for grey, name in enumerate(("ok", "train", "val", "test")):
-        Image.fromarray(np.full((32, 32), grey, np.uint8)).save(folder / f"{name}.png")
+        film = np.full((32, 32), grey, np.uint8)
+        film[8:24, 8:24] = 200  # one without contrast would be a mistake too
+        Image.fromarray(film).save(folder / f"{name}.png")
     config = Config.from_dict(main.load_config_file(str(ROOT / CONFIG)))
     manager = checkpoint.open_manager(folder / "run" / checkpoint.FOLDER)
     checkpoint.save(manager, 1, {"params": {"a": jnp.ones(2)}}, {}, config.to_dict())
