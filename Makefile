@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help demo test soak parity lint bench clean
+.PHONY: help demo model test soak parity lint bench clean
 help:
 	@echo "make demo    train configs/demo.py on phantoms and write runs/demo/report.html"
+	@echo "make model   save runs/demo as plan_jax/models/phantom-plan, the model of the package"
 	@echo "make test    run unit tests and doctests"
 	@echo "make lint    check format, rules and types"
 	@echo "make soak    run slow tests: killed runs, two hosts, eight devices"
@@ -30,6 +31,11 @@ help:
 demo: .venv/.package
 	@echo "== training configs/demo.py into runs/demo; an interrupted run is resumed"
 	@$(BIN)/python -m plan_jax.main --config configs/demo.py --workdir runs/demo
+
+model: demo
+	@echo "== saving runs/demo as plan_jax/models/phantom-plan"
+	@$(BIN)/python -m plan_jax.export runs/demo --out plan_jax/models/phantom-plan \
+	  --note 'It comes with the package and was made by `make model`: `configs/demo.py` on two cores.'
 
 test: .venv/.test
 	@echo "== running tests and doctests in 2 processes"

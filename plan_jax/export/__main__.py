@@ -53,6 +53,7 @@ def run_command(argv: Sequence[str]) -> None:
     parser.add_argument("--data-name", default="", help="what the model was trained on")
     parser.add_argument("--data-licence", default="", help="licence of these data")
     parser.add_argument("--licence", default="", help="licence of the weights, as apache-2.0")
+    parser.add_argument("--note", default="", help="one more sentence for the card")
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the hub, privately")
     parser.add_argument("--public", action="store_true", help="let everybody have what is pushed")
     options = parser.parse_args(argv)
@@ -71,6 +72,7 @@ def run_command(argv: Sequence[str]) -> None:
         "data_name": options.data_name,
         "data_licence": options.data_licence,
         "licence": options.licence,
+        "note": options.note,
     }
     model = models.load(options.source)
     folder = model.save_pretrained(options.out, dtype=options.dtype, **about)

@@ -26,7 +26,7 @@ TEXT = """\
 
 A model of {method}, trained with plan_jax. It maps chest radiographs and English text into one
 space of {embed_dim} dimensions, scores how well they match, and draws a heat map of a phrase over
-an image.
+an image.{note}
 
 **Not for clinical use.** This is research software. Nothing here has been validated on patients.
 
@@ -101,7 +101,7 @@ def write_card(
       step: updates that they have seen.
       num_params: how many numbers they are.
       version: the version of plan_jax.
-      about: `data_name`, `data_licence` and `licence`, as the user states them; "" if not.
+      about: `data_name`, `data_licence`, `licence` and `note`, as the user states them; "" if not.
       metrics: what was measured on these parameters, by the name of the evaluation.
     """
     method = {"convirt": "ConVIRT", "gloria": "GLoRIA"}.get(config.method, config.method.upper())
@@ -110,6 +110,7 @@ def write_card(
         name: _to_line(about.get(name, "")) or NOT_STATED
         for name in ("data_name", "data_licence", "licence")
     }
+    note = _to_line(about.get("note", ""))
     text = TEXT.format(
         title=title,
         method=method,
@@ -125,13 +126,14 @@ def write_card(
         batch=config.batch,
         weights=weights or "random weights",
         version=version,
-        results=_write_results(metrics, config, dtype),
+        results=_write_results(metrics, dtype),
+        note=f"\n\n{note}" if note else "",
         **stated,
     )
     return f"---\n{_front_matter(config, title, about, metrics)}\n---\n\n{text}"
 
 
-def _write_results(metrics: Mapping[str, Mapping[str, Any]], config: Config, dtype: str) -> str:
+def _write_results(metrics: Mapping[str, Mapping[str, Any]], dtype: str) -> str:
     """Returns one table for each evaluation, each metric beside its null baselines."""
     if not metrics:
         return "No evaluation of these weights was saved with them."

@@ -59,7 +59,7 @@ def encode_model(
       config: the config of the run.
       variables: `params`, `batch_stats` and `memory`.
       tokenizer: the tokenizer of the model.
-      dtype: float32, or float16 for a file of half the size. BatchNorm's statistics stay float32.
+      dtype: float32, or float16 for parameters of half the size; the rest stays float32.
       step: updates that the parameters have seen.
       about: what the user states of the data and of licences.
       metrics: what was measured, by the name of the evaluation.
@@ -207,8 +207,8 @@ def _flatten(variables: Mapping[str, PyTree], dtype: str) -> dict[str, np.ndarra
     tensors = {}
     for name, leaf in traverse_util.flatten_dict(parts, sep="/").items():
         array = np.asarray(leaf)
-        # Statistics are few, and their ratio decides what a channel becomes.
-        if np.issubdtype(array.dtype, np.floating) and not name.startswith("batch_stats/"):
+        # Statistics are few, and the memory may hold counts, which half precision cannot.
+        if np.issubdtype(array.dtype, np.floating) and name.startswith("params/"):
             with np.errstate(over="ignore"):
                 converted = array.astype(dtype)
             if np.isinf(converted).any() and np.isfinite(array).all():

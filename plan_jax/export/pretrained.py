@@ -14,7 +14,7 @@ from plan_jax.data.tokenizer import Tokenizer
 from plan_jax.export import folder, hub
 from plan_jax.types import UserError
 
-STATEMENTS = ("data_name", "data_licence", "licence")  # what only the user knows
+STATEMENTS = ("data_name", "data_licence", "licence", "note")  # what only the user knows
 # The data that plan_jax draws itself are the only ones of which it knows the licence.
 PHANTOM = {
     "data_name": "phantoms: synthetic radiographs with reports, drawn by plan_jax; no patients",
@@ -45,6 +45,7 @@ class Pretrained:
         data_name: str = "",
         data_licence: str = "",
         licence: str = "",
+        note: str = "",
         title: str = "",
     ) -> Path:
         """Writes a model folder, which `plan_jax.load` reads, and returns its path.
@@ -55,6 +56,7 @@ class Pretrained:
           data_name: what the model was trained on, for its card.
           data_licence: licence of these data.
           licence: licence of the weights, as `apache-2.0`.
+          note: one more sentence for the card, in Markdown.
           title: name of the model; "" is that of the folder.
 
         Raises:
@@ -62,7 +64,9 @@ class Pretrained:
             large for float16.
         """
         folder.check_replaceable(Path(out).absolute())
-        about = self._state(data_name=data_name, data_licence=data_licence, licence=licence)
+        about = self._state(
+            data_name=data_name, data_licence=data_licence, licence=licence, note=note
+        )
         metrics = self._read_metrics()
         variables = jax.device_get(dict(self.variables()))
         options: dict[str, Any] = {"dtype": dtype, "step": self.step, "about": about}
