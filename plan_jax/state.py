@@ -16,6 +16,7 @@ from plan_jax.config import BY_WEIGHTS, WITH_TOWERS, Config
 from plan_jax.data.tokenizer import tokenize_batch
 from plan_jax.encoders.bert import BERTS
 from plan_jax.encoders.dual_encoder import PLAIN_KINDS, DualEncoder
+from plan_jax.encoders.vit import VITS
 from plan_jax.model import Components
 from plan_jax.types import Batch, Features, Memory, MethodContext, Params
 
@@ -145,11 +146,12 @@ def load_published_weights(
             if part in tree:
                 variables[kind] = {**tree, part: jax.tree.map(jnp.asarray, loaded[kind])}
 
-    # The number of attention heads leaves no trace in the shapes of BERT's arrays.
-    num_heads = {**BERTS[encoder.text["name"]], **encoder.text}["heads"]
+    # The number of attention heads leaves no trace in the shapes of arrays.
+    vision_heads = {**VITS.get(encoder.vision["name"], {}), **encoder.vision}.get("heads")
+    text_heads = {**BERTS[encoder.text["name"]], **encoder.text}["heads"]
     for side, part, heads in (
-        ("vision", "image_tower", None),
-        ("text", "text_tower", num_heads),
+        ("vision", "image_tower", vision_heads),
+        ("text", "text_tower", text_heads),
     ):
         if source := getattr(config.weights, side):
             load = functools.partial(

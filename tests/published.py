@@ -27,6 +27,25 @@ BERT_MODULES = {
 }
 
 
+# transformers' DINOv2: our modules and arrays of a layer, and those beside the layers.
+DINOV2_LAYER = {
+    **{f"attention/{part}": f"attention.attention.{part}" for part in QKV},
+    "attention/out": "attention.output.dense",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+    "scale1": "layer_scale1.lambda1",
+    "scale2": "layer_scale2.lambda1",
+}
+DINOV2_TOP_LEVEL = {
+    "token": "embeddings.cls_token",
+    "registers": "embeddings.register_tokens",
+    "position": "embeddings.position_embeddings",
+    "embed_bias": "embeddings.patch_embeddings.projection.bias",
+    "embed": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+
+
 def tower_template(kind, size=32, channels=3, **options):
     """Returns the parameters and batch statistics of a small tower, as shapes."""
     image = jnp.zeros((1, size, size, channels))
@@ -36,8 +55,9 @@ def tower_template(kind, size=32, channels=3, **options):
         tower, inputs = make_text_tower("bert_tiny", dtype=jnp.float32, **options), (tokens,) * 3
     else:
         options |= {"bottleneck": True} if kind == "bottleneck" else {}
-        name = "vit_tiny" if kind == "vit" else "resnet_tiny"
-        options |= {"depth": options.get("depth", 2)} if kind == "vit" else {}
+        names = {"vit": "vit_tiny", "vit_dinov2": "vit_tiny14"}
+        name = names.get(kind, "resnet_tiny")
+        options |= {"depth": options.get("depth", 2)} if kind in names else {}
         tower, inputs = make_image_tower(name, None, jnp.float32, **options), (image,)
     variables = jax.eval_shape(tower.init, jax.random.key(0), *inputs)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
@@ -73,12 +93,15 @@ def publish(kind, trees, prefix=""):
             key = f"{module}.{leaf}"
         elif kind == "vit":
             top_level = {"token": "cls_token", "position": "pos_embed"}
+            top_level |= {"registers": "register_tokens"}
             top_level |= {"embed_bias": "patch_embed.proj.bias"}
             modules = {"attention/out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
             # timm has one projection to queries, keys and values, in this order.
             modules |= dict.fromkeys([f"attention/{part}" for part in QKV], "attn.qkv")
             if not path:
                 key = top_level[leaf]
+            elif leaf in ("scale1", "scale2"):
+                key = f"blocks.{index}.ls{leaf[-1]}.gamma"
             elif len(path) == 1:
                 key = {"embed": "patch_embed.proj"}.get(path[0], path[0]) + f".{leaf}"
             else:
@@ -87,6 +110,13 @@ def publish(kind, trees, prefix=""):
                 if path[-1] in QKV:
                     qkv_parts.setdefault(key, {})[path[-1]] = value
                     value = np.concatenate([qkv_parts[key].get(part, value[:0]) for part in QKV])
+        elif kind == "vit_dinov2":
+            module = "/".join(path[1:])
+            if index.isdigit():
+                name = DINOV2_LAYER.get(module or leaf, module)
+                key = f"encoder.layer.{index}.{name}" + (f".{leaf}" if module else "")
+            else:
+                key = DINOV2_TOP_LEVEL[path[0] if path else leaf] + (f".{leaf}" if path else "")
         elif not path or path[0] == "token":
             table = {"position": "position", "type": "token_type"}.get(leaf, "word")
             key = f"embeddings.{table}_embeddings.weight"

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "logger": "parallel types",
     "checkpoint*": "checkpoint* logger parallel types",
     "page*": "page* metrics* logger types",
-    "weights*": "weights* types",
+    "weights*": "weights* layers.resize types",
     "encoders*": "encoders* layers* types",
     "data*": "data* weights.sources logger types",
     "methods": "methods.* types",

@@ -114,6 +114,23 @@ def test_scan_and_remat_change_neither_parameters_nor_gradients():
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(a).max()))
 
 
+@pytest.mark.parametrize("options", [{}, {"scan": True}, {"scan": True, "remat": True}])
+def test_no_table_of_attention_is_kept_for_the_backward_pass(options):
+    """518 pixels are 1369 patches: the tables of one layer are larger than all its activations."""
+    tower = make_image_tower("vit_tiny14", None, jnp.float32, depth=4, **options)
+    x = jax.ShapeDtypeStruct((2, 518, 518, 1), jnp.float32)
+    variables = jax.eval_shape(tower.init, KEY, x)
+
+    def keep(variables, x):
+        return jax.vjp(lambda variables: tower.apply(variables, x)[:2], variables)[1]
+
+    sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(keep, variables, x))]
+    assert max(sizes) < 1369**2
+    if options.get("remat"):
+        # Besides parameters and images, the tokens after each layer.
+        assert sum(sizes) < 2 * 518**2 + 4 * 3 * 2 * 1370 * 16 + 3 * 1370 * 16
+
+
 def test_frozen_layers_freeze_registers_positions_and_factors():
     tower, variables, x = make_tower(registers=2, frozen_layers=1)
     gradient = jax.jit(jax.grad(lambda v: (tower.apply(v, x).local ** 3).sum()))(variables)

@@ -25,6 +25,7 @@ from safetensors import numpy as safetensors  # noqa: E402
 
 from plan_jax.encoders.bert import BERTS  # noqa: E402
 from plan_jax.encoders.dual_encoder import make_image_tower, make_text_tower  # noqa: E402
+from plan_jax.encoders.vit import VITS  # noqa: E402
 from plan_jax.logger import write_atomically  # noqa: E402
 from plan_jax.types import UserError  # noqa: E402
 from plan_jax.weights import load_tower, read_arrays  # noqa: E402
@@ -95,7 +96,8 @@ def convert(args: argparse.Namespace, options: dict[str, int]) -> int:
     if not out.parent.is_dir():
         raise UserError(f"folder {out.parent} does not exist; create it first")
     template = tower_shapes(args, options)
-    num_heads = options.get("heads", BERTS[args.name]["heads"]) if args.tower == "text" else None
+    sizes = {**(BERTS if args.tower == "text" else VITS).get(args.name, {}), **options}
+    num_heads = sizes.get("heads")
     trees = load_tower(args.tower, args.source, template, log=print, num_heads=num_heads)
     arrays = traverse_util.flatten_dict(trees, sep="/")
     metadata = {"tower": args.tower, "name": args.name}

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from plan_jax.types import UserError
 from plan_jax.weights.convert import (
+    Shapes,
     adapt_arrays,
     adapt_head,
     check_match,
@@ -20,6 +21,7 @@ from plan_jax.weights.convert import (
 )
 from plan_jax.weights.layouts import (
     HEAD_LAYOUTS,
+    NORMALISATION_OF_MEAN_AND_STD,
     NORMALISATION_OF_ORIGIN,
     OWN_SIGNATURES,
     TOWER_KINDS,
@@ -32,11 +34,15 @@ from plan_jax.weights.sources import Arrays, find_source, read_arrays, read_json
 
 __all__ = ["find_normalisation", "find_source", "load_head", "load_tower", "read_arrays"]
 
-# What our BERT computes and no array shows. Weights for another function would load silently.
-BERT_CONFIG = {
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "position_embedding_type": "absolute",
+# What our towers compute and no array shows. Weights for another function would load silently.
+TOWER_CONFIGS = {
+    "bert": {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "position_embedding_type": "absolute",
+    },
+    "vit": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+    "resnet": {},
 }
 
 
@@ -53,9 +59,10 @@ def load_tower(
 ) -> dict[str, PyTree]:
     """Returns {"params", "batch_stats"} of a tower, filled from `source`, as float32.
 
-    Five things are adapted: the position embedding of a ViT is resized to another grid, that of
-    BERT is cut, surplus layers of BERT are dropped, a kernel for three equal input channels is
-    summed for one, and MGCA's text tower, which tells no positions apart, gets one position.
+    Five things are adapted: the position embedding of a ViT is resized to another grid, as whoever
+    trained it does, that of BERT is cut, surplus layers of BERT are dropped, a kernel for three
+    equal input channels is summed for one, and MGCA's text tower, which tells no positions apart,
+    gets one position.
 
     Args:
       tower: `vision` or `text`.
@@ -64,8 +71,8 @@ def load_tower(
       log: called with one sentence about each adaptation.
       num_heads: the tower's attention heads. They are compared with config.json, because no array
         shows how many heads there were.
-      normalisation: that of the images, for an image tower. It is compared with the one that the
-        layout's origin was trained on, which no array shows either.
+      normalisation: that of the images, for an image tower. It is compared with the one of the
+        layout's origin or preprocessor_config.json, which no array shows either.
       any_normalisation: whether another one is accepted, and logged, because training goes on.
       read: returns the arrays of a source, from a cache for example.
 
@@ -91,8 +98,7 @@ def load_tower(
             f"weights {source} are of kind {layout.tower} and the {tower} tower is not; "
             f"set {tower}.name to a tower of this kind"
         )
-    if tower == "text":
-        _check_config(source, num_heads)
+    _check_config(tower, source, layout, shapes, num_heads)
     notes = []
     if tower == "vision":
         notes.append(_check_normalisation(source, layout, normalisation, any_normalisation))
@@ -160,11 +166,12 @@ def find_normalisation(source: str, read: Callable[[str], Arrays] = read_arrays)
     layout = recognise_layout(arrays, "vision")
     if layout is None:
         _refuse_foreign(source, arrays)
-    normalisation = NORMALISATION_OF_ORIGIN.get(layout.origin) if layout else None
+    normalisation = _trained_normalisation(source, layout) if layout else None
     if normalisation is None:
         raise UserError(
             f"config.normalisation is weights, and {source} are of no origin whose images are known"
-            f" ({', '.join(NORMALISATION_OF_ORIGIN)}); set it to what they were trained on"
+            f" ({', '.join(NORMALISATION_OF_ORIGIN)}), and no preprocessor_config.json tells;"
+            " set it to what they were trained on"
         )
     return normalisation
 
@@ -178,6 +185,30 @@ def _refuse_foreign(source: str, arrays: Arrays) -> None:
         )
 
 
+def _trained_normalisation(source: str, layout: Layout) -> str | None:
+    """Returns the normalisation of the images that weights were trained on; None if it is unknown.
+
+    It follows from whose weights they are, or stands in the preprocessor_config.json beside them.
+    """
+    if known := NORMALISATION_OF_ORIGIN.get(layout.origin):
+        return known
+    path = find_source(source) / "preprocessor_config.json"
+    if not path.is_file():
+        return None
+    processor = read_json_object(path)
+    if processor.get("do_normalize") is False:
+        return "unit"
+    mean_and_std = (processor.get("image_mean"), processor.get("image_std"))
+    return next(
+        (
+            name
+            for values, name in NORMALISATION_OF_MEAN_AND_STD.items()
+            if mean_and_std == tuple(map(list, values))
+        ),
+        None,
+    )
+
+
 def _check_normalisation(
     source: str, layout: Layout, normalisation: str | None, any_normalisation: bool
 ) -> str:
@@ -186,7 +217,12 @@ def _check_normalisation(
     Raises:
       UserError: it is another than theirs, and that is not accepted.
     """
-    trained = NORMALISATION_OF_ORIGIN.get(layout.origin)
+    trained = _trained_normalisation(source, layout)
+    if trained is None and layout.origin == "DINOv2":
+        return (
+            "DINOv2 was trained on images of normalisation imagenet and RAD-DINO on rad_dino, and"
+            f" the weights do not tell which they are; config.normalisation is {normalisation}"
+        )
     if trained is None or trained == normalisation:
         return ""
     if normalisation is None:
@@ -203,20 +239,28 @@ def _check_normalisation(
     )
 
 
-def _check_config(source: str, num_heads: int | None) -> None:
-    """Raises UserError if a config.json of the weights contradicts our BERT in what it computes."""
+def _check_config(
+    tower: str, source: str, layout: Layout, shapes: Shapes, num_heads: int | None
+) -> None:
+    """Raises UserError if a config.json of the weights contradicts a tower in what it computes."""
     path = find_source(source)
     if not path.is_dir():
         return  # a single file has no config
     config = read_json_object(path / "config.json")
-    expected = BERT_CONFIG | ({} if num_heads is None else {"num_attention_heads": num_heads})
+    expected: dict[str, Any] = dict(TOWER_CONFIGS[layout.tower])
+    if num_heads is not None:
+        expected["num_attention_heads"] = num_heads
+    if layout.tower == "vit":
+        width, hidden = shapes["params/layer0/fc1/kernel"]
+        patch = shapes["params/embed/kernel"][0]
+        expected |= {"patch_size": patch, "use_swiglu_ffn": hidden != 4 * width}
     differences = [
-        f"{field} {config[field]} where the text tower has {value}"
+        f"{field} {config[field]} where the {tower} tower has {value}"
         for field, value in expected.items()
-        if field in config and config[field] != value
+        if field in config and config[field] not in (value, [value, value])
     ]
     if differences:
         raise UserError(
-            f"weights {source} have {' and '.join(differences)}; choose another text tower or"
+            f"weights {source} have {' and '.join(differences)}; choose another {tower} tower or"
             " other weights"
         )

@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Float, PyTree
 
+from plan_jax.layers.resize import bicubic_matrix
 from plan_jax.types import UserError
 from plan_jax.weights.layouts import (
     POSITIONLESS_PREFIX,
@@ -31,6 +32,9 @@ KERNEL_AXES = {4: (2, 3, 1, 0), 3: (2, 1, 0), 2: (1, 0)}
 STEM, EMBED, POSITION = "params/stem/kernel", "params/embed/kernel", "params/position"
 # Of BioViL-T: a linear layer between ResNet and head, and what replaces a previous image.
 BIOVIL_T_ARRAYS = ("encoder.backbone_to_vit.weight", "encoder.missing_previous_emb")
+TOKEN, REGISTERS, FACTOR = "params/token", "params/registers", "params/layer0/scale1"
+# What to set where a file has other tokens than the tower.
+TOKEN_OPTIONS = {TOKEN: "vision.class_token", REGISTERS: "vision.registers"}
 LAYER_PATTERN = re.compile(r"params/layer(\d+)/")
 
 
@@ -122,7 +126,7 @@ def adapt_arrays(arrays: Arrays, shapes: Shapes, layout: Layout, source: str) ->
     """
     adaptations: list[Callable[[], str]] = [lambda: _sum_channels(arrays, shapes)]
     if layout.tower == "vit":
-        adaptations.append(lambda: _resize_positions(arrays, shapes))
+        adaptations.append(lambda: _resize_positions(arrays, shapes, layout))
     if layout.tower == "bert":
         adaptations += [
             lambda: _check_segments(arrays, shapes, source),
@@ -150,51 +154,68 @@ def _sum_channels(arrays: Arrays, shapes: Shapes) -> str:
     return ""
 
 
-def _resize_positions(arrays: Arrays, shapes: Shapes) -> str:
-    """Resizes the positions of a ViT's patches [1, 1 + patches, E] to another square grid."""
+def _resize_positions(arrays: Arrays, shapes: Shapes, layout: Layout) -> str:
+    """Resizes the positions of a ViT's patches [1, N, E] to another square grid.
+
+    The first position is that of the class token, which has no place in the grid. timm adds it to
+    the token in towers with registers, so there ours is zero.
+    """
     old = arrays[POSITION].shape if POSITION in arrays else ()
     new = shapes.get(POSITION, ())
-    if old == new or len(old) != 3 or len(new) != 3 or old[2] != new[2]:
-        return ""
-    # The first position is that of the class token, which has no place in the grid.
-    old_side, new_side = math.isqrt(old[1] - 1), math.isqrt(new[1] - 1)
-    if old_side**2 + 1 != old[1] or new_side**2 + 1 != new[1]:
+    if len(old) != 3 or len(new) != 3 or old[2] != new[2]:
         return ""
     table = arrays[POSITION][0].astype(np.float32)
-    grid = table[1:].reshape(old_side, old_side, -1)
-    patches = resize_bicubic(grid, new_side).reshape(new_side**2, -1)
-    arrays[POSITION] = np.concatenate([table[:1], patches])[None]
+    num_class = int(TOKEN in shapes)
+    if num_class and _side_of_square(old[1]):
+        table = np.concatenate([np.zeros_like(table[:1]), table])
+        arrays[POSITION] = table[None]
+    old_side, new_side = (_side_of_square(n - num_class) for n in (len(table), new[1]))
+    if not old_side or not new_side or old_side == new_side:
+        return ""
+    grid = table[num_class:].reshape(old_side, old_side, -1)
+    options = _interpolation_options(arrays, layout)
+    patches = resize_bicubic(grid, new_side, **options).reshape(new_side**2, -1)
+    arrays[POSITION] = np.concatenate([table[:num_class], patches])[None]
+    kind = "bicubically, with antialiasing," if options.get("antialias") else "bicubically"
     return (
-        f"positions are resized bicubically from {old_side} x {old_side} patches to"
+        f"positions are resized {kind} from {old_side} x {old_side} patches to"
         f" {new_side} x {new_side}"
     )
 
 
-def resize_bicubic(grid: Float[np.ndarray, "Y X E"], size: int) -> Float[np.ndarray, "S S E"]:
-    """Resizes a grid to `size` x `size` like torch's bicubic (corners not aligned, no smoothing).
+def _side_of_square(count: int) -> int:
+    """Returns the side of a square grid of `count` patches; 0 if there is none."""
+    side = math.isqrt(count)
+    return side if side**2 == count else 0
 
-    The kernel is Keys' with a = -0.75 and the edge is repeated, as in DeiT. jax.image and timm's
-    smoothing (its default) use a = -0.5: on noise, some per cent off when a grid grows, and timm
-    much more when it shrinks.
+
+def _interpolation_options(arrays: Arrays, layout: Layout) -> dict[str, Any]:
+    """Returns how the origin of a ViT interpolates its positions: options of `bicubic_matrix`.
+
+    Where there are registers, all of them use antialiasing. Where there are none, transformers and
+    DeiT (which has no LayerScale) do not, DINOv2's own code adds 0.1 to the new size instead, and
+    timm always does.
+    """
+    if REGISTERS in arrays:
+        return {"antialias": True}
+    if FACTOR not in arrays or layout.origin == "plan_jax":
+        return {}
+    if layout.origin == "DINOv2":
+        return {"offset": 0.1} if layout.kind == "vit" else {}
+    return {"antialias": True}
+
+
+def resize_bicubic(
+    grid: Float[np.ndarray, "Y X E"], size: int, antialias: bool = False, offset: float = 0.0
+) -> Float[np.ndarray, "S S E"]:
+    """Resizes a grid to `size` x `size` like torch's bicubic, see `bicubic_matrix`.
 
     >>> resize_bicubic(np.ones((2, 2, 1), np.float32), 3)[..., 0].tolist()
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
-
-    def interpolation_matrix(count: int) -> Float[np.ndarray, "S N"]:
-        position = (np.arange(size) + 0.5) * count / size - 0.5
-        matrix = np.zeros((size, count))
-        for offset in (-1, 0, 1, 2):
-            neighbour = np.floor(position) + offset
-            t = np.abs(position - neighbour)
-            near = 1.25 * t**3 - 2.25 * t**2 + 1
-            far = -0.75 * (t**3 - 5 * t**2 + 8 * t - 4)
-            index = np.clip(neighbour, 0, count - 1).astype(int)
-            # `add.at`, since neighbours beyond the edge fall onto the same index.
-            np.add.at(matrix, (np.arange(size), index), np.where(t <= 1, near, far))
-        return matrix
-
-    rows, columns = interpolation_matrix(grid.shape[0]), interpolation_matrix(grid.shape[1])
+    rows, columns = (
+        bicubic_matrix(count, size, antialias=antialias, offset=offset) for count in grid.shape[:2]
+    )
     return np.einsum("sy,tx,yxe->ste", rows, columns, grid).astype(grid.dtype)
 
 
@@ -333,6 +354,8 @@ def check_match(conversion: Conversion, shapes: Shapes, problem: str) -> None:
     for name in sorted(shapes.keys() - arrays.keys()):
         is_ours = name.startswith("params/pool/") or (name == POSITION and STEM in shapes)
         hint = ", which only towers trained with plan_jax have" if is_ours else ""
+        if name in TOKEN_OPTIONS and EMBED in shapes:
+            hint = f", which the file has no such tokens for; set {TOKEN_OPTIONS[name]}"
         lines.append(f"missing: {name} {shapes[name]}{hint}")
     unexpected = {file_names.get(n, n): arrays[n] for n in arrays.keys() - shapes.keys()}
     for key, array in sorted({**unknown, **unexpected}.items()):

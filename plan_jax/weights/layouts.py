@@ -1,9 +1,10 @@
 """The names of published weights: tables from the arrays of a file to the arrays of our towers.
 
-The names are those of torchvision (ResNet), timm and DeiT (ViT), Hugging Face (BERT) and of the
-checkpoints of MGCA, ASG, GLoRIA, BioViL, BioViL-T, CXR-BERT, and of those that BenchX published of
-ConVIRT, MedKLIP, M-FLAG, MRM and REFERS. Ours are flat: `params/layer1_0/conv1/kernel`. Torch
-stores convolutions as [E C H W] and matrices as [out in], we as [H W C E] and [in out].
+The names are those of torchvision (ResNet), timm, DeiT and DINOv2 (ViT), Hugging Face (BERT and
+DINOv2) and of the checkpoints of MGCA, ASG, GLoRIA, BioViL, BioViL-T, CXR-BERT, and of those that
+BenchX published of ConVIRT, MedKLIP, M-FLAG, MRM and REFERS. Ours are flat:
+`params/layer1_0/conv1/kernel`. Torch stores convolutions as [E C H W] and matrices as [out in], we
+as [H W C E] and [in out].
 
 Established from the originals' code, not from their files: MGCA's and ASG's text tower has no type
 embedding, so ours becomes zero. It has no positions either: its encoder passes the token types, all
@@ -21,6 +22,7 @@ ARRAY_NAMES = {
     "plain": {"": "params/{}"},
     "table": {".weight": "params/{}"},
     "conv": {".weight": "params/{}/kernel"},
+    "factor": {".gamma": "params/{}", ".lambda1": "params/{}"},
     "patch": {".weight": "params/{}/kernel", ".bias": "params/{}_bias"},
     "dense": {".weight": "params/{}/kernel", ".bias": "params/{}/bias"},
     "layer_norm": {
@@ -57,6 +59,30 @@ MODULE_NAMES = {
         (r"blocks\.(\d+)\.attn\.proj", r"layer\1/attention/out", "dense"),
         (r"blocks\.(\d+)\.mlp\.fc([12])", r"layer\1/fc\2", "dense"),
         (r"norm", r"norm", "layer_norm"),
+        (r"blocks\.(\d+)\.ls([12])", r"layer\1/scale\2", "factor"),
+        (r"reg_token", r"registers", "plain"),
+        # In the code of DINOv2 alone.
+        (r"register_tokens", r"registers", "plain"),
+        (r"blocks\.(\d+)\.mlp\.w12", r"layer\1/fc1", "dense"),
+        (r"blocks\.(\d+)\.mlp\.w3", r"layer\1/fc2", "dense"),
+    ),
+    "vit_dinov2": (
+        (r"embeddings\.patch_embeddings\.projection", r"embed", "patch"),
+        (r"embeddings\.cls_token", r"token", "plain"),
+        (r"embeddings\.register_tokens", r"registers", "plain"),
+        (r"embeddings\.position_embeddings", r"position", "plain"),
+        (r"encoder\.layer\.(\d+)\.norm([12])", r"layer\1/norm\2", "layer_norm"),
+        (
+            r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)",
+            r"layer\1/attention/\2",
+            "dense",
+        ),
+        (r"encoder\.layer\.(\d+)\.attention\.output\.dense", r"layer\1/attention/out", "dense"),
+        (r"encoder\.layer\.(\d+)\.layer_scale([12])", r"layer\1/scale\2", "factor"),
+        (r"encoder\.layer\.(\d+)\.mlp\.fc([12])", r"layer\1/fc\2", "dense"),
+        (r"encoder\.layer\.(\d+)\.mlp\.weights_in", r"layer\1/fc1", "dense"),
+        (r"encoder\.layer\.(\d+)\.mlp\.weights_out", r"layer\1/fc2", "dense"),
+        (r"layernorm", r"norm", "layer_norm"),
     ),
     "bert": (
         (r"embeddings\.word_embeddings", r"token/embedding", "table"),
@@ -128,7 +154,8 @@ MODULE_NAMES = {
 IGNORED_ARRAYS = {
     "resnet": (r"fc\.(weight|bias)", r".*\.num_batches_tracked"),
     "resnet_children": (r".*\.num_batches_tracked",),
-    "vit": (r"head\.(weight|bias)", r"pre_logits\.fc\.(weight|bias)"),
+    "vit": (r"head\.(weight|bias)", r"pre_logits\.fc\.(weight|bias)", r"mask_token"),
+    "vit_dinov2": (r"embeddings\.mask_token",),
     "vit_refers": (r"head\.(weight|bias)",),
     "bert": (
         r"embeddings\.(position|token_type)_ids",
@@ -143,15 +170,23 @@ TOWERS = {
     "resnet": "resnet",
     "resnet_children": "resnet",
     "vit": "vit",
+    "vit_dinov2": "vit",
     "vit_refers": "vit",
     "bert": "bert",
 }
-TOWER_KINDS = {"vision": ("resnet", "resnet_children", "vit", "vit_refers"), "text": ("bert",)}
+TOWER_KINDS = {
+    "vision": ("resnet", "resnet_children", "vit", "vit_dinov2", "vit_refers"),
+    "text": ("bert",),
+}
 # Kind of names -> arrays that show, below some prefix, that a file holds a tower.
 SIGNATURES = {
     "resnet": ("conv1.weight", "layer1.0.conv1.weight"),
     "resnet_children": ("0.weight", "4.0.conv1.weight"),
     "vit": ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
+    "vit_dinov2": (
+        "embeddings.patch_embeddings.projection.weight",
+        "encoder.layer.0.layer_scale1.lambda1",
+    ),
     "vit_refers": ("embeddings.patch_embeddings.weight", "encoder.layer.0.attention_norm.weight"),
     "bert": ("embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight"),
 }
@@ -159,7 +194,7 @@ SIGNATURES = {
 # our towers.
 OWN_SIGNATURES = {
     "resnet": "params/stem/kernel",
-    "vit": "params/token",
+    "vit": "params/embed/kernel",
     "bert": "params/token/embedding",
 }
 
@@ -183,6 +218,8 @@ PREFIXES: dict[str, tuple[str, str | None]] = {
     "visual.vit.transformer.": ("REFERS", REFERS_PARTS),
     "visual.vit.": ("REFERS", REFERS_PARTS),
     "transformer.": ("REFERS", REFERS_PARTS),
+    "dinov2.": ("transformers", r"classifier\."),
+    "dinov2_with_registers.": ("transformers", r"classifier\."),
     "bert.": ("Hugging Face", r"cls\.|cls_projection_head\.|classifier\."),
     "module.": ("several devices", None),
     "backbone.": ("a backbone", None),
@@ -195,6 +232,8 @@ MARKS: dict[tuple[str, str], tuple[str, str | None]] = {
     ("img_encoder_q.model.", "irl."): ("ASG", MGCA_PARTS),  # a decoder of tags
     ("text_encoder_q.model.", "irl."): ("ASG", MGCA_PARTS),
     ("encoder.encoder.", "encoder.backbone_to_vit."): ("BioViL-T", BIOVIL_PARTS),
+    ("dinov2.", "dinov2.layernorm."): ("DINOv2", r"classifier\."),
+    ("dinov2_with_registers.", "dinov2_with_registers.layernorm."): ("DINOv2", r"classifier\."),
     ("encoder.", "proj_v."): ("M-FLAG", MFLAG_PARTS),
     ("", "bert_encoder."): ("MRM", r"(decoder_|mask_token|bert_encoder|bert_mlp)"),
 }
@@ -220,6 +259,14 @@ NORMALISATION_OF_ORIGIN = {
     "M-FLAG": "fixed",
     "MRM": "mrm",
     "REFERS": "imagenet",
+}
+# Mean and deviation in a preprocessor_config.json, of three colours -> the normalisation. It tells
+# DINOv2 from RAD-DINO, whose arrays have the same names and shapes.
+NORMALISATION_OF_MEAN_AND_STD = {
+    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)): "imagenet",
+    ((0.5307,) * 3, (0.2583,) * 3): "rad_dino",
+    ((0.5,) * 3, (0.5,) * 3): "fixed",
+    ((0.0,) * 3, (1.0,) * 3): "unit",
 }
 # What shows that a file holds a tower that ours cannot compute, and why.
 FOREIGN_TOWERS = {
@@ -289,7 +336,8 @@ def recognise_layout(keys: Iterable[str], tower: str) -> Layout | None:
     for prefix in sorted(PREFIXES, key=len, reverse=True):
         for kind in TOWER_KINDS[tower]:
             if all(prefix + key in available for key in SIGNATURES[kind]):
-                return Layout(find_origin(prefix, available), prefix, kind)
+                origin = find_origin(prefix, available)
+                return Layout("DINOv2" if kind == "vit_dinov2" else origin, prefix, kind)
     return None
 
 
@@ -314,6 +362,9 @@ def find_origin(prefix: str, keys: Iterable[str]) -> str:
     for (marked, mark), (origin, _) in MARKS.items():
         if marked == prefix and any(key.startswith(mark) for key in keys):
             return origin
+    # timm keeps DINOv2's names without the mask token, and MAE has one without LayerScale.
+    if {f"{prefix}mask_token", f"{prefix}blocks.0.ls1.gamma"} <= set(keys):
+        return "DINOv2"
     return PREFIXES[prefix][0]
 
 

@@ -23,7 +23,14 @@ Arrays = dict[str, Shaped[np.ndarray, "..."]]
 PACKAGE = "package:"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")
 # The keys under which training checkpoints keep the state dict, next to optimisers and epochs.
-STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "teacher", "student")
+STATE_DICT_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "teacher",
+    "student",
+    "encoder",  # of I-JEPA
+)
 REMEDY = "pass a folder with config.json, a .safetensors or torch file, a hub id, or package:NAME"
 # Parameters are float32, whatever precision a file was saved in.
 CONVERTED_FLOATS = ("bfloat16", "float16", "float64")
@@ -84,6 +91,7 @@ def _fetch_from_hub(name: str) -> Path:
     )  # 0.3 s to import, and needed here only
 
     patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    patterns.append("preprocessor_config.json")
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
         if not any(folder.glob("model*.safetensors")):
