@@ -19,8 +19,8 @@ from plan_jax.layers.cpu import attention, convolution
 
 # Kernel -> the module, the name of its switch, and the value that switches the kernel off.
 SWITCHES: dict[str, tuple[Any, str, Any]] = {
-    "attention": (attention, "ENABLED", False),
-    "convolution": (convolution, "ENABLED", False),
+    "attention": (attention, "is_enabled", lambda: False),
+    "convolution": (convolution, "is_enabled", lambda: False),
     "winograd": (convolution, "MIN_WINOGRAD_CHANNELS", float("inf")),
 }
 # Tower -> batch, pixels of an image's side or pieces of a text, the kernels that the tower uses.

@@ -124,7 +124,7 @@ class ViT(nn.Module):
         """Returns `count` learned tokens for each image, in the type of `tokens`."""
         shape = (1, count, self.width)
         token = self.param(name, nn.initializers.normal(0.02), shape).astype(tokens.dtype)
-        return jnp.repeat(token, len(tokens), 0)
+        return jnp.repeat(token, tokens.shape[0], 0)  # `len` would refuse a symbol
 
     def _positions(self, grid: tuple[int, int]) -> Float[Array, "1 N E"]:
         """Returns the positions of the class token and of a grid of patches.

@@ -14,7 +14,7 @@ def resize_bilinear(x: Float[Array, "B y x C"], size: tuple[int, int]) -> Float[
     >>> resize_bilinear(maps, (4, 1)).ravel().tolist()
     [0.0, 0.25, 0.75, 1.0]
     """
-    return jax.image.resize(x, (len(x), *size, x.shape[-1]), "bilinear")
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear")
 
 
 def resize_nearest(x: Float[Array, "B y x C"], size: tuple[int, int]) -> Float[Array, "B Y X C"]:
@@ -30,7 +30,7 @@ def resize_nearest(x: Float[Array, "B y x C"], size: tuple[int, int]) -> Float[A
     excess = [n * m - goal for n, m, goal in zip(factors, x.shape[1:3], size, strict=True)]
     if all(pixels < factor for pixels, factor in zip(excess, factors, strict=True)):
         return x.repeat(factors[0], 1).repeat(factors[1], 2)[:, : size[0], : size[1]]
-    return jax.image.resize(x, (len(x), *size, x.shape[-1]), "nearest")
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "nearest")
 
 
 def resize_align_corners(
@@ -70,7 +70,7 @@ def double_align_corners(x: Float[Array, "B y x C"]) -> Float[Array, "B Y X C"]:
         following = jnp.concatenate([x[:, 1:], x[:, -1:]], 1)
         even = x + (previous - x) * (k / (2 * count - 1))
         odd = x + (following - x) * ((count - 1 - k) / (2 * count - 1))
-        x = jnp.stack([even, odd], 2).reshape(len(x), 2 * count, *x.shape[2:])
+        x = jnp.stack([even, odd], 2).reshape(x.shape[0], 2 * count, *x.shape[2:])
         x = jnp.moveaxis(x, 1, axis)
     return x
 

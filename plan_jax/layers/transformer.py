@@ -108,8 +108,9 @@ class Attention(nn.Module):
         share a row of the memory. A query whose mask is False everywhere gets the mean value.
         """
         query = self._split_heads(self.query(x))
-        if query.ndim == 4 and len(query) != len(memory.key):
-            query = query.reshape(len(memory.key), -1, *query.shape[2:])
+        batch = memory.key.shape[0]  # not `len`: the batch of an exported program is a symbol
+        if query.ndim == 4 and query.shape[0] != batch:
+            query = query.reshape(batch, -1, *query.shape[2:])
         if key is None or not self.dropout:
             values = attend(query, *memory, mask)
         else:

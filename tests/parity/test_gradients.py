@@ -42,7 +42,7 @@ VOCABULARY = 200
 def disable_kernels(monkeypatch):
     """Does what PLAN_JAX_CPU_KERNELS=0 does."""
     for module in (cpu, attention, convolution):
-        monkeypatch.setattr(module, "ENABLED", False)
+        monkeypatch.setattr(module, "is_enabled", lambda: False)
 
 
 def differentiate_by_xla(monkeypatch):

@@ -1,18 +1,39 @@
 """Faster implementations for a CPU; `docs/cpu_kernels.md` has what they gain and how to switch.
 
-This module alone decides whether a kernel or XLA's own operation runs: `ENABLED` is the switch, and
-`dispatch` chooses by platform.
+This module alone decides whether a kernel or XLA's own operation runs: `is_enabled` is the switch,
+and `dispatch` chooses by platform.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from jax import lax
 
 # PLAN_JAX_CPU_KERNELS=0 switches all kernels off. Read once, because programs that are compiled
 # already would not follow a later change.
-ENABLED = os.environ.get("PLAN_JAX_CPU_KERNELS", "1") != "0"
+_enabled = ContextVar("enabled", default=os.environ.get("PLAN_JAX_CPU_KERNELS", "1") != "0")
+
+
+def is_enabled() -> bool:
+    """Returns whether programs that are traced now may use the kernels."""
+    return _enabled.get()
+
+
+@contextlib.contextmanager
+def use_xla_only() -> Iterator[None]:
+    """Switches the kernels off for functions that are traced for the first time inside.
+
+    A program for several platforms would hold both implementations and a branch, and the kernels
+    need to know the batch.
+    """
+    token = _enabled.set(False)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
 
 
 def dispatch(cpu_kernel: Callable[..., Any], plain: Callable[..., Any], *arrays: Any) -> Any:
@@ -22,6 +43,6 @@ def dispatch(cpu_kernel: Callable[..., Any], plain: Callable[..., Any], *arrays:
     is right for a CPU next to an accelerator too, and with a single platform it leaves no branch in
     the program.
     """
-    if not ENABLED:
+    if not is_enabled():
         return plain(*arrays)
     return lax.platform_dependent(*arrays, cpu=cpu_kernel, default=plain)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from plan_jax.layers.cpu import ENABLED, dispatch
+from plan_jax.layers.cpu import dispatch, is_enabled
 
 # Smaller tables (weights of one item, over all heads) of a whole batch stay in the cache anyway.
 MIN_TABLE_SIZE = 40_000
@@ -39,7 +39,7 @@ def attend(
     """
     batch, (num_queries, num_heads, _) = query.shape[:-3], query.shape[-3:]
     is_small = num_queries * key.shape[-3] * num_heads < MIN_TABLE_SIZE
-    if not ENABLED or is_small or not batch:
+    if not is_enabled() or is_small or not batch:
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)

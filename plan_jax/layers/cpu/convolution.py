@@ -20,7 +20,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
-from plan_jax.layers.cpu import ENABLED, dispatch, winograd
+from plan_jax.layers.cpu import dispatch, is_enabled, winograd
 
 # With fewer channels, the sums of Winograd's transforms cost more than its products save.
 MIN_WINOGRAD_CHANNELS = 32
@@ -52,7 +52,7 @@ def conv2d(
     size = min(kernel.shape[:2])
     # The kernels cover neither dilation nor windows that leave out pixels; 1x1 may leave them out.
     skips_pixels = stride > size and not _is_pointwise(kernel, geometry)
-    if not ENABLED or dilation > 1 or skips_pixels:
+    if not is_enabled() or dilation > 1 or skips_pixels:
         return _xla_conv(x, kernel, geometry)
     return _conv(x, kernel, geometry)
 
