@@ -41,6 +41,9 @@ MAY_IMPORT = {
     "tasks.*": "metrics* tasks.grounding_targets heads* types",
     "config": "data* encoders* methods tasks parallel types",
     "export.__main__": "model export* command types",
+    "export.programs": "config data.tokenizer export.folder layers* model types",
+    "export.reader": "",
+    "export.image_tower": "encoders* types weights.torch_tower",
     "export*": (
         "export* checkpoint.checksums config data.tokenizer logger methods metrics page.tables"
         " parallel tasks types"
@@ -74,6 +77,7 @@ ONLY_IN = {
     "transformers": ("plan_jax/data/tokenizer.py", "tools/benchmark_encoders.py"),
     "safetensors": (
         "plan_jax/export/folder.py",
+        "plan_jax/export/reader.py",
         "plan_jax/weights/sources.py",
         "plan_jax/weights/torch_tower.py",
         "tools/convert_weights.py",

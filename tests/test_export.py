@@ -106,6 +106,8 @@ MISTAKES = {
     "other library": ("other --out out", "other looks like a model of transformers (BertModel)"),
     "torch": ("torch --out out", "torch looks like a checkpoint of torch (last.ckpt), not like"),
     "public": ("RUN --out out --public", "--public is for a model that is pushed; add --push"),
+    "platform": ("RUN --out out --programs cpu,gpu", "platform of programs is 'gpu'; use some of"),
+    "tower": ("RUN --out out --torch", "image tower resnet_tiny has widths (8, 16), stem patch4"),
     "push": ("RUN --out out --push ../x", "repository '../x' is not a name on the hub; use"),
 }
 

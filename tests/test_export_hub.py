@@ -8,6 +8,7 @@ from huggingface_hub import constants
 from saved_models import assert_equal_answers, make_model
 
 import plan_jax
+from plan_jax.export import folder as folders
 from plan_jax.export import hub, sources
 from plan_jax.types import UserError
 
@@ -52,6 +53,14 @@ def test_a_pushed_model_is_loaded_from_the_hub_and_then_from_the_cache(
     assert_equal_answers(model, plan_jax.load(f"owner/tiny@{commit}"))
     assert len(server.requests) == asked
     assert not list((tmp_path / "cache").rglob("notes.txt"))
+
+
+def test_a_saved_folder_is_pushed_with_all_its_files(model, server, tmp_path):
+    saved = model.save_pretrained(tmp_path / "saved")
+    folders.add_files(saved, {"programs/heatmap.jaxexport": b"abc"})
+    model.push_to_hub("owner/tiny", token=local_hub.TOKEN, saved=saved)
+    _, files = server.commits["owner/tiny"][0]
+    assert files["programs/heatmap.jaxexport"] == b"abc" and "model.safetensors" in files
 
 
 def test_a_second_push_replaces_the_model(model, server, monkeypatch):

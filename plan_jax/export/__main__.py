@@ -4,9 +4,11 @@
     python -m plan_jax.export runs/demo --out models/small --dtype float16
     python -m plan_jax.export runs/mine --out models/mine --data-name "Ward 7, 2019 to 2023" \\
         --data-licence "internal use only" --push owner/name
+    python -m plan_jax.export runs/demo --out models/everywhere --programs --torch
 
 `plan_jax.load` reads the folder, and `owner/name` from the hub. A pushed model is private unless
---public is given.
+--public is given. --programs adds programs that run without plan_jax, and --torch the image encoder
+for PyTorch.
 """
 
 from plan_jax import command
@@ -54,6 +56,15 @@ def run_command(argv: Sequence[str]) -> None:
     parser.add_argument("--data-licence", default="", help="licence of these data")
     parser.add_argument("--licence", default="", help="licence of the weights, as apache-2.0")
     parser.add_argument("--note", default="", help="one more sentence for the card")
+    parser.add_argument(
+        "--programs",
+        nargs="?",
+        const="cpu,cuda,tpu",
+        default="",
+        metavar="PLATFORMS",
+        help="add programs of jax.export, for cpu,cuda,tpu or those that are named",
+    )
+    parser.add_argument("--torch", action="store_true", help="add the image encoder for PyTorch")
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the hub, privately")
     parser.add_argument("--public", action="store_true", help="let everybody have what is pushed")
     options = parser.parse_args(argv)
@@ -62,12 +73,15 @@ def run_command(argv: Sequence[str]) -> None:
     # Imported once the arguments are known to be sensible: JAX takes seconds.
     from plan_jax import model as models
     from plan_jax.export import folder as folders
-    from plan_jax.export import hub
+    from plan_jax.export import hub, image_tower, programs
 
     # Both before the weights are read.
     folders.check_replaceable(Path(options.out).absolute())
     if options.push:
         hub.check_repository(options.push)
+    platforms = [name.strip() for name in options.programs.split(",") if name.strip()]
+    if platforms:
+        programs.check_platforms(platforms)
     about = {
         "data_name": options.data_name,
         "data_licence": options.data_licence,
@@ -75,12 +89,19 @@ def run_command(argv: Sequence[str]) -> None:
         "note": options.note,
     }
     model = models.load(options.source)
+    # What may be refused comes before the folder is written.
+    files = image_tower.encode_image_tower(model) if options.torch else {}
     folder = model.save_pretrained(options.out, dtype=options.dtype, **about)
+    if platforms:
+        tensors = folders.read_tensors(folder)
+        files |= programs.encode_programs(model.config, tensors, platforms)
+    if files:
+        folders.add_files(folder, files)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{options.out}: {size / 1e6:.1f} MB; plan_jax.load({options.out!r}) reads it")
     if options.push:
-        about["dtype"] = options.dtype
-        address = model.push_to_hub(options.push, private=not options.public, **about)
+        private = not options.public
+        address = model.push_to_hub(options.push, private=private, saved=folder, **about)
         print(f"{address}: plan_jax.load({options.push!r}) reads it")
 
 

@@ -297,14 +297,27 @@ def read_folder(folder: Path) -> dict[str, Any]:
       UserError: the folder is of another format, or a file is missing or not what was saved.
     """
     settings, weights = _verify_folder(folder)
+    tensors = _decode_tensors(weights, folder)
+    return settings | _unflatten(tensors) | {"metrics": read_object(folder / METRICS)}
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays [...] of a model folder as they were saved, under their paths.
+
+    Raises:
+      UserError: the folder is of another format, or a file is missing or not what was saved.
+    """
+    return _decode_tensors(_verify_folder(folder)[1], folder)
+
+
+def _decode_tensors(weights: bytes, folder: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
-        tensors = load(weights)
+        return load(weights)
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} is not a safetensors file ({error})") from None
-    return settings | _unflatten(tensors) | {"metrics": read_object(folder / METRICS)}
 
 
 def _verify_folder(folder: Path) -> tuple[dict[str, Any], bytes]:

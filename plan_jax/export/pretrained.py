@@ -92,6 +92,7 @@ class Pretrained:
         private: bool = True,
         token: str | None = None,
         message: str = "Upload a model of plan_jax",
+        saved: Path | None = None,
         **options: str,
     ) -> str:
         """Uploads the model to the Hugging Face Hub, and returns the address of its repository.
@@ -101,6 +102,8 @@ class Pretrained:
           private: whether a new repository is private.
           token: of the user; None for that of `hf auth login` or HF_TOKEN.
           message: of the commit.
+          saved: the folder that `save` wrote with the same options, to upload it as it is; None
+            saves one.
           **options: as for `save`.
 
         Raises:
@@ -116,7 +119,8 @@ class Pretrained:
                 f" {' and '.join(missing)}, or push with private=True"
             )
         with tempfile.TemporaryDirectory(prefix="plan_jax_") as parent:
-            saved = self.save(Path(parent) / repo.rpartition("/")[2], **options)  # type: ignore[arg-type]
+            if saved is None:
+                saved = self.save(Path(parent) / repo.rpartition("/")[2], **options)  # type: ignore[arg-type]
             return hub.push_folder(saved, repo, private=private, token=token, message=message)
 
     def _state(self, **stated: str) -> dict[str, str]:

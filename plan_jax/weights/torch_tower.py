@@ -147,7 +147,7 @@ def describe_resnet(sizes: Mapping[str, Any], channels: int) -> TorchTower:
         differences.append(f"{dilated} dilated stages")
     if differences:
         raise UserError(
-            f"image tower {sizes['name']} has {' and '.join(differences)}, which no ResNet of"
+            f"image tower {sizes['name']} has {', '.join(differences)}, which no ResNet of"
             " torchvision or timm has; export programs instead, which need no library of models"
         )
     arguments: dict[str, Any] = {"in_chans": channels}
