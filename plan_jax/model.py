@@ -19,7 +19,7 @@ from plan_jax.encoders.bert import BERTS
 from plan_jax.encoders.dual_encoder import DualEncoder
 from plan_jax.encoders.resnet import RESNETS
 from plan_jax.encoders.vit import VITS
-from plan_jax.export.folder import read_folder, read_settings
+from plan_jax.export.folder import read_folder, read_settings, remove_places
 from plan_jax.export.pretrained import Pretrained
 from plan_jax.export.sources import find_model
 from plan_jax.heads.head_on_tower import map_chunks
@@ -303,7 +303,8 @@ def _build_config(values: Mapping[str, Any], folder: Path | None) -> Config:
     if folder is None:
         return Config.from_dict(values)
     try:
-        config = Config.from_dict(values)
+        # Nobody but the user decides where an evaluation reads and writes on this machine.
+        config = Config.from_dict(remove_places(Config.from_dict(values)))
     except UserError as error:
         raise UserError(f"model {folder} has a config that cannot be used ({error})") from None
     data = dataclasses.replace(config.data, tokenizer=str(folder))

@@ -92,7 +92,7 @@ def test_a_public_model_needs_a_stated_licence_and_a_private_one_a_private_repos
     [
         (None, "owner/tiny does not exist on the hub, or is private and the token is missing"),
         ("hf_wrong", "owner/tiny does not exist on the hub, or is private and the token is"),
-        (local_hub.READER, "the hub does not let this token write to owner/tiny; use a token"),
+        (local_hub.READER, "the hub does not let this token read or write owner/tiny; use a"),
     ],
 )
 def test_a_token_that_may_not_write(token, message, model, server):
@@ -155,5 +155,6 @@ def test_a_name_that_no_repository_has(name):
 def test_a_mistyped_folder_of_a_run_is_not_looked_up(server, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert sources.find_model("runs/dmo") is None
+    with pytest.raises(UserError, match="checkpoint runs/dmo does not exist; pass the folder of"):
+        sources.find_model("runs/dmo")
     assert not server.requests

@@ -1,5 +1,6 @@
 """The model in the package, and what a name means."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import plan_jax
 from plan_jax import model as models
 from plan_jax.export import sources
+from plan_jax.types import UserError
 
 NAME = "phantom-plan"
 
@@ -18,7 +20,12 @@ def test_the_model_in_the_package_is_small_and_says_what_it_is():
     assert sources.list_box() == [NAME]
     folder = sources.find_model(NAME)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
+    # What its card shows was measured on these weights.
+    fingerprint = json.loads((folder / "checksums.json").read_text())["params_sha256"]
+    metrics = json.loads((folder / "metrics.json").read_text())["test"]
+    assert metrics["params_sha256"] == fingerprint
     card = (folder / "README.md").read_text()
+    assert f"| CNR, signed | {metrics['grounding/cnr_signed']:.2f} |" in card
     for text in ("make model", "Not for clinical use", "| Phrase grounding |", "1,800 steps"):
         assert text in card
 
@@ -86,7 +93,14 @@ def test_a_folder_here_comes_before_the_model_in_the_package(tmp_path, monkeypat
     assert models.load_config(NAME).steps == 1800
 
 
-@pytest.mark.parametrize("name", ["../models/phantom-plan", "phantom-plan/..", "a" * 300, ""])
-def test_a_name_is_no_path_into_the_package(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["../models/phantom-plan", "phantom-plan/..", "a" * 300, "pln"])
+def test_a_name_that_means_nothing_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert sources.find_model(name) is None
+    with pytest.raises(UserError) as error:
+        sources.find_model(name)
+    assert str(error.value).startswith(f"checkpoint {name} does not exist; pass the folder of a")
+    assert str(error.value).endswith(f"or one of {NAME}")
+
+
+def test_a_step_of_a_run_is_left_to_the_checkpoints(tmp_path):
+    assert sources.find_model(tmp_path / "run/checkpoints/7") is None

@@ -97,7 +97,7 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes], params_sha256: 
     Raises:
       UserError: `folder` holds anything but a saved model, or cannot be written.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()  # a link to a folder stays a link
     check_replaceable(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     old = folder.with_name(f"{folder.name}.old")

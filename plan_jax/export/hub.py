@@ -166,7 +166,7 @@ def _describe_error(error: Exception, name: str) -> str:
             f" wrong; check the name, or {LOGIN}"
         )
     if status == 403:
-        return f"the hub does not let this token write to {name}; use a token that may"
+        return f"the hub does not let this token read or write {name}; use a token that may"
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         return f"model {name} does not exist on the hub; check the name"
     if constants.HF_HUB_OFFLINE:

@@ -19,7 +19,7 @@ def find_model(source: str | Path) -> Path | None:
         the hub, `owner/name` or `owner/name@revision`, which is fetched to its cache.
 
     Raises:
-      UserError: it names a file, a model of another library, or a model that cannot be fetched.
+      UserError: it names nothing, a file or a model of another library, or fetching it failed.
     """
     name, path = str(source), Path(source)
     # Unlike those of Path, these raise nothing for a name that is too long.
@@ -32,7 +32,12 @@ def find_model(source: str | Path) -> Path | None:
     # A mistyped folder of runs is not looked up on the hub: `runs/demo` has the form of a hub id.
     if hub.HUB_ID.fullmatch(name) and ("@" in name or not path.parent.is_dir()):
         return hub.fetch_model(name)
-    return None
+    if path.parent.name == "checkpoints":  # a step, perhaps of a run that has others
+        return None
+    raise UserError(
+        f"checkpoint {name} does not exist; pass the folder of a run or of a saved model, a name on"
+        f" the hub as owner/name, or one of {', '.join(list_box())}"
+    )
 
 
 def list_box() -> list[str]:
