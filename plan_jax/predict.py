@@ -95,7 +95,9 @@ def run_command(argv: Sequence[str]) -> int:
     _check_outputs(paths, num_pairs)
     parallel.list_devices()
     if len(jobs) == 1 and not jobs[0].fault:
-        films.read_film(jobs[0].path, 64, check=options.check)  # a fault needs no model
+        films.read_film(
+            jobs[0].path, 64, check=options.check, name=jobs[0].name
+        )  # a fault needs no model
     model = models.load(options.checkpoint)
     for note in prediction.describe_model(model):
         print(note, file=sys.stderr)
@@ -252,10 +254,13 @@ class _Summary:
             if self.num_notes:
                 print(f"{self.num_notes} pairs have notes", file=sys.stderr)
         median, high = np.percentile(clock.latencies, [50, 95]) * 1000
+        num_images = len(clock.latencies)
+        percentiles = f"a median of {median:.0f} ms and a 95th percentile of {high:.0f} ms"
         print(
-            f"{len(clock.latencies)} images, each {median:.0f} ms in the median, {high:.0f} ms at "
-            f"the 95th percentile, for reading, encoding, maps and writing; {clock.compilation:.1f}"
-            " s of compilation before",
+            f"1 image in {median:.0f} ms"
+            if num_images == 1
+            else f"{num_images} images in {percentiles}",
+            f"(reading, encoding, maps, writing), after {clock.compilation:.1f} s of compilation",
             file=sys.stderr,
         )
         if self.num_failures:

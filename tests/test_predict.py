@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def test_a_heat_map_is_written(name, capsys):
         grounding = make_tiny_model().ground("chest.png", "effusion")
     x, y = grounding.peak
     assert out == f"{name}: highest at x {x}, y {y} of 40 x 50, patient's {grounding.side}\n"
-    assert "1 images, each " in err and "drawings" in err
+    assert re.search(r"^1 image in \d+ ms \(reading, encoding, maps, writing\), after ", err, re.M)
+    assert "trained on phantoms, which are drawings" in err
     with Image.open(name) as picture:
         assert picture.mode == "RGB" and picture.height / picture.width == 50 / 40
 

@@ -113,7 +113,9 @@ def test_a_film_without_contrast_is_refused():
 
 
 def test_a_film_smaller_than_the_map_is_refused():
-    with pytest.raises(UserError, match="array has 6 x 5 pixels, fewer than the 8 cells .*; use a"):
+    with pytest.raises(
+        UserError, match="the array has 6 x 5 pixels, fewer than the 8 cells .*; use a"
+    ):
         films.read_film(draw_film(6, 5), 32, min_side=8)
     (note,) = films.read_film(draw_film(20, 18), 32, min_side=8).notes
     assert note == "was enlarged from 20 x 18 pixels to the model's 32"

@@ -16,7 +16,7 @@ from plan_jax.prediction import films, maps, phrases
 from plan_jax.types import Features, Model, UserError
 
 # Of a map scaled to [0, 1]; docs/predict.md has the overlap with the truth at this and others.
-THRESHOLD = 0.75
+THRESHOLD = 0.65
 MIN_AREA = 0.001  # of the image
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SUFFIXES = (*PICTURE_SUFFIXES, ".npz", ".json")
@@ -243,6 +243,7 @@ def read_film(
     *,
     check: bool = True,
     with_picture: bool = False,
+    name: str = "",
 ) -> films.Film:
     """Reads a film as a model was trained on its images; see `films.read_film`."""
     builder = model.config.data.builder if model.config is not None else {}
@@ -254,6 +255,7 @@ def read_film(
         min_side=max(model.grid),
         check=check,
         with_picture=with_picture,
+        name=name,
     )
 
 

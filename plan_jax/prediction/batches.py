@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from plan_jax import prediction
 from plan_jax.prediction import films
@@ -50,17 +51,13 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a pair: a grounding, or a sentence on why there is none.
-
-    `is_image_fault` says whether the image is to blame, and not the phrase.
-    """
+    """The result of a pair: a grounding, or a sentence on why there is none."""
 
     row: int
     image: str
     text: str
     grounding: prediction.Grounding | None = None
     fault: str = ""
-    is_image_fault: bool = False
 
 
 @dataclass
@@ -69,7 +66,7 @@ class Clock:
 
     `latencies` has one entry for each located image: reading it, its share of its batch's encoding
     and maps, the boxes and masks of its phrases, and writing them. `compilation` is the time of the
-    first call of each program, on blank images.
+    first call of each program, on noise.
     """
 
     compilation: float = 0.0
@@ -122,7 +119,7 @@ def ground_jobs(
     with_picture: bool = False,
     on_compiled: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome]:
-    """Yields the outcome of every pair, in the order of the jobs; in a job, faults come first.
+    """Yields the outcome of every pair, in the order of the jobs.
 
     If there are fewer images, phrases or pairs than a batch, they pass through the model one by
     one, since a batch is padded to its size.
@@ -138,7 +135,7 @@ def ground_jobs(
     cache = TextCache(model, jobs)
     sizes = _choose_sizes(model, jobs, cache)
     cache.size = sizes.texts
-    _compile(model, sizes, cache, options, clock)
+    _compile(model, sizes, cache, options, clock, with_picture)
     on_compiled()
     chunks = [jobs[start : start + sizes.images] for start in range(0, len(jobs), sizes.images)]
 
@@ -148,7 +145,7 @@ def ground_jobs(
             if job.fault:
                 raise UserError(job.fault)
             film = prediction.read_film(
-                model, job.path, check=options.check, with_picture=with_picture
+                model, job.path, check=options.check, with_picture=with_picture, name=job.name
             )
         except UserError as error:
             return str(error), 0.0
@@ -177,52 +174,77 @@ def _ground_chunk(
     films_by_job = {
         index: film for index, (film, _) in enumerate(results) if isinstance(film, films.Film)
     }
-    readable = list(films_by_job)
-    pairs: list[tuple[int, int, int, str]] = []  # slot of the image, job, row, text
-    cache.add([text for index in readable for text in jobs[index].texts])
-    for slot, index in enumerate(readable):
-        job = jobs[index]
-        pairs += [
-            (slot, index, row, text)
-            for row, text in zip(job.rows, job.texts, strict=True)
-            if text not in cache.faults
-        ]
+    cache.add([text for index in films_by_job for text in jobs[index].texts])
+    pairs = [
+        (slot, text)
+        for slot, index in enumerate(films_by_job)
+        for text in jobs[index].texts
+        if text not in cache.faults
+    ]
     features: Any = None
     if pairs:
         squares = np.stack([film.square for film in films_by_job.values()])
         # The last batch is padded here, since one image alone would need a program of its own.
-        features = model.encode_image(squares[_pad(len(readable), sizes.images)])
-    shared = (time.perf_counter() - start) / max(len(readable), 1)
-    seconds = {index: results[index][1] + shared for index in readable}
+        features = model.encode_image(squares[_pad(len(squares), sizes.images)])
+    shared = (time.perf_counter() - start) / max(len(films_by_job), 1)
+    maps = _compute_maps(model, features, pairs, cache, options, sizes.pairs)
     for index, job in enumerate(jobs):
-        film = results[index][0]
+        film, seconds = results[index]
+        num_located = 0
         for row, text in zip(job.rows, job.texts, strict=True):
-            if isinstance(film, str):
-                yield Outcome(row, job.name, text, fault=film, is_image_fault=True)
+            if not isinstance(film, films.Film):
+                yield Outcome(row, job.name, text, fault=film)
             elif text in cache.faults:
                 yield Outcome(row, job.name, text, fault=cache.faults[text])
-    for first in range(0, len(pairs), sizes.pairs):
-        part = pairs[first : first + sizes.pairs]
-        start = time.perf_counter()
-        order = _pad(len(part), sizes.pairs)
-        texts = [cache.features[part[position][3]] for position in order]
-        maps = prediction.compute_maps(
-            model,
-            _select(features, [part[position][0] for position in order]),
-            jax.tree.map(lambda *leaves: np.concatenate(leaves), *texts),
-            rounds=options.rounds,
-        )
-        shared = (time.perf_counter() - start) / len(part)
-        for (_, index, row, text), (heat_map, similarity) in zip(part, maps, strict=False):
-            start = time.perf_counter()
-            film, notes = films_by_job[index], cache.notes[text]
-            grounding = prediction.locate(model, film, text, heat_map, similarity, options, notes)
-            yield Outcome(row, jobs[index].name, text, grounding)  # the caller writes it
-            seconds[index] += shared + time.perf_counter() - start
+            else:
+                heat_map, similarity, duration = next(maps)
+                start = time.perf_counter()
+                notes = cache.notes[text]
+                grounding = prediction.locate(
+                    model, film, text, heat_map, similarity, options, notes
+                )
+                yield Outcome(row, job.name, text, grounding)  # the caller writes it
+                seconds += duration + time.perf_counter() - start
+                num_located += 1
+        if num_located:
+            clock.latencies.append(seconds + shared)
     for job in jobs:
         for text in job.texts:
             cache.release(text)
-    clock.latencies += [seconds[index] for index in {pair[1] for pair in pairs}]
+
+
+def _compute_maps(
+    model: Model,
+    features: Any,
+    pairs: Sequence[tuple[int, str]],
+    cache: TextCache,
+    options: prediction.Options,
+    size: int,
+) -> Iterator[tuple[Float[np.ndarray, "y x"], dict[str, float], float]]:
+    """Yields the map of each pair, its similarities, and the seconds that it took.
+
+    Args:
+      model: the model.
+      features: those of the images.
+      pairs: the index of the image in `features`, and the phrase.
+      cache: has the features of the phrases.
+      options: has the rounds.
+      size: pairs that pass through the model at once.
+    """
+    for first in range(0, len(pairs), size):
+        part = pairs[first : first + size]
+        start = time.perf_counter()
+        padded = [part[position] for position in _pad(len(part), size)]
+        texts = [cache.features[text] for _, text in padded]
+        results = prediction.compute_maps(
+            model,
+            _select(features, [slot for slot, _ in padded]),
+            jax.tree.map(lambda *leaves: np.concatenate(leaves), *texts),
+            rounds=options.rounds,
+        )
+        duration = (time.perf_counter() - start) / len(part)
+        for heat_map, similarity in results[: len(part)]:
+            yield heat_map, similarity, duration
 
 
 def _choose_sizes(model: Model, jobs: Sequence[Job], cache: TextCache) -> Sizes:
@@ -237,9 +259,14 @@ def _pad(count: int, size: int) -> np.ndarray:
 
 
 def _compile(
-    model: Model, sizes: Sizes, cache: TextCache, options: prediction.Options, clock: Clock
+    model: Model,
+    sizes: Sizes,
+    cache: TextCache,
+    options: prediction.Options,
+    clock: Clock,
+    with_picture: bool,
 ) -> None:
-    """Calls every program once, so that no image waits for a compilation."""
+    """Calls every program once on noise, so that no image waits for a compilation."""
     start = time.perf_counter()
     for text in cache.counts:
         cache.add([text])
@@ -251,9 +278,13 @@ def _compile(
     images = model.encode_image(np.stack([noise] * sizes.images))
     texts = model.encode_text([text] * sizes.texts)
     first = [0] * sizes.pairs
-    prediction.compute_maps(
+    ((heat_map, similarity), *_) = prediction.compute_maps(
         model, _select(images, first), _select(texts, first), rounds=options.rounds
     )
+    film = films.Film("noise", noise.shape[:2], noise, noise)
+    grounding = prediction.locate(model, film, text, heat_map, similarity, options)
+    if with_picture:
+        grounding.draw()  # imports what draws
     clock.compilation = time.perf_counter() - start
 
 

@@ -30,7 +30,7 @@ class Film:
     """An image as the model reads it.
 
     Attributes:
-      name: its path, or `array`.
+      name: its path, or `the array`.
       shape: its rows and columns, upright.
       square: the model's input.
       picture: the image for figures, scaled down to `PICTURE_SIDE`; None if it was not asked for.
@@ -53,6 +53,7 @@ def read_film(
     min_side: int = 1,
     check: bool = True,
     with_picture: bool = False,
+    name: str = "",
 ) -> Film:
     """Reads a film from a file, or from an array UInt8[Y X] or UInt8[Y X 1] of grey values.
 
@@ -65,6 +66,7 @@ def read_film(
       min_side: the fewest pixels of the longer side that make sense.
       check: whether to refuse what is not a frontal film; otherwise a note says what it is.
       with_picture: whether the picture for figures is needed.
+      name: name of the image in messages; by default its path, or `the array`.
 
     Raises:
       UserError: the image cannot be read, has no contrast or too few pixels, or is refused.
@@ -72,20 +74,20 @@ def read_film(
     notes: list[str] = []
     fault = ""
     if isinstance(source, np.ndarray):
-        name, pixels = "array", _check_array(source)
+        name, pixels = name or "the array", _check_array(source)
         shape = pixels.shape
         stored = transforms.resize_image(
             pixels, *transforms.scale_shape(shape, stored_size or size)
         )
     else:
-        name, path = str(source), Path(source)
+        name, path = name or str(source), Path(source)
         try:
             fault, notes = _read_tags(path)
             if not (fault and check):
                 stored, shape = images.read_image(path, stored_size or size, bit_depth)
                 fault = fault or _find_colour(path)
         except OSError as error:
-            raise _name_unreadable(path, error) from None
+            raise _name_unreadable(path, name, error) from None
         except ValueError as error:
             remedy = "" if ";" in str(error) else "; pass a PNG, JPEG or DICOM file"
             raise UserError(f"{name} {error}{remedy}") from None
@@ -190,10 +192,10 @@ def _find_colour(path: Path) -> str:
     return f"is in colour (its hues spread by {spread:.1f}, those of films by {MAX_HUE_SPREAD:g})"
 
 
-def _name_unreadable(path: Path, error: OSError) -> UserError:
+def _name_unreadable(path: Path, name: str, error: OSError) -> UserError:
     if path.is_dir():
-        return UserError(f"{path} is a folder; pass the images in it, as {path}/*.png")
-    return UserError(f"{path} cannot be read ({error.strerror or error}); correct the path")
+        return UserError(f"{name} is a folder; pass the images in it, as {name}/*.png")
+    return UserError(f"{name} cannot be read ({error.strerror or error}); correct the path")
 
 
 def _read_picture(

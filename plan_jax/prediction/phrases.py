@@ -45,7 +45,7 @@ def describe_phrase(
     if num_kept < num_words:
         notes.append(
             f"the phrase has {num_words} words, of which the first {num_kept} were read: the model "
-            f"reads {max_tokens} word pieces, in whole sentences"
+            f"reads whole sentences up to {max_words} words or {max_tokens - 2} word pieces"
         )
     if unknown_share:
         notes.append(f"{unknown_share:.0%} of the pieces of the phrase are unknown to the model")
