@@ -6,6 +6,7 @@ too. `layouts` holds the tables of names, which are read backwards here.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -34,6 +35,13 @@ VITS = {
     384: "vit_small_patch16_224",
     768: "vit_base_patch16_224",
     1024: "vit_large_patch16_224",
+}
+# The same with patches of 14 and LayerScale; that of 1536 has SwiGLU.
+DINOV2S = {
+    384: "vit_small_patch14_dinov2",
+    768: "vit_base_patch14_dinov2",
+    1024: "vit_large_patch14_dinov2",
+    1536: "vit_giant_patch14_dinov2",
 }
 # What torch has to compute before the tower.
 NORMALISE = "(x - mean) / std"
@@ -86,6 +94,7 @@ def encode_tower(
     if kind == "resnet":
         tower = describe_resnet(sizes, channels)
     else:
+        _check_grid(variables, sizes, image_size)
         tower = describe_vit(sizes, channels, image_size)
     arrays = name_arrays(variables, kind)
     mean, std = (
@@ -121,6 +130,18 @@ def encode_tower(
         "model.safetensors": save(arrays, {"format": "pt"}),
         "config.json": json.dumps(config, indent=2).encode() + b"\n",
     }
+
+
+def _check_grid(variables: Mapping[str, PyTree], sizes: Mapping[str, Any], image_size: int) -> None:
+    """Raises UserError if the positions of a ViT are not those of images of this size."""
+    grid = image_size // sizes["patch"]
+    count = variables["params"]["position"].shape[1] - int(sizes.get("class_token", True))
+    if count != grid**2:
+        raise UserError(
+            f"image tower {sizes['name']} has positions of {count} patches and images of"
+            f" {image_size} pixels have {grid**2}, which timm would resize in its own way; set"
+            f" data.size to {math.isqrt(count) * sizes['patch']} and save the model again"
+        )
 
 
 # Architectures -----------------------------------------------------------------------------------
@@ -164,15 +185,42 @@ def describe_resnet(sizes: Mapping[str, Any], channels: int) -> TorchTower:
 
 def describe_vit(sizes: Mapping[str, Any], channels: int, image_size: int) -> TorchTower:
     """Returns the ViT of timm that has these sizes."""
+    width = sizes["width"]
     arguments = {
         "img_size": image_size,
         "in_chans": channels,
         "patch_size": sizes["patch"],
-        "embed_dim": sizes["width"],
+        "embed_dim": width,
         "depth": sizes["depth"],
         "num_heads": sizes["heads"],
     }
-    return TorchTower(VITS.get(sizes["width"], VITS[192]), arguments)
+    architecture = VITS.get(width, VITS[192])
+    if sizes.get("layer_scale"):
+        architecture = DINOV2S.get(width, DINOV2S[384])
+        arguments["init_values"] = sizes["layer_scale"]
+    if sizes.get("swiglu"):
+        architecture = DINOV2S[1536]  # the only one of timm with this MLP, whatever its width
+        arguments.setdefault("init_values", None)
+        arguments["mlp_ratio"] = _mlp_ratio(width)
+    if sizes.get("registers"):
+        arguments |= {"reg_tokens": sizes["registers"], "no_embed_class": True}
+    if not sizes.get("class_token", True):
+        arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    return TorchTower(architecture, arguments)
+
+
+def _mlp_ratio(width: int) -> float:
+    """Returns the ratio whose product with `width` timm rounds down to the channels of SwiGLU.
+
+    >>> int(16 * _mlp_ratio(16)), int(1536 * _mlp_ratio(1536))
+    (96, 8192)
+    """
+    # Two halves of two thirds of 4 `width` each, rounded up to a multiple of 8, as in DINOv2.
+    channels = 2 * math.ceil(int(4 * width * 2 / 3) / 8) * 8
+    ratio = channels / width
+    while int(width * ratio) < channels:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
 
 
 # Names and axes ----------------------------------------------------------------------------------
@@ -189,7 +237,13 @@ def name_arrays(variables: Mapping[str, PyTree], kind: str) -> Arrays:
     """
     flat = traverse_util.flatten_dict(dict(variables), sep="/")
     arrays: Arrays = {}
-    for name, array in _join_qkv({name: np.asarray(flat[name]) for name in flat}).items():
+    renamed = _join_qkv({name: np.asarray(flat[name]) for name in flat})
+    if "params/registers" in renamed and "params/token" in renamed:
+        # Where there are registers, timm has no position for the class token: it is added here.
+        position = renamed["params/position"]
+        renamed["params/token"] = renamed["params/token"] + position[:, :1]
+        renamed["params/position"] = position[:, 1:]
+    for name, array in renamed.items():
         key = torch_name(name, kind)
         if name.endswith("/kernel"):
             array = array.transpose(TORCH_AXES[array.ndim])
