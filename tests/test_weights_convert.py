@@ -257,6 +257,32 @@ def test_files_fetched_from_the_hub(available, tmp_path, monkeypatch):
     assert (tmp_path / available).exists()
 
 
+def test_one_file_fetched_from_the_hub(tmp_path, monkeypatch):
+    requests = []
+
+    def fetch(*words, **options):
+        requests.append((*words, options["revision"]))
+        return str(tmp_path / "image.pt")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    assert find_source("hub:some/model/image.pt") == tmp_path / "image.pt"
+    find_source("hub:some/model/part/image.pt@v1.0")
+    assert requests == [
+        ("some/model", "image.pt", None),
+        ("some/model", "part/image.pt", "v1.0"),
+    ]
+    for source in ("hub:some/model", "hub:image.pt", "hub:some/model/../image.pt", "hub:"):
+        assert "name no file; write hub:OWNER/NAME/FILE" in error_of(
+            lambda source=source: find_source(source)
+        )
+
+
+def test_a_file_that_the_hub_does_not_give_is_one_sentence():
+    message = error_of(lambda: find_source("hub:nobody/has-this/file.pt"))
+    assert "HF_HUB_OFFLINE is set" in message and "hf download nobody/has-this file.pt" in message
+    assert "\n" not in message
+
+
 def test_a_distribution_is_never_imported(tmp_path, monkeypatch):
     template = tower_template("bert")
     trees = fill_randomly(template)

@@ -1,7 +1,8 @@
 """Where published weights are stored, and reading their arrays.
 
 A source is a folder of Hugging Face's, a file of safetensors or torch, the id of a model on the
-hub, or `package:NAME`, a model folder inside an installed distribution. Reading safetensors needs
+hub, `hub:OWNER/NAME/FILE`, one file of it (`@REVISION` may follow), or `package:NAME`, a model
+folder inside an installed distribution. Reading safetensors needs
 no torch. Files of torch are read as tensors only (`weights_only`), so no code in them runs.
 """
 
@@ -21,6 +22,8 @@ from plan_jax.types import UserError
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
 PACKAGE = "package:"
+HUB = "hub:"
+HUB_FILE = re.compile(r"hub:([\w-][\w.-]*/[\w.-]+)/(\w[\w./-]*)(?:@([\w.-]+))?")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")
 # The keys under which training checkpoints keep the state dict, next to optimisers and epochs.
 STATE_DICT_KEYS = (
@@ -47,6 +50,8 @@ def find_source(source: str) -> Path:
     """
     if source.startswith(PACKAGE):
         return find_in_package(source)
+    if source.startswith(HUB):
+        return _fetch_file(source)
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -85,10 +90,7 @@ def find_in_package(source: str) -> Path:
 
 def _fetch_from_hub(name: str) -> Path:
     """Returns the cached folder of a model, fetched if need be; safetensors are preferred."""
-    from huggingface_hub import (
-        constants,
-        snapshot_download,
-    )  # 0.3 s to import, and needed here only
+    from huggingface_hub import snapshot_download  # 0.3 s to import, and needed here only
 
     patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
     patterns.append("preprocessor_config.json")
@@ -97,14 +99,43 @@ def _fetch_from_hub(name: str) -> Path:
         if not any(folder.glob("model*.safetensors")):
             snapshot_download(name, allow_patterns=["config.json", "pytorch_model.bin"])
     except Exception as error:  # the hub raises many kinds
-        reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(". ")
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else reason
         raise UserError(
             f"weights {name!r} are neither a file or folder here nor in the cache of the hub, and"
-            f" fetching them failed ({reason}); run `hf download {name}` where there is a network,"
-            " and pass the folder that it prints"
+            f" fetching them failed ({_describe_failure(error)}); run `hf download {name}` where"
+            " there is a network, and pass the folder that it prints"
         ) from None
     return folder
+
+
+def _fetch_file(source: str) -> Path:
+    """Returns the cached path of one file on the hub, fetched if need be.
+
+    Raises:
+      UserError: the source names no file, or it cannot be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+
+    match = HUB_FILE.fullmatch(source)
+    if match is None or ".." in source:
+        raise UserError(f"weights {source} name no file; write hub:OWNER/NAME/FILE")
+    name, file, revision = match.groups()
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except Exception as error:  # the hub raises many kinds
+        raise UserError(
+            f"weights {source} are not in the cache of the hub, and fetching them failed"
+            f" ({_describe_failure(error)}); run `hf download {name} {file}` where there is a"
+            " network, and pass the file that it prints"
+        ) from None
+
+
+def _describe_failure(error: Exception) -> str:
+    """Returns why the hub could not be asked, without the full stop of its sentence."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(". ")
 
 
 # Reading files -----------------------------------------------------------------------------------
