@@ -24,6 +24,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     if size == "phantom":
         config.vision.pool = "mean"  # the map is only meaningful for a mean over pixels
     else:
+        config.vision.local_stage = 3  # the map whose mean the global head is trained on
         config.text.name = "bert_base"
         config.batch = 32
         config.optim.learning_rate = 1e-4

@@ -315,20 +315,35 @@ class Config(Section):
                 f"texts then have {width} dimensions and embed_dim is {self.embed_dim}; set"
                 f" embed_dim to {width}, or choose a head",
             )
-        # Nothing is trained, so whatever is not loaded would stay random, and look like a result.
+        sizes = {**RESNETS.get(self.vision["name"], {}), **self.vision}
+        if heads["image_local"] == "shared" and "widths" in sizes:
+            last = len(sizes["widths"]) - 1
+            check_that(
+                sizes["local_stage"] == last and sizes.get("pool", "mean") == "mean",
+                "heads.image_local",
+                "shared",
+                "the global head maps the mean of the last stage, so set vision.local_stage to"
+                f" {last} and vision.pool to mean, or choose a head",
+            )
         # Tasks that fit a head use the image tower alone.
         tasks = [task for task in self.eval.tasks if not TASKS[task].FITS_HEAD]
-        is_complete = bool(weights.text) and (
-            bool(weights.heads) or set(heads.values()) <= set(PLAIN_KINDS)
-        )
         check_that(
-            bool(self.steps) or not weights.vision or not tasks or is_complete,
+            not tasks or self.compares_texts(),
             "eval.tasks",
             self.eval.tasks,
             f"{listed(tasks)} would compare images with random texts, as steps is 0 and"
             f" weights.{'heads' if weights.text else 'text'} is empty; set it, or evaluate tasks of"
             " images only",
         )
+
+    def compares_texts(self) -> bool:
+        """Returns whether images can be compared with texts, and not with random vectors of them.
+
+        That is not so if only the image tower comes from published weights, and nothing is trained.
+        """
+        has_heads = bool(self.weights.heads) or set(vars(self.heads).values()) <= set(PLAIN_KINDS)
+        is_complete = bool(self.weights.text) and has_heads
+        return bool(self.steps) or not self.weights.vision or is_complete
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":

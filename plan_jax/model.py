@@ -149,6 +149,11 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
         return map_chunks(lambda chunk: apply_image(encoders, chunk), images, size)
 
     def encode_text(texts: list[str]) -> Features:
+        if not config.compares_texts():
+            raise UserError(
+                f"the model has the published image tower {config.weights.vision} and no texts, so"
+                " a phrase means nothing to it; evaluate tasks of images only"
+            )
         name = f"{len(texts)} texts" if len(texts) > 1 else "the text"
         check_known(tokenizer, texts, name, "write them in the language of the model's tokenizer")
         tokens = tokenize_batch(tokenizer, texts, config.data.max_tokens, config.data.max_words)

@@ -13,7 +13,7 @@ from test_train import random_batch
 from configs import testing
 from plan_jax import main
 from plan_jax.config import Config, flatten
-from plan_jax.model import build_components
+from plan_jax.model import build_components, make_model
 from plan_jax.state import choose_normalisation, init_state
 from plan_jax.types import UserError
 
@@ -194,6 +194,19 @@ def test_images_are_not_compared_with_random_texts(weights, empty):
     assert Config.from_dict(content | {"steps": 1}).steps == 1
 
 
+def test_a_model_of_images_alone_refuses_texts(mgca):
+    content = make_content(vision=mgca[1])
+    content["eval"]["tasks"] = ("classification",)
+    config = Config.from_dict(content)
+    components, state = build_components(config), init_from(content)
+    variables = {"params": state.params, "batch_stats": state.batch_stats, "memory": {}}
+    model = make_model(components, config, variables)
+    with pytest.raises(UserError, match=r"has the published image tower .* and no texts"):
+        model.encode_text(["effusion"])
+    size = config.data.size
+    assert model.encode_image(np.zeros((1, size, size, 1), np.uint8)).pooled.shape == (1, 8)
+
+
 def test_heads_of_another_kind_are_refused(mgca):
     content = make_content(vision=mgca[1], text=mgca[1], heads=mgca[1])
     content["heads"]["text_local"] = "norm"
@@ -207,8 +220,10 @@ def test_heads_that_cannot_be_are_refused():
         ({"text_global": "none", "text_local": "shared"}, "no global head to share"),
         ({"image_global": "mean", "image_local": "shared"}, "needs a head for them"),
         ({"image_local": "mean"}, "heads.image_local is 'mean'; use one of"),
+        ({"image_local": "shared"}, "set vision.local_stage to 1 and vision.pool to mean"),
     ):
         content = make_content()
         content["heads"] |= changes
+        content["vision"]["local_stage"] = 0
         with pytest.raises(UserError, match=message):
             Config.from_dict(content)
