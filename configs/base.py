@@ -40,20 +40,20 @@ def get_config() -> ConfigDict:
     config.text.name = "bert_small"
     config.text.block_diagonal = True  # attention within sentences, whose order is random
     config.text.pool = "attention"
-    config.heads = ConfigDict()  # kinds: linear, norm, mlp; shared uses the global head
+    config.heads = ConfigDict()  # docs/weights.md lists the kinds; shared uses the global head
     config.heads.image_global = "norm"
     config.heads.image_local = "mlp"
     config.heads.text_global = "norm"
     config.heads.text_local = "norm"
     config.embed_dim = 64  # width of the shared space
     config.head_hidden_dim = 128  # of heads of kind mlp
-    config.normalisation = "image"  # per image; published weights: fixed, unit (BioViL), imagenet
+    config.normalisation = "image"  # per image; "weights": that of the published weights
     config.channels = 1  # 3 for encoders pretrained on colour images
     config.fine_map = False  # also project the map one stage earlier, for PLAN's later rounds
     config.weights = ConfigDict()  # a file, a folder, a hub id or package:NAME; "" is random
     config.weights.vision = ""
     config.weights.text = ""
-    config.weights.heads = ""
+    config.weights.heads = ""  # "towers": in the files of `vision` and `text`
     config.weights.any_normalisation = False  # accept another than theirs, for fine-tuning
 
     config.optim = ConfigDict()
