@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -91,6 +92,20 @@ def test_when_no_phrase_can_be_read_nothing_is_computed():
     outcomes, clock = locate(counted, batches.list_products(save_films(2), ["...", "\U0001fac1"]))
     assert all("has no word" in outcome.fault for outcome in outcomes) and len(outcomes) == 4
     assert not images and not texts and clock.latencies == []
+
+
+def test_nothing_is_compiled_for_other_sizes_of_images():
+    model, names = make_tiny_model(), save_films(9)
+    locate(model, batches.list_products(names[:5], TEXTS[:1]))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    jax.jit(lambda x: x + 1)(1.0)
+    assert compiled  # the listener works
+    compiled.clear()
+    outcomes, _ = locate(model, batches.list_products(names, TEXTS[1:2]))
+    assert len({outcome.grounding.heat_map.shape for outcome in outcomes}) == 9 and not compiled
 
 
 def test_features_of_phrases_are_kept_as_long_as_they_are_needed():

@@ -71,17 +71,16 @@ def find_boxes(
       heat_map: the heat map.
       min_area: the smallest area that is kept, as a fraction of the image.
     """
-    labels, count = ndimage.label(mask)
-    areas = np.bincount(labels.ravel(), minlength=count + 1)
-    is_kept = areas >= max(min_area * mask.size, 1)
-    is_kept[0] = False  # the background
-    numbers = np.flatnonzero(is_kept)
-    slices = ndimage.find_objects(labels)
-    boxes = [
-        [columns.start, rows.start, columns.stop, rows.stop]
-        for rows, columns in (slices[number - 1] for number in numbers)
-    ]
-    scores = np.asarray(ndimage.maximum(heat_map, labels, numbers), np.float64)
-    order = np.argsort(-scores, kind="stable")
-    boxes_N4 = np.asarray(boxes, np.float64).reshape(-1, 4)
-    return is_kept[labels], boxes_N4[order], scores[order]
+    labels, _ = ndimage.label(mask)
+    kept, boxes, scores = mask.copy(), [], []
+    # Part by part: the functions of scipy for all labels at once sort every pixel of the image.
+    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
+        is_inside = labels[rows, columns] == number
+        if is_inside.sum() < min_area * mask.size:
+            kept[rows, columns][is_inside] = False
+            continue
+        boxes.append([columns.start, rows.start, columns.stop, rows.stop])
+        scores.append(heat_map[rows, columns][is_inside].max())
+    scores_N = np.asarray(scores, np.float64)
+    order = np.argsort(-scores_N, kind="stable")
+    return kept, np.asarray(boxes, np.float64).reshape(-1, 4)[order], scores_N[order]
