@@ -146,9 +146,10 @@ def test_checksums_that_name_another_folder_are_refused(copy):
 
 def test_a_model_replaces_a_model_and_nothing_else(model, copy, tmp_path):
     other = make_model(seed=1)
+    (tmp_path / "copy.old").mkdir()
     assert other.save_pretrained(copy) == copy
     assert_equal_answers(other, plan_jax.load(copy))
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", "copy.old"}
     (copy / ".git").mkdir()
     with pytest.raises(UserError, match="holds .git beside its model, which would be lost; move"):
         model.save_pretrained(copy)
@@ -182,7 +183,8 @@ def test_a_failure_leaves_the_old_model(failing, model, copy, tmp_path, monkeypa
 
 
 def test_files_are_added_and_verified(copy):
-    folders.add_files(copy, {"programs/image.bin": b"abc"})
+    folders.add_files(copy, {"programs/image.bin": b"ab"})
+    folders.add_files(copy, {"programs/image.bin": b"abc", "programs/text.bin": b""})
     plan_jax.load(copy)
     (copy / "programs/image.bin").write_bytes(b"abd")
     with pytest.raises(UserError, match=r"programs/image.bin is not the file that was saved"):

@@ -109,9 +109,7 @@ def test_a_tower_that_torch_does_not_have_is_refused_in_a_sentence(sizes, reason
 def test_positions_of_another_grid_are_refused():
     trees = fill_randomly(tower_template("vit", channels=1))
     sizes = VITS["vit_tiny"] | {"name": "vit_tiny", "depth": 2}
-    with pytest.raises(
-        UserError, match="positions of 16 patches .* 40 pixels have 25.*size to 32"
-    ):
+    with pytest.raises(UserError, match="positions of 16 patches .* 40 pixels have 25.*size to 32"):
         encode(trees, sizes, image_size=40)
 
 

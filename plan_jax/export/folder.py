@@ -92,7 +92,7 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes], params_sha256: 
     """Writes a model folder; a model that was there is replaced as a whole.
 
     The old folder is renamed before the new one takes its name. A kill between these two renames
-    leaves it as `<folder>.old`.
+    leaves it beside its place, as `.<name>.<process>.old`.
 
     Raises:
       UserError: `folder` holds anything but a saved model, or cannot be written.
@@ -100,7 +100,7 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes], params_sha256: 
     folder = Path(folder).resolve()  # a link to a folder stays a link
     check_replaceable(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    old = folder.with_name(f"{folder.name}.old")
+    old = temporary.with_suffix(".old")
     with report_write_errors(folder):
         try:
             temporary.mkdir(parents=True)
@@ -108,7 +108,6 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes], params_sha256: 
                 _write_file(temporary / name, content)
             _write_file(temporary / CHECKSUMS, _encode_checksums(_hash(files), params_sha256))
             if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
                 try:
                     temporary.rename(folder)
@@ -132,15 +131,19 @@ def add_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
       UserError: the folder holds no complete model, or cannot be written.
     """
     folder = Path(folder)
+    if outside := [name for name in files if not _is_inside(name)]:
+        raise UserError(f"file {outside[0]!r} is not a name inside {folder}; use a relative name")
     checksums = _read_checksums(folder)
+    hashes, params_sha256 = checksums["files"], checksums["params_sha256"]
+    if hashes.keys() & files.keys():  # what is about to be replaced counts no more
+        hashes = {name: value for name, value in hashes.items() if name not in files}
+        write_atomically(folder / CHECKSUMS, _encode_checksums(hashes, params_sha256))
     for name, content in files.items():
-        if not _is_inside(name):
-            raise UserError(f"file {name!r} is not a name inside {folder}; use a relative name")
         with report_write_errors(folder / name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, content)
-    hashes = checksums["files"] | _hash(files)
-    write_atomically(folder / CHECKSUMS, _encode_checksums(hashes, checksums["params_sha256"]))
+    hashes |= _hash(files)
+    write_atomically(folder / CHECKSUMS, _encode_checksums(hashes, params_sha256))
 
 
 def check_replaceable(folder: Path) -> None:
