@@ -244,14 +244,19 @@ def test_the_reader_is_a_command(saved, tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"calling_convention_version": 999}, "install a newer one"),
+        ({"jax": "99.0.1"}, "written by jax 99.0.1 .* install a newer jax"),
+        ({"calling_convention_version": 999}, "install a newer jax"),
         ({"calling_convention_version": 1}, "export the model again"),
         ({"platforms": ["tpu"]}, "programs are for tpu and this is cpu"),
     ],
 )
 def test_a_jax_that_cannot_run_the_programs_says_so(change, sentence):
     version = export.maximum_supported_calling_convention_version
-    signature = {"jax": "1.0", "calling_convention_version": version, "platforms": ["cpu"]}
+    signature = {
+        "jax": jax.__version__,
+        "calling_convention_version": version,
+        "platforms": ["cpu"],
+    }
     check_jax(signature)
     with pytest.raises(ValueError, match=sentence) as error:
         check_jax(signature | change)

@@ -122,15 +122,22 @@ class Reader:
 
 
 def check_jax(signature: dict[str, Any]) -> None:
-    """Raises ValueError if JAX reads no programs of this calling convention or has no platform."""
+    """Raises ValueError if this version of JAX may not read the programs, or has no platform.
+
+    JAX promises that programs run where JAX is up to six months newer, or three weeks older, than
+    the version that wrote them.
+    """
     version, platform = signature["calling_convention_version"], export.default_export_platform()
     oldest = export.minimum_supported_calling_convention_version
     newest = export.maximum_supported_calling_convention_version
-    if not oldest <= version <= newest:
-        remedy = "install a newer one" if version > newest else "export the model again"
+    writer, reader = (
+        tuple(map(int, text.split(".")[:2])) for text in (signature["jax"], jax.__version__)
+    )
+    if reader < writer or not oldest <= version <= newest:
+        remedy = "export the model again" if version < oldest else "install a newer jax"
         raise ValueError(
-            f"programs were written by jax {signature['jax']} (calling convention {version}) and"
-            f" jax {jax.__version__} reads {oldest} to {newest}; {remedy}"
+            f"programs were written by jax {signature['jax']} with calling convention {version},"
+            f" and this is jax {jax.__version__}, which reads {oldest} to {newest}; {remedy}"
         )
     if platform not in signature["platforms"]:
         raise ValueError(
