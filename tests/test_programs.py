@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -239,6 +240,27 @@ def test_the_reader_is_a_command(saved, tmp_path):
     y, x = np.unravel_index(int(heat.argmax()), heat.shape)
     assert f"highest at x {x}, y {y} of 40 x 60" in result.stdout
     assert np.asarray(Image.open(tmp_path / "heat.png"))[y, x] == 255
+
+
+def test_the_code_in_the_documentation_runs(saved, tmp_path):
+    _, section = (
+        Path(models.__file__)
+        .parent.parent.joinpath("docs/sharing.md")
+        .read_text()
+        .split("## Programs without this library")
+    )
+    blocks = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    assert len(blocks) == 2
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/phantom").symlink_to(saved["plan"][1])
+    start = "import numpy as np; from PIL import Image\n"
+    start += "images = np.zeros((2, 32, 32, 1), np.uint8); film = Image.new('L', (40, 50))\n"
+    checks = ("assert features['pooled'].shape == (2, 8)\n", "assert heat_map.shape == (50, 40)\n")
+    code = start + "".join(block + check for block, check in zip(blocks, checks, strict=True))
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(

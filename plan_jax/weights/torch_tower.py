@@ -119,7 +119,7 @@ def encode_tower(
         },
         "plan_jax": {
             "image_size": image_size,
-            "channels": f"the grey value x from 0 to 1, in each of {channels}",
+            "channels": "the grey value x from 0 to 1, in each channel",
             "normalise": NORMALISE if mean_and_std else NORMALISE_EACH,
             "resize": RESIZE.format(side=side) if side != image_size else "",
             "torchvision_arguments": tower.torchvision_arguments,
