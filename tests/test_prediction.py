@@ -33,7 +33,9 @@ def make_grounding(heat_map, **changes):
     """Returns a grounding of a map, in the mask where it exceeds 0.5."""
     mask, boxes, scores = maps.find_boxes(heat_map > 0.5, heat_map)
     picture = draw_film(*heat_map.shape)[..., None]
-    film = films.Film("a.png", heat_map.shape, np.zeros((8, 8, 1), np.uint8), picture)
+    film = films.Film(
+        "a.png", heat_map.shape, heat_map.shape, np.zeros((8, 8, 1), np.uint8), picture
+    )
     fields = {"film": film, "text": "edema", "heat_map": heat_map, "similarity": {"global": 0.25}}
     fields |= {"mask": mask, "boxes": boxes, "scores": scores}
     return prediction.Grounding(**fields | changes)
@@ -120,6 +122,7 @@ def test_a_picture_shows_its_boxes():
     heat[100:200, 50:90] = 1
     picture = make_grounding(heat).draw()
     assert picture.shape == (300, 300, 3)
+    assert make_grounding(heat)._repr_png_().startswith(b"\x89PNG")
     assert picture[150, 50].tolist() == picture[100, 70].tolist() == [251, 139, 36]
 
 

@@ -7,10 +7,11 @@ from plan_jax.data import transforms
 from plan_jax.prediction import maps
 
 
-def literal_value(heat_map, y, x, shape, size):
+def literal_value(heat_map, y, x, shape, size, stored_shape=None):
     """Returns the value at the centre of pixel (y, x) of an image, by the definition."""
-    longer = max(shape)
-    rows, columns = (max(1, round(length * size / longer)) for length in shape)
+    stored_shape = stored_shape or shape
+    longer = max(stored_shape)
+    rows, columns = (max(1, round(length * size / longer)) for length in stored_shape)
     top, left = (size - rows) // 2, (size - columns) // 2
     # In pixels of the square, then in cells, whose centres lie at whole numbers plus a half.
     v = ((y + 0.5) * rows / shape[0] + top) * heat_map.shape[0] / size - 0.5
@@ -36,6 +37,18 @@ def test_a_map_is_enlarged_as_its_definition_says(shape, size, grid):
         for y in range(shape[0])
     ]
     np.testing.assert_allclose(enlarged, expected, atol=1e-5)
+
+
+def test_a_map_of_an_image_that_was_resized_before():
+    """Rounding twice and rounding once differ for this image by a column of the square."""
+    shape, stored_shape, size = (101, 54), (19, 10), 16
+    assert transforms.scale_shape(shape, 19) == stored_shape
+    assert transforms.content_area(shape, size) != transforms.content_area(stored_shape, size)
+    heat_map = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    enlarged = maps.enlarge_map(heat_map, shape, size, stored_shape)
+    for y, x in ((0, 0), (50, 20), (100, 50), (7, 33)):
+        expected = literal_value(heat_map, y, x, shape, size, stored_shape)
+        assert enlarged[y, x] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_map_lies_over_its_image():

@@ -155,6 +155,10 @@ class Grounding:
 
         return figures.encode_picture(self.draw(), kind)
 
+    def _repr_png_(self) -> bytes:
+        """Returns the picture, as notebooks show a result."""
+        return self.encode_picture()
+
     def _encode_arrays(self) -> bytes:
         stream = io.BytesIO()
         np.savez_compressed(
@@ -300,7 +304,7 @@ def locate(
       options: for the mask and the boxes.
       text_notes: what `describe_text` returns.
     """
-    enlarged = maps.enlarge_map(heat_map, film.shape, model.size)
+    enlarged = maps.enlarge_map(heat_map, film.shape, model.size, film.stored_shape)
     is_hot = maps.threshold_map(enlarged, options.threshold, options.normalisation)
     mask, boxes, scores = maps.find_boxes(is_hot, enlarged, options.min_area)
     notes = (*(f"the image {note}" for note in film.notes), *text_notes)

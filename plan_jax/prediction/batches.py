@@ -281,7 +281,7 @@ def _compile(
     ((heat_map, similarity), *_) = prediction.compute_maps(
         model, _select(images, first), _select(texts, first), rounds=options.rounds
     )
-    film = films.Film("noise", noise.shape[:2], noise, noise)
+    film = films.Film("noise", noise.shape[:2], noise.shape[:2], noise, noise)
     grounding = prediction.locate(model, film, text, heat_map, similarity, options)
     if with_picture:
         grounding.draw()  # imports what draws

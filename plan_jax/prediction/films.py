@@ -32,6 +32,7 @@ class Film:
     Attributes:
       name: its path, or `the array`.
       shape: its rows and columns, upright.
+      stored_shape: rows and columns from which it was fitted to the square.
       square: the model's input.
       picture: the image for figures, scaled down to `PICTURE_SIDE`; None if it was not asked for.
       notes: sentences on what makes a heat map doubtful.
@@ -39,6 +40,7 @@ class Film:
 
     name: str
     shape: tuple[int, int]
+    stored_shape: tuple[int, int]
     square: UInt8[np.ndarray, "size size 1"]
     picture: UInt8[np.ndarray, "V U 1"] | None = None
     notes: tuple[str, ...] = ()
@@ -117,7 +119,7 @@ def read_film(
                 f"may be a lateral view or turned: its symmetry is {symmetry:.2f}, below "
                 f"{MIN_SYMMETRY}"
             )
-    film = Film(name, shape, square, notes=tuple(notes))
+    film = Film(name, shape, stored.shape, square, notes=tuple(notes))
     return replace(film, picture=_read_picture(source, shape, bit_depth)) if with_picture else film
 
 

@@ -23,7 +23,10 @@ def combine_words(
 
 
 def enlarge_map(
-    heat_map: Float[np.ndarray, "y x"], shape: tuple[int, int], size: int
+    heat_map: Float[np.ndarray, "y x"],
+    shape: tuple[int, int],
+    size: int,
+    stored_shape: tuple[int, int] | None = None,
 ) -> Float[np.ndarray, "Y X"]:
     """Returns the map of a model's input as a map of the original image.
 
@@ -35,8 +38,10 @@ def enlarge_map(
       heat_map: the map, whose cells divide the square evenly.
       shape: Y and X, the rows and columns of the image.
       size: side of the square in pixels.
+      stored_shape: rows and columns of the image when it was fitted to the square, if it was
+        resized before; rounding them moves it by up to a pixel of the square.
     """
-    rows, columns, top, left = transforms.content_area(shape, size)
+    rows, columns, top, left = transforms.content_area(stored_shape or shape, size)
     y = ((np.arange(shape[0]) + 0.5) * rows / shape[0] + top) / size
     x = ((np.arange(shape[1]) + 0.5) * columns / shape[1] + left) / size
     rows_Yy = grounding_metrics.interpolation_matrix(y, heat_map.shape[0])
