@@ -57,7 +57,7 @@ TRAIN = {
     ),
     "checkpoint in training": ("--checkpoint run", ["--checkpoint", "resumed by its --workdir"]),
     "missing config file": ("--config nowhere.py", ["nowhere.py does not exist", "did you mean"]),
-    "mistyped config": ("--config gloia:phantom", ["gloia does not exist", "did you mean gloria?"]),
+    "mistyped config": ("--config gloia:phantom", ["gloia does not exist", "did you mean gloria"]),
     "syntax error": ("--config syntax.py", ["syntax.py line 1", "SyntaxError", "correct it"]),
     "name error": ("--config name.py", ["name.py line 6", "NameError", "correct it"]),
     "no function": ("--config no_function.py", ["no_function.py", "get_config"]),
