@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import erf
 
 from plan_jax.encoders import bert as bert_module
 from plan_jax.encoders import dual_encoder
@@ -150,6 +151,67 @@ def test_a_shared_head_maps_pixels_like_the_whole():
     np.testing.assert_allclose(image_features.local.mean(1), image_features.pooled, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", dual_encoder.HEAD_KINDS)
+def test_heads_are_the_layers_of_their_papers(kind):
+    head = dual_encoder.ProjectionHead(kind, 6, 4, None, jnp.float32)
+    x = jax.random.normal(KEY, (3, 5))
+    rng = np.random.default_rng(0)
+    trees = jax.tree.map(
+        lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), head.init(KEY, x, False)
+    )
+    params, stats = trees["params"], trees.get("batch_stats", {})
+
+    def dense(y, name):
+        return y @ params[name]["kernel"] + params[name].get("bias", 0.0)
+
+    def normalise(y, name):
+        y = (y - stats[name]["mean"]) / np.sqrt(stats[name]["var"] + 1e-5)
+        affine = params.get(name, {})
+        return y * affine.get("scale", 1.0) + affine.get("bias", 0.0)
+
+    y = np.asarray(x)
+    if kind == "mlp_ln":
+        y = dense(y, "fc1")
+        y = y * (1 + erf(y / np.sqrt(2))) / 2
+        y = (y - y.mean(1, keepdims=True)) / y.std(1, keepdims=True)
+        y = y * params["norm1"]["scale"] + params["norm1"]["bias"]
+    elif kind == "mlp_relu":
+        y = np.maximum(dense(y, "fc1"), 0)
+    elif kind in ("mlp", "mlp_bn"):
+        y = np.maximum(normalise(dense(y, "fc1"), "norm1"), 0)
+    y = dense(y, "fc2")
+    y = normalise(y, "norm2") if kind in ("norm", "mlp") else y
+    np.testing.assert_allclose(head.apply(trees, x, False), y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_global_vector_may_be_the_mean_of_pixels_and_texts_may_have_no_head():
+    heads = {
+        "image_global": "mean",
+        "image_local": "mlp_bn",
+        "text_global": "none",
+        "text_local": "none",
+    }
+    model = make_encoder(heads=heads, embed_dim=16, fine_map=False)
+    image_features, _ = model.init_with_output(KEY, draw_images(), method="encode_image")
+    np.testing.assert_allclose(image_features.local.mean(1), image_features.pooled, atol=1e-5)
+    tokens, index, ids, sentence = draw_texts()
+    text = TextBatch(tokens, index, ids, sentence)
+    text_features, variables = model.init_with_output(KEY, text, method="encode_text")
+    assert set(variables["params"]) == {"text_tower"}
+    np.testing.assert_array_equal(text_features.local, text_features.raw * (ids > 0)[..., None])
+
+
+def test_the_pooler_of_bert():
+    tower = dual_encoder.make_text_tower("bert_tiny", 30, jnp.float32, pool="pooler")
+    tokens, index, _, sentence = draw_texts()
+    output, variables = tower.init_with_output(KEY, tokens, index, sentence)
+    plain = dual_encoder.make_text_tower("bert_tiny", 30, jnp.float32, pool="cls")
+    params = dict(variables["params"])
+    layer = params.pop("pooler")
+    first = plain.apply({"params": params}, tokens, index, sentence).pooled
+    np.testing.assert_allclose(output.pooled, np.tanh(first @ layer["kernel"]), atol=1e-5)
+
+
 def test_grey_values_are_standardised_by_image():
     model = make_encoder()
     variables = model.init(KEY, draw_images(), method="encode_image")
@@ -173,6 +235,8 @@ def test_bfloat16_is_near_float32_and_keeps_float32_parameters():
     [
         ("fixed", [-1, -1, -1], [1, 1, 1]),
         ("unit", [0, 0, 0], [1, 1, 1]),
+        ("mrm", [-2.032666] * 3, [2.050633] * 3),
+        ("rad_dino", [-2.054588] * 3, [1.816880] * 3),
         # ImageNet's mean and deviation of red, green and blue.
         ("imagenet", [-2.117904, -2.035714, -1.804444], [2.248908, 2.428571, 2.64]),
     ],

@@ -71,6 +71,7 @@ NORMALISATIONS = {
     "mgca_resnet50": "fixed",
     "mgca_vit": "fixed",
     "mrm": "mrm",
+    "rad_dino": "rad_dino",  # by the preprocessor_config.json beside it
     "refers": "imagenet",
 }
 
@@ -160,8 +161,7 @@ def load_config(name):
 def initialise(name):
     """Returns the shapes of our encoders for a config; nothing is computed."""
     config = load_config(name)
-    normalisation = NORMALISATIONS.get(name, config.normalisation)
-    config = dataclasses.replace(config, normalisation=normalisation)
+    config = dataclasses.replace(config, normalisation=NORMALISATIONS[name])
     original = models.load_tokenizer
     models.load_tokenizer = lambda name: SimpleNamespace(vocab_size=VOCABULARIES[name])
     try:

@@ -1,6 +1,7 @@
 """A published checkpoint in a run: towers and heads start from it, or are only evaluated."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -109,9 +110,9 @@ def test_loading_one_tower_leaves_the_other_unchanged(mgca):
 
 
 def test_a_published_checkpoint_is_evaluated_without_training(mgca, tmp_path, monkeypatch):
-    _, path = mgca
+    path = shutil.copy(mgca[1], tmp_path)
     monkeypatch.chdir(tmp_path)
-    config = make_content(vision=path, text=path, heads=path)
+    config = make_content(vision=path, text=path, heads="towers") | {"normalisation": "weights"}
     config["eval"]["tasks"] = ("retrieval",)
     prefixes = ("vision", "text", "heads", "weights", "normalisation")
     flags = [
@@ -134,6 +135,10 @@ def test_a_published_checkpoint_is_evaluated_without_training(mgca, tmp_path, mo
         and trained_metrics["steps"] == 0
     )
     assert trained_metrics["params_sha256"] == metrics["params_sha256"]
+    # The run has the weights and their scale, so the same command needs the file no more.
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["normalisation"] == "fixed"
+    (tmp_path / path).unlink()
+    assert main.run(["--config", "mgca.py", "--workdir", "run", *flags]) == 0
 
 
 def test_weights_refuse_images_of_another_scale(mgca):

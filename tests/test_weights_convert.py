@@ -515,6 +515,73 @@ def test_heads_of_mgca(save):
     assert "missing: params/fc2/bias (4,)" in message
 
 
+def test_the_head_of_biovil_t_sees_a_single_image(save):
+    """W x beside a learned vector, then the projector, by its literal formula."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "encoder.backbone_to_vit.weight": (3, 5, 1, 1),
+        "encoder.missing_previous_emb": (1, 3, 1, 1),
+        "projector.model.0.weight": (4, 6, 1, 1),
+        "projector.model.3.weight": (4, 4, 1, 1),
+        "projector.model.3.bias": (4,),
+    }
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        shapes[f"projector.model.1.{name}"] = (4,)
+    state = {k: rng.uniform(0.5, 1.5, shape).astype(np.float32) for k, shape in shapes.items()}
+    x = rng.normal(size=(2, 7, 5)).astype(np.float32)
+    embed, missing, first, last = (
+        state[key].reshape(state[key].shape[:2]) for key in [*shapes][:4]
+    )
+    y = np.concatenate([x @ embed.T, np.broadcast_to(missing, (2, 7, 3))], -1) @ first.T
+    norm = {name: state[f"projector.model.1.{name}"] for name in ("weight", "bias")}
+    y = y - state["projector.model.1.running_mean"]
+    y = y / np.sqrt(state["projector.model.1.running_var"] + 1e-5)
+    y = np.maximum(y * norm["weight"] + norm["bias"], 0) @ last.T + state["projector.model.3.bias"]
+
+    head, notes = ProjectionHead("mlp_bn", 4, 4, None, jnp.float32), []
+    template = head.init(jax.random.key(0), jnp.asarray(x), False)
+    loaded = load_head("image_local", save(state), template, kind="mlp_bn", log=notes.append)
+    np.testing.assert_allclose(head.apply(loaded, jnp.asarray(x), False), y, rtol=1e-4, atol=1e-5)
+    assert "without a previous one" in notes[0]
+    del state["encoder.missing_previous_emb"]
+    message = error_of(
+        lambda: load_head("image_local", save(state), template, kind="mlp_bn", log=pytest.fail)
+    )
+    assert "params/fc1/kernel is (6, 4) where (5, 4) is expected" in message
+
+
+def test_a_head_without_bias_gets_zeros(save):
+    kernel = np.random.default_rng(0).normal(size=(4, 5, 1, 1)).astype(np.float32)
+    head, notes = ProjectionHead("linear", 6, 4, None, jnp.float32), []
+    template = head.init(jax.random.key(0), jnp.ones((1, 5)), False)
+    source = save({"gloria.img_encoder.local_embedder.weight": kernel})
+    loaded = load_head("image_local", source, template, kind="linear", log=notes.append)
+    np.testing.assert_array_equal(loaded["params"]["fc2"]["kernel"], kernel[..., 0, 0].T)
+    assert not loaded["params"]["fc2"]["bias"].any() and "so ours is zero" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("vision_encoder.visual.transformer.resblocks.0.attn.in_proj_weight", "CLIP's ViT"),
+        ("features.denseblock1.denselayer1.conv1.weight", "a DenseNet"),
+    ],
+)
+def test_towers_that_ours_cannot_compute_are_named(key, name, save):
+    state = {key: np.zeros((3, 4), np.float32)}
+    message = error_of(lambda: load_through_file("vit", state, tower_template("vit"), save))
+    assert f"hold {name}" in message and "\n" not in message
+
+
+def test_a_roberta_is_refused(save):
+    trees = fill_randomly(tower_template("bert"))
+    state = publish("bert", trees, "linguistic.encoder.")
+    key = "linguistic.encoder.embeddings.token_type_embeddings.weight"
+    state[key] = state[key][:1]
+    message = error_of(lambda: load_through_file("bert", state, tower_template("bert"), save))
+    assert "hold a RoBERTa" in message and "\n" not in message
+
+
 def run_tool(capsys, *words):
     """Runs the tool as the command line does; returns its exit code, output and errors."""
     main = runpy.run_path(CLI)["main"]

@@ -16,6 +16,4 @@ from configs.published.checkpoint import published
 
 def get_config() -> ConfigDict:
     """Returns the checkpoint."""
-    config = published(vision={"name": "vit_b14"}, size=518, weights="microsoft/rad-dino")
-    config.normalisation = "rad_dino"
-    return config
+    return published(vision={"name": "vit_b14"}, size=518, weights="microsoft/rad-dino")
