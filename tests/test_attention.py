@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plan_jax.layers.cpu.attention import MIN_TABLE_SIZE, attend
+from plan_jax.layers.cpu.attention import MIN_HEAD_SIZE, MIN_TABLE_SIZE, attend
 
 
 def draw_normal(*shape, seed=0):
@@ -38,6 +38,21 @@ def test_values_and_gradients_equal_those_of_the_plain_implementation(count, bat
     actual = value_and_gradients(partial(attend, mask=mask), cotangent, query, key, value)
     expected = value_and_gradients(plain, cotangent, query, key, value)
     chex.assert_trees_all_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask_heads", [0, 1, 3])
+def test_heads_with_large_tables_are_computed_one_by_one(mask_heads):
+    query, cotangent = (draw_normal(2, 900, 3, 4, seed=n) for n in range(2))
+    key, value = (draw_normal(2, 600, 3, 4, seed=n) for n in range(2, 4))
+    assert MIN_HEAD_SIZE <= 900 * 600
+    mask = None
+    if mask_heads:
+        random = np.random.default_rng(9).random((2, mask_heads, 900, 600))
+        mask = jnp.asarray(random < 0.6).at[0, 0, 3].set(False)
+    plain = partial(jax.nn.dot_product_attention, mask=mask)
+    actual = value_and_gradients(partial(attend, mask=mask), cotangent, query, key, value)
+    expected = value_and_gradients(plain, cotangent, query, key, value)
+    chex.assert_trees_all_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_mask_of_fewer_axes_is_broadcast():

@@ -19,6 +19,8 @@ from plan_jax.layers.cpu import dispatch, is_enabled
 
 # Smaller tables (weights of one item, over all heads) of a whole batch stay in the cache anyway.
 MIN_TABLE_SIZE = 40_000
+# From this size on, the table of a single head fills the cache: each head is an item of its own.
+MIN_HEAD_SIZE = 500_000
 # Items side by side, each a chain of products of its own; an odd batch goes one by one.
 CHUNK = 2
 # What jax.nn.dot_product_attention replaces masked logits by.
@@ -82,6 +84,18 @@ def _cpu_forward(
     query: Array, key: Array, value: Array, mask: Array | None
 ) -> tuple[Float[Array, "B N H C"], Float[Array, "B H N"], Float[Array, "B H N"]]:
     """Returns the output and, of each query, its largest `q k'` and 1 / the sum of exponentials."""
+    batch, num_queries, num_heads, channels = query.shape
+    if num_heads > 1 and num_queries * key.shape[1] >= MIN_HEAD_SIZE:
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (batch, num_heads, *mask.shape[2:]))
+            mask = mask.reshape(-1, 1, *mask.shape[2:])
+        query, key, value = (
+            x.swapaxes(1, 2).reshape(-1, x.shape[1], 1, channels) for x in (query, key, value)
+        )
+        output, largest, inverse = _cpu_forward(query, key, value, mask)
+        shape = batch, num_heads, num_queries
+        output = output.reshape(*shape, channels).swapaxes(1, 2)
+        return output, largest.reshape(shape), inverse.reshape(shape)
 
     def attend_item(query: Array, key: Array, value: Array, mask: Array | None) -> tuple:
         query, key, value = _swap_heads(query, key, value)
