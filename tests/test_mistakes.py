@@ -148,9 +148,9 @@ TRAIN = {
         "config.weights.text=torn.safetensors",
         ["torn.safetensors is not a complete safetensors file", "download it again"],
     ),
-    "heads of another kind": (
+    "torn heads": (
         "config.weights.heads=torn.safetensors",
-        ["config.weights.heads is 'torn.safetensors'", "set all four to mlp"],
+        ["torn.safetensors is not a complete safetensors file", "download it again"],
     ),
     "missing package": (
         "config.weights.text=package:nil",
