@@ -22,7 +22,7 @@ import contextlib
 import glob
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -91,13 +91,14 @@ def run_command(argv: Sequence[str]) -> int:
         jobs = batches.list_products(_expand(options.image), options.text)
     num_pairs = sum(len(job.texts) for job in jobs)
     default_path = "heat.png" if num_pairs == 1 else "results.csv"
-    paths = options.out or ([] if options.json else [default_path])
+    paths = [*dict.fromkeys(options.out or ([] if options.json else [default_path]))]
     _check_outputs(paths, num_pairs)
+    inputs = {job.path for job in jobs} | ({options.csv} if options.csv else set())
+    _check_overwriting(paths, options.masks, inputs)
     parallel.list_devices()
     if len(jobs) == 1 and not jobs[0].fault:
-        films.read_film(
-            jobs[0].path, 64, check=options.check, name=jobs[0].name
-        )  # a fault needs no model
+        # A fault needs no model.
+        films.read_film(jobs[0].path, 64, check=options.check, name=jobs[0].name)
     model = models.load(options.checkpoint)
     for note in prediction.describe_model(model):
         print(note, file=sys.stderr)
@@ -182,6 +183,21 @@ def _check_outputs(paths: Sequence[str], num_pairs: int) -> None:
             raise UserError(
                 f"--out {path} is one picture, and there are {num_pairs} pairs; give a folder"
             )
+
+
+def _check_overwriting(paths: Sequence[str], masks: str | None, inputs: Iterable[str]) -> None:
+    """Raises UserError if a file to write, or one in a folder to write into, is read too."""
+    files = {os.path.realpath(path) for path in inputs if path}
+    folders = {os.path.dirname(path) for path in files}
+    options = [("--out", path) for path in paths] + ([("--masks", masks)] if masks else [])
+    places: set[str] = set()
+    for option, path in options:
+        place = os.path.realpath(path)
+        if place in files | folders:
+            raise UserError(f"{option} {path} has files that are read; give another place")
+        if place in places:
+            raise UserError(f"{option} {path} is the place of other results; give another one")
+        places.add(place)
 
 
 def _open_writers(

@@ -158,6 +158,25 @@ def test_arguments_that_do_not_fit_are_refused(argv, sentence, capsys):
     assert capsys.readouterr().err == f"{sentence}\n"
 
 
+@pytest.mark.parametrize(
+    ("outputs", "sentence"),
+    [
+        (["--out", "pairs.csv"], "--out pairs.csv has files that are read; give another place"),
+        (["--out", "films/"], "--out films/ has files that are read; give another place"),
+        (["--masks", "films"], "--masks films has files that are read; give another place"),
+        (["--out", "x/", "--masks", "x"], "--masks x is the place of other results; give another"),
+    ],
+)
+def test_nothing_that_is_read_is_overwritten(outputs, sentence, capsys):
+    Path("films").mkdir()
+    Image.fromarray(draw_film(64, 64)).save("films/00001.png")
+    save_table(("films/00001.png", "effusion"))
+    content = Path("pairs.csv").read_text()
+    assert predict.run([*MODEL, "--csv", "pairs.csv", *outputs]) == 2
+    assert capsys.readouterr().err.startswith(sentence)
+    assert Path("pairs.csv").read_text() == content
+
+
 @pytest.mark.parametrize("name", ["a" * 300, f"{'a' * 300}/heat"])
 def test_an_output_whose_name_is_too_long(name, capsys):
     assert predict.run([*PAIR, "--out", f"{name}.png"]) == 2
