@@ -56,11 +56,11 @@ def make_state(step=0, width=30, devices=1):
     return parallel.replicate(state, parallel.make_mesh(devices))
 
 
-def save_run(folder, steps=(1, 2, 3)):
+def save_run(folder, steps=(1, 2, 3), config=CONFIG):
     """Writes a folder of checkpoints as a run leaves it, and returns it."""
     manager = checkpoint.open_manager(folder)
     for step in steps:
-        checkpoint.save(manager, step, make_state(step), {"next": step}, CONFIG)
+        checkpoint.save(manager, step, make_state(step), {"next": step}, config)
     checkpoint.close(manager)
     return folder
 

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def make_run(folder, steps=(1, 2, 3), seed=0):
     """Writes a run as training leaves it: checkpoints, config, metrics, TensorBoard, a lock."""
-    save_run(folder / "checkpoints", steps)
     config = CONFIG | {"seed": seed, "data": {"fingerprint": "f00d", "dir": "data"}}
+    save_run(folder / "checkpoints", steps, config)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in steps))
     (folder / "tensorboard").mkdir()
@@ -146,6 +146,20 @@ def test_an_archive_that_was_cut_off_is_left_out_and_written_again(run, tmp_path
     assert "left out" in capsys.readouterr().err
     assert copy_steps(run, drive) == [3]
     assert restore_steps(drive, tmp_path / "again") == 3
+
+
+def test_the_files_of_a_run_are_written_again_if_their_archive_is_lost(run, tmp_path, capsys):
+    """The steps alone resume the run, whose next copies are accepted."""
+    drive, back = tmp_path / "drive", tmp_path / "back"
+    copy_steps(run, drive)
+    os.truncate(drive / "run.zip", 100)
+    assert restore_steps(drive, back) == 3
+    assert re.search("run.zip is left out", capsys.readouterr().err)
+    assert not (back / "config.json").exists()
+    shutil.copy(run / "config.json", back)  # as the resumed run writes it
+    assert copy_steps(back, drive) == []
+    with zipfile.ZipFile(drive / "run.zip") as archive:
+        assert "config.json" in archive.namelist()
 
 
 @pytest.mark.parametrize("name", ["../outside", "/outside", "state/../../outside", "a\\..\\b"])

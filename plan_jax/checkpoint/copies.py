@@ -31,7 +31,7 @@ from plan_jax.checkpoint.faults import Failure, find_fault, first_line
 from plan_jax.checkpoint.folders import FOLDER, list_steps
 from plan_jax.checkpoint.lock import FILE as LOCK_FILE
 from plan_jax.checkpoint.lock import lock_workdir
-from plan_jax.logger import report_write_errors
+from plan_jax.logger import encode_json, report_write_errors
 from plan_jax.types import UserError
 
 RUN_ARCHIVE = "run.zip"
@@ -183,26 +183,31 @@ def _require_same_run(run: Path, folder: Path) -> None:
 
 
 def _require_equal_configs(run: Path, folder: Path) -> None:
-    """Raises UserError if a run and the copies in a folder are of different configs."""
+    """Raises UserError if a run and the steps in a folder are of different configs."""
     if not (run / "config.json").exists():
         return
     try:
         own = json.loads((run / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{run / 'config.json'} cannot be read ({error}); delete it") from None
-    path = folder / RUN_ARCHIVE
-    try:
-        with zipfile.ZipFile(path) as archive:
-            copied = json.loads(archive.read("config.json"))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"copy {path} cannot be read ({error}); pass another folder") from None
-    before, after = _select_fields(own), _select_fields(copied)
+    before, after = _select_fields(own), _select_fields(_read_archived_config(folder) or own)
     for name in sorted({*before, *after}):
         if before.get(name) != after.get(name):
             raise UserError(
                 f"folder {folder} holds copies of another run than {run}, which differ in {name};"
                 " pass another folder"
             )
+
+
+def _read_archived_config(folder: Path) -> dict[str, Any] | None:
+    """Returns the config in the newest step that can be read; None if there is none."""
+    for _, path in sorted(_list_archives(folder).items(), reverse=True):
+        with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile):
+            with zipfile.ZipFile(path) as archive:
+                about = json.loads(archive.read("config/metadata"))
+            # As `config.json` is written, where NaN and infinities are null.
+            return json.loads(encode_json(about["config"]))
+    return None
 
 
 def _select_fields(config: Mapping[str, Any]) -> dict[str, Any]:
