@@ -39,7 +39,9 @@ NAMES = [
     "mgca_vit",
     "mrm",
     "rad_dino",
+    "radjepa",
     "refers",
+    "xray_dinov2",
 ]
 VOCABULARIES = {
     "phantom": 128,
@@ -72,7 +74,9 @@ NORMALISATIONS = {
     "mgca_vit": "fixed",
     "mrm": "mrm",
     "rad_dino": "rad_dino",  # by the preprocessor_config.json beside it
+    "radjepa": "imagenet",  # the file does not tell
     "refers": "imagenet",
+    "xray_dinov2": "imagenet",  # as DINOv2; the preprocessor_config.json beside it tells
 }
 
 
@@ -248,6 +252,7 @@ def test_a_published_config_initialises_and_trains_nothing(name):
     assert images.pooled.shape == texts.pooled.shape == (1, config.embed_dim)
     assert images.local.shape[1] == np.prod(images.grid)
     grids = {"biovil": (15, 15), "biovil_t": (14, 14), "gloria": (19, 19), "rad_dino": (37, 37)}
+    grids |= {"radjepa": (16, 16), "xray_dinov2": (16, 16)}
     assert images.grid == grids.get(name, images.grid)
 
 
@@ -294,7 +299,7 @@ def test_the_scale_of_images_follows_from_whose_weights_they_are(name):
     assert load_config(name).normalisation == "weights"
 
 
-@pytest.mark.parametrize("name", ["medklip", "mrm", "rad_dino", "refers"])
+@pytest.mark.parametrize("name", ["medklip", "mrm", "rad_dino", "radjepa", "refers", "xray_dinov2"])
 def test_models_of_images_alone_compare_no_texts(name):
     content = load_config(name).to_dict()
     content["eval"]["tasks"] = ("classification", "zero_shot")
