@@ -25,13 +25,14 @@ from plan_jax.export.programs import (
     DEFAULT_PLATFORMS,
     FIELDS,
     SIGNATURES,
+    add_programs,
     check_platforms,
-    encode_programs,
     trace_programs,
 )
 from plan_jax.export.reader import Reader, check_jax
 from plan_jax.layers import cpu
 from plan_jax.layers.cpu import attention, convolution
+from plan_jax.methods import METHODS
 from plan_jax.types import UserError
 from plan_jax.weights import load_tower
 
@@ -91,8 +92,12 @@ def make_saved_model(method, parent, dtype="float32"):
     components = models.build_components(config)
     model = models.make_model(components, config, make_variables(components))
     folder = model.save_pretrained(parent / method, dtype=dtype)
-    folders.add_files(folder, encode_programs(config, folders.read_tensors(folder)))
+    add_programs(folder)
     return models.load(folder), folder
+
+
+def test_all_methods_are_tested():
+    assert CHANGES.keys() == METHODS.keys()
 
 
 def run_child(parent, folders, images):
@@ -328,4 +333,4 @@ def test_the_command_adds_programs_and_the_image_tower(tmp_path, capsys):
 def test_programs_without_flatbuffers_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     with pytest.raises(UserError, match="pip install flatbuffers"):
-        encode_programs(make_config(), {})
+        add_programs("nowhere")

@@ -92,11 +92,10 @@ def run_command(argv: Sequence[str]) -> None:
     # What may be refused comes before the folder is written.
     files = image_tower.encode_image_tower(model) if options.torch else {}
     folder = model.save_pretrained(options.out, dtype=options.dtype, **about)
-    if platforms:
-        tensors = folders.read_tensors(folder)
-        files |= programs.encode_programs(model.config, tensors, platforms)
     if files:
         folders.add_files(folder, files)
+    if platforms:
+        programs.add_programs(folder, platforms)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{options.out}: {size / 1e6:.1f} MB; plan_jax.load({options.out!r}) reads it")
     if options.push:

@@ -21,9 +21,9 @@ from jaxtyping import Array, PyTree, Shaped
 
 from plan_jax.config import Config
 from plan_jax.data.tokenizer import WORD_HASHES
-from plan_jax.export.folder import WEIGHTS
+from plan_jax.export.folder import WEIGHTS, add_files, read_tensors
 from plan_jax.layers import cpu
-from plan_jax.model import Components, build_components
+from plan_jax.model import Components, build_components, load_config
 from plan_jax.types import Features, TextBatch, UserError
 
 # Those that jax.export knows; a program holds the first three unless others are asked for.
@@ -50,6 +50,21 @@ SIGNATURES = {
 TEXT_FIELDS = ("tokens", "word_index", "word_id", "sentence")
 
 
+def add_programs(folder: str | Path, platforms: Sequence[str] = DEFAULT_PLATFORMS) -> None:
+    """Adds programs to a saved model.
+
+    Args:
+      folder: the model folder.
+      platforms: platforms of `jax.export`.
+
+    Raises:
+      UserError: the folder holds no complete model, or no programs can be written for a platform.
+    """
+    check_platforms(platforms)
+    weights = read_tensors(Path(folder))
+    add_files(folder, encode_programs(load_config(folder), weights, platforms))
+
+
 def encode_programs(
     config: Config, weights: Mapping[str, Any], platforms: Sequence[str] = DEFAULT_PLATFORMS
 ) -> dict[str, bytes]:
@@ -60,12 +75,8 @@ def encode_programs(
     Args:
       config: the config of the run.
       weights: what `folder.read_tensors` returns, or the shapes and dtypes of these arrays.
-      platforms: platforms of `jax.export`.
-
-    Raises:
-      UserError: a platform is unknown, there is none, or flatbuffers is not installed.
+      platforms: platforms of `jax.export`, see `check_platforms`.
     """
-    check_platforms(platforms)
     components = build_components(config)
     programs, grid = trace_programs(components, config, weights, platforms)
     files = {f"{name}{SUFFIX}": bytes(program.serialize()) for name, program in programs.items()}
