@@ -1,5 +1,6 @@
 """Exit codes, signals, and output that nobody reads: what all commands share."""
 
+import builtins
 import errno
 import os
 import pty
@@ -252,6 +253,26 @@ def test_a_full_disk_behind_the_output_is_one_sentence():
         _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert err == "the output cannot be written (No space left on device); free disk space\n"
+
+
+def test_a_notebook_shows_what_a_signal_says(monkeypatch, capsys):
+    """Its stderr has no file that the front end would read."""
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 99, raising=False)
+    with command.StopSignal() as stop:
+        assert stop.receive(signal.SIGINT)
+    assert capsys.readouterr().err.strip() == (
+        "stopping after this step, whose state is saved; press Ctrl-C again to end at once"
+    )
+
+
+def test_a_notebook_that_hides_deprecations_still_does():
+    """IPython has filters that turn warnings of its own into errors."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", category=FutureWarning)
+        assert command.run(lambda: warnings.warn("theirs", DeprecationWarning, 2)) == 0
+    assert not shown
 
 
 def test_warnings_of_other_packages_are_no_errors():

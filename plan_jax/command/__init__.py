@@ -70,7 +70,7 @@ def run(command: Callable[[], None]) -> int:
     try:
         with warnings.catch_warnings():
             # Warnings of other packages are not the user's to correct.
-            if any(action == "error" for action, *_ in warnings.filters):
+            if any(map(_is_strict, warnings.filters)):
                 warnings.simplefilter("default")
             command()
         sys.stdout.flush()
@@ -93,6 +93,13 @@ def run(command: Callable[[], None]) -> int:
         if sys.stderr is run_stderr:
             sys.stderr = stderr
     return _exit_code(_process.number, is_saved=True) if _process.number else 0
+
+
+def _is_strict(warning_filter: tuple) -> bool:
+    """Returns whether a filter turns a deprecation into an error, as `python -W error` does."""
+    action, _, category, *_ = warning_filter
+    # A notebook has filters of this kind for warnings of its own.
+    return action == "error" and issubclass(DeprecationWarning, category)
 
 
 def _describe_system_error(error: OSError) -> str:
@@ -141,7 +148,7 @@ def end_on_signals(caller: FrameType | None = None) -> None:
 
 def _is_program(frame: FrameType) -> bool:
     """Returns whether the module of a frame is the program that this process runs."""
-    if hasattr(builtins, "__IPYTHON__") or hasattr(sys, "ps1") or sys.flags.interactive:
+    if _is_notebook() or hasattr(sys, "ps1") or sys.flags.interactive:
         return False
     variables = frame.f_globals
     while frame.f_back:
@@ -149,6 +156,10 @@ def _is_program(frame: FrameType) -> bool:
     # `python -m` begins in runpy, by whose other functions a program runs a module inside itself.
     is_outermost = frame.f_globals is variables or frame.f_code.co_name == "_run_module_as_main"
     return is_outermost and vars(sys.modules["__main__"]) is variables
+
+
+def _is_notebook() -> bool:
+    return hasattr(builtins, "__IPYTHON__")
 
 
 class StopSignal:
@@ -232,6 +243,9 @@ def _print_line(sentence: str) -> None:
 
     # A progress bar leaves the cursor behind itself.
     start = "\n" if getattr(tqdm, "_instances", None) else ""
+    if _is_notebook():
+        sys.stderr.write(f"{start}{sentence}\n")  # a stream without a file, and without such locks
+        return
     with contextlib.suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), f"{start}{sentence}\n".encode())
 
