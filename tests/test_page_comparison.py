@@ -37,6 +37,11 @@ def test_seeds_are_averaged():
     assert comparison.rows[0] == ["A", "2", "1.50 ± 0.71", "0.250", "10.0"]
 
 
+def test_a_metric_that_is_undefined_is_an_empty_cell():
+    null = {"grounding/cnr": None, "grounding/lung/cnr": 0.5, "grounding/cnr_low": None}
+    assert compare({"A": [null], "B": [TWO]}, CATALOGUE).rows[0] == ["A", "1", "", ""]
+
+
 def test_no_runs_are_an_empty_table():
     assert compare({}, CATALOGUE).rows == []
 

@@ -40,6 +40,11 @@ def compare(
       catalogue: the catalogue of metrics.
       name: head of the column of labels.
     """
+    # JSON has no NaN: what is undefined is null in `metrics.json`.
+    runs = {
+        label: [{key: x for key, x in metrics.items() if x is not None} for metrics in seeds]
+        for label, seeds in runs.items()
+    }
     labels = column_labels(runs, catalogue)
     rows = table_rows(runs, catalogue, list(labels))
     return Comparison([name, "seeds", *labels.values()], rows)
