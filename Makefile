@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help demo model test soak parity lint bench clean
+.PHONY: help demo model test soak parity notebooks lint bench clean
 help:
 	@echo "make demo    train configs/demo.py on phantoms and write runs/demo/report.html"
 	@echo "make model   save runs/demo as plan_jax/models/phantom-plan, the model of the package"
@@ -11,6 +11,7 @@ help:
 	@echo "make lint    check format, rules and types"
 	@echo "make soak    run slow tests: killed runs, two hosts, eight devices"
 	@echo "make parity  compare encoders with torch, torchvision, timm and MiniLM"
+	@echo "make notebooks  write colab/*.ipynb and run them with the versions of Colab"
 	@echo "make bench   measure speed and memory"
 	@echo "make clean   remove caches; keeps .venv, data and runs"
 
@@ -55,6 +56,27 @@ soak: .venv/.test
 parity: .venv/.parity
 	@echo "== comparing encoders with torch, torchvision, timm and MiniLM"
 	@$(BIN)/python -m pytest -s --override-ini addopts= tests/parity
+
+# Python 3.13 as on Colab: PYTHON313, pyenv's or python3.13. The versions are those of Colab's runtime
+# without an accelerator, but for tensorflow-metadata, which plan_jax replaces.
+.venv-notebooks/.package: pyproject.toml colab/runtime/cpu.txt
+	@python=$${PYTHON313:-$$(ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.13*/bin/python 2>/dev/null | tail -1)}; \
+	  python=$${python:-$$(command -v python3.13)}; \
+	  [ "$$python" ] || { python=$(PYTHON); echo "== no Python 3.13 as on Colab: using $$python; set PYTHON313"; }; \
+	  echo "== creating .venv-notebooks with $$python and the versions of Colab (1 to 3 minutes)"; \
+	  $$python -m venv .venv-notebooks
+	@grep -v '^tensorflow-metadata=' colab/runtime/cpu.txt > .venv-notebooks/constraints.txt
+	@.venv-notebooks/bin/python -m pip install --disable-pip-version-check --quiet \
+	  -c .venv-notebooks/constraints.txt -e . ipykernel ipython tensorboard "setuptools<81" \
+	  jupyter_client==7.4.9 nbclient==0.10.4 pyzmq==26.2.1 tornado==6.5.7 traitlets==5.7.1 \
+	  pytest pytest-xdist
+	@touch $@
+
+notebooks: .venv/.test .venv-notebooks/.package
+	@$(BIN)/python tools/build_notebooks.py
+	@echo "== running the notebooks with the versions of Colab; pictures go to build/notebooks"
+	@.venv-notebooks/bin/python -m pytest -n 2 -p no:cacheprovider --durations=8 \
+	  --override-ini addopts= --confcutdir=tests/notebooks tests/notebooks
 
 lint: .venv/.test
 	@echo "== checking format and rules with ruff, types with mypy"
