@@ -20,14 +20,17 @@ package = "plan_jax"  # @param {type:"string"}
 # %% tags=["parameters"]
 checkpoint = "phantom-plan"  # @param {type:"string"}
 published = ""  # @param {type:"string"}
+published_options = ""  # @param {type:"string"}
 benchmark = "eval/all_phantom"  # @param {type:"string"}
 options = "--config.eval.tasks=('grounding','retrieval','zero_shot')"  # @param {type:"string"}
 
 # %% [markdown]
 # ## Published models
 #
-# Name a config of `published/` to fetch its weights and evaluate them in place of `checkpoint`.
-# Their licences are their authors'.
+# Name a config of `published/` to evaluate its model in place of `checkpoint`. `biovil`,
+# `biovil_t`, `rad_dino`, `xray_dinov2` and `radjepa` are fetched from the hub. The others are read
+# from a file, named as `--config.weights.vision=FILE` in `published_options`; docs/published.md
+# says which. Their licences are their authors'.
 
 # %%
 from plan_jax import main
@@ -35,8 +38,9 @@ from plan_jax.command.config_files import list_names
 
 print(*(name for name in list_names() if name.startswith(("eval/", "published/"))), sep="\n")
 if published:
-    checkpoint = "runs/published"
-    assert main.run(["--config", published, "--workdir", checkpoint]) == 0
+    checkpoint = f"runs/{published}"
+    arguments = ["--config", published, *published_options.split()]
+    assert main.run([*arguments, "--workdir", checkpoint]) == 0
 
 # %% [markdown]
 # ## Evaluate
