@@ -153,6 +153,7 @@ def test_moved_data_are_accepted_by_their_fingerprint(mode, flags, fingerprint, 
 
 
 def test_data_without_a_fingerprint_are_known_by_their_place(calls, monkeypatch, capsys):
+    Path("run").mkdir()
     content = stored_pairs()
     content["data"]["fingerprint"] = ""
     monkeypatch.setattr(checkpoint, "read_config", lambda folder: content)

@@ -7,6 +7,8 @@ from plan_jax.export import hub
 from plan_jax.export.folder import is_model_folder
 from plan_jax.types import UserError
 
+# Longer than any id of the hub with a revision, and shorter than what no file system can store.
+MAX_HUB_ID = 240
 # Models that come with the package.
 BOX = Path(__file__).resolve().parent.parent / "models"
 
@@ -30,7 +32,8 @@ def find_model(source: str | Path) -> Path | None:
     if name in list_box():
         return BOX / name
     # A mistyped folder of runs is not looked up on the hub: `runs/demo` has the form of a hub id.
-    if hub.HUB_ID.fullmatch(name) and ("@" in name or not path.parent.is_dir()):
+    is_hub_id = hub.HUB_ID.fullmatch(name) and len(name) <= MAX_HUB_ID
+    if is_hub_id and ("@" in name or not os.path.isdir(path.parent)):
         return hub.fetch_model(name)
     if path.parent.name == "checkpoints":  # a step, perhaps of a run that has others
         return None
