@@ -46,6 +46,15 @@ def test_csv(tmp_path):
     assert json.loads(third["boxes"]) == [[5, 11, 9, 20, 1]] and third["error"] == ""
 
 
+@pytest.mark.parametrize("text", ["one\rtwo", "one\r\ntwo", "one\ntwo", '=1+1, "x"'])
+def test_a_cell_of_a_csv_is_read_as_it_was(text, tmp_path):
+    with writers.open_csv(tmp_path / "a.csv") as write:
+        write(Outcome(1, "a.png", text, fault="is broken"))
+    with open(tmp_path / "a.csv", encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["text"] == text and row["error"] == "is broken"
+
+
 def parse_strictly(text):
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")

@@ -39,7 +39,8 @@ def open_csv(path: Path) -> Iterator[Write]:
     with logger.open_atomically(path) as file:
         # A name that is not UTF-8 must not end the run.
         text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
-        table = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        # Python quotes a line break inside a cell only if it is part of this one: a single \r too.
+        table = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\r\n")
 
         def write(outcome: Outcome) -> None:
             row = to_row(outcome)
@@ -75,7 +76,7 @@ def open_json(path: Path) -> Iterator[Write]:
 
 @contextlib.contextmanager
 def write_json(text: Any) -> Iterator[Write]:
-    """Writes a list of rows as strict JSON to an open stream of text."""
+    """Writes a list of rows as strict JSON to an open stream of text, and ends it in any case."""
     separator = "["
 
     def write(outcome: Outcome) -> None:
@@ -83,8 +84,10 @@ def write_json(text: Any) -> Iterator[Write]:
         text.write(f"{separator}\n{logger.encode_json(to_row(outcome))}")
         separator = ","
 
-    yield write
-    text.write("\n]\n" if separator == "," else "[]\n")
+    try:
+        yield write
+    finally:
+        text.write("\n]\n" if separator == "," else "[]\n")
 
 
 @contextlib.contextmanager
