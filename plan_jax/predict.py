@@ -171,6 +171,8 @@ def _expand(patterns: Sequence[str]) -> list[str]:
 def _check_outputs(paths: Sequence[str], num_pairs: int) -> None:
     """Raises UserError for a file that cannot be written, or is of another kind."""
     for path in paths:
+        if not path:
+            raise UserError("--out is an empty name; give a file, or a folder for pictures")
         kind = _find_kind(path)
         if kind == "folder":
             continue

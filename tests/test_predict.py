@@ -91,6 +91,13 @@ def test_pairs_of_a_table_that_partly_fail(capsys):
     assert [bool(errors[number]) for number in (1, 2, 3, 4)] == [False, True, True, False]
 
 
+def test_a_path_that_the_system_refuses_does_not_end_the_others(capsys):
+    argv = [*MODEL, "--image", f"{'a' * 300}.png", "chest.png", "--text", "effusion"]
+    assert predict.run(argv) == 1
+    assert "a.png cannot be read (File name too long); correct the path" in capsys.readouterr().err
+    assert [bool(row["error"]) for row in read_table()] == [True, False]
+
+
 def test_when_all_pairs_fail_no_table_is_written(capsys):
     save_table(("none.png", "effusion"), ("nil.png", "effusion"))
     assert predict.run([*MODEL, "--csv", "pairs.csv", "--out", "a.csv", "a.npz"]) == 2
@@ -104,6 +111,13 @@ def test_json_is_printed(capsys):
     (row,) = json.loads(capsys.readouterr().out)
     assert row["image"] == "chest.png" and row["height"] == 50
     assert [path.name for path in Path().iterdir()] == ["chest.png"]
+
+
+def test_json_is_complete_when_all_pairs_fail(capsys):
+    save_table(("none.png", "effusion"), ("nil.png", "effusion"))
+    assert predict.run([*MODEL, "--csv", "pairs.csv", "--json"]) == 2
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["image"] for row in rows] == ["none.png", "nil.png"]
 
 
 def test_many_reasons_are_not_all_printed(capsys):
@@ -150,6 +164,11 @@ def test_an_image_is_read_with_the_bit_depth_of_the_run(monkeypatch):
         (
             ["--image", "chest.png", "--text", "a", "--threshold", "3"],
             "threshold is 3.0; use a number from 0 to 1",
+        ),
+        (["--image", "", "--text", "a"], "the image has an empty path; pass the path of a file"),
+        (
+            ["--image", "chest.png", "--text", "a", "--out", ""],
+            "--out is an empty name; give a file, or a folder for pictures",
         ),
     ],
 )

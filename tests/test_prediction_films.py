@@ -164,6 +164,8 @@ def test_the_mirror_image_of_a_flat_film_is_itself():
         ("empty.png", "empty.png is an empty file; pass"),
         ("half.png", "half.png is a broken image"),
         ("pipe", "pipe is not a file; pass"),
+        ("a" * 300, r"a cannot be read \(File name too long\); correct the path"),
+        ("", "the image has an empty path; pass the path of a file"),
     ],
 )
 def test_what_is_not_an_image_is_refused(name, message):
@@ -192,3 +194,10 @@ def test_what_is_not_an_image_is_refused(name, message):
 def test_arrays_are_grey(array, words):
     with pytest.raises(UserError, match=f"the array is {words}; pass grey values as uint8"):
         films.read_film(array, 32)
+
+
+@pytest.mark.parametrize("source", [None, ["a.png"], Image.fromarray(FILM)])
+def test_what_is_no_path_is_refused(source):
+    # Tests check the types of `read_film`; a user's program does not.
+    with pytest.raises(UserError, match=f"is of type {type(source).__name__}; pass a path, or"):
+        films._check_path(source)

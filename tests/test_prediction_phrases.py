@@ -52,3 +52,8 @@ def test_unknown_pieces_are_counted(tokenizer):
 def test_a_report_is_not_quoted():
     with pytest.raises(UserError, match="a text of 7 characters|has no word"):
         phrases.check_phrase(". . . .")
+
+
+def test_several_phrases_are_not_one():
+    with pytest.raises(UserError, match="the phrase is of type list; pass one text"):
+        phrases.check_phrase(["effusion", "nodule"])

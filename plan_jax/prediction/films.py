@@ -4,6 +4,7 @@ The limits of the checks were measured by `tools/measure_film_checks.py`; docs/p
 figures.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def read_film(
             pixels, *transforms.scale_shape(shape, stored_size or size)
         )
     else:
-        name, path = name or str(source), Path(source)
+        path = _check_path(source)
+        name = name or str(source)
         try:
             fault, notes = _read_tags(path)
             if not (fault and check):
@@ -146,6 +148,17 @@ def _correlate(first: Float[np.ndarray, "Y X"], second: Float[np.ndarray, "Y X"]
     return float((first * second).sum() / norm) if norm > 0 else 1.0
 
 
+def _check_path(source: object) -> Path:
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(
+            f"the image is of type {type(source).__name__}; pass a path, or grey values as a numpy "
+            "array of uint8 [Y X]"
+        )
+    if not str(source):
+        raise UserError("the image has an empty path; pass the path of a file")
+    return Path(source)
+
+
 def _check_array(array: Shaped[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "Y X"]:
     is_grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
     if array.dtype != np.uint8 or not is_grey or not array.size:
@@ -195,8 +208,8 @@ def _find_colour(path: Path) -> str:
 
 
 def _name_unreadable(path: Path, name: str, error: OSError) -> UserError:
-    if path.is_dir():
-        return UserError(f"{name} is a folder; pass the images in it, as {name}/*.png")
+    if os.path.isdir(path):  # unlike Path, it raises nothing
+        return UserError(f"{name} is a folder; pass the images in it, as {path}/*.png")
     return UserError(f"{name} cannot be read ({error.strerror or error}); correct the path")
 
 

@@ -1,5 +1,7 @@
 """Checks of the phrases that are located."""
 
+from typing import Any
+
 from plan_jax.data import quoting
 from plan_jax.data.tokenizer import Tokenizer, check_known, tokenize
 from plan_jax.types import UserError
@@ -7,13 +9,15 @@ from plan_jax.types import UserError
 NAME = "the phrase"
 
 
-def check_phrase(text: str, name: str = NAME) -> None:
-    """Raises UserError if a phrase has no word, or bytes that are not text.
+def check_phrase(text: Any, name: str = NAME) -> None:
+    """Raises UserError if a phrase is not a text, has no word, or bytes that are not text.
 
     Args:
       text: the phrase.
       name: what the phrase is, in messages.
     """
+    if not isinstance(text, str):
+        raise UserError(f"{name} is of type {type(text).__name__}; pass one text")
     if any(map(_is_surrogate, text)):
         raise UserError(f"{name} has bytes that are not UTF-8; pass the phrase as UTF-8")
     if not any(map(str.isalnum, text)):
