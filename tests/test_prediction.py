@@ -136,6 +136,7 @@ def test_a_file_that_cannot_be_written_is_named(name, words):
     ("options", "message"),
     [
         ({"threshold": 1.5}, "threshold is 1.5; use a number"),
+        ({"threshold": -0.5}, "threshold is -0.5; use a number"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"min_area": -1}, "min_area is -1; use a fraction"),
         ({"normalisation": "max"}, "normalisation is 'max'; use one of raw, minmax, z"),

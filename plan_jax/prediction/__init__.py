@@ -48,7 +48,7 @@ class Options:
 
     def __post_init__(self) -> None:
         # Written as `not`, so that NaN is refused too.
-        if not -1 <= self.threshold <= 1:
+        if not 0 <= self.threshold <= 1:
             raise UserError(f"threshold is {self.threshold}; use a number from 0 to 1")
         if not 0 <= self.min_area <= 1:
             raise UserError(f"min_area is {self.min_area}; use a fraction of the image, 0 to 1")
