@@ -694,14 +694,14 @@ def test_a_lost_host_is_not_a_full_disk(tmp_path, monkeypatch):
     def lose_host(*_, **__):
         raise jax.errors.JaxRuntimeError("UNAVAILABLE: barrier timed out, connection reset")
 
-    manager = checkpoint.open_manager(tmp_path)
+    manager, state = checkpoint.open_manager(tmp_path), make_state(1)
     monkeypatch.setattr(manager, "save", lose_host)
     with pytest.raises(UserError, match="could not be written to .*UNAVAILABLE.*; free the disk"):
-        checkpoint.save(manager, 1, make_state(1), {}, CONFIG)
+        checkpoint.save(manager, 1, state, {}, CONFIG)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(parallel, "gather_strings", lambda text: [text, text])
     with pytest.raises(UserError, match="another host of this run has ended .*repeat the command"):
-        checkpoint.save(manager, 1, make_state(1), {}, CONFIG)
+        checkpoint.save(manager, 1, state, {}, CONFIG)
 
 
 def test_a_broken_step_that_cannot_be_renamed(damaged, monkeypatch):

@@ -145,7 +145,7 @@ def test_memory_of_the_local_loss_is_at_most_linear_in_the_batch(name):
         gradient = jax.jit(jax.grad(objective, (0, 1), allow_int=True))
         analysis = gradient.lower(images, texts).compile().memory_analysis()
         sizes[pairs] = analysis.temp_size_in_bytes
-    assert sizes[128] <= 8 * sizes[16], sizes
+    assert sizes[128] <= 8.1 * sizes[16], sizes  # buffers are rounded up
 
 
 def extreme_values(kind):
