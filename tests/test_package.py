@@ -63,7 +63,8 @@ def test_every_import_is_declared():
         "sklearn": "scikit-learn",
         "rouge_score": "rouge-score",
     }
-    optional = {"torch", "pydicom"}
+    extras = sum(PROJECT["optional-dependencies"].values(), [])
+    optional = {Requirement(line).name for line in extras}
     others = {"plan_jax", "jaxlib", *sys.stdlib_module_names}  # jax depends on one jaxlib
     names = {modules.get(name, name) for name in imported - optional - others}
     declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
