@@ -39,8 +39,23 @@ def test_cells_without_an_image_are_faults_of_their_rows(folder):
     table = write(folder, "image,text\n,x\n../../a.png,y\nfilms/a.png,\n")
     missing, outside, empty = tables.read_jobs(table)
     assert missing.fault == "the image of row 1 names no image; correct that cell"
+    assert missing.name == "" and outside.name == "../../a.png"
     assert "row 2 leaves the images folder" in outside.fault
     assert empty.texts == [""] and not empty.fault
+
+
+def test_a_row_keeps_its_spelling_of_an_image(folder):
+    table = write(folder, "image,text\nfilms/a.png,x\n./films/a.png,y\n")
+    first, second = tables.read_jobs(table)
+    assert (first.name, second.name) == ("films/a.png", "./films/a.png")
+    assert first.path == second.path
+
+
+def test_a_list_is_not_a_phrase(folder):
+    lines = '{"image": "films/a.png", "text": ["x", "y"]}\n{"image": "films/a.png", "text": 7}\n'
+    several, number = tables.read_jobs(write(folder, lines, "pairs.jsonl"))
+    assert several.fault == "the text of row 1 is a list of 2; write one phrase in each row"
+    assert number.texts == ["7"] and not number.fault
 
 
 def test_a_table_needs_both_columns(folder):

@@ -27,17 +27,29 @@ def read_jobs(table: Path, folder: Path | None = None) -> list[Job]:
     rows = manifest.read_manifest(table)
     columns = manifest.match_columns(rows, {}, COLUMNS, COLUMNS)
     root = Path(folder or table.parent).absolute()
-    jobs: dict[tuple[str, str], Job] = {}
-    pairs: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    jobs: dict[tuple[str, str, str], Job] = {}
+    pairs: dict[tuple[str, str, str], list[tuple[str, int]]] = {}
     for number, row in enumerate(rows, 1):
+        text, text_fault = _read_text(get_cell(row, columns["text"]), number)
         path, name, fault = _resolve(root, get_cell(row, columns["image"]), number)
-        text = get_cell(row, columns["text"])
-        pairs.setdefault((path, fault), []).append(("" if text is None else str(text), number))
-        jobs.setdefault((path, fault), Job(path, name, (), (), fault))
+        # An image with two spellings forms two jobs, and each row keeps its own.
+        key = path, name, fault or text_fault
+        pairs.setdefault(key, []).append((text, number))
+        jobs.setdefault(key, Job(path, name, (), (), fault or text_fault))
     return [
         replace(job, texts=[text for text, _ in pairs[key]], rows=[row for _, row in pairs[key]])
         for key, job in jobs.items()
     ]
+
+
+def _read_text(cell: object, number: int) -> tuple[str, str]:
+    """Returns the phrase in a cell, and what is wrong with it, or ""."""
+    if cell is None:
+        return "", ""  # it has no word, as any other such phrase
+    if isinstance(cell, str | int | float):
+        return str(cell), ""
+    fault = f"the text of row {number} is {quoting.quote(cell)}; write one phrase in each row"
+    return "", fault
 
 
 def _resolve(root: Path, value: object, number: int) -> tuple[str, str, str]:
@@ -46,7 +58,7 @@ def _resolve(root: Path, value: object, number: int) -> tuple[str, str, str]:
         name = paths.read_image_name(value)
         return str(paths.resolve_path(root, name, number)), name, ""
     except UserError as error:
-        return "", quoting.quote_path(value), str(error)
+        fault = str(error)
     except ValueError as error:
         fault = f"the image of row {number} {error}; correct that cell"
-        return "", quoting.quote_path(value), fault
+    return "", "" if value is None else quoting.quote_path(value), fault
