@@ -1,6 +1,7 @@
 """Grounding of one phrase: its map, mask and boxes in an image, and the files of a result."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,11 +162,13 @@ def test_a_model_without_a_config_does_not_ground():
         Model("toy", (4, 4), 0, 32, **functions).ground(FILM, TEXT)
 
 
-def test_maps_that_are_not_finite_are_refused(model):
-    images, texts = (
-        model.encode_image(np.zeros((1, 32, 32, 1), np.uint8)),
-        model.encode_text([TEXT]),
+def test_a_map_that_is_not_finite_is_refused(model):
+    broken = replace(
+        model, heatmap=lambda *_, rounds: (np.full((1, 3, 64), np.nan), np.ones((1, 3)))
     )
-    broken = images.replace(local=images.local * np.nan, fine=images.fine * np.nan)
-    with pytest.raises(UserError, match="not finite; use another checkpoint"):
-        prediction.compute_maps(model, broken, texts)
+    ((heat_map, similarity),) = prediction.compute_maps(
+        broken, model.encode_image(np.zeros((1, 32, 32, 1), np.uint8)), model.encode_text([TEXT])
+    )
+    film = films.read_film(FILM, 32)
+    with pytest.raises(UserError, match="in the array has values that are not finite; use another"):
+        prediction.locate(model, film, TEXT, heat_map, similarity, prediction.Options())

@@ -87,6 +87,23 @@ def test_faults_are_named_and_the_others_go_on():
     assert len(clock.latencies) == 2
 
 
+def test_a_map_that_is_not_finite_does_not_end_the_others():
+    model, names = make_tiny_model(), save_films(3)
+    calls = []
+
+    def heatmap(images, texts, rounds):
+        maps, weights = model.heatmap(images, texts, rounds=rounds)
+        calls.append(len(maps))
+        return (maps * np.nan if len(calls) == 3 else maps), weights  # the second image
+
+    broken = replace(model, heatmap=heatmap)
+    outcomes, clock = locate(broken, batches.list_products(names, TEXTS[:1]))
+    assert calls == [1, 1, 1, 1]
+    assert [outcome.grounding is None for outcome in outcomes] == [False, True, False]
+    assert outcomes[1].fault.startswith("the heat map in 1.png has values that are not finite")
+    assert len(clock.latencies) == 2
+
+
 def test_when_no_phrase_can_be_read_nothing_is_computed():
     counted, images, texts = count_calls(make_tiny_model())
     outcomes, clock = locate(counted, batches.list_products(save_films(2), ["...", "\U0001fac1"]))

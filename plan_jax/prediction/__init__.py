@@ -30,8 +30,8 @@ class Options:
     Attributes:
       threshold: a pixel is in the mask if its normalised value is above it.
       normalisation: that of `metrics.grounding.normalise`. `minmax` scales each map to [0, 1], so
-        there is always a mask. `raw` compares the values themselves, whose scale is that of the
-        method.
+        every map that is not constant has a mask. `raw` compares the values themselves, whose scale
+        is that of the method.
       min_area: the smallest area of the mask that is kept, as a fraction of the image.
       rounds: of refinement; None as the method was configured.
       check: whether to refuse what is not a frontal film.
@@ -269,14 +269,12 @@ def compute_maps(
     """Returns the map of text b in image b, on the model's grid [y x], and their similarities.
 
     Raises:
-      UserError: the method has no rounds, or a map is not finite.
+      UserError: the method has no rounds.
     """
     word_maps, weights = (
         np.asarray(array, np.float32) for array in model.heatmap(images, texts, rounds=rounds)
     )
     heat_maps = maps.combine_words(word_maps, weights).reshape(-1, *model.grid)
-    if not np.isfinite(heat_maps).all():
-        raise UserError("heat maps have values that are not finite; use another checkpoint")
     kinds = model.pair_similarity(images, texts) if model.pair_similarity else {}
     return [
         (heat_map, {kind: float(values[index]) for kind, values in kinds.items()})
@@ -303,7 +301,14 @@ def locate(
       similarity: that of the image and the phrase.
       options: for the mask and the boxes.
       text_notes: what `describe_text` returns.
+
+    Raises:
+      UserError: the map is not finite.
     """
+    if not np.isfinite(heat_map).all():
+        raise UserError(
+            f"the heat map in {film.name} has values that are not finite; use another checkpoint"
+        )
     enlarged = maps.enlarge_map(heat_map, film.shape, model.size, film.stored_shape)
     is_hot = maps.threshold_map(enlarged, options.threshold, options.normalisation)
     mask, boxes, scores = maps.find_boxes(is_hot, enlarged, options.min_area)

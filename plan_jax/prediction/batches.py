@@ -200,9 +200,13 @@ def _ground_chunk(
                 heat_map, similarity, duration = next(maps)
                 start = time.perf_counter()
                 notes = cache.notes[text]
-                grounding = prediction.locate(
-                    model, film, text, heat_map, similarity, options, notes
-                )
+                try:
+                    grounding = prediction.locate(
+                        model, film, text, heat_map, similarity, options, notes
+                    )
+                except UserError as error:
+                    yield Outcome(row, job.name, text, fault=str(error))
+                    continue
                 yield Outcome(row, job.name, text, grounding)  # the caller writes it
                 seconds += duration + time.perf_counter() - start
                 num_located += 1
