@@ -32,6 +32,7 @@ def test_baselines_are_filled_in_and_have_no_entry():
     catalogue["task"]["f1"] = Metric("F1", "", baselines={"random": "random/f1"}, headline=True)
     values = {"task/left/f1": 0.7, "task/chance/left": 0.5, "task/random/f1": 0.1, "task/f1": 0.3}
     values |= {"task/f1_low": 0.2, "task/f1_high": 0.4, "task/n": 3}
+    values |= {"task/left/f1_low": None}  # as metrics.json holds NaN
     measured = {entry.key: entry for entry in entries(catalogue, values)}
     assert set(measured) == {"task/left/f1", "task/f1"}  # `random/f1` also fits `{group}/f1`
     assert measured["task/left/f1"].baselines == {"chance": 0.5}

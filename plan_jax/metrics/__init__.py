@@ -121,6 +121,8 @@ def entries(catalogue: Catalogue, values: Mapping[str, Any]) -> Iterator[Entry]:
                 label: values.get(f"{task}/{baseline}")
                 for label, baseline in metric.baselines.items()
             }
+            # A bound that is undefined is NaN, which metrics.json holds as null.
+            low, high = (values.get(f"{key}_{end}") for end in ("low", "high"))
             yield Entry(
                 key=key,
                 task=task,
@@ -130,8 +132,8 @@ def entries(catalogue: Catalogue, values: Mapping[str, Any]) -> Iterator[Entry]:
                 value=float(values[key]),
                 baselines={label: float(x) for label, x in baselines.items() if is_number(x)},
                 interval=(
-                    float(values.get(f"{key}_low", math.nan)),
-                    float(values.get(f"{key}_high", math.nan)),
+                    float(low) if is_number(low) else math.nan,
+                    float(high) if is_number(high) else math.nan,
                 ),
             )
 
