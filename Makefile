@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help demo model test soak parity notebooks lint bench clean
+.PHONY: help demo model test soak parity notebooks lint package bench clean
 help:
 	@echo "make demo    train configs/demo.py on phantoms and write runs/demo/report.html"
 	@echo "make model   save runs/demo as plan_jax/models/phantom-plan, the model of the package"
@@ -12,6 +12,7 @@ help:
 	@echo "make soak    run slow tests: killed runs, two hosts, eight devices"
 	@echo "make parity  compare encoders with torch, torchvision, timm and MiniLM"
 	@echo "make notebooks  write colab/*.ipynb and run them with the versions of Colab"
+	@echo "make package build the wheel and try it in an empty environment"
 	@echo "make bench   measure speed and memory"
 	@echo "make clean   remove caches; keeps .venv, data and runs"
 
@@ -83,6 +84,10 @@ lint: .venv/.test
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+package: .venv/.test
+	@echo "== building the wheel and running it in an empty environment (minutes)"
+	@$(BIN)/python tools/check_package.py
 
 bench: .venv/.package
 	@echo "== measuring input, step and memory; keep the machine idle meanwhile"
