@@ -122,7 +122,8 @@ def entries(catalogue: Catalogue, values: Mapping[str, Any]) -> Iterator[Entry]:
                 for label, baseline in metric.baselines.items()
             }
             # A bound that is undefined is NaN, which metrics.json holds as null.
-            low, high = (values.get(f"{key}_{end}") for end in ("low", "high"))
+            bounds: list[Any] = [values.get(f"{key}_{end}") for end in ("low", "high")]
+            low, high = (float(x) if is_number(x) else math.nan for x in bounds)
             yield Entry(
                 key=key,
                 task=task,
@@ -131,10 +132,7 @@ def entries(catalogue: Catalogue, values: Mapping[str, Any]) -> Iterator[Entry]:
                 metric=metric,
                 value=float(values[key]),
                 baselines={label: float(x) for label, x in baselines.items() if is_number(x)},
-                interval=(
-                    float(low) if is_number(low) else math.nan,
-                    float(high) if is_number(high) else math.nan,
-                ),
+                interval=(low, high),
             )
 
 
