@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import chex
 import numpy as np
@@ -201,6 +202,22 @@ def test_a_tokenizer_that_does_not_load_is_named(monkeypatch, tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nheart\n")
     with pytest.raises(UserError, match="its vocabulary did not load; use a folder"):
         tokenization.load_tokenizer(str(tmp_path))
+
+
+def test_code_beside_a_tokenizer_does_not_run(tokenizer, vocabulary_folder, tmp_path, monkeypatch):
+    """CXR-BERT's files name a class in a file beside them, which is BERT's under another name."""
+    folder = shutil.copytree(vocabulary_folder, tmp_path / "cxr_bert")
+    config = {
+        "do_lower_case": True,
+        "tokenizer_class": "CXRBertTokenizer",
+        "auto_map": {"AutoTokenizer": ["configuration_cxrbert.CXRBertTokenizer", None]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "configuration_cxrbert.py").write_text("raise SystemExit('this code ran')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked on the terminal"))
+    reloaded = tokenization.load_tokenizer(str(folder))
+    assert reloaded.vocab_size == tokenizer.vocab_size
+    chex.assert_trees_all_equal(tokenize(tokenizer, REPORT)[:4], tokenize(reloaded, REPORT)[:4])
 
 
 # Vocabularies whose ids are not 0 to N - 1: the embedding of an id beyond N would be NaN ----------

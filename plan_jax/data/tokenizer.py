@@ -261,11 +261,8 @@ def _load_saved(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
 def _load_pretrained(name: str, path: Path) -> Tokenizer:
     if (path / "vocab.txt").is_file() and not (path / "tokenizer.json").exists():
         _read_pieces(path / "vocab.txt")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is absent
-    from transformers import AutoTokenizer  # imported late: it takes 1.3 s
-
     try:
-        pretrained = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+        pretrained = _fetch_pretrained(str(path) if path.is_dir() else name)
     except Exception as error:  # the hub raises many kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
@@ -288,6 +285,23 @@ def _load_pretrained(name: str, path: Path) -> Tokenizer:
         pretrained.pad_token,
         pretrained.unk_token,
     )
+
+
+def _fetch_pretrained(name: str) -> Any:
+    """Returns a tokenizer of transformers; code that was published beside it never runs.
+
+    CXR-BERT names a class of its own, which adds nothing to BERT's, so BERT's reads its files.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is absent
+    from transformers import AutoTokenizer, BertTokenizer  # imported late: it takes 1.3 s
+
+    # Without an answer, it would ask on the terminal whether to run that code.
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        return BertTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def _build_tokenizer(
