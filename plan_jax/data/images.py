@@ -221,6 +221,9 @@ def _describe_error(error: Exception, data: bytes) -> str:
         return f"is a broken {kind}, or a kind that cannot be read; save it as 8 or 16-bit PNG"
     if isinstance(error, ImageError):
         return str(error)
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from there on Pillow refuses
+        return f"has more than the {limit:,} pixels that are read; reduce it"
     reason = (str(error) or type(error).__name__).splitlines()[0][:MAX_REASON]
     return f"is a broken image ({reason})"
 
