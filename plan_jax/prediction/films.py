@@ -1,6 +1,6 @@
 """Reading of the images in which phrases are located, and checks that they are frontal films.
 
-The limits of the checks were measured by `tools/measure_film_checks.py`; docs/predict.md has the
+The limits of the checks were measured by `tools/measure_prediction.py`; docs/predict.md has the
 figures.
 """
 
