@@ -84,7 +84,7 @@ ONLY_IN = {
     ),
     "absl.flags": ("plan_jax/main.py", "plan_jax/data/processes.py", "tests/conftest.py"),
     "tensorflow_datasets": ("plan_jax/data/tfds.py",),
-    "ml_collections": ("plan_jax/main.py", "plan_jax/command/config_files.py"),
+    "ml_collections": ("plan_jax/main.py",),
 }
 FORBIDDEN_NAMES = re.compile(r"(^|/)(utils?|common|helpers?|misc|base_\w+)(\.py)?(/|$)")
 ARRAYS = {"Array", "ndarray", "ArrayLike"}

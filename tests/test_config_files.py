@@ -116,3 +116,37 @@ def test_modules_that_are_called_configs_are_kept(monkeypatch):
         load_config_file("wrong.py")
     assert sys.modules["configs"] is module
     assert not [name for name in sys.modules if name.startswith("configs.")]
+
+
+def test_a_config_leaves_no_trace_for_the_next_one():
+    """A notebook loads several in one process."""
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+    Path("a/demo.py").write_text(MINE)
+    Path("b/demo.py").write_text("STEPS = 1\n")
+    before = set(sys.modules)
+    assert load_config_file("a/demo.py")["method"] == "plan"
+    with pytest.raises(UserError, match=r"config file b/demo.py has no function get_config\(\)"):
+        load_config_file("b/demo.py")
+    assert not [name for name in set(sys.modules) - before if "demo" in name or "configs" in name]
+
+
+def test_a_file_of_the_name_of_the_config_that_it_imports():
+    Path("plan.py").write_text(MINE)
+    assert load_config_file("plan.py") == load_config_file("plan:phantom")
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("    return open('absent.txt').read()\n", "line 2 raises FileNotFoundError: "),
+        ("    raise SystemExit(3)\n", "line 2 raises SystemExit: 3"),
+        ("    pass\nraise SystemExit\n", "line 3 raises SystemExit: "),
+        ("    return None\n", "returns None; "),
+    ],
+)
+def test_what_a_file_raises_is_one_sentence(body, reason):
+    Path("mine.py").write_text(f"def get_config():\n{body}")
+    with pytest.raises(UserError) as error:
+        load_config_file("mine.py")
+    assert str(error.value).startswith(f"config file mine.py {reason}")

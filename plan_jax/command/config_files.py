@@ -11,10 +11,9 @@ import sys
 import traceback
 import types
 from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
-
-from ml_collections.config_flags import config_flags
 
 from plan_jax.types import UserError
 
@@ -79,13 +78,16 @@ def load_config_file(config: str) -> dict[str, Any]:
     path = locate(name)
     try:
         with _importable_configs(path):
-            parser = config_flags.ConfigFileFlagParser(path.stem, lock_config=False)
-            content = parser.parse(f"{path}{colon}{argument}")
-    except Exception as error:  # a user's file can raise anything
+            module = _import_file(path)
+            if not hasattr(module, "get_config"):
+                raise UserError(f"config file {name} has no function get_config(); add one")
+            content = module.get_config(*([argument] if colon else []))
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # a user's file can raise anything
         line = getattr(error, "lineno", None) or _error_line(error, path)
         kind = type(error).__name__
-        # ml_collections raises some errors again, with the whole traceback as the message.
-        message = (str(error).strip().splitlines() or [""])[-1].removeprefix(f"{kind}: ")
+        message = (str(error).strip().splitlines() or [""])[-1]
         place = f"{name} line {line}" if line else name
         raise UserError(f"config file {place} raises {kind}: {message}; correct it") from None
     if not hasattr(content, "to_dict"):
@@ -93,6 +95,19 @@ def load_config_file(config: str) -> dict[str, Any]:
             f"config file {name} returns {content!r}; get_config() must return a ConfigDict"
         )
     return content.to_dict()
+
+
+def _import_file(path: Path) -> types.ModuleType:
+    """Returns the module of a config file.
+
+    The parser of ml_collections would keep the names of a file for the next one of the same name.
+    """
+    # Inside `configs`, so that it does not outlive `_importable_configs`.
+    module = types.ModuleType(f"{_IMPORT_NAME}.__main__")
+    module.__file__, module.__package__ = str(path), _IMPORT_NAME
+    sys.modules[module.__name__] = module
+    SourceFileLoader(module.__name__, str(path)).exec_module(module)
+    return module
 
 
 @contextlib.contextmanager
@@ -128,13 +143,11 @@ def _pop_modules() -> dict[str, types.ModuleType]:
 
 
 def _error_line(error: BaseException, path: Path) -> int | None:
-    """Returns the last line of the file in the error's traceback, or in that of its context."""
+    """Returns the last line of the file in the error's traceback."""
     path = path.resolve()
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
         if Path(frame.filename).resolve() == path
     ]
-    if not lines and error.__context__:
-        return _error_line(error.__context__, path)
     return lines[-1] if lines else None
