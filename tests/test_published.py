@@ -296,7 +296,8 @@ def test_published_arrays_fit_the_config(name):
 def test_the_scale_of_images_follows_from_whose_weights_they_are(name):
     state = dict.fromkeys(publish_zeros(name))
     assert find_normalisation("file", read=lambda source: state) == NORMALISATIONS[name]
-    assert load_config(name).normalisation == "weights"
+    stated = "imagenet" if name == "refers" else "weights"
+    assert load_config(name).normalisation == stated
 
 
 @pytest.mark.parametrize("name", ["medklip", "mrm", "rad_dino", "radjepa", "refers", "xray_dinov2"])

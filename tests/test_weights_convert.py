@@ -15,7 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from plan_jax.encoders.dual_encoder import ProjectionHead, make_text_tower
 from plan_jax.types import UserError
-from plan_jax.weights import find_source, load_head, load_tower, read_arrays
+from plan_jax.weights import (
+    find_normalisation,
+    find_source,
+    load_head,
+    load_tower,
+    read_arrays,
+)
 from plan_jax.weights.convert import resize_bicubic
 from plan_jax.weights.layouts import NORMALISATION_OF_ORIGIN, PREFIXES, recognise_layout
 
@@ -99,6 +105,8 @@ def test_prefixes(kind, prefix, save):
 def test_images_are_normalised_as_the_weights_were_trained(origin, prefix, right, save):
     template = tower_template("resnet")
     state = publish("resnet", fill_randomly(template), prefix)
+    if origin == "BioViL":  # a common prefix, and the projector of pixels
+        state["projector.model.0.weight"] = np.ones((1, 3, 1, 1), np.float32)
     if origin == "ASG":  # MGCA's names, and a decoder of tags
         state["irl.mlp_head.0.weight"] = np.ones((1, 3), np.float32)
     load_through_file("resnet", state, template, save, normalisation=right)
@@ -112,6 +120,22 @@ def test_images_are_normalised_as_the_weights_were_trained(origin, prefix, right
         assert f"normalisation is {wrong}; set it to {right}" in message
     (note,) = load_through_file("resnet", state, template, save)[1]
     assert f"config.normalisation {right}" in note
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("encoder.encoder.conv1.weight", "encoder.encoder.layer1.0.conv1.weight"),
+        (
+            "transformer.embeddings.patch_embeddings.weight",
+            "transformer.encoder.layer.0.attention_norm.weight",
+        ),
+    ],
+)
+def test_names_that_others_use_too_do_not_tell_the_scale_of_images(keys, save):
+    """Those of BioViL and REFERS without anything of theirs; another scale would go unnoticed."""
+    source = save(dict.fromkeys(keys, np.ones(3, np.float32)))
+    assert "of no origin whose images are known" in error_of(lambda: find_normalisation(source))
 
 
 def test_the_longest_prefix_wins():

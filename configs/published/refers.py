@@ -18,4 +18,6 @@ from configs.published.checkpoint import published
 
 def get_config() -> ConfigDict:
     """Returns the checkpoint."""
-    return published(vision={"name": "vit_b16"}, size=224, weights="checkpoints/REFERS.pth")
+    config = published(vision={"name": "vit_b16"}, size=224, weights="checkpoints/REFERS.pth")
+    config.normalisation = "imagenet"  # the names in the authors' file are those of other ViTs too
+    return config
