@@ -474,6 +474,16 @@ def difference(old: Config, new: Config, ignore: Sequence[str] = ()) -> str:
     return ""
 
 
+def expect_normalisation(config: Config, run: Config) -> Config:
+    """Returns a config with the normalisation of a run in place of `weights`.
+
+    The run has stored the one that its weights were trained on, and does not need them again.
+    """
+    if config.normalisation != BY_WEIGHTS:
+        return config
+    return dataclasses.replace(config, normalisation=run.normalisation)
+
+
 def expect_data(config: Config, run: Config, is_own: bool) -> Config:
     """Returns a config that accepts no data but those of a run, in any place.
 

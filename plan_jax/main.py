@@ -213,9 +213,7 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
                 f"workdir {workdir} holds a config that cannot be used ({error}); "
                 "pass another --workdir"
             ) from None
-        # The run has stored what its weights were trained on, and does not need them again.
-        if config.normalisation == configs.BY_WEIGHTS:
-            config = dataclasses.replace(config, normalisation=previous_config.normalisation)
+        config = configs.expect_normalisation(config, previous_config)
         difference = configs.difference(previous_config, config)
         if difference:
             raise UserError(
@@ -265,6 +263,7 @@ def evaluate(
     if name or content is None:
         content = configs.merge_evaluation(run_config.to_dict(), content or {})
     config = configs.Config.from_dict(apply_overrides(content, overrides))
+    config = configs.expect_normalisation(config, run_config)
     if saved and "data.tokenizer" not in overrides:  # the model's own is in its folder
         data = dataclasses.replace(config.data, tokenizer=run_config.data.tokenizer)
         config = dataclasses.replace(config, data=data)

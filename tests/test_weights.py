@@ -138,7 +138,9 @@ def test_a_published_checkpoint_is_evaluated_without_training(mgca, tmp_path, mo
     # The run has the weights and their scale, so the same command needs the file no more.
     assert json.loads((tmp_path / "run" / "config.json").read_text())["normalisation"] == "fixed"
     (tmp_path / path).unlink()
-    assert main.run(["--config", "mgca.py", "--workdir", "run", *flags]) == 0
+    again = ["--config", "mgca.py", *flags]
+    assert main.run([*again, "--workdir", "run"]) == 0
+    assert main.run(["--mode", "eval", *again, "--checkpoint", "run"]) == 0
 
 
 def test_weights_refuse_images_of_another_scale(mgca):
