@@ -213,6 +213,8 @@ def test_code_beside_a_tokenizer_does_not_run(tokenizer, vocabulary_folder, tmp_
         "auto_map": {"AutoTokenizer": ["configuration_cxrbert.CXRBertTokenizer", None]},
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    model = {"model_type": "cxr-bert", "auto_map": {"AutoConfig": "configuration_cxrbert.Config"}}
+    (folder / "config.json").write_text(json.dumps(model))
     (folder / "configuration_cxrbert.py").write_text("raise SystemExit('this code ran')\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked on the terminal"))
     reloaded = tokenization.load_tokenizer(str(folder))
