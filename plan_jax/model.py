@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 from jaxtyping import PyTree
 
 from plan_jax import checkpoint, prediction
@@ -261,7 +262,15 @@ def load(source: str | Path) -> Model:
     """
     variables = load_variables(source)
     config = variables["config"]
-    return make_model(build_components(config), config, variables)
+    components = build_components(config)
+    try:
+        return make_model(components, config, variables)
+    except (KeyError, FlaxError) as error:
+        reason = str(error).partition(" (https")[0]
+        raise UserError(
+            f"checkpoint {source} has other weights than its config describes ({reason}); save or"
+            " download it again"
+        ) from None
 
 
 def load_variables(source: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save
 from saved_models import TEXTS, assert_equal_answers, make_config, make_model, make_variables
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer
@@ -200,19 +201,20 @@ def test_a_link_to_a_model_stays_a_link(model, copy, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"]
 
 
-def write_settings(folder, settings):
-    """Replaces the config of a model folder, with a hash that fits."""
-    content = json.dumps(settings).encode()
-    checksums = json.loads((folder / "checksums.json").read_text())
-    hashes = checksums["files"] | {"config.json": hashlib.sha256(content).hexdigest()}
-    (folder / "config.json").write_bytes(content)
+def write_files(folder, **contents):
+    """Replaces files of a model folder, `name__suffix` by content, with hashes that fit."""
+    hashes = json.loads((folder / "checksums.json").read_text())["files"]
+    for key, content in contents.items():
+        name = key.replace("__", ".")
+        (folder / name).write_bytes(content)
+        hashes[name] = hashlib.sha256(content).hexdigest()
     (folder / "checksums.json").write_bytes(folders._encode_checksums(hashes, ""))
 
 
 def test_a_model_does_not_choose_where_an_evaluation_writes(copy, tmp_path):
     settings = json.loads((copy / "config.json").read_text())
     settings["config"]["data"]["dir"] = settings["config"]["parallel"]["cache"] = str(tmp_path)
-    write_settings(copy, settings)
+    write_files(copy, config__json=json.dumps(settings).encode())
     config = models.load_config(copy)
     assert config.data.dir == "data" and config.parallel.cache == ""
 
@@ -220,7 +222,7 @@ def test_a_model_does_not_choose_where_an_evaluation_writes(copy, tmp_path):
 def test_a_config_that_cannot_be_used_is_named(copy):
     settings = json.loads((copy / "config.json").read_text())
     settings["config"]["later"] = 1
-    write_settings(copy, settings)
+    write_files(copy, config__json=json.dumps(settings).encode())
     with pytest.raises(UserError, match=r"copy has a config that cannot be used \(config.later is"):
         plan_jax.load(copy)
 
@@ -240,6 +242,39 @@ def test_no_path_of_the_machine_is_saved(tmp_path):
     assert (cleaned.weights.vision, cleaned.weights.text) == ("own", "owner/name")
     assert cleaned.data.dir == "data" and cleaned.parallel.cache == ""
     assert cleaned.vision == config.vision and cleaned.hyper == config.hyper
+
+
+def test_a_tokenizer_that_names_code_is_refused(copy, capfd):
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (copy / "own.py").write_text("print('own code')\nclass Own: pass\n")
+    write_files(copy, tokenizer_config__json=json.dumps(settings).encode())
+    with pytest.raises(UserError, match=r"tokenizer_config.json was not written by plan_jax; save"):
+        plan_jax.load(copy)
+    # Nor is anybody asked whether to run the code, where the folder is named as a tokenizer.
+    with pytest.raises(UserError, match="could not be fetched from the hub"):
+        load_tokenizer(str(copy))
+    output = "".join(capfd.readouterr())
+    assert "own code" not in output and "[y/N]" not in output
+
+
+@pytest.mark.parametrize("change", [{"config": []}, {"about": {"note": 1}}, {"step": "1"}])
+def test_a_config_without_what_is_written_is_named(change, copy):
+    settings = json.loads((copy / "config.json").read_text()) | change
+    write_files(copy, config__json=json.dumps(settings).encode())
+    message = rf"config.json has no {min(change)} as plan_jax writes it; save or download"
+    with pytest.raises(UserError, match=message):
+        plan_jax.load(copy)
+
+
+def test_arrays_that_fit_no_config_are_named(copy):
+    tensors = load_file(copy / "model.safetensors")
+    write_files(copy, model__safetensors=save(tensors | {"step": np.zeros(1)}))
+    with pytest.raises(UserError, match="has an array 'step', which no model of plan_jax has"):
+        plan_jax.load(copy)
+    name = next(name for name in tensors if "image_tower" in name and name.endswith("kernel"))
+    write_files(copy, model__safetensors=save(tensors | {name: np.zeros((1, 1, 1, 1), "f")}))
+    with pytest.raises(UserError, match=r"copy has other weights than its config describes \(For"):
+        plan_jax.load(copy)
 
 
 def make_hub_tokenizer(folder):

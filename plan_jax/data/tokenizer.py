@@ -254,7 +254,7 @@ def _load_saved(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
         raise UserError(
             f"{folder / SAVED_FILES[0]} is not a tokenizer ({error}); save the model again"
         ) from None
-    tokens = (settings.get(f"{kind}_token") for kind in ("cls", "sep", "pad", "unk"))
+    tokens = (str(settings.get(f"{kind}_token", "")) for kind in ("cls", "sep", "pad", "unk"))
     return _build_tokenizer(str(settings.get("name", folder.name)), backend, *tokens)
 
 

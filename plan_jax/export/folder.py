@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from plan_jax import parallel
 from plan_jax.checkpoint.checksums import fingerprint
 from plan_jax.config import PLACES, Config
-from plan_jax.data.tokenizer import Tokenizer, encode_tokenizer
+from plan_jax.data.tokenizer import SAVED_BY, Tokenizer, encode_tokenizer
 from plan_jax.logger import encode_json, report_write_errors, write_atomically
 from plan_jax.types import UserError
 
@@ -318,9 +318,15 @@ def _decode_tensors(weights: bytes, folder: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load
 
     try:
-        return load(weights)
+        tensors = load(weights)
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} is not a safetensors file ({error})") from None
+    if foreign := [name for name in tensors if not re.match(f"({'|'.join(PARTS)})/", name)]:
+        raise UserError(
+            f"{folder / WEIGHTS} has an array {foreign[0]!r}, which no model of plan_jax has; save"
+            " or download the model again"
+        )
+    return tensors
 
 
 def _verify_folder(folder: Path) -> tuple[dict[str, Any], bytes]:
@@ -352,7 +358,27 @@ def _verify_folder(folder: Path) -> tuple[dict[str, Any], bytes]:
                 raise UserError(f"{sentence}; save or download the model again")
             parallel.print_once(f"{sentence}; the model itself is unchanged")
         weights = content if name == WEIGHTS else weights
+    _check_settings(settings, folder)
     return settings, weights
+
+
+def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
+    """Raises UserError unless a folder says all that `encode_model` writes, and in its types.
+
+    Hashes can be made to fit by whoever writes a folder. Its tokenizer must be one that is read
+    without the classes, and the code, that a tokenizer of transformers may name.
+    """
+    types = {"config": dict, "about": dict, "step": int}
+    wrong = [name for name, kind in types.items() if not isinstance(settings.get(name), kind)]
+    if wrong or not all(isinstance(text, str) for text in settings["about"].values()):
+        raise UserError(
+            f"{folder / CONFIG} has no {wrong[0] if wrong else 'about'} as plan_jax writes it; save"
+            " or download the model again"
+        )
+    if read_object(folder / TOKENIZER[1]).get("saved_by") != SAVED_BY:
+        raise UserError(
+            f"{folder / TOKENIZER[1]} was not written by plan_jax; save or download the model again"
+        )
 
 
 def _read_checksums(folder: Path) -> dict[str, Any]:
