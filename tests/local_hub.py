@@ -29,10 +29,11 @@ class LocalHub(ThreadingHTTPServer):
         self.commits, self.private, self.gated, self.objects = {}, {}, set(), {}
         self.requests = []
 
-    def add_commit(self, repo, files):
-        """Adds a commit with some new files, and returns its id."""
+    def add_commit(self, repo, files, deleted=()):
+        """Adds a commit with some new files and without some old ones, and returns its id."""
         commits = self.commits.setdefault(repo, [])
         files = (commits[-1][1] if commits else {}) | files
+        files = {name: content for name, content in files.items() if name not in deleted}
         name = hashlib.sha1(f"{repo} {len(commits)} {sorted(files)}".encode()).hexdigest()
         commits.append((name, files))
         return name
@@ -169,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.send({})
 
     def commit(self, repo, revision):
-        files = {}
+        files, deleted = {}, []
         for line in self.body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -177,7 +178,9 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
-        name = self.server.add_commit(repo, files)
+            elif entry["key"] == "deletedFile":
+                deleted.append(value["path"])
+        name = self.server.add_commit(repo, files, deleted)
         url = f"{self.server.url}/{repo}/commit/{name}"
         return self.send({"commitUrl": url, "commitOid": name, "success": True})
 

@@ -58,9 +58,46 @@ def test_a_pushed_model_is_loaded_from_the_hub_and_then_from_the_cache(
 def test_a_saved_folder_is_pushed_with_all_its_files(model, server, tmp_path):
     saved = model.save_pretrained(tmp_path / "saved")
     folders.add_files(saved, {"programs/heatmap.jaxexport": b"abc"})
+    (saved / "reports.csv").write_text("of patients")
     model.push_to_hub("owner/tiny", token=local_hub.TOKEN, saved=saved)
     _, files = server.commits["owner/tiny"][0]
     assert files["programs/heatmap.jaxexport"] == b"abc" and "model.safetensors" in files
+    assert "reports.csv" not in files
+    # Programs of the old weights do not stay beside the new ones.
+    model.push_to_hub("owner/tiny", token=local_hub.TOKEN)
+    _, files = server.commits["owner/tiny"][1]
+    assert "programs/heatmap.jaxexport" not in files and "model.safetensors" in files
+
+
+def test_a_folder_that_is_no_model_is_not_pushed(model, server, tmp_path):
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films/1.png").write_bytes(b"")
+    with pytest.raises(UserError, match="model .*films has no checksums.json; save or download"):
+        model.push_to_hub("owner/tiny", token=local_hub.TOKEN, saved=tmp_path / "films")
+    assert not server.commits
+
+
+def test_a_public_folder_states_its_data_itself(server, tmp_path):
+    data = make_model().config.to_dict()["data"] | {"name": "pairs", "builder": {}}
+    unstated = make_model(data=data)
+    saved = unstated.save_pretrained(tmp_path / "saved")
+    options = {"token": local_hub.TOKEN, "private": False, "saved": saved}
+    with pytest.raises(UserError, match="pass data_name and data_licence, or push with private"):
+        unstated.push_to_hub("owner/tiny", **options, **STATED)
+    assert not server.commits
+
+
+@pytest.mark.parametrize("token", ["hf_secret\n", "hf_secr\u00e9t"])
+def test_a_token_is_never_repeated(token, model, server):
+    with pytest.raises(UserError, match="token for owner/tiny has characters that no token") as e:
+        model.push_to_hub("owner/tiny", token=token)
+    assert "secr" not in str(e.value)
+
+
+def test_a_full_disk_is_not_taken_for_a_missing_network():
+    message = r"cache of the hub \(No space left on device\); free disk space"
+    with pytest.raises(UserError, match=message), hub.report_hub_errors("owner/tiny"):
+        raise OSError(28, "No space left on device")
 
 
 def test_a_second_push_replaces_the_model(model, server, monkeypatch):

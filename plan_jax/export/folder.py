@@ -290,6 +290,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return _verify_folder(folder)[0]
 
 
+def list_files(folder: Path) -> list[str]:
+    """Returns the names of the files of a model folder, all of which are what was saved.
+
+    Raises:
+      UserError: the folder is of another format, or a file is missing or not what was saved.
+    """
+    _verify_folder(folder)
+    return [*_read_checksums(folder)["files"], CHECKSUMS]
+
+
 def read_folder(folder: Path) -> dict[str, Any]:
     """Returns the content of a model folder: its settings, `params`, `batch_stats` and `memory`.
 

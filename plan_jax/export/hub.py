@@ -4,6 +4,7 @@ What the hub says becomes one sentence. Nothing but the files of a model folder 
 """
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ MARKERS = (
     *(folders.CONFIG, folders.CHECKSUMS, "open_clip_config.json", "adapter_config.json"),
     *("modules.json", "model_index.json"),
 )
+# What a model may have besides; of a model that is replaced, nothing is left.
+EXTRAS = ("programs/*", "image_tower/*")
 FILES = (*folders.REQUIRED, folders.CHECKSUMS, folders.METRICS, folders.CARD)
 LOGIN = "log in with `hf auth login`"
 
@@ -49,7 +52,7 @@ def fetch_model(source: str) -> Path:
 def push_folder(folder: Path, repo: str, *, private: bool, token: str | None, message: str) -> str:
     """Uploads a model folder as one commit; returns the address of the repository.
 
-    The repository is created if there is none.
+    The repository is created if there is none. Only files that `checksums.json` lists are uploaded.
 
     Args:
       folder: the model folder.
@@ -59,12 +62,13 @@ def push_folder(folder: Path, repo: str, *, private: bool, token: str | None, me
       message: of the commit.
 
     Raises:
-      UserError: the hub refuses or cannot be reached; or the repository is public, and a private
-        one is asked for.
+      UserError: the folder holds no complete model; the hub refuses or cannot be reached; or the
+        repository is public, and a private one is asked for.
     """
     from huggingface_hub import HfApi
 
     check_repository(repo)
+    names = folders.list_files(folder)
     with report_hub_errors(repo):
         api = HfApi(token=token)
         url = api.create_repo(repo, private=private, exist_ok=True)
@@ -74,7 +78,13 @@ def push_folder(folder: Path, repo: str, *, private: bool, token: str | None, me
                 f"repository {repo} is public and the model would be too; push with private=False"
                 " if everybody may have it, or to another repository"
             )
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=message,
+            allow_patterns=names,
+            delete_patterns=list(EXTRAS),
+        )
     return str(url)
 
 
@@ -134,7 +144,7 @@ SUFFIXES = {
 
 @contextlib.contextmanager
 def report_hub_errors(name: str) -> Iterator[None]:
-    """Turns what the hub or the network says about a repository into a sentence.
+    """Turns what the hub or the network says about a repository into a sentence without the token.
 
     Raises:
       UserError: in place of the many kinds of errors of huggingface_hub.
@@ -150,6 +160,15 @@ def report_hub_errors(name: str) -> Iterator[None]:
 def _describe_error(error: Exception, name: str) -> str:
     from huggingface_hub import constants, errors
 
+    reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(". ")
+    # A token with a line break or an accent cannot be sent, and the message may repeat it.
+    if isinstance(error, UnicodeEncodeError) or "Bearer" in reason:
+        return f"the token for {name} has characters that no token has; copy it again, or {LOGIN}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"model {name} cannot be written to the cache of the hub ({error.strerror}); free disk"
+            " space, or choose HF_HOME elsewhere"
+        )
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if isinstance(error, errors.GatedRepoError):
@@ -178,8 +197,8 @@ def _describe_error(error: Exception, name: str) -> str:
         return f"the hub answered {status} about {name}; repeat the command later"
     if isinstance(error, OSError) and error.errno is not None and error.filename:
         return f"{error.filename} cannot be written ({error.strerror}); choose HF_HOME elsewhere"
-    reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(". ")
-    if isinstance(error, errors.LocalEntryNotFoundError | OSError) or "onnect" in reason:
+    is_connection = "onnect" in f"{type(error).__name__} {reason}"
+    if isinstance(error, errors.LocalEntryNotFoundError | OSError) or is_connection:
         return (
             f"model {name} is neither a folder here nor in the cache of the hub, and the hub cannot"
             " be reached; connect to the internet, or pass a folder"

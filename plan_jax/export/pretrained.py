@@ -102,8 +102,7 @@ class Pretrained:
           private: whether a new repository is private.
           token: of the user; None for that of `hf auth login` or HF_TOKEN.
           message: of the commit.
-          saved: the folder that `save` wrote with the same options, to upload it as it is; None
-            saves one.
+          saved: a folder that `save` wrote, to upload its model as it is; None saves one.
           **options: as for `save`.
 
         Raises:
@@ -112,8 +111,11 @@ class Pretrained:
         """
         hub.check_repository(repo)
         names = ("data_name", "data_licence")
-        about = self._state(**{name: options.get(name, "") for name in STATEMENTS})
-        if not private and (missing := [name for name in names if not about[name]]):
+        if saved is not None:
+            about = folder.read_settings(saved)["about"]
+        else:
+            about = self._state(**{name: options.get(name, "") for name in STATEMENTS})
+        if not private and (missing := [name for name in names if not about.get(name)]):
             raise UserError(
                 f"a public model needs a card that names its data and their licence; pass"
                 f" {' and '.join(missing)}, or push with private=True"
