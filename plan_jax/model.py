@@ -27,6 +27,9 @@ from plan_jax.heads.head_on_tower import map_chunks
 from plan_jax.methods import METHODS
 from plan_jax.types import Features, Method, Model, Stages, Tower, UserError
 
+# Of what was loaded, what a saved model says about itself.
+SOURCE_FIELDS = ("step", "source", "about", "metrics")
+
 
 class Components(NamedTuple):
     """The parts that a config describes, without any parameters."""
@@ -99,8 +102,9 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
     Args:
       components: what `build_components` returns.
       config: the config of the run.
-      variables: a dict that contains `params`, `batch_stats` and `memory`; `step` and `source`, the
-        folder that they were read from, are said in the card of a saved model.
+      variables: a dict that contains `params`, `batch_stats` and `memory`; `step`, the folder
+        `source` that they were read from, and `about` and `metrics` of a saved model are for the
+        card of a saved model.
 
     Raises:
       UserError: the tokenizer has another number of pieces than the embedding of the parameters.
@@ -183,9 +187,8 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
             constants = dataclasses.replace(hyper, rounds=rounds)
         return jax.device_get(apply_heatmap(params, memory, images, texts, constants))
 
-    pretrained = Pretrained(
-        config, tokenizer, lambda: state, variables.get("step", 0), variables.get("source")
-    )
+    known = {name: variables[name] for name in SOURCE_FIELDS if name in variables}
+    pretrained = Pretrained(config, tokenizer, lambda: state, **known)
     size = config.data.size
     blank = jax.ShapeDtypeStruct((1, size, size, 1), jnp.uint8)
     features = jax.eval_shape(apply_image, encoders, blank)

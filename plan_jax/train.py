@@ -327,7 +327,7 @@ def finish(run: Run, state: State) -> dict[str, Any]:
     summary = {
         "steps": float(int(state.step)),
         "images_per_s": float(np.median(rates)) if rates else float("nan"),
-        "params_sha256": checkpoint.fingerprint(parallel.to_host(state.params)),
+        "params_sha256": checkpoint.fingerprint(variables["params"]),
     }
     try:
         if not parallel.is_main():

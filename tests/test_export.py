@@ -30,9 +30,12 @@ def run(tmp_path_factory):
     variables = make_variables(models.build_components(config))
     checkpoint.save(manager, 6, variables, {}, config.to_dict())
     checkpoint.close(manager)
-    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    own = {"params_sha256": checkpoint.fingerprint(variables["params"])}
+    (folder / "metrics.json").write_text(json.dumps(METRICS | own))
     (folder / "eval/kermany").mkdir(parents=True)
     (folder / "eval/kermany/metrics.json").write_text(json.dumps(METRICS | {"steps": 4.0}))
+    (folder / "eval/again").mkdir(parents=True)  # of a run that was trained once more
+    (folder / "eval/again/metrics.json").write_text(json.dumps(METRICS | {"params_sha256": "0"}))
     (folder / "eval/val").mkdir(parents=True)
     (folder / "eval/val/metrics.json").write_text(json.dumps(METRICS | {"retrieval/i2t_r1": 0.25}))
     return folder
@@ -80,13 +83,29 @@ def test_the_command_says_what_it_wrote(run, tmp_path, capsys):
     matter, text = read_card(folder)
     assert matter["license"] == "other" and matter["license_name"] == "House 1"
     assert "- Trained on: Ward 7 | 2019: 2023\n" in text
-    assert "Measured on the float32 weights, before they were saved as float16." in text
+    assert "Measured on the float32 weights, before they were rounded to float16." in text
     # What was stated once stays.
     again = tmp_path / "again"
     assert export.run([str(folder), "--out", str(again), "--data-licence", "secret"]) == 0
     matter, text = read_card(again)
     assert "- Trained on: Ward 7" in text and "- Licence of the data: secret\n" in text
     assert matter["license_name"] == "House 1" and "0.438" in text
+    # Its parameters are the rounded ones, whatever they are saved as.
+    assert "Measured on the float32 weights, before they were rounded to float16." in text
+
+
+def test_a_saved_model_keeps_its_card_when_its_folder_is_replaced(saved, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    model = plan_jax.load(copy)
+    data = make_config().to_dict()["data"] | {"name": "pairs", "builder": {}}
+    make_model(seed=1, data=data).save_pretrained(copy, data_name="Ward 7")
+    model.save_pretrained(tmp_path / "other", title="a\ntitle")
+    text = read_card(tmp_path / "other")[1]
+    assert "synthetic radiographs" in text and "0.438" in text and "rounded" not in text
+    assert "\n# a title\n" in text
+    names = ("config.json", "metrics.json", "model.safetensors")
+    for name in names:
+        assert (tmp_path / "other" / name).read_bytes() == (saved / name).read_bytes()
 
 
 def test_what_nobody_has_stated_is_said(tmp_path):

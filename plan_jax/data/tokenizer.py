@@ -225,7 +225,7 @@ def encode_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
     token = tokenizer.backend.id_to_token
     settings = {
         "saved_by": SAVED_BY,
-        "name": Path(tokenizer.name).name if os.path.exists(tokenizer.name) else tokenizer.name,
+        "name": remove_folders(tokenizer.name),
         "tokenizer_class": "PreTrainedTokenizerFast",
         "cls_token": token(tokenizer.cls_id),
         "sep_token": token(tokenizer.sep_id),
@@ -234,6 +234,19 @@ def encode_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
     }
     contents = (tokenizer.backend.to_str(pretty=False), json.dumps(settings, indent=2) + "\n")
     return dict(zip(SAVED_FILES, contents, strict=True))
+
+
+def remove_folders(name: str) -> str:
+    """Returns the name of a tokenizer, which may be a path, without folders of this machine.
+
+    >>> remove_folders("/home/me/ward_7/vocab.txt"), remove_folders("owner/name")
+    ('vocab.txt', 'owner/name')
+    """
+    # A path counts as one even if it has gone since the tokenizer was loaded.
+    is_hub_id = re.fullmatch(r"(package:)?[\w-][\w.-]*(/[\w.-]+)?", name)
+    if is_hub_id and not name.endswith(".txt") and not os.path.exists(name):
+        return name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def _read_saved_settings(folder: Path) -> dict[str, Any]:

@@ -89,6 +89,7 @@ def write_card(
     step: int,
     num_params: int,
     version: str,
+    params_sha256: str,
     about: Mapping[str, str],
     metrics: Mapping[str, Mapping[str, Any]],
 ) -> str:
@@ -101,9 +102,11 @@ def write_card(
       step: updates that they have seen.
       num_params: how many numbers they are.
       version: the version of plan_jax.
+      params_sha256: the fingerprint of the parameters as they are saved.
       about: `data_name`, `data_licence`, `licence` and `note`, as the user states them; "" if not.
       metrics: what was measured on these parameters, by the name of the evaluation.
     """
+    title = _to_line(title)
     method = {"convirt": "ConVIRT", "gloria": "GLoRIA"}.get(config.method, config.method.upper())
     weights = ", ".join(filter(None, (config.weights.vision, config.weights.text)))
     stated = {
@@ -111,6 +114,10 @@ def write_card(
         for name in ("data_name", "data_licence", "licence")
     }
     note = _to_line(about.get("note", ""))
+    # They may have been rounded when their source was saved.
+    is_rounded = dtype != "float32" or any(
+        values.get("params_sha256", params_sha256) != params_sha256 for values in metrics.values()
+    )
     text = TEXT.format(
         title=title,
         method=method,
@@ -126,14 +133,14 @@ def write_card(
         batch=config.batch,
         weights=weights or "random weights",
         version=version,
-        results=_write_results(metrics, dtype),
+        results=_write_results(metrics, is_rounded),
         note=f"\n\n{note}" if note else "",
         **stated,
     )
     return f"---\n{_front_matter(config, title, about, metrics)}\n---\n\n{text}"
 
 
-def _write_results(metrics: Mapping[str, Mapping[str, Any]], dtype: str) -> str:
+def _write_results(metrics: Mapping[str, Mapping[str, Any]], is_rounded: bool) -> str:
     """Returns one table for each evaluation, each metric beside its null baselines."""
     if not metrics:
         return "No evaluation of these weights was saved with them."
@@ -141,8 +148,8 @@ def _write_results(metrics: Mapping[str, Mapping[str, Any]], dtype: str) -> str:
         "Each value stands beside baselines that do not look at the image. A model that does not"
         "\nbeat them has learned where findings usually are, and not where this one is."
     ]
-    if dtype != "float32":
-        parts.append(f"Measured on the float32 weights, before they were saved as {dtype}.")
+    if is_rounded:
+        parts.append("Measured on the float32 weights, before they were rounded to float16.")
     for name, values in metrics.items():
         parts.append(f"### {name}\n\n{markdown(values, CATALOGUE, TITLES)}".rstrip())
     return "\n\n".join(parts)

@@ -8,6 +8,7 @@ its place and renamed, and only complete, unchanged files are read.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -25,7 +26,7 @@ from jaxtyping import PyTree
 from plan_jax import parallel
 from plan_jax.checkpoint.checksums import fingerprint
 from plan_jax.config import PLACES, Config
-from plan_jax.data.tokenizer import SAVED_BY, Tokenizer, encode_tokenizer
+from plan_jax.data.tokenizer import SAVED_BY, Tokenizer, encode_tokenizer, remove_folders
 from plan_jax.logger import encode_json, report_write_errors, write_atomically
 from plan_jax.types import UserError
 
@@ -70,6 +71,9 @@ def encode_model(
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
     tensors = _flatten(variables, dtype)
+    # That of a saved model has the name of its folder in the config, and its own in the tokenizer.
+    data = dataclasses.replace(config.data, tokenizer=tokenizer.name)
+    config = dataclasses.replace(config, data=data)
     settings = {
         "library": LIBRARY,
         "format": FORMAT,
@@ -180,14 +184,18 @@ def remove_places(config: Config) -> dict[str, Any]:
             return {key: replace(item, f"{name}.{key}") for key, item in value.items()}
         if isinstance(value, list):
             return [replace(item, name) for item in value]
-        is_place = name.removeprefix(".") in PLACES
-        return (
-            _last_name(value) if isinstance(value, str) and (is_place or _is_path(value)) else value
+        if not isinstance(value, str):
+            return value
+        is_place = name.removeprefix(".") in PLACES or (
+            # No name on the hub has two of these; the file may have gone since it was read.
+            name.startswith(".weights.") and value.count("/") > 1 and not value.startswith("hub:")
         )
+        return _last_name(value) if is_place or _is_path(value) else value
 
     values = replace(config.to_dict())
     defaults = Config(hyper=config.hyper)
     values["data"]["dir"] = defaults.data.dir
+    values["data"]["tokenizer"] = remove_folders(config.data.tokenizer)
     values["parallel"]["cache"] = defaults.parallel.cache
     return values
 
@@ -311,7 +319,9 @@ def read_folder(folder: Path) -> dict[str, Any]:
     """
     settings, weights = _verify_folder(folder)
     tensors = _decode_tensors(weights, folder)
-    return settings | _unflatten(tensors) | {"metrics": read_object(folder / METRICS)}
+    metrics = read_object(folder / METRICS)
+    metrics = {name: values for name, values in metrics.items() if isinstance(values, dict)}
+    return settings | _unflatten(tensors) | {"metrics": metrics}
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from plan_jax.checkpoint.checksums import fingerprint
 from plan_jax.config import Config
 from plan_jax.data.tokenizer import Tokenizer
 from plan_jax.export import folder, hub
@@ -28,7 +29,8 @@ class Pretrained:
     """A trained model as it is saved.
 
     `variables` returns `params`, `batch_stats` and `memory`; it is called when the model is saved.
-    `source` is the run or the model folder that they come from, None if there is none.
+    `source` is the run that they come from. Of a saved model, `about` and `metrics` are what its
+    folder held when it was read: the folder may be replaced meanwhile.
     """
 
     config: Config
@@ -36,6 +38,8 @@ class Pretrained:
     variables: Callable[[], Mapping[str, PyTree]]
     step: int = 0
     source: Path | None = None
+    about: Mapping[str, str] | None = None
+    metrics: Mapping[str, Mapping[str, Any]] | None = None
 
     def save(
         self,
@@ -67,8 +71,8 @@ class Pretrained:
         about = self._state(
             data_name=data_name, data_licence=data_licence, licence=licence, note=note
         )
-        metrics = self._read_metrics()
         variables = jax.device_get(dict(self.variables()))
+        metrics = self._find_metrics(fingerprint(variables["params"]))
         options: dict[str, Any] = {"dtype": dtype, "step": self.step, "about": about}
         options["metrics"] = metrics
         files, params_sha256 = folder.encode_model(
@@ -81,6 +85,7 @@ class Pretrained:
             title=title or Path(out).absolute().name,
             num_params=sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
             version=folder.installed_version(),
+            params_sha256=params_sha256,
             **options,
         )
         return folder.write_folder(out, files | {folder.CARD: text.encode()}, params_sha256)
@@ -127,25 +132,29 @@ class Pretrained:
 
     def _state(self, **stated: str) -> dict[str, str]:
         """Returns what is stated of data and licences: now, else when the source was saved."""
-        previous: Mapping[str, str] = {}
-        if self.source and folder.is_model_folder(self.source):
-            previous = folder.read_settings(self.source)["about"]
-        elif self.config.data.name == "phantom" and not any(vars(self.config.weights).values()):
+        previous: Mapping[str, str] = self.about or {}
+        is_phantom = self.config.data.name == "phantom"
+        if self.about is None and is_phantom and not any(vars(self.config.weights).values()):
             previous = PHANTOM
         return {name: value or previous.get(name, "") for name, value in stated.items()}
 
-    def _read_metrics(self) -> dict[str, dict[str, Any]]:
+    def _find_metrics(self, params_sha256: str) -> Mapping[str, Mapping[str, Any]]:
         """Returns what was measured on these parameters, by the name of the evaluation.
 
-        A run that has trained on has metrics of other parameters, which are left out.
+        A run that has trained on, or again, has metrics of other parameters, which are left out.
         """
+        if self.metrics is not None:
+            return self.metrics
         if self.source is None:
             return {}
-        if folder.is_model_folder(self.source):
-            return folder.read_object(self.source / folder.METRICS)
         paths = {self.config.eval.split: self.source / folder.METRICS}
         paths |= {
             path.parent.name: path for path in sorted(self.source.glob("eval/*/metrics.json"))
         }
         values = {name: folder.read_object(path) for name, path in paths.items()}
-        return {name: x for name, x in values.items() if x.get("steps") == self.step}
+        return {
+            name: x
+            for name, x in values.items()
+            if x.get("steps") == self.step
+            and x.get("params_sha256", params_sha256) == params_sha256
+        }
