@@ -239,7 +239,7 @@ def encode_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
 def remove_folders(name: str) -> str:
     """Returns the name of a tokenizer, which may be a path, without folders of this machine.
 
-    >>> remove_folders("/home/me/ward_7/vocab.txt"), remove_folders("owner/name")
+    >>> remove_folders("../ward_7/vocab.txt"), remove_folders("owner/name")
     ('vocab.txt', 'owner/name')
     """
     # A path counts as one even if it has gone since the tokenizer was loaded.

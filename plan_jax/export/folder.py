@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -39,6 +40,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 REQUIRED = (CONFIG, WEIGHTS, *TOKENIZER)
 DTYPES = ("float32", "float16")
 PARTS = ("params", "batch_stats", "memory")
+OLD = ".old"  # the end of the name of a model while it is replaced
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -96,34 +98,54 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes], params_sha256: 
     """Writes a model folder; a model that was there is replaced as a whole.
 
     The old folder is renamed before the new one takes its name. A kill between these two renames
-    leaves it beside its place, as `.<name>.<process>.old`.
+    leaves it beside its place, as `.<name>.<process>.old`, where `find_replaced` finds it.
 
     Raises:
       UserError: `folder` holds anything but a saved model, or cannot be written.
     """
     folder = Path(folder).resolve()  # a link to a folder stays a link
     check_replaceable(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    old = temporary.with_suffix(".old")
+    number = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = folder.with_name(f".{folder.name}.{number}.part")
+    old = temporary.with_suffix(OLD)
     with report_write_errors(folder):
+        # In a container a process that was killed may have had the same number.
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             for name, content in files.items():
                 _write_file(temporary / name, content)
             _write_file(temporary / CHECKSUMS, _encode_checksums(_hash(files), params_sha256))
             if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
                 try:
                     temporary.rename(folder)
                 except OSError:
                     old.rename(folder)
                     raise
-                shutil.rmtree(old, ignore_errors=True)
             else:
                 temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    for path in _list_replaced(folder):
+        shutil.rmtree(path, ignore_errors=True)
     return folder
+
+
+def find_replaced(folder: Path) -> Path | None:
+    """Returns the old model of a folder whose replacement was killed halfway, None if none was."""
+    if os.path.lexists(folder):
+        return None
+    models = [path for path in _list_replaced(folder) if is_model_folder(path)]
+    return max(models, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _list_replaced(folder: Path) -> list[Path]:
+    pattern = re.compile(re.escape(f".{folder.name}.") + r"[\d-]+" + re.escape(OLD))
+    with contextlib.suppress(OSError, ValueError):  # of a name that no folder can have
+        return [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)]
+    return []
 
 
 def add_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
@@ -157,15 +179,19 @@ def check_replaceable(folder: Path) -> None:
             return
         if not folder.is_dir():
             raise UserError(f"{folder} is a file; pass the name of a new folder")
-        names = {path.name for path in folder.iterdir()}
-    if not names:
+        first = min((path.name for path in folder.iterdir()), default="")
+    if not first:
         return
     if not is_model_folder(folder):
         raise UserError(
-            f"folder {folder} holds {min(names)} and no model of plan_jax; pass a new folder"
+            f"folder {folder} holds {first} and no model of plan_jax; pass a new folder"
         )
-    known = {PurePosixPath(name).parts[0] for name in _read_checksums(folder)["files"]}
-    if others := names - known - {CHECKSUMS}:
+    # What Python compiles where `programs/reader.py` is imported is nobody's own.
+    paths = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    names = {path.relative_to(folder).as_posix() for path in paths}
+    known = {*_read_checksums(folder)["files"], CHECKSUMS}
+    expected = known | {str(parent) for name in known for parent in PurePosixPath(name).parents}
+    if others := names - expected:
         raise UserError(
             f"folder {folder} holds {min(others)} beside its model, which would be lost; move it,"
             " or pass a new folder"

@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
+from plan_jax import parallel
 from plan_jax.export import hub
-from plan_jax.export.folder import is_model_folder
+from plan_jax.export.folder import find_replaced, is_model_folder
 from plan_jax.types import UserError
 
 # Longer than any id of the hub with a revision, and shorter than what no file system can store.
@@ -29,6 +30,9 @@ def find_model(source: str | Path) -> Path | None:
         return _check_folder(path)
     if os.path.exists(name):
         raise UserError(f"checkpoint {name} is a file; pass the folder of a run or of a model")
+    if old := find_replaced(path):
+        parallel.print_once(f"model {name} was being replaced; its old version {old} is used")
+        return old
     if name in list_box():
         return BOX / name
     # A mistyped folder of runs is not looked up on the hub: `runs/demo` has the form of a hub id.
