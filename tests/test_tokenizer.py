@@ -290,7 +290,8 @@ def save_backend(content, folder):
     [
         ({"heart": 50}, r"36 pieces, but no id 6 and an id 50 \('heart'\) .*add .* \[unused6\]"),
         ({"##a": 36}, r"no id 35 and an id 36 \('##a'\)"),
-        ({"heart": 5}, "has one id, 5, for '(the|heart)' and '(the|heart)'"),
+        # Older versions of tokenizers keep one of the two pieces, so that an id is missing.
+        ({"heart": 5}, "has one id, 5, for '(the|heart)' and '(the|heart)'|no id 6 and an id 35"),
     ],
 )
 def test_ids_with_a_gap_or_twice_are_named(tokenizer, change, message, tmp_path):
