@@ -220,6 +220,10 @@ def test_code_beside_a_tokenizer_does_not_run(tokenizer, vocabulary_folder, tmp_
     reloaded = tokenization.load_tokenizer(str(folder))
     assert reloaded.vocab_size == tokenizer.vocab_size
     chex.assert_trees_all_equal(tokenize(tokenizer, REPORT)[:4], tokenize(reloaded, REPORT)[:4])
+    config["auto_map"] = {"AutoTokenizer": ["configuration_cxrbert.OtherTokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="contains custom code"):
+        tokenization.load_tokenizer(str(folder))
 
 
 # Vocabularies whose ids are not 0 to N - 1: the embedding of an id beyond N would be NaN ----------

@@ -303,7 +303,8 @@ def _load_pretrained(name: str, path: Path) -> Tokenizer:
 def _fetch_pretrained(name: str) -> Any:
     """Returns a tokenizer of transformers; code that was published beside it never runs.
 
-    CXR-BERT names a class of its own, which adds nothing to BERT's, so BERT's reads its files.
+    CXR-BERT names a class of its own, CXRBertTokenizer, which adds nothing to BERT's, so BERT's
+    reads its files. Any other code may do something else, and its tokenizer is refused.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is absent
     from transformers import AutoTokenizer, BertTokenizer  # imported late: it takes 1.3 s
@@ -314,7 +315,10 @@ def _fetch_pretrained(name: str) -> Any:
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        return BertTokenizer.from_pretrained(name, trust_remote_code=False)
+        pretrained = BertTokenizer.from_pretrained(name, trust_remote_code=False)
+        if "BertTokenizer" not in str(pretrained.init_kwargs.get("auto_map")):
+            raise
+        return pretrained
 
 
 def _build_tokenizer(
