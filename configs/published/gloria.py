@@ -13,6 +13,7 @@ layers, mean of all slots, no head), gloria_model.py (similarities at test) and
 configs/chexpert_pretrain_config.yaml (224 of 256 pixels, mean and deviation 0.5, 97 pieces); name
 on the hub: youngzhou12/GLoRIA.
 
+Its authors score by the similarity `both`, so compare `both/accuracy` with their numbers.
 A mean over all slots is a mean over the pieces times a positive number, which no cosine sees.
 Deviation: the whole image is scaled to 224 pixels, instead of 224 of 256 from its centre.
 Deviation: the code counts the characters of a prompt as its words, and so scores [SEP] and padding
