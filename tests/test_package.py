@@ -1,6 +1,8 @@
 """What the package says of itself: dependencies, classifiers, citation."""
 
 import ast
+import re
+import runpy
 import sys
 import tomllib
 from pathlib import Path
@@ -9,10 +11,14 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
+
+from plan_jax.command.config_files import list_names, locate
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIMES = ("cpu", "gpu", "tpu")
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def read_versions(path):
@@ -90,3 +96,42 @@ def test_the_citation_is_of_this_version():
             and reference["title"]
             and reference["url"] in (ROOT / "README.md").read_text()
         )
+
+
+def list_headings(path):
+    """Returns the anchors of a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(document):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", document.read_text()):
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        assert path.exists(), f"{document.name} links to {target}"
+        assert not anchor or anchor in list_headings(path), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_name_configs_that_exist(document):
+    """The wheel has no folder `configs` beside it, so names have to suffice."""
+    places = {"MODEL", "BENCHMARK", "NAME", "..."}  # for the reader to fill in
+    for config in re.findall(r"--config[ =]([\w./]+)", document.read_text()):
+        name = config.removeprefix("configs/").removesuffix(".py")
+        if name.rpartition("/")[2] not in places:
+            assert name in list_names(), f"{document.name} runs --config {config}"
+            assert locate(config)
+
+
+def test_the_first_example_of_the_readme_locates_a_phrase(tmp_path, monkeypatch):
+    (example, *_) = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    (tmp_path / "example.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="trained on phantoms"):
+        runpy.run_path("example.py")
+    with Image.open("heat.png") as picture:
+        low, high = picture.convert("L").getextrema()
+    assert low < high
