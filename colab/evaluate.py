@@ -27,7 +27,7 @@ options = "--config.eval.tasks=('grounding','retrieval','zero_shot')"  # @param 
 # %% [markdown]
 # ## Published models
 #
-# Name a config of `published/` to evaluate its model in place of `checkpoint`. `biovil`,
+# Name a config, as `published/biovil`, to evaluate its model in place of `checkpoint`. `biovil`,
 # `biovil_t`, `rad_dino`, `xray_dinov2` and `radjepa` are fetched from the hub. The others are read
 # from a file, named as `--config.weights.vision=FILE` in `published_options`; docs/published.md
 # says which. Their licences are their authors'.
@@ -63,7 +63,7 @@ from pathlib import Path
 
 from IPython.display import Image, Markdown, display
 
-results = Path("runs/evaluate/eval", Path(benchmark).stem)
+results = Path("runs/evaluate/eval", Path(main.default_workdir(benchmark)).name)
 display(Markdown((results / "table.md").read_text("utf-8")))
 
 # %%

@@ -63,8 +63,9 @@ for true in film.phrases:
 # %%
 from plan_jax import main
 
+run = f"runs/{config.replace(':', '_')}_{steps}"
 arguments = ["--config", config, f"--config.steps={steps}", *options.split()]
-assert main.run([*arguments, "--workdir", "runs/quickstart"]) == 0
+assert main.run([*arguments, "--workdir", run]) == 0
 
 # %%
 # %load_ext tensorboard
@@ -77,10 +78,10 @@ assert main.run([*arguments, "--workdir", "runs/quickstart"]) == 0
 # %%
 from plan_jax.page.notebook import Report
 
-Report("runs/quickstart")
+Report(run)
 
 # %% [markdown]
 # ## Use what you trained
 
 # %%
-plan_jax.load("runs/quickstart").ground(film.image[..., 0], phrase)
+plan_jax.load(run).ground(film.image[..., 0], phrase)

@@ -42,8 +42,9 @@ assert devices[0].platform == platform, f"{devices} are not of {platform}: chang
 # ## Where the steps are kept
 #
 # The run is on the disk of this machine, which ends with the session. Complete steps are copied to
-# `copies`: in Google Drive on Colab, beside this notebook elsewhere. After a disconnection, run all
-# cells again: the run is restored from its copies and continues, with the same result.
+# `copies`: in Google Drive on Colab, in a folder `copies` beside this notebook elsewhere. After a
+# disconnection, run all cells again: the run is restored from its copies and continues, with the
+# same result.
 
 # %%
 import sys
@@ -54,13 +55,13 @@ if in_colab:
     from google.colab import drive
 
     drive.mount("/content/drive")
-copies = Path("/content/drive/MyDrive" if in_colab else "copies", copies)
+storage = Path("/content/drive/MyDrive" if in_colab else "copies")
 
 # %%
 from plan_jax.checkpoint import copy_repeatedly, restore_steps
 
 run = "runs/tpu"
-print("newest step:", restore_steps(copies, run))
+print("newest step:", restore_steps(storage / copies, run))
 
 # %% [markdown]
 # ## Train on all devices
@@ -74,18 +75,19 @@ from plan_jax import main
 
 arguments = ["--config", config, f"--config.batch={batch}", f"--config.steps={steps}"]
 arguments += [f"--config.dtype={dtype}", *options.split()]
-with copy_repeatedly(run, copies):
+with copy_repeatedly(run, storage / copies):
     assert main.run([*arguments, "--workdir", run]) == 0
 
 # %% [markdown]
 # ## One device or all
 #
-# The same batch on a single device, for a few steps; compare images per second.
+# The same batch on a single device, for at most 100 steps; compare images per second.
 
 # %%
 from plan_jax.evaluate import compare_runs
 
 single = ["--config.parallel.devices=1", "--config.eval.tasks=('retrieval',)"]
+single += [f"--config.steps={min(steps, 100)}"]
 assert main.run([*arguments, *single, "--workdir", "runs/one_device"]) == 0
 compare_runs({f"{len(devices)} devices": run, "1 device": "runs/one_device"})
 

@@ -30,8 +30,8 @@ options = ""  # @param {type:"string"}
 # ## Fetch the data
 #
 # On Colab, `source` and `copies` are folders in Google Drive; elsewhere, folders beside this
-# notebook. Drive is slow with many small files, so the data are copied to the disk of this machine
-# once.
+# notebook. On Kaggle, `source` may be `/kaggle/input/NAME`. Drive is slow with many small files, so
+# the data are copied to the disk of this machine once.
 
 # %%
 import shutil
@@ -44,11 +44,11 @@ if in_colab:
 
     drive.mount("/content/drive")
 storage = Path("/content/drive/MyDrive" if in_colab else ".")
-data = Path("data/my_study")
+data = Path("data", source.strip("./").replace("/", "_"))
 if not data.exists():
     part = shutil.copytree(storage / source, data.with_suffix(".part"), dirs_exist_ok=True)
     part.rename(data)
-print(*(data / manifest).read_text("utf-8").splitlines()[:3], sep="\n")
+print(data, "has", sum(path.is_file() for path in data.rglob("*")), "files")
 
 # %% [markdown]
 # ## Restore
@@ -60,9 +60,8 @@ print(*(data / manifest).read_text("utf-8").splitlines()[:3], sep="\n")
 # %%
 from plan_jax.checkpoint import copy_repeatedly, restore_steps
 
-run = "runs/my_study"
-copies = storage / copies
-print("newest step:", restore_steps(copies, run))
+run = Path("runs", data.name)
+print("newest step:", restore_steps(storage / copies, run))
 
 # %% [markdown]
 # ## Train
@@ -75,8 +74,8 @@ print("newest step:", restore_steps(copies, run))
 from plan_jax import main
 
 arguments = [f"--config.data.builder.manifest={data / manifest}", f"--config.steps={steps}"]
-with copy_repeatedly(run, copies):
-    assert main.run(["--config", config, "--workdir", run, *arguments, *options.split()]) == 0
+with copy_repeatedly(run, storage / copies):
+    assert main.run(["--config", config, "--workdir", str(run), *arguments, *options.split()]) == 0
 
 # %%
 from plan_jax.page.notebook import Report
@@ -90,7 +89,8 @@ Report(run)
 import plan_jax
 
 model = plan_jax.load(run)
-film = next(path for path in sorted(data.rglob("*")) if path.suffix in (".png", ".jpg", ".jpeg"))
+kinds = (".png", ".jpg", ".jpeg", ".dcm")
+film = next(path for path in sorted(data.rglob("*")) if path.suffix.lower() in kinds)
 model.ground(film, phrase)
 
 # %% [markdown]

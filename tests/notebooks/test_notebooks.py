@@ -108,7 +108,8 @@ def test_your_data_survives_the_end_of_its_machine(tmp_path):
     options = f"{TINY} --config.data.builder.size=32 --config.data.max_shift=0"
     parameters = {"source": "study", "copies": "copies", "steps": 4, "options": options}
     first = run("your_data", tmp_path / "first", drive=drive, **parameters)
-    assert "newest step: None" in first.text and "image,text" in first.text
+    assert "newest step: None" in first.text and "data/study has 41 files" in first.text
+    assert "Consolidation" not in first.text  # notebooks are shared, and reports are of patients
     assert "<iframe srcdoc=" in first.html
     copies = drive / "MyDrive/copies"
     assert {"run.zip", "step-2.zip", "step-4.zip"} <= {path.name for path in copies.iterdir()}
@@ -140,6 +141,17 @@ def test_evaluate(tmp_path):
     assert "| Phrase grounding | CNR, signed | " in shown.markdown
     assert len(sizes(shown)) >= 3 and "<iframe srcdoc=" in shown.html
     assert {"eval/all_phantom", "published/biovil"} <= set(shown.text.split())
+
+
+@pytest.mark.parametrize("benchmark", ["eval/ms_cxr_grounding:biovil_t", "eval/all_phantom"])
+def test_evaluate_reads_the_folder_that_main_writes(benchmark):
+    """A benchmark may have an argument."""
+    from plan_jax import main
+
+    source = (ROOT / "colab/evaluate.py").read_text("utf-8")
+    assert "Path(main.default_workdir(benchmark)).name" in source
+    name = Path(main.default_workdir(benchmark)).name
+    assert name == benchmark.removeprefix("eval/").replace(":", "_")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "colab").glob("*.ipynb")), ids=lambda p: p.stem)
