@@ -467,3 +467,45 @@ def test_notes_become_one_sentence_each():
     assert full.startswith("1 mask (n.png) of the whole image")
     assert frame.startswith("1 mask (o.png) with all of the image's border")
     assert images.summarise_notes({12: ["y.png"]}, 224) == []
+
+
+def save_colours(path, film, tint=(1, 1, 1), uneven=0.0, marked=0.0, noise=0.0):
+    """Saves a grey film in the colour of a tint, with an uneven cast, marks in red, and noise."""
+    x = np.linspace(-1, 1, film.shape[1])[:, None]
+    pixels = film[..., None] * np.asarray(tint) * (1 + uneven * x * np.asarray([1, 0, -1]))
+    pixels[: round(marked * len(pixels))] = (200, 30, 30)
+    pixels += np.random.default_rng(0).normal(size=pixels.shape) * noise
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.mark.parametrize(
+    "colour",
+    [
+        {},
+        {"tint": (1, 0.87, 0.7)},
+        {"tint": (0.2, 0.4, 1)},
+        {"uneven": 0.1},
+        {"marked": 0.15},
+        {"tint": (0.4, 0.6, 1), "uneven": 0.06, "marked": 0.15},
+    ],
+)
+def test_a_tint_has_no_spread_of_hues(colour, tmp_path):
+    film = np.linspace(0, 250, 64)[:, None] * np.ones(64)
+    film = np.random.default_rng(1).permutation(film.ravel()).reshape(64, 64)
+    save_colours(tmp_path / "a.png", film, **colour)
+    assert images.measure_hue_spread(tmp_path / "a.png") < 1.2  # rounding to whole levels
+
+
+def test_noise_in_colour_is_a_spread_of_hues(tmp_path):
+    """If the noise has *s* levels, Cb and Cr deviate by 0.556 s and 0.638 s at one luminance."""
+    save_colours(tmp_path / "a.png", np.full((64, 64), 128.0), noise=20)
+    spread = images.measure_hue_spread(tmp_path / "a.png")
+    # The median length of a vector of two normal parts is 1.18 deviations.
+    assert spread == pytest.approx(1.18 * np.hypot(0.556, 0.638) / 2**0.5 * 20, rel=0.05)
+
+
+def test_a_banner_in_colour_has_no_spread_of_hues(tmp_path):
+    """On a film of nearly one brightness, a banner looks like a tint that changes with height."""
+    film = np.random.default_rng(1).normal(120, 15, (64, 64))
+    save_colours(tmp_path / "a.png", film, tint=(0.4, 0.6, 1), marked=0.17)
+    assert images.measure_hue_spread(tmp_path / "a.png") < 1.5

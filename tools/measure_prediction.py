@@ -38,7 +38,8 @@ THRESHOLDS = {
     "raw": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     "z": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
 }
-TINTS = {"sepia": (1, 0.87, 0.7), "blue": (0.4, 0.6, 1)}
+TINTS = {"sepia": (1, 0.87, 0.7), "blue": (0.4, 0.6, 1), "strong blue": (0.2, 0.4, 1)}
+UNEVEN = 0.06  # by which red grows from the left to the middle and on to the right; blue falls
 MAX_FILMS = 300  # that are tinted and marked
 
 
@@ -133,8 +134,11 @@ def _colour(film: np.ndarray) -> Iterator[tuple[str, bytes]]:
     grey = np.stack([film] * 3, axis=-1)
     for name, tint in TINTS.items():
         yield name, _encode((grey * np.asarray(tint)).astype(np.uint8))
-    picture = Image.fromarray(grey)
     rows, columns = film.shape
+    shift = UNEVEN * np.linspace(-1, 1, columns)[:, None] * np.asarray([1, 0, -1])
+    uneven = np.clip(grey * (1 + shift), 0, 255).astype(np.uint8)
+    yield f"red +-{UNEVEN:.0%} and blue -+{UNEVEN:.0%} across, as in a photograph", _encode(uneven)
+    picture = Image.fromarray(grey)
     canvas = ImageDraw.Draw(picture)
     for number, colour in enumerate(("red", "lime", "yellow")):
         x, y = columns * (0.1 + 0.2 * number), rows * (0.2 + 0.15 * number)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, MutableSet, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int, Num, UInt8
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy import ndimage
 
@@ -52,6 +52,8 @@ MAX_SOFT = 0.5  # largest fraction of a picture of a mask that is neither black 
 TURNED, ENLARGED = "turned", "enlarged"
 EMPTY, FULL, FRAME = "empty", "full", "frame"
 MAX_NAMES = 3  # of files in a sentence
+RANGE_WIDTH = 8  # grey levels in which pixels count as equally bright
+TINT_STEPS = 8  # repetitions of a fit of colours
 HUE_SIDE = 64  # pixels of the sides to which an image is reduced to measure its colours
 
 
@@ -102,9 +104,10 @@ def read_image(
 def measure_hue_spread(path: Path) -> float:
     """Computes how much pixels of one brightness differ in colour: 0 for grey, from 0 to 180.
 
-    It is the median over pixels of *|c - m|*, where c are Cb and Cr of a pixel, and m their median
-    over the pixels whose luminance is in the same of 16 ranges. A tinted film has one colour at
-    each brightness, and marks in colour cover a small part of it.
+    It is the median over pixels of *|c - t - m|*, where *c = (Cb, Cr)* is the colour of a pixel,
+    and m the median of *c - t* over the pixels whose luminance is in the same of 32 ranges. *t* is
+    0, or the tint of `_fit_tint`, whose strength may change across the picture: whichever leaves
+    less. Marks in colour cover a small part of a film, and so they change neither median.
 
     Args:
       path: a file that `read_image` reads, and that is not DICOM.
@@ -115,12 +118,38 @@ def measure_hue_spread(path: Path) -> float:
         # A JPEG is decoded at an eighth of its size.
         image.draft("RGB", (HUE_SIDE, HUE_SIDE))
         small = image.convert("RGB").resize((HUE_SIDE, HUE_SIDE), Image.Resampling.BOX)
-    luminance, *chroma = np.asarray(small.convert("YCbCr")).reshape(-1, 3).T
-    colours, ranges = np.stack(chroma, axis=1).astype(np.float64), luminance // 16
+    pixels = np.asarray(small.convert("YCbCr"), np.float64).reshape(-1, 3)
+    luminance, colours = pixels[:, 0], pixels[:, 1:] - 128
+    tint = _fit_tint(luminance / 255, colours)
+    return min(_measure_rest(luminance, rest) for rest in (colours, colours - tint))
+
+
+def _measure_rest(luminance: Float[np.ndarray, " P"], colours: Float[np.ndarray, "P 2"]) -> float:
+    """Computes the median distance of colours from the median at their luminance."""
+    ranges, rest = luminance // RANGE_WIDTH, colours.copy()
     for index in np.unique(ranges):
         is_inside = ranges == index
-        colours[is_inside] -= np.median(colours[is_inside], axis=0)
-    return float(np.median(np.hypot(*colours.T)))
+        rest[is_inside] -= np.median(rest[is_inside], axis=0)
+    return float(np.median(np.hypot(*rest.T)))
+
+
+def _fit_tint(
+    luminance: Float[np.ndarray, " P"], colours: Float[np.ndarray, "P 2"]
+) -> Float[np.ndarray, "P 2"]:
+    """Returns the colours of a tint *t = a + Y (b + c x + d y)*, fitted to a square picture.
+
+    It makes the sum of *|c - t|* small, not that of squares, so that marks count little: weighted
+    least squares, repeated with new weights.
+    """
+    side = round(len(luminance) ** 0.5)
+    y, x = np.mgrid[:side, :side].reshape(2, -1) / side - 0.5
+    terms = np.stack([np.ones_like(luminance), luminance, luminance * x, luminance * y], axis=1)
+    weights, tint = np.ones((len(luminance), 1)), colours
+    for _ in range(TINT_STEPS):
+        tint = terms @ np.linalg.lstsq(terms * weights, colours * weights, rcond=None)[0]
+        # Square roots, since squares are summed; half a level keeps the weights finite.
+        weights = (np.hypot(*(colours - tint).T) + 0.5)[:, None] ** -0.5
+    return tint
 
 
 def summarise_notes(notes: Mapping[str | int, Sequence[str]], size: int) -> list[str]:

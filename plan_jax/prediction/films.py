@@ -18,7 +18,7 @@ from plan_jax.types import UserError
 # Kinds of DICOM that show a projection; OT and SC are scanned films, "" says nothing.
 FILM_MODALITIES = ("CR", "DX", "RG", "RF", "XA", "OT", "SC", "")
 CHEST_WORDS = ("CHEST", "THORAX", "LUNG")
-MAX_HUE_SPREAD = 3.0  # of a film, also a tinted one with marks in colour
+MAX_HUE_SPREAD = 2.0  # of a film, also a tinted one with marks in colour
 MIN_SYMMETRY = 0.45  # of a frontal film
 MIN_RANGE = 8  # grey levels of 255 between the darkest and the brightest pixel
 SYMMETRY_SIDE = 16  # cells of the sides on which the symmetry is computed
