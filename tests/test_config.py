@@ -72,7 +72,7 @@ def test_ints_become_floats_and_lists_tuples(content):
             "",
             "normalisation",
             "zscore",
-            "use one of image, fixed, unit, imagenet, mrm, rad_dino, weights",
+            "use one of image, fixed, unit, imagenet, medclip, mrm, rad_dino, weights",
         ),
     ],
 )

@@ -235,6 +235,7 @@ def test_bfloat16_is_near_float32_and_keeps_float32_parameters():
     [
         ("fixed", [-1, -1, -1], [1, 1, 1]),
         ("unit", [0, 0, 0], [1, 1, 1]),
+        ("medclip", [-2.097591] * 3, [1.480215] * 3),
         ("mrm", [-2.032666] * 3, [2.050633] * 3),
         ("rad_dino", [-2.054588] * 3, [1.816880] * 3),
         # ImageNet's mean and deviation of red, green and blue.

@@ -33,6 +33,7 @@ NAMES = [
     "biovil_t",
     "convirt_benchx",
     "gloria",
+    "medclip",
     "medklip",
     "mflag",
     "mgca_resnet50",
@@ -56,6 +57,7 @@ TOWERS = {
     "biovil_t": ("BioViL-T encoder.encoder.", "Hugging Face bert."),
     "convirt_benchx": ("ConVIRT visual.model.", "ConVIRT linguistic.encoder."),
     "gloria": ("GLoRIA gloria.img_encoder.model.", "GLoRIA gloria.text_encoder.model."),
+    "medclip": ("MedCLIP vision_model.model.", ""),
     "medklip": ("MedKLIP module.res_features.", ""),
     "mflag": ("M-FLAG encoder.", "M-FLAG lm_model.bert."),
     "mgca_resnet50": ("MGCA img_encoder_q.model.", "MGCA text_encoder_q.model."),
@@ -68,6 +70,7 @@ NORMALISATIONS = {
     "biovil_t": "unit",
     "convirt_benchx": "imagenet",
     "gloria": "fixed",
+    "medclip": "medclip",
     "medklip": "imagenet",
     "mflag": "fixed",
     "mgca_resnet50": "fixed",
@@ -143,6 +146,12 @@ OTHERS = {
         "gloria.img_encoder.global_embedder.weight": (768, 2048),
         "gloria.img_encoder.global_embedder.bias": (768,),
         "gloria.img_encoder.local_embedder.weight": (768, 1024, 1, 1),
+    },
+    "medclip": {
+        "vision_model.model.fc.weight": (512, 2048),
+        "text_model.model.embeddings.LayerNorm.bias": (768,),
+        "text_model.projection_head.weight": (512, 768),
+        "logit_scale": (),
     },
     "medklip": {"module.res_l1.weight": (1024, 1024), "module.classifier.bias": (2,)},
     "mflag": mlp_shapes("proj_v.", 2048, 1024)
@@ -300,7 +309,9 @@ def test_the_scale_of_images_follows_from_whose_weights_they_are(name):
     assert load_config(name).normalisation == stated
 
 
-@pytest.mark.parametrize("name", ["medklip", "mrm", "rad_dino", "radjepa", "refers", "xray_dinov2"])
+@pytest.mark.parametrize(
+    "name", ["medclip", "medklip", "mrm", "rad_dino", "radjepa", "refers", "xray_dinov2"]
+)
 def test_models_of_images_alone_compare_no_texts(name):
     content = load_config(name).to_dict()
     content["eval"]["tasks"] = ("classification", "zero_shot")

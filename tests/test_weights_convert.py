@@ -130,10 +130,11 @@ def test_images_are_normalised_as_the_weights_were_trained(origin, prefix, right
             "transformer.embeddings.patch_embeddings.weight",
             "transformer.encoder.layer.0.attention_norm.weight",
         ),
+        ("vision_model.model.conv1.weight", "vision_model.model.layer1.0.conv1.weight"),
     ],
 )
 def test_names_that_others_use_too_do_not_tell_the_scale_of_images(keys, save):
-    """Those of BioViL and REFERS without anything of theirs; another scale would go unnoticed."""
+    """Those of BioViL, REFERS and MedCLIP alone; another scale would go unnoticed."""
     source = save(dict.fromkeys(keys, np.ones(3, np.float32)))
     assert "of no origin whose images are known" in error_of(lambda: find_normalisation(source))
 

@@ -26,6 +26,7 @@ MEAN_AND_STD: dict[str, tuple[Any, Any]] = {
     "fixed": (0.5, 0.5),  # MGCA, GLoRIA, M-FLAG
     "unit": (0.0, 1.0),  # BioViL, BioViL-T
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ASG, MedKLIP, REFERS, ConVIRT
+    "medclip": (0.5862785803043838, 0.27950088968644304),
     "mrm": (0.4978, 0.2449),
     "rad_dino": (0.5307, 0.2583),
 }

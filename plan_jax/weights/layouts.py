@@ -2,7 +2,7 @@
 
 The names are those of torchvision (ResNet), timm, DeiT and DINOv2 (ViT), Hugging Face (BERT and
 DINOv2) and of the checkpoints of MGCA, ASG, GLoRIA, BioViL, BioViL-T, CXR-BERT, and of those that
-BenchX published of ConVIRT, MedKLIP, M-FLAG, MRM and REFERS. Ours are flat:
+BenchX published of ConVIRT, MedCLIP, MedKLIP, M-FLAG, MRM and REFERS. Ours are flat:
 `params/layer1_0/conv1/kernel`. Torch stores convolutions as [E C H W] and matrices as [out in], we
 as [H W C E] and [in out].
 
@@ -203,6 +203,7 @@ MGCA_PARTS = r"(img|text)_encoder_q\.|prototype_layer\.|\w+_atten_layer\.|irl\.|
 GLORIA_PARTS = r"gloria\.(img|text)_encoder\."
 BIOVIL_PARTS = r"projector\.|classifier\.|encoder\.(backbone_to_vit|vit_pooler|missing_prev)"
 CONVIRT_PARTS = r"linguistic\.|visual\.|(vis|lin)_proj\."
+MEDCLIP_PARTS = r"text_model\.|logit_scale"
 MFLAG_PARTS = r"encoder\.|proj_[vt]\.|lm_model\."
 REFERS_PARTS = r"(visual|fusion|contrastive_bert|textual|backward_textual|head)\."
 PREFIXES: dict[str, tuple[str, str | None]] = {
@@ -222,6 +223,7 @@ PREFIXES: dict[str, tuple[str, str | None]] = {
     "dinov2.": ("transformers", r"classifier\."),
     "dinov2_with_registers.": ("transformers", r"classifier\."),
     "bert.": ("Hugging Face", r"cls\.|cls_projection_head\.|classifier\."),
+    "vision_model.model.": ("a vision model", None),
     "module.": ("several devices", None),
     "backbone.": ("a backbone", None),
     "model.": ("a model", None),
@@ -236,6 +238,7 @@ MARKS: dict[tuple[str, str], tuple[str, str | None]] = {
     ("encoder.encoder.", "projector.model."): ("BioViL", BIOVIL_PARTS),
     ("dinov2.", "dinov2.layernorm."): ("DINOv2", r"classifier\."),
     ("dinov2_with_registers.", "dinov2_with_registers.layernorm."): ("DINOv2", r"classifier\."),
+    ("vision_model.model.", "text_model.projection_head."): ("MedCLIP", MEDCLIP_PARTS),
     ("encoder.", "proj_v."): ("M-FLAG", MFLAG_PARTS),
     ("", "bert_encoder."): ("MRM", r"(decoder_|mask_token|bert_encoder|bert_mlp)"),
 }
@@ -257,6 +260,7 @@ NORMALISATION_OF_ORIGIN = {
     "BioViL": "unit",
     "BioViL-T": "unit",
     "ConVIRT": "imagenet",
+    "MedCLIP": "medclip",
     "MedKLIP": "imagenet",
     "M-FLAG": "fixed",
     "MRM": "mrm",
@@ -277,7 +281,7 @@ FOREIGN_TOWERS = {
         " bias of the patches"
     ),
     r"(.*\.)?layers\.0\.blocks\.0\.attention\.self\.relative_position_bias_table": (
-        "a Swin transformer (MedCLIP), whose patches are merged between its stages"
+        "a Swin transformer (of MedCLIP), whose patches are merged between its stages"
     ),
     r"(.*\.)?features\.denseblock1\.denselayer1\.conv1\.weight": "a DenseNet",
 }
