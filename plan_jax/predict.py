@@ -69,7 +69,8 @@ def run_command(argv: Sequence[str]) -> int:
     """
     options = _build_parser().parse_args(argv)
     _check_arguments(options)
-    if options.checkpoint and os.path.exists(options.checkpoint):
+    # A notebook may need the hub later.
+    if command.owns_process() and os.path.exists(options.checkpoint):
         os.environ["HF_HUB_OFFLINE"] = "1"
     # Imported once the arguments are known to be sensible: JAX takes seconds.
     from plan_jax import model as models

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,15 @@ def test_json_is_printed(capsys):
     (row,) = json.loads(capsys.readouterr().out)
     assert row["image"] == "chest.png" and row["height"] == 50
     assert [path.name for path in Path().iterdir()] == ["chest.png"]
+
+
+@pytest.mark.parametrize("owns_process", [False, True])
+def test_only_a_command_of_its_own_stays_offline(owns_process, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(predict.command, "owns_process", lambda: owns_process)
+    Path("x").mkdir()
+    assert predict.run([*MODEL, "--image", "none.png", "--text", "effusion"]) == 2
+    assert os.environ["HF_HUB_OFFLINE"] == str(int(owns_process))
 
 
 def test_json_is_complete_when_all_pairs_fail(capsys):

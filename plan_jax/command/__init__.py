@@ -146,6 +146,11 @@ def end_on_signals(caller: FrameType | None = None) -> None:
     _process.is_listening = True
 
 
+def owns_process() -> bool:
+    """Returns whether this process ends with its command, unlike that of a notebook."""
+    return _process.is_listening
+
+
 def _is_program(frame: FrameType) -> bool:
     """Returns whether the module of a frame is the program that this process runs."""
     if _is_notebook() or hasattr(sys, "ps1") or sys.flags.interactive:
