@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tensorflow_datasets
 
 from plan_jax.data.tfds import tfds
@@ -43,4 +44,21 @@ def test_a_protobuf_that_is_too_old_is_one_sentence(tmp_path):
         "tensorflow-datasets cannot be imported (Detected incompatible Protobuf Gencode/Runtime "
         "versions when loading schema.proto: gencode 6.31.1 runtime 5.29.6); "
         'pip install "tensorflow-metadata<1.18"\n'
+    )
+
+
+@pytest.mark.parametrize("name", ["etils", "promise"])
+def test_a_missing_package_is_one_sentence(name):
+    """Of TFDS's own import only an empty module and a traceback would remain."""
+    code = f"import sys; sys.modules[{name!r}] = None\nfrom plan_jax import main\n"
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}sys.exit(main.run(['--config', 'testing']))"],
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"tensorflow-datasets cannot be imported (import of {name} halted; None in sys.modules); "
+        "pip install that package, or tensorflow-datasets again\n"
     )
