@@ -138,6 +138,27 @@ def test_a_damaged_archive_is_left_out(run, tmp_path, capsys):
     assert not list((tmp_path / "back").glob("checkpoints/3*"))
 
 
+@pytest.mark.parametrize(
+    ("position", "byte"), [(6, 255), (8, 0x20), (8, 0x40), (10, 8), (10, 12), (10, 14), (10, 99)]
+)
+def test_a_damaged_list_of_files_is_left_out(run, tmp_path, capsys, position, byte):
+    """Version, flags or method of an entry, for which zipfile raises other errors than its own."""
+    drive = tmp_path / "drive"
+    copy_steps(run, drive)
+    archive = bytearray((drive / "step-3.zip").read_bytes())
+    with zipfile.ZipFile(drive / "step-3.zip") as file:
+        starts = [archive.index(b"PK\x01\x02", file.start_dir)]
+    while (start := archive.find(b"PK\x01\x02", starts[-1] + 4)) > 0:
+        starts.append(start)
+    for start in starts:
+        archive[start + position] = byte
+    (drive / "step-3.zip").write_bytes(archive)
+    assert copies._read_archived_config(drive)["seed"] == 0  # that of step 2
+    assert restore_steps(drive, tmp_path / "back") == 2
+    assert "step-3.zip is left out (" in capsys.readouterr().err
+    copy_steps(run, drive)
+
+
 def test_an_archive_that_was_cut_off_is_left_out_and_written_again(run, tmp_path, capsys):
     drive = tmp_path / "drive"
     copy_steps(run, drive)

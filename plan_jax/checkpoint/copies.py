@@ -20,7 +20,9 @@ import shutil
 import sys
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -40,6 +42,8 @@ RESTORED = ".restored"  # where an archive is extracted before its content gets 
 FREE_FIELDS = ("log_every", "eval", "checkpoint", "parallel", "data", "dtype", "remat", "scan")
 # What file systems answer that cannot be told to write everything now.
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+# What zipfile raises for archives that are damaged, as NotImplementedError for an unknown method.
+DAMAGES = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, LZMAError)
 BUFFER = 1 << 20
 MAX_ATTEMPTS = 5  # to copy files that their run replaces meanwhile
 # One copy at a time, in whatever thread.
@@ -202,7 +206,7 @@ def _require_equal_configs(run: Path, folder: Path) -> None:
 def _read_archived_config(folder: Path) -> dict[str, Any] | None:
     """Returns the config in the newest step that can be read; None if there is none."""
     for _, path in sorted(_list_archives(folder).items(), reverse=True):
-        with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile):
+        with contextlib.suppress(KeyError, *DAMAGES):
             with zipfile.ZipFile(path) as archive:
                 about = json.loads(archive.read("config/metadata"))
             # As `config.json` is written, where NaN and infinities are null.
@@ -327,7 +331,7 @@ def _read_entries(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
-    except (OSError, zipfile.BadZipFile):
+    except DAMAGES:
         return []
 
 
@@ -383,7 +387,7 @@ def _find_archive_fault(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             names = [item.filename for item in archive.infolist()]
-    except (OSError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
+    except DAMAGES as error:
         return str(error) or type(error).__name__
     if damaged:
         return f"{damaged} has another checksum"
