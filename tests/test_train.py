@@ -141,6 +141,16 @@ def initial_state(step=0):
     )
 
 
+def test_a_run_names_the_parameters_that_it_measures(monkeypatch):
+    monkeypatch.setattr(parallel, "is_main", lambda: False)  # the main process evaluates too
+    run = train.Run(*[None] * 6, SimpleNamespace(history=[]), None)
+    state = initial_state()
+    assert train.finish(run, state)["params_sha256"] == checkpoint.fingerprint(state.params)
+    average = {"w": jnp.ones(2)}
+    summary = train.finish(run, state.replace(ema_params=average))
+    assert summary["params_sha256"] == checkpoint.fingerprint(average)
+
+
 def one_number_step(compute=lambda number: {}):
     """Returns a step with the batch's number as loss; `compute` replaces loss, norm and weights."""
 
