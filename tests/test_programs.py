@@ -21,6 +21,7 @@ from plan_jax import model as models
 from plan_jax.data.tokenizer import load_tokenizer, tokenize_batch
 from plan_jax.export import __main__ as export_command
 from plan_jax.export import folder as folders
+from plan_jax.export import reader
 from plan_jax.export.programs import (
     DEFAULT_PLATFORMS,
     FIELDS,
@@ -245,6 +246,18 @@ def test_the_reader_is_a_command(saved, tmp_path):
     y, x = np.unravel_index(int(heat.argmax()), heat.shape)
     assert f"highest at x {x}, y {y} of 40 x 60" in result.stdout
     assert np.asarray(Image.open(tmp_path / "heat.png"))[y, x] == 255
+
+
+def test_the_reader_refuses_16_bits_and_its_own_input(tmp_path, capsys):
+    film = Image.fromarray(np.full((8, 6), 40000, np.uint16))
+    with pytest.raises(ValueError, match="image has pixels of mode I;16; scale it to 8 bits first"):
+        reader.fit_image(film, 8)
+    film.save(tmp_path / "film.png")
+    content = (tmp_path / "film.png").read_bytes()
+    arguments = [str(tmp_path / "film.png"), "effusion", f"{tmp_path}/x/../film.png"]
+    assert reader.main(arguments) == 2
+    assert "film.png is the image itself; write the picture" in capsys.readouterr().err
+    assert (tmp_path / "film.png").read_bytes() == content
 
 
 def test_the_code_in_the_documentation_runs(saved, tmp_path):

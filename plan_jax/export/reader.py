@@ -147,7 +147,13 @@ def check_jax(signature: dict[str, Any]) -> None:
 
 
 def fit_image(image: Image.Image, size: int) -> np.ndarray:
-    """Scales the longer side to `size` and centres on a black square, UInt8[size size 1]."""
+    """Scales the longer side to `size` and centres on a black square, UInt8[size size 1].
+
+    Raises:
+      ValueError: the image has more than 8 bits, of which all but the lowest values would be white.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"image has pixels of mode {image.mode}; scale it to 8 bits first")
     width, height, left, top = content_area(image.size, size)
     grey = image.convert("L").resize((width, height), Image.Resampling.BILINEAR)
     square = Image.new("L", (size, size))
@@ -189,6 +195,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", help="the picture to write: PNG")
     options = parser.parse_args(arguments)
     try:
+        if Path(options.out).resolve() == Path(options.image).resolve():
+            raise ValueError(f"{options.out} is the image itself; write the picture elsewhere")
         with Image.open(options.image) as file:
             heat = Reader(Path(__file__).resolve().parent.parent).ground(file, options.phrase)
         low, high = float(heat.min()), float(heat.max())
