@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -41,6 +42,7 @@ REQUIRED = (CONFIG, WEIGHTS, *TOKENIZER)
 DTYPES = ("float32", "float16")
 PARTS = ("params", "batch_stats", "memory")
 OLD = ".old"  # the end of the name of a model while it is replaced
+MAX_WRITING_SECONDS = 86_400.0  # what is written for longer has lost its writer
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -105,12 +107,10 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes], params_sha256: 
     """
     folder = Path(folder).resolve()  # a link to a folder stays a link
     check_replaceable(folder)
-    number = f"{os.getpid()}-{threading.get_ident()}"
+    number = f"{os.getpid()}-{threading.get_ident()}"  # of no other writer
     temporary = folder.with_name(f".{folder.name}.{number}.part")
     old = temporary.with_suffix(OLD)
     with report_write_errors(folder):
-        # In a container a process that was killed may have had the same number.
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             for name, content in files.items():
@@ -128,21 +128,31 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes], params_sha256: 
                 temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    for path in _list_replaced(folder):
-        shutil.rmtree(path, ignore_errors=True)
+    _delete_leftovers(folder)
     return folder
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Deletes what writers that were killed have left beside a model that is in its place."""
+    for path in _list_beside(folder, OLD):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in _list_beside(folder, ".part"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > MAX_WRITING_SECONDS:
+                shutil.rmtree(path)
 
 
 def find_replaced(folder: Path) -> Path | None:
     """Returns the old model of a folder whose replacement was killed halfway, None if none was."""
     if os.path.lexists(folder):
         return None
-    models = [path for path in _list_replaced(folder) if is_model_folder(path)]
+    models = [path for path in _list_beside(folder, OLD) if is_model_folder(path)]
     return max(models, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _list_replaced(folder: Path) -> list[Path]:
-    pattern = re.compile(re.escape(f".{folder.name}.") + r"[\d-]+" + re.escape(OLD))
+def _list_beside(folder: Path, suffix: str) -> list[Path]:
+    """Returns the folders beside a model that its writers have named with a suffix."""
+    pattern = re.compile(re.escape(f".{folder.name}.") + r"[\d-]+" + re.escape(suffix))
     with contextlib.suppress(OSError, ValueError):  # of a name that no folder can have
         return [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)]
     return []
