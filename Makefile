@@ -14,7 +14,7 @@ help:
 	@echo "make notebooks  write colab/*.ipynb and run them with the versions of Colab"
 	@echo "make package build the wheel and try it in an empty environment"
 	@echo "make bench   measure speed and memory"
-	@echo "make clean   remove caches; keeps .venv, data and runs"
+	@echo "make clean   remove caches; keeps .venv, .venv-notebooks, data and runs"
 
 # Each stamp is touched last, so an interrupted installation is repeated.
 .venv/.package: pyproject.toml constraints.txt
@@ -96,6 +96,6 @@ bench: .venv/.package
 	@$(BIN)/python tools/benchmark.py memory --config configs/demo.py
 
 clean:
-	@echo "== removing caches and build products; .venv, data and runs stay"
+	@echo "== removing caches and build products; .venv, .venv-notebooks, data and runs stay"
 	@rm -rf .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
-	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """ASG, as its code trains it on MIMIC-CXR; with `:phantom`, on a laptop.
 
-python -m plan_jax.main --config configs/asg.py:phantom
-python -m plan_jax.main --config configs/asg.py --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config asg:phantom
+plan-jax --config asg --config.data.builder.manifest=DIR/manifest.csv
 
 The manifest needs the columns `labels` and `regions` (JSON, {region: [x0, y0, x1, y1]}, pixels).
 """

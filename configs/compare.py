@@ -1,6 +1,6 @@
 """One of the runs of docs/plan.md and docs/methods.md: equal data, steps and data order.
 
-python -m plan_jax.main --config configs/compare.py:plan --config.seed=1
+plan-jax --config compare:plan --config.seed=1
 
 `tools/compare.py` runs all of them and writes the table.
 """

@@ -1,7 +1,7 @@
 """ConVIRT, as its paper trains it on MIMIC-CXR; with `:phantom`, on a laptop.
 
-python -m plan_jax.main --config configs/convirt.py:phantom
-python -m plan_jax.main --config configs/convirt.py --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config convirt:phantom
+plan-jax --config convirt --config.data.builder.manifest=DIR/manifest.csv
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """PLAN on phantoms, in minutes on a laptop.
 
-python -m plan_jax.main --config configs/demo.py
+plan-jax --config demo
 """
 
 from ml_collections import ConfigDict

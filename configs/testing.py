@@ -1,6 +1,6 @@
 """The smallest run there is, for tests.
 
-python -m plan_jax.main --config configs/testing.py --workdir runs/testing
+plan-jax --config testing --workdir runs/testing
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """All seven tasks on the procedural phantoms, from one checkpoint: one table, one page.
 
-python -m plan_jax.main --config configs/eval/all_phantom.py --checkpoint runs/demo
+plan-jax --config eval/all_phantom --checkpoint runs/demo
 
 Heads are small and fits are short, so that everything takes ten minutes on two cores. Each head is
 also fitted to the same tower with random weights.

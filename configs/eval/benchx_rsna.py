@@ -1,6 +1,6 @@
 """RSNA pneumonia, fine-tuning of the whole tower: BenchX's protocol.
 
-python -m plan_jax.main --config configs/eval/benchx_rsna.py --checkpoint runs/plan
+plan-jax --config eval/benchx_rsna --checkpoint runs/plan
 
 The manifest is that of `rsna_linear.py`, with BenchX's split (arXiv 2410.21969).
 """

@@ -1,6 +1,6 @@
 """CheXpert 5x200, zero-shot classification of five classes: GLoRIA's protocol.
 
-python -m plan_jax.main --config configs/eval/chexpert_5x200.py --checkpoint runs/plan
+plan-jax --config eval/chexpert_5x200 --checkpoint runs/plan
 
 You create the manifest from train.csv, 1,000 rows. Its columns are `image`, `patient_id`, `split`
 (test) and the thirteen label columns below, where an empty cell is 0: 200 frontal images of each of

@@ -1,6 +1,6 @@
 """CheXpert's five competition labels, linear probe on 1, 10 and 100 %: MGCA's protocol.
 
-python -m plan_jax.main --config configs/eval/chexpert_linear.py --checkpoint runs/plan
+plan-jax --config eval/chexpert_linear --checkpoint runs/plan
 
 You create the manifest from train.csv and valid.csv, frontal images only. Its columns are `image`,
 `patient_id`, `split` (5,000 of train validate; the 202 of the official valid.csv are the test) and

@@ -1,6 +1,6 @@
 """CheXpert, zero-shot by pairs of prompts, X and no X: CheXzero's protocol.
 
-python -m plan_jax.main --config configs/eval/chexpert_zero_shot.py --checkpoint runs/plan
+plan-jax --config eval/chexpert_zero_shot --checkpoint runs/plan
 
 The manifest is that of `chexpert_linear.py`.
 """

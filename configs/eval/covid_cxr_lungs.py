@@ -1,6 +1,6 @@
 """Lung masks of real radiographs (Cohen et al.'s collection): segmentation with a frozen tower.
 
-python -m plan_jax.main --config configs/eval/covid_cxr_lungs.py --checkpoint runs/demo \
+plan-jax --config eval/covid_cxr_lungs --checkpoint runs/demo \
   --config.data.builder.manifest=DIR/manifest.csv
 
 Images: arXiv 2006.11988, licences by row. Masks: V7 Labs, CC BY 4.0. The split `val` is evaluated,

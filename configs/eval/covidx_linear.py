@@ -1,6 +1,6 @@
 """COVIDx, linear probe of three classes on 1, 10 and 100 %: MGCA's protocol, accuracy.
 
-python -m plan_jax.main --config configs/eval/covidx_linear.py --checkpoint runs/plan
+plan-jax --config eval/covidx_linear --checkpoint runs/plan
 
 You create the manifest from the lists of train and test. Its columns are `image`, `patient_id`,
 `split` and `labels`, one of the three classes.

@@ -1,6 +1,6 @@
 """COVIDx, zero-shot among normal, pneumonia and COVID-19: accuracy and macro F1.
 
-python -m plan_jax.main --config configs/eval/covidx_zero_shot.py --checkpoint runs/plan
+plan-jax --config eval/covidx_zero_shot --checkpoint runs/plan
 
 The manifest is that of `covidx_linear.py`. No repository publishes its prompts; these are ours.
 """

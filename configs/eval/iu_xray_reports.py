@@ -1,6 +1,6 @@
 """IU X-ray, report generation: R2Gen's protocol, at most 60 tokens, words that occur 3 times.
 
-python -m plan_jax.main --config configs/eval/iu_xray_reports.py --checkpoint runs/plan
+plan-jax --config eval/iu_xray_reports --checkpoint runs/plan
 
 You create the manifest from annotation.json. Its columns are `image` (the frontal one; the original
 joins the patches of the lateral one), `patient_id`, `split` (2,069 / 296 / 590) and `text`, the

@@ -1,6 +1,6 @@
 """Kermany's paediatric radiographs, normal or pneumonia: linear probe on 1, 10 and 100 %.
 
-python -m plan_jax.main --config configs/eval/kermany.py --checkpoint runs/demo \
+plan-jax --config eval/kermany --checkpoint runs/demo \
   --config.data.builder.manifest=DIR/manifest.csv
 
 CC BY 4.0, Kermany et al., Mendeley rscbjbr9sj. The manifest has a column `pneumonia`, which is 1 or

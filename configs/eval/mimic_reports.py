@@ -1,6 +1,6 @@
 """MIMIC-CXR, report generation: R2Gen's protocol, at most 100 tokens, words that occur 10 times.
 
-python -m plan_jax.main --config configs/eval/mimic_reports.py --checkpoint runs/plan
+plan-jax --config eval/mimic_reports --checkpoint runs/plan
 
 You create the manifest. Its columns are `image`, `patient_id`, `split` (270,790 / 2,130 / 3,858)
 and `text`, the findings.

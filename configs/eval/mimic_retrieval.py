@@ -1,6 +1,6 @@
 """MIMIC-CXR, image-text retrieval: recall of the own report, precision by class both ways.
 
-python -m plan_jax.main --config configs/eval/mimic_retrieval.py --checkpoint runs/plan
+plan-jax --config eval/mimic_retrieval --checkpoint runs/plan
 
 You create the manifest. Its columns are `image`, `patient_id`, `split`, `text` and CheXpert's eight
 label columns of the 8x200 set. Of the first `eval.limit` test images, at most 200 of each class

@@ -1,6 +1,6 @@
 """MS-CXR, phrase grounding: BioViL's protocol, CNR and mIoU, by category and macro.
 
-python -m plan_jax.main --config configs/eval/ms_cxr_grounding.py --checkpoint runs/plan
+plan-jax --config eval/ms_cxr_grounding --checkpoint runs/plan
 
 `ms_cxr_grounding.py:biovil_t` and `:afloc` crop as these two do. The metric `miou_afloc` is AFLoc's
 mIoU; the others name how a map is scaled.

@@ -1,6 +1,6 @@
 """NIH ChestX-ray14, linear probe of the 14 findings on 1, 10 and 100 %: ASG's protocol.
 
-python -m plan_jax.main --config configs/eval/nih_linear.py --checkpoint runs/plan
+plan-jax --config eval/nih_linear --checkpoint runs/plan
 
 You create the manifest from Data_Entry_2017_v2020.csv. Its columns are `image`, `patient_id`,
 `split` (the official test list has 25,596 images) and `labels`, the findings joined by semicolons.

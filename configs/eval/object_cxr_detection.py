@@ -1,6 +1,6 @@
 """Object-CXR, foreign objects by a YOLOv3 head on a frozen tower: MGCA's protocol, mAP.
 
-python -m plan_jax.main --config configs/eval/object_cxr_detection.py --checkpoint runs/plan
+plan-jax --config eval/object_cxr_detection --checkpoint runs/plan
 
 You create the manifest from train.csv and dev.csv. Its columns are `image`, `split` (7,200 / 800;
 dev is the test) and `boxes`, JSON [[x0, y0, x1, y1], ..]; an ellipse or polygon becomes the box

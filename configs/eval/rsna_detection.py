@@ -1,6 +1,6 @@
 """RSNA pneumonia, boxes by a YOLOv3 head on a frozen tower: MGCA's protocol, mAP.
 
-python -m plan_jax.main --config configs/eval/rsna_detection.py --checkpoint runs/plan
+plan-jax --config eval/rsna_detection --checkpoint runs/plan
 
 The manifest is that of `rsna_segmentation.py`. On 1 % of the labels MGCA uses learning rate 2e-4
 and batch 8.

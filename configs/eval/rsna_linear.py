@@ -1,6 +1,6 @@
 """RSNA pneumonia, linear probe on 1, 10 and 100 % of the labels: MGCA's protocol.
 
-python -m plan_jax.main --config configs/eval/rsna_linear.py --checkpoint runs/plan
+plan-jax --config eval/rsna_linear --checkpoint runs/plan
 
 You create the manifest. Its columns are `image`, `patient_id`, `split` (MGCA: 18,678 / 4,003 /
 4,003) and `pneumonia`, which is 1 or 0.

@@ -1,6 +1,6 @@
 """RSNA pneumonia, segmentation of the filled boxes with a frozen tower: MGCA's protocol, Dice.
 
-python -m plan_jax.main --config configs/eval/rsna_segmentation.py --checkpoint runs/plan
+plan-jax --config eval/rsna_segmentation --checkpoint runs/plan
 
 You create the manifest from stage_2_train_labels.csv, one row a patient. Its columns are `image`,
 `patient_id`, `split` (16,010 / 5,337 / 5,337) and `boxes`, JSON [[x0, y0, x1, y1], ..].

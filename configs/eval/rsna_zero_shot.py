@@ -1,6 +1,6 @@
 """RSNA pneumonia, zero-shot: AUROC, and F1 and accuracy at a threshold.
 
-python -m plan_jax.main --config configs/eval/rsna_zero_shot.py --checkpoint runs/plan
+plan-jax --config eval/rsna_zero_shot --checkpoint runs/plan
 
 The manifest is that of `rsna_linear.py`; the threshold is chosen on its validation split. Prompts
 are BioViL's: four phrasings for pneumonia and four against, their embeddings averaged.

@@ -1,6 +1,6 @@
 """SIIM pneumothorax, segmentation with a frozen tower: MGCA's protocol, Dice.
 
-python -m plan_jax.main --config configs/eval/siim_segmentation.py --checkpoint runs/plan
+plan-jax --config eval/siim_segmentation --checkpoint runs/plan
 
 You create the manifest from train-rle.csv, one row an image. Its columns are `image`, `patient_id`,
 `split` (70 / 15 / 15) and `mask`, the path of a mask drawn from the RLE; empty: no pneumothorax.
