@@ -426,6 +426,25 @@ class Mflag(Model):
         }
 
 
+class Medclip(Model):
+    """MedCLIP's ResNet, whose classifier is the head, beside its text tower."""
+
+    config = {"vision": RESNET}
+
+    def __init__(self):
+        super().__init__()
+        resnet = self.add("vision_model.model", make_resnet())
+        resnet.fc = nn.Linear(2048, 4, bias=False)
+        self.add("text_model.model", BertModel(make_bert()))
+        self.add("text_model.projection_head", nn.Linear(WIDTH, 4, bias=False))
+        self.logit_scale = nn.Parameter(torch.ones(()))
+
+    def forward(self):
+        x = scale([0.5862785803043838], [0.27950088968644304])
+        maps = run_resnet(self.vision_model.model, x)
+        return {"tower_map": pixels_of(maps[3]), "tower_pooled": maps[3].mean((2, 3))}
+
+
 class Medklip(Model):
     """MedKLIP: the first three stages of a ResNet, by the numbers of its children."""
 
@@ -536,6 +555,7 @@ MODELS = {
         BiovilT,
         Convirt,
         Mflag,
+        Medclip,
         Medklip,
         Mrm,
         Refers,
