@@ -122,7 +122,7 @@ def _refuse_to_ground(*_: Any, **__: Any) -> Any:
     raise UserError("this model has no config to read images by; load one by plan_jax.load")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A trained model as pure functions.
 
@@ -152,6 +152,11 @@ class Model:
     tokenizer: Any = None
     pair_similarity: Callable[[Features, Features], dict[str, np.ndarray]] | None = None
     ground: Callable[..., Any] = _refuse_to_ground
+
+    def __repr__(self) -> str:
+        """Returns one line, which a notebook shows, instead of all parameters and functions."""
+        rows, columns = self.grid
+        return f"Model({self.name!r}, images {self.size} x {self.size}, maps {rows} x {columns})"
 
 
 # Records ----------------------------------------------------------------------------------------
