@@ -146,6 +146,19 @@ def test_checksums_that_name_another_folder_are_refused(copy):
         plan_jax.load(copy)
 
 
+def test_a_loaded_model_is_shown_in_one_line(model):
+    assert repr(model) == "Model('plan', images 32 x 32, maps 8 x 8)"
+
+
+def test_the_working_directory_is_not_replaced(model, tmp_path, monkeypatch):
+    (tmp_path / "own/inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "own/inner")
+    for name in (".", "..", tmp_path / "own"):
+        with pytest.raises(UserError, match="holds the working directory; pass another folder"):
+            model.save_pretrained(name)
+    assert (tmp_path / "own/inner").samefile(".")
+
+
 def test_a_model_replaces_a_model_and_nothing_else(model, copy, tmp_path):
     other = make_model(seed=1)
     (tmp_path / "copy.old").mkdir()

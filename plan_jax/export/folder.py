@@ -189,6 +189,8 @@ def check_replaceable(folder: Path) -> None:
             return
         if not folder.is_dir():
             raise UserError(f"{folder} is a file; pass the name of a new folder")
+        if Path.cwd().is_relative_to(folder.resolve()):  # a shell would stay in what is renamed
+            raise UserError(f"{folder} holds the working directory; pass another folder")
         first = min((path.name for path in folder.iterdir()), default="")
     if not first:
         return
