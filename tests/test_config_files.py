@@ -107,7 +107,10 @@ def test_a_config_of_the_package_never_imports_those_of_a_user():
 
 
 def test_modules_that_are_called_configs_are_kept(monkeypatch):
-    module = type(sys)("configs")
+    def submodules():
+        return {name: x for name, x in sys.modules.items() if name.startswith("configs.")}
+
+    module, before = type(sys)("configs"), submodules()
     monkeypatch.setitem(sys.modules, "configs", module)
     load_config_file("demo")
     assert sys.modules["configs"] is module
@@ -115,7 +118,7 @@ def test_modules_that_are_called_configs_are_kept(monkeypatch):
         Path("wrong.py").write_text("from configs import absent\n")
         load_config_file("wrong.py")
     assert sys.modules["configs"] is module
-    assert not [name for name in sys.modules if name.startswith("configs.")]
+    assert submodules() == before
 
 
 def test_a_config_leaves_no_trace_for_the_next_one():
