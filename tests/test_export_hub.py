@@ -172,8 +172,12 @@ def test_a_model_of_another_library_is_named_before_its_weights_are_fetched(file
     assert not any("safetensors" in path for _, path in server.requests)
 
 
-def test_a_hub_that_cannot_be_reached(server, monkeypatch):
+def test_a_hub_that_cannot_be_reached(model, server, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError) as error:
+        model.push_to_hub("owner/tiny", token=local_hub.TOKEN)
+    reason = "the hub cannot be reached; connect to the internet"
+    assert str(error.value) == f"model owner/tiny was not pushed, since {reason}"
     with pytest.raises(UserError, match="and the hub cannot be reached; connect to the internet"):
         plan_jax.load("owner/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

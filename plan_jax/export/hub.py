@@ -69,7 +69,7 @@ def push_folder(folder: Path, repo: str, *, private: bool, token: str | None, me
 
     check_repository(repo)
     names = folders.list_files(folder)
-    with report_hub_errors(repo):
+    with report_hub_errors(repo, is_push=True):
         api = HfApi(token=token)
         url = api.create_repo(repo, private=private, exist_ok=True)
         # An existing repository keeps its visibility.
@@ -143,8 +143,12 @@ SUFFIXES = {
 
 
 @contextlib.contextmanager
-def report_hub_errors(name: str) -> Iterator[None]:
+def report_hub_errors(name: str, *, is_push: bool = False) -> Iterator[None]:
     """Turns what the hub or the network says about a repository into a sentence without the token.
+
+    Args:
+      name: name of the repository.
+      is_push: whether a model is uploaded, so that neither a folder nor the cache is of any help.
 
     Raises:
       UserError: in place of the many kinds of errors of huggingface_hub.
@@ -154,10 +158,10 @@ def report_hub_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the hub raises many kinds
-        raise UserError(_describe_error(error, name)) from None
+        raise UserError(_describe_error(error, name, is_push)) from None
 
 
-def _describe_error(error: Exception, name: str) -> str:
+def _describe_error(error: Exception, name: str, is_push: bool) -> str:
     from huggingface_hub import constants, errors
 
     reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(". ")
@@ -188,19 +192,22 @@ def _describe_error(error: Exception, name: str) -> str:
         return f"the hub does not let this token read or write {name}; use a token that may"
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         return f"model {name} does not exist on the hub; check the name"
-    if constants.HF_HUB_OFFLINE:
-        return (
-            f"model {name} is neither a folder here nor in the cache of the hub, and HF_HUB_OFFLINE"
-            " is set; unset it to fetch the model, or pass a folder"
+    problem, remedy = (
+        (f"model {name} was not pushed, since", "")
+        if is_push
+        else (
+            f"model {name} is neither a folder here nor in the cache of the hub, and",
+            ", or pass a folder",
         )
+    )
+    if constants.HF_HUB_OFFLINE:
+        action = "push" if is_push else "fetch"
+        return f"{problem} HF_HUB_OFFLINE is set; unset it to {action} the model{remedy}"
     if status is not None:
         return f"the hub answered {status} about {name}; repeat the command later"
     if isinstance(error, OSError) and error.errno is not None and error.filename:
         return f"{error.filename} cannot be written ({error.strerror}); choose HF_HOME elsewhere"
     is_connection = "onnect" in f"{type(error).__name__} {reason}"
     if isinstance(error, errors.LocalEntryNotFoundError | OSError) or is_connection:
-        return (
-            f"model {name} is neither a folder here nor in the cache of the hub, and the hub cannot"
-            " be reached; connect to the internet, or pass a folder"
-        )
+        return f"{problem} the hub cannot be reached; connect to the internet{remedy}"
     return f"the hub failed on {name} ({reason}); repeat the command later"
