@@ -144,8 +144,9 @@ def _delete_leftovers(folder: Path) -> None:
 
 def find_replaced(folder: Path) -> Path | None:
     """Returns the old model of a folder whose replacement was killed halfway, None if none was."""
-    if os.path.lexists(folder):
+    if os.path.exists(folder):
         return None
+    folder = Path(os.path.realpath(folder)) if os.path.lexists(folder) else folder
     models = [path for path in _list_beside(folder, OLD) if is_model_folder(path)]
     return max(models, key=lambda path: path.stat().st_mtime, default=None)
 
