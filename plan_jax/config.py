@@ -291,12 +291,6 @@ class Config(Section):
             self.fine_map,
             f"{self.vision['name']} has maps of one size only; set it to False",
         )
-        check_that(
-            not self.fine_map or hasattr(self.hyper, "rounds"),
-            "fine_map",
-            self.fine_map,
-            f"{self.method} has no rounds that read a finer map; set it to False",
-        )
         if self.vision["name"] in VITS:
             sizes = {**VITS[self.vision["name"]], **self.vision}
             check_patches(self.data.size, sizes["patch"])

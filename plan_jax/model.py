@@ -194,7 +194,8 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
     features = jax.eval_shape(apply_image, encoders, blank)
     model = Model(
         name=config.method,
-        grid=features.fine_grid or features.grid,
+        # Only rounds read the finer map.
+        grid=(hasattr(hyper, "rounds") and features.fine_grid) or features.grid,
         rounds=getattr(hyper, "rounds", 0),
         size=size,
         encode_image=encode_image,

@@ -91,13 +91,6 @@ def test_colours_of_imagenet_need_three_channels(content):
     assert Config.from_dict(content | {"channels": 3}).normalisation == "imagenet"
 
 
-def test_a_finer_map_needs_a_method_with_rounds(content):
-    assert content["method"] == "plan"
-    assert Config.from_dict(content | {"fine_map": True}).fine_map
-    with pytest.raises(UserError, match="config.fine_map is True; gloria has no rounds"):
-        Config.from_dict(content | {"method": "gloria", "hyper": {}, "fine_map": True})
-
-
 NONSENSE = [None, 3, "x", ["x"], [None], {}, {"a": 1}, {"name": ["x"]}, True, float("nan"), -1, 2.5]
 
 

@@ -1,6 +1,7 @@
 """From a config to a model: the tower of random weights, and texts that it cannot read."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -52,6 +53,14 @@ def test_rounds_of_a_method_without_rounds_are_refused():
     texts = model.encode_text(["effusion"])
     with pytest.raises(UserError, match="rounds is 1, and convirt has none; leave it out"):
         model.heatmap(images, texts, rounds=1)
+
+
+def test_maps_of_a_method_without_rounds_are_on_the_coarse_grid():
+    model = models.make_model(*make_parts(method="convirt", hyper={}, fine_map=True))
+    images = model.encode_image(np.zeros((1, 32, 32, 1), np.uint8))
+    assert images.fine_grid != images.grid == model.grid
+    maps, _ = model.heatmap(images, model.encode_text(["effusion"]))
+    assert maps.shape[-1] == math.prod(model.grid)
 
 
 def test_a_text_in_another_script_is_refused(model_parts):

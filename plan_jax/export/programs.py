@@ -156,7 +156,7 @@ def trace_programs(
         }
         features = [_output_shapes(program) for program in programs.values()]
         programs["heatmap"] = lower(heatmap, *features)
-    return programs, fine_grid or grid
+    return programs, (hasattr(hyper, "rounds") and fine_grid) or grid
 
 
 @contextlib.contextmanager
