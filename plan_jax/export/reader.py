@@ -9,6 +9,7 @@ model's folder is the one that holds `programs`. Not for clinical use.
 import argparse
 import json
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Reader:
     def tokenize(self, sentences: list[list[str]]) -> Texts:
         """Returns texts, each a list of sentences, as the arrays that `encode_text` takes.
 
-        Pieces and words beyond the limits of the signature are cut off.
+        Pieces and words beyond the limits of the signature are cut off, with a warning.
 
         Raises:
           ValueError: a text has no word.
@@ -96,6 +97,12 @@ class Reader:
             sentence_number += [number] * len(words)
         if not word_id:
             raise ValueError(f"text {sentences} has no word; pass a phrase")
+        if len(pieces) > max_tokens - 2 or len(word_id) > max_words:
+            warnings.warn(
+                f"a text has {len(word_id)} words of {len(pieces)} pieces; the model reads the"
+                f" first {max_words} words and {max_tokens - 2} pieces",
+                stacklevel=3,
+            )
         pieces, word_index = pieces[: max_tokens - 2], word_index[: max_tokens - 2]
         num_words = min(max_words, 1 + max(word_index))
         texts = {
