@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from plan_jax import logger
+from plan_jax.prediction import Grounding
 from plan_jax.prediction.batches import Outcome
 
 Write = Callable[[Outcome], None]
@@ -36,9 +37,7 @@ def to_row(outcome: Outcome) -> dict[str, Any]:
 @contextlib.contextmanager
 def open_csv(path: Path) -> Iterator[Write]:
     """Opens a CSV file with the columns `CSV_COLUMNS`; boxes are a JSON list of numbers."""
-    with logger.open_atomically(path) as file:
-        # A name that is not UTF-8 must not end the run.
-        text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
+    with _open_text(path, newline="") as text:
         # Python quotes a line break inside a cell only if it is part of this one: a single \r too.
         table = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\r\n")
 
@@ -52,23 +51,27 @@ def open_csv(path: Path) -> Iterator[Write]:
         with logger.report_write_errors(path):
             table.writeheader()
         yield write
-        with logger.report_write_errors(path):
-            text.flush()
-            text.detach()
 
 
 @contextlib.contextmanager
 def open_json(path: Path) -> Iterator[Write]:
     """Opens a JSON file: a list of one object for each pair, one in a line."""
+    with _open_text(path) as text, write_json(text) as write_row:
+
+        def write(outcome: Outcome) -> None:
+            with logger.report_write_errors(path):
+                write_row(outcome)
+
+        yield write
+
+
+@contextlib.contextmanager
+def _open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+    """Opens a file of text in UTF-8, which is under another name until it is complete."""
     with logger.open_atomically(path) as file:
-        text = io.TextIOWrapper(file, "utf-8")
-        with write_json(text) as write_row:
-
-            def write(outcome: Outcome) -> None:
-                with logger.report_write_errors(path):
-                    write_row(outcome)
-
-            yield write
+        # A name that is not UTF-8 must not end the run.
+        text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline=newline)
+        yield text
         with logger.report_write_errors(path):
             text.flush()
             text.detach()
@@ -131,33 +134,31 @@ def open_picture(path: Path) -> Iterator[Write]:
     yield write
 
 
-@contextlib.contextmanager
-def open_pictures(folder: Path) -> Iterator[Write]:
+def open_pictures(folder: Path) -> contextlib.AbstractContextManager[Write]:
     """Opens a folder for one picture of each pair, `<row>.png`."""
-    _make_folder(folder)
+    return _open_folder(folder, lambda grounding: grounding.encode_picture())
+
+
+def open_masks(folder: Path) -> contextlib.AbstractContextManager[Write]:
+    """Opens a folder for the mask of each pair, `<row>.png`: 0 and 255, as large as its image."""
+
+    def encode(grounding: Grounding) -> bytes:
+        stream = io.BytesIO()
+        Image.fromarray(grounding.mask).save(stream, "PNG")
+        return stream.getvalue()
+
+    return _open_folder(folder, encode)
+
+
+@contextlib.contextmanager
+def _open_folder(folder: Path, encode: Callable[[Grounding], bytes]) -> Iterator[Write]:
+    """Opens a folder for one PNG file of each pair, `<row>.png`."""
+    with logger.report_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
     def write(outcome: Outcome) -> None:
         if outcome.grounding is not None:
-            content = outcome.grounding.encode_picture()
+            content = encode(outcome.grounding)
             logger.write_atomically(folder / f"{outcome.row:05d}.png", content)
 
     yield write
-
-
-@contextlib.contextmanager
-def open_masks(folder: Path) -> Iterator[Write]:
-    """Opens a folder for the mask of each pair, `<row>.png`: 0 and 255, as large as its image."""
-    _make_folder(folder)
-
-    def write(outcome: Outcome) -> None:
-        if outcome.grounding is not None:
-            stream = io.BytesIO()
-            Image.fromarray(outcome.grounding.mask).save(stream, "PNG")
-            logger.write_atomically(folder / f"{outcome.row:05d}.png", stream.getvalue())
-
-    yield write
-
-
-def _make_folder(folder: Path) -> None:
-    with logger.report_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
