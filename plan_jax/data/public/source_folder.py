@@ -1,0 +1,324 @@
+"""The folder of a public dataset as it was downloaded: its tables, and what cannot be used."""
+
+import csv
+import gzip
+import io
+import json
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from plan_jax.data import faults, quoting
+from plan_jax.types import UserError
+
+MAX_DEPTH = 4  # folders below the source folder that are searched for tables
+MAX_FOLDERS = 2000  # that are searched; those of images can be hundreds of thousands
+MAX_COLUMNS = 12  # names of columns in a message
+READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, zipfile.BadZipFile)
+
+
+class SourceFolder:
+    """A folder as downloaded, searched and read without leaving it.
+
+    Paths are relative to the folder, with `/`. Each table that is read is noted in `tables`, and
+    each row that cannot be used in `dropped`.
+
+    Attributes:
+      root: the folder.
+      page: where the dataset is downloaded from, for messages.
+      tables: paths of the files that rows were read from.
+      dropped: reason -> names of the rows or images that cannot be used for it.
+      notes: sentences for the summary.
+    """
+
+    def __init__(self, root: Path, page: str = ""):
+        """Initialises the folder.
+
+        Raises:
+          UserError: it does not exist.
+        """
+        self.root = Path(os.path.abspath(root))
+        self.page = page
+        self.tables: dict[str, None] = {}
+        self.dropped: dict[str, list[str]] = {}
+        self.notes: list[str] = []
+        if not self.root.is_dir():
+            raise UserError(
+                f"source {self.root} is not a folder; pass the folder that the dataset was "
+                "downloaded to"
+            )
+
+    # Files ------------------------------------------------------------------------------------
+
+    def find(self, *names: str) -> str:
+        """Returns the path of the first of some files that exists, or "".
+
+        A name may contain folders. It is looked for in the source folder, then in the folders
+        below it, nearest first. A table that ends in `.csv`, `.txt`, `.json` or `.tsv` may also be
+        packed as `.gz`.
+        """
+        for name in names:
+            spellings = [name]
+            if name.endswith((".csv", ".txt", ".json", ".tsv")):
+                spellings.append(f"{name}.gz")
+            for folder in self._folders:
+                for spelling in spellings:
+                    path = os.path.join(folder, spelling).replace("\\", "/")
+                    if os.path.isfile(self.resolve(path)):
+                        return path
+        return ""
+
+    def find_folder(self, *names: str) -> str:
+        """Returns the path of the first of some folders that exists, or "", as `find`."""
+        for name in names:
+            for folder in self._folders:
+                path = os.path.join(folder, name).replace("\\", "/")
+                if os.path.isdir(self.resolve(path)):
+                    return path
+        return ""
+
+    def require(self, *names: str) -> str:
+        """Returns the path of the first of some files that exists.
+
+        Raises:
+          UserError: none of them exists.
+        """
+        if path := self.find(*names):
+            return path
+        others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
+        remedy = f"download it from {self.page}" if self.page else "add it"
+        raise UserError(f"{self.root} has no {names[0]}{others}; {remedy}")
+
+    def has(self, path: str) -> bool:
+        """Returns whether a path of the source folder is a file that is not empty."""
+        try:
+            return os.stat(self.resolve(path)).st_size > 0
+        except OSError as error:
+            if faults.is_passing(error):
+                raise faults.name_unreadable(error, self.root, path) from None
+            return False
+
+    def list_names(self, folder: str) -> list[str]:
+        """Returns the names in a folder, sorted; none if it does not exist."""
+        try:
+            return sorted(os.listdir(self.resolve(folder)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise faults.name_unreadable(error, self.root, folder) from None
+
+    def resolve(self, path: str) -> Path:
+        """Returns the full path of a file, which must be inside the source folder.
+
+        Raises:
+          UserError: it leaves the folder.
+        """
+        if "\0" not in path:
+            full_path = Path(os.path.abspath(self.root / path))
+            if full_path.is_relative_to(self.root):
+                return full_path
+        raise UserError(
+            f"path {quoting.quote_path(path)} leaves the source folder {self.root}; correct the "
+            "table that names it"
+        )
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        """Returns the folders that tables may be in, nearest first."""
+        found, level = [""], [""]
+        for _ in range(MAX_DEPTH):
+            below: list[str] = []
+            for folder in level:
+                if len(found) + len(below) > MAX_FOLDERS:
+                    break
+                try:
+                    with os.scandir(self.root / folder) as entries:
+                        names = [entry.name for entry in entries if entry.is_dir()]
+                except OSError:  # a folder that may not be read has no tables
+                    continue
+                below += [f"{folder}/{name}" if folder else name for name in sorted(names)]
+            found += below[: MAX_FOLDERS - len(found)]
+            level = below
+        return found
+
+    # Tables -----------------------------------------------------------------------------------
+
+    def read_csv(
+        self,
+        path: str,
+        columns: Sequence[str],
+        *,
+        optional: Sequence[str] = (),
+        delimiter: str = ",",
+    ) -> Iterator[dict[str, str]]:
+        """Yields the rows of a table as {column: cell}, for the named columns.
+
+        Columns are found by name, whatever their order; blanks around names and cells are dropped.
+        Other columns do not matter. A row that has no cell of a required column is dropped, as the
+        last one of a table that was cut off.
+
+        Args:
+          path: the table, which may be packed with gzip.
+          columns: names of the columns that must exist.
+          optional: names of columns that may exist; without them, their cells are "".
+          delimiter: what divides the cells.
+
+        Raises:
+          UserError: the table cannot be read, or lacks a column.
+        """
+        csv.field_size_limit(2**31 - 1)
+        self.tables[path] = None
+        with self._name_damage(path), self._open(path) as lines:
+            reader = csv.reader(lines, delimiter=delimiter)
+            header = [name.strip() for name in next(reader, [])]
+            if missing := [name for name in columns if name not in header]:
+                raise UserError(
+                    f"table {path} in {self.root} has no column {', '.join(map(repr, missing))}; "
+                    f"its columns are {_list_columns(header)}"
+                )
+            # Of a name that is there twice, the first counts.
+            place_of = {name: header.index(name) for name in columns}
+            extra_of = {name: header.index(name) for name in optional if name in header}
+            num_required = max(place_of.values(), default=-1) + 1
+            for cells in reader:
+                if not any(map(str.strip, cells)):
+                    continue
+                if len(cells) < num_required:
+                    self.drop("a row of a table is cut off", f"{path} line {reader.line_num}")
+                    continue
+                row = dict.fromkeys(optional, "")
+                row |= {name: cells[place].strip() for name, place in place_of.items()}
+                for name, place in extra_of.items():
+                    row[name] = cells[place].strip() if place < len(cells) else ""
+                yield row
+
+    def read_lines(self, path: str) -> Iterator[str]:
+        """Yields the lines of a list that are not blank, without blanks around them.
+
+        Raises:
+          UserError: the list cannot be read.
+        """
+        self.tables[path] = None
+        with self._name_damage(path), self._open(path) as lines:
+            for line in lines:
+                if line.strip():
+                    yield line.strip()
+
+    def read_json(self, path: str) -> Any:
+        """Returns the content of a file of JSON.
+
+        Raises:
+          UserError: the file cannot be read.
+        """
+        self.tables[path] = None
+        with self._name_damage(path), self._open(path) as file:
+            return json.load(file)
+
+    def read_json_lines(self, path: str) -> Iterator[dict[str, Any]]:
+        """Yields the objects of a file with one object of JSON a line.
+
+        Raises:
+          UserError: the file cannot be read.
+        """
+        for number, line in enumerate(self.read_lines(path), start=1):
+            with self._name_damage(f"{path} line {number}"):
+                content = json.loads(line)
+            if not isinstance(content, dict):
+                raise UserError(f"line {number} of {path} in {self.root} is not an object of JSON")
+            yield content
+
+    def read_text(self, path: str) -> str | None:
+        """Returns the text of a small file, or None if it does not exist.
+
+        Raises:
+          ValueError: the text is not UTF-8.
+          UserError: the file may exist, and cannot be read.
+        """
+        try:
+            return self.resolve(path).read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text is not UTF-8 at byte {error.start}") from None
+        except OSError as error:
+            if faults.is_passing(error):
+                raise faults.name_unreadable(error, self.root, path) from None
+            return None
+
+    def open_zip(self, path: str) -> zipfile.ZipFile:
+        """Returns an archive, of which the caller reads members as bytes; nothing is unpacked.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        self.tables[path] = None
+        with self._name_damage(path):
+            return zipfile.ZipFile(self.resolve(path))
+
+    # What cannot be used ----------------------------------------------------------------------
+
+    def drop(self, reason: str, name: str) -> None:
+        """Counts and lists a row or an image that cannot be used.
+
+        Args:
+          reason: the same few words for all that is dropped for it.
+          name: an id, a path, or a table with a line; never the text of a report.
+        """
+        self.dropped.setdefault(reason, []).append(quoting.quote_path(name))
+
+    def note(self, sentence: str) -> None:
+        """Adds a sentence to the summary."""
+        self.notes.append(sentence)
+
+    def _open(self, path: str) -> io.TextIOWrapper:
+        raw = self.resolve(path).open("rb")
+        is_packed = raw.read(2) == b"\x1f\x8b"  # the suffix may say otherwise
+        raw.seek(0)
+        stream: Any = gzip.GzipFile(fileobj=raw) if is_packed else raw
+        return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+
+    def _name_damage(self, path: str) -> "_NamedDamage":
+        return _NamedDamage(f"{path} in {self.root}")
+
+
+def parse_numbers(cells: Iterable[str]) -> tuple[float, ...] | None:
+    """Returns the numbers of some cells; None if one of them is not a finite number.
+
+    >>> parse_numbers(["562.0", " 7"]), parse_numbers(["1", "nan"]), parse_numbers(["1", ""])
+    ((562.0, 7.0), None, None)
+    """
+    try:
+        numbers = tuple(float(cell) for cell in cells)
+    except ValueError:
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+class _NamedDamage:
+    """A context that turns what goes wrong while a file is read into one sentence."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, OSError) and faults.is_passing(error):
+            raise UserError(
+                f"{self.name} cannot be read ({error.strerror}); correct that, and repeat the "
+                "command"
+            ) from None
+        if isinstance(error, (*READ_ERRORS, json.JSONDecodeError)):
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{self.name} is damaged ({quoting.shorten(reason)}); download it again"
+            ) from None
+
+
+def _list_columns(header: Sequence[str]) -> str:
+    names = ", ".join(map(repr, header[:MAX_COLUMNS]))
+    return f"{names} and {len(header) - MAX_COLUMNS} more" if len(header) > MAX_COLUMNS else names
