@@ -180,11 +180,35 @@ class Phrase:
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """Where the original of an image lies in it, after scaling and padding.
+
+    A point (y, x) of the original is at `y * scale[0] + offset[0]`, `x * scale[1] + offset[1]`, in
+    pixels from the top left. `shape` is the rows and columns of the original.
+    """
+
+    shape: tuple[int, int]
+    scale: tuple[float, float] = (1.0, 1.0)
+    offset: tuple[float, float] = (0.0, 0.0)
+
+    def to_original(self, boxes: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, "N 4"]:
+        """Returns boxes (x0, y0, x1, y1) of the image in pixels of the original.
+
+        >>> Geometry((40, 20), (0.5, 0.5), (0.0, 5.0)).to_original(np.asarray([[5.0, 0, 15, 20]]))
+        array([[ 0.,  0., 20., 40.]])
+        """
+        offset = np.asarray([self.offset[1], self.offset[0]] * 2)
+        return (boxes - offset) / np.asarray([self.scale[1], self.scale[0]] * 2)
+
+
+@dataclass(frozen=True)
 class Record:
     """One study with all its annotations; a field is empty where nothing is known.
 
     `labels` Int8[F] and the boxes `regions` Float32[R 4] (x0, y0, x1, y1; pixels; zeros if unknown)
-    are in the order of the dataset's `findings` and `region_names`.
+    are in the order of the dataset's `findings` and `region_names`. `view` is one of
+    `data.public.items.VIEWS`. `sections` are the parts of a report by name, from which `text` is
+    made when a record is read. `geometry` says where the original image lies in `image`.
     """
 
     image: np.ndarray
@@ -195,6 +219,11 @@ class Record:
     anatomy: Mapping[str, np.ndarray] = field(default_factory=dict)
     triplets: tuple[tuple[str, str, int], ...] = ()
     regions: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    record_id: str = ""
+    study_id: str = ""
+    view: str = ""
+    sections: Mapping[str, str] = field(default_factory=dict)
+    geometry: Geometry | None = None
 
 
 # Methods ----------------------------------------------------------------------------------------

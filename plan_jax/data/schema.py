@@ -5,11 +5,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int8, UInt8
+from jaxtyping import Bool, Float32, Int8, Int32, UInt8
 from PIL import Image
 
 from plan_jax.data.tfds import tfds
-from plan_jax.types import Phrase, Record
+from plan_jax.types import Geometry, Phrase, Record
 
 # Images are decoded here with Pillow, because TFDS decodes them with OpenCV or TensorFlow, neither
 # of which is a dependency.
@@ -65,6 +65,14 @@ def record_features() -> tfds.features.FeaturesDict:
                     "existence": np.int32,
                 }
             ),
+            "record_id": tfds.features.Text(),
+            "study_id": tfds.features.Text(),
+            "view": tfds.features.Text(),
+            "sections": tfds.features.Sequence(
+                {"name": tfds.features.Text(), "text": tfds.features.Text()}
+            ),
+            # Rows and columns of the original image; nothing where the image is the original.
+            "original_shape": tfds.features.Tensor(shape=(None,), dtype=np.int32),
         }
     )
 
@@ -108,6 +116,11 @@ def to_example(record: Record) -> dict[str, Any]:
             {"region": region, "finding": finding, "existence": existence}
             for region, finding, existence in record.triplets
         ],
+        "record_id": record.record_id,
+        "study_id": record.study_id,
+        "view": record.view,
+        "sections": [{"name": name, "text": text} for name, text in record.sections.items()],
+        "original_shape": np.asarray(record.geometry.shape if record.geometry else (), np.int32),
     }
 
 
@@ -179,7 +192,23 @@ def from_example(example: dict[str, Any], anatomy_names: tuple[str, ...] = ()) -
             )
             for triplet in _transpose_columns(example["triplets"])
         ),
+        record_id=_decode_text(example["record_id"]),
+        study_id=_decode_text(example["study_id"]),
+        view=_decode_text(example["view"]),
+        sections=_decode_sections(example["sections"]),
+        geometry=_locate(np.asarray(example["original_shape"], np.int32), image.shape[:2]),
     )
+
+
+def _decode_sections(columns: dict[str, Any] | list) -> dict[str, str]:
+    rows = _transpose_columns(columns)
+    return {_decode_text(row["name"]): _decode_text(row["text"]) for row in rows}
+
+
+def _locate(original_shape: Int32[np.ndarray, " N"], shape: tuple[int, int]) -> Geometry:
+    """Returns where an original of that shape, or of the image's own, lies in an image."""
+    rows, columns = (int(number) for number in original_shape) if len(original_shape) else shape
+    return Geometry((rows, columns), (shape[0] / rows, shape[1] / columns))
 
 
 def deserialize(data: bytes, anatomy_names: tuple[str, ...] = ()) -> Record:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from PIL import Image
 
-from plan_jax.types import Record
+from plan_jax.types import Geometry, Record
 
 # Fit to a square ------------------------------------------------------------------------------
 
@@ -68,8 +68,23 @@ def fit_record(record: Record, size: int) -> Record:
         )
         for phrase in record.phrases
     )
-    anatomy = {name: fit_mask(mask, size) for name, mask in record.anatomy.items()}
-    return replace(record, image=fit_image(record.image, size), phrases=phrases, anatomy=anatomy)
+    return replace(
+        record,
+        image=fit_image(record.image, size),
+        phrases=phrases,
+        anatomy={name: fit_mask(mask, size) for name, mask in record.anatomy.items()},
+        geometry=_fit_geometry(record.geometry or Geometry(shape), shape, size),
+    )
+
+
+def _fit_geometry(geometry: Geometry, shape: tuple[int, int], size: int) -> Geometry:
+    rows, columns, top, left = content_area(shape, size)
+    down, across = rows / shape[0], columns / shape[1]
+    return Geometry(
+        geometry.shape,
+        (geometry.scale[0] * down, geometry.scale[1] * across),
+        (geometry.offset[0] * down + top, geometry.offset[1] * across + left),
+    )
 
 
 def _fit_phrase_boxes(

@@ -29,7 +29,7 @@ from plan_jax.data.pairs import (
 from plan_jax.data.pairs.studies import DUPLICATES, Study, count_split_texts, merge_duplicates
 from plan_jax.data.sources import MESSAGES_FILE, SourceFiles
 from plan_jax.data.tfds import tfds
-from plan_jax.types import Phrase, Record, UserError
+from plan_jax.types import Geometry, Phrase, Record, UserError
 
 # What a column can contain. `reader` is who has labelled the row, if several have.
 ROLES = (
@@ -197,7 +197,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     Rows that cannot be used are skipped and reported in `messages`.
     """
 
-    VERSION = tfds.core.Version("1.5.0")
+    VERSION = tfds.core.Version("1.6.0")
     builder_config: PairsConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -579,6 +579,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             phrases=tuple(phrases),
             regions=np.asarray(regions, np.float32).reshape(-1, 4),
             anatomy={name: anatomy[name] for name in self._anatomy_names if anatomy},
+            record_id=study.path,
+            geometry=Geometry(shape),
         )
 
     def _read_masks(

@@ -77,8 +77,12 @@ class PhantomConfig(tfds.core.BuilderConfig):
 class Phantom(tfds.core.GeneratorBasedBuilder):
     """Builds a dataset of procedural chest radiographs with reports, masks, boxes and triplets."""
 
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Boxes of regions."}
+    VERSION = tfds.core.Version("1.2.0")
+    RELEASE_NOTES = {
+        "1.0.0": "First version.",
+        "1.1.0": "Boxes of regions.",
+        "1.2.0": "Ids, views, sections and the shape of the original.",
+    }
     builder_config: PhantomConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
