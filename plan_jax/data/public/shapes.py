@@ -98,7 +98,9 @@ def _place_runs(numbers: Sequence[int], size: tuple[int, int]) -> Runs:
     if min(numbers, default=0) < 0:
         raise ValueError("the runs have a negative number")
     ends = [0, *itertools.accumulate(numbers)]
-    runs = [[start, length] for start, length in zip(ends[1::2], numbers[1::2], strict=True) if length]
+    runs = [
+        [start, length] for start, length in zip(ends[1::2], numbers[1::2], strict=True) if length
+    ]
     if runs and sum(runs[-1]) > size[0] * size[1]:
         raise ValueError(f"the runs leave the mask of {size[0]} x {size[1]} pixels")
     return runs
