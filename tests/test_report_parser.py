@@ -14,7 +14,6 @@ from plan_jax.data.report_parser import (
     find_regions,
     label_findings,
     parse_report,
-    split_sections,
 )
 from plan_jax.data.tokenizer import split_sentences
 from plan_jax.types import UserError
@@ -212,10 +211,6 @@ RAW_REPORT = """FINAL REPORT
 
 
 def test_sections_that_are_not_about_the_image_are_skipped():
-    sections = split_sections(RAW_REPORT)
-    assert list(sections) == ["", "indication", "findings", "impression"]
-    assert sections[""] == "FINAL REPORT"
-    assert sections["impression"] == "1. No pneumothorax."
     statements = parse_report(RAW_REPORT)
     assert {statement.finding: statement.existence for statement in statements} == {
         "consolidation": 0,
@@ -227,11 +222,8 @@ def test_sections_that_are_not_about_the_image_are_skipped():
     assert all(
         sentences[statement.sentence_index] == statement.sentence for statement in statements
     )
-    assert split_sections("No header at all.") == {"": "No header at all."}
-    assert split_sections("Findings: Mass. CONCLUSION: Mass. OPINION: Scar.") == {
-        "findings": "Mass.",
-        "impression": "Mass.\n\nScar.",
-    }
+    text = "CONCLUSION: Mass. REASON FOR EXAM: Nodule. OPINION: Effusion."
+    assert existence_of_findings(text) == {"mass": 1, "pleural effusion": 1}
 
 
 def test_labels_follow_the_given_names_and_the_strongest_claim():

@@ -32,7 +32,6 @@ __all__ = [
     "is_known_finding",
     "label_findings",
     "parse_report",
-    "split_sections",
 ]
 
 FINDINGS = tuple(terms.TERMS)  # canonical names, those of the phantom among them
@@ -108,20 +107,6 @@ def _section_name(header: str) -> str:
         if name in terms.PARSED_SECTIONS or name in terms.IGNORED_SECTIONS:
             return name
     return " ".join(words)
-
-
-def split_sections(text: str) -> dict[str, str]:
-    """Returns the sections of a raw report by lower-case name, "" for what precedes the first.
-
-    >>> split_sections("INDICATION: Cough. FINDINGS: Clear lungs. CONCLUSION: Normal.")
-    {'indication': 'Cough.', 'findings': 'Clear lungs.', 'impression': 'Normal.'}
-    """
-    sections: dict[str, str] = {}
-    for name, piece in _split_at_headers(text):
-        name, piece = name or "", piece.strip()
-        if piece:
-            sections[name] = f"{sections[name]}\n\n{piece}" if name in sections else piece
-    return sections
 
 
 def extract_triplets(text: str) -> tuple[tuple[str, str, int], ...]:
