@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar
 
+from plan_jax.data import quoting
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import Facts
@@ -19,6 +20,7 @@ FINDINGS = (
     *("Pneumonia", "Pneumothorax"),
 )
 NO_FINDING = "No Finding"
+VIEWS = ("PA", "AP")
 BOX_NAMES = {"Infiltrate": "Infiltration"}  # spelling of the list of boxes -> of the labels
 IMAGE_FOLDERS = ("images", *(f"images_{number:03d}/images" for number in range(1, 13)))
 BOX_COLUMNS = ("Bbox [x", "y", "w", "h]")
@@ -68,15 +70,27 @@ def read_items(source: SourceFolder, config: PublicConfig) -> Iterator[Item]:
         for name in source.list_names(path)
     }
     columns = ("Image Index", "Finding Labels", "Patient ID", "View Position")
+    list_of: dict[str, str] = {}
+    num_trained = 0
     for row in source.read_csv(table, columns):
         name, patient_id = row["Image Index"], row["Patient ID"]
         names = row["Finding Labels"].split("|")
         if unknown := [label for label in names if label not in (*FINDINGS, NO_FINDING)]:
             raise UserError(f"label {unknown[0]!r} of {name} in {table} is none of NIH's findings")
+        if not patient_id:
+            source.drop("a row has no patient id", name)
+            continue
         split = lists.get(name, "")
         if lists and not split:
             source.drop("in neither of the official lists", name)
             continue
+        # A patient in both lists would be trained and tested on.
+        if list_of.setdefault(patient_id, split) != split:
+            raise UserError(
+                f"patient {patient_id} has films in both official lists of {source.root}; download "
+                f"train_val_list.txt and test_list.txt again from {FACTS.page}"
+            )
+        num_trained += split == "train" and name in boxes
         if split == "train":
             split = assign_by_hash(patient_id, config.val_fraction, 0.0)
         yield Item(
@@ -84,12 +98,17 @@ def read_items(source: SourceFolder, config: PublicConfig) -> Iterator[Item]:
             image=place_of.get(name, f"images/{name}"),
             patient_id=patient_id,
             split=split,
-            view=row["View Position"],
+            view=view if (view := row["View Position"]) in VIEWS else "UNKNOWN",
             labels={finding: int(finding in names) for finding in FINDINGS},
             boxes=boxes.pop(name, ()),
         )
     for name in boxes:
         source.drop("boxes of a film that the table does not have", name)
+    if num_trained:
+        source.note(
+            f"{quoting.count(num_trained, 'film')} with boxes in train_val_list.txt; do not test "
+            "boxes on what was trained on"
+        )
 
 
 def _read_boxes(source: SourceFolder) -> dict[str, list[Box]]:
@@ -106,6 +125,9 @@ def _read_boxes(source: SourceFolder) -> dict[str, list[Box]]:
             source.drop("a box has no four numbers", row["Image Index"])
             continue
         x, y, width, height = numbers
+        if min(width, height) <= 0:
+            source.drop("a box has no area", row["Image Index"])
+            continue
         corners = (x, y, x + width, y + height)
         boxes.setdefault(row["Image Index"], []).append(Box(corners, label))
     return boxes

@@ -1,0 +1,1 @@
+"""Miniatures of public datasets, true to their formats."""
