@@ -17,7 +17,8 @@ from plan_jax.data import faults, quoting
 from plan_jax.types import UserError
 
 MAX_DEPTH = 4  # folders below the source folder that are searched for tables
-MAX_FOLDERS = 2000  # that are searched; those of images can be hundreds of thousands
+MAX_FOLDERS = 2000  # that are searched
+MAX_BRANCHES = 256  # folders in one folder; those of a folder with more are patients, not searched
 MAX_COLUMNS = 12  # names of columns in a message
 READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, zipfile.BadZipFile)
 
@@ -60,12 +61,12 @@ class SourceFolder:
 
         A name may contain folders. It is looked for in the source folder, then in the folders
         below it, nearest first. A table that ends in `.csv`, `.txt`, `.json` or `.tsv` may also be
-        packed as `.gz`.
+        packed as `.gz`, or alone in a `.zip`.
         """
         for name in names:
             spellings = [name]
             if name.endswith((".csv", ".txt", ".json", ".tsv")):
-                spellings.append(f"{name}.gz")
+                spellings += [f"{name}.gz", f"{name}.zip"]
             for folder in self._folders:
                 for spelling in spellings:
                     path = os.path.join(folder, spelling).replace("\\", "/")
@@ -141,6 +142,8 @@ class SourceFolder:
                         names = [entry.name for entry in entries if entry.is_dir()]
                 except OSError:  # a folder that may not be read has no tables
                     continue
+                if len(names) > MAX_BRANCHES:
+                    continue
                 below += [f"{folder}/{name}" if folder else name for name in sorted(names)]
             found += below[: MAX_FOLDERS - len(found)]
             level = below
@@ -163,7 +166,7 @@ class SourceFolder:
         last one of a table that was cut off.
 
         Args:
-          path: the table, which may be packed with gzip.
+          path: the table, which may be packed as gzip, or alone in a zip archive.
           columns: names of the columns that must exist.
           optional: names of columns that may exist; without them, their cells are "".
           delimiter: what divides the cells.
@@ -275,9 +278,20 @@ class SourceFolder:
 
     def _open(self, path: str) -> io.TextIOWrapper:
         raw = self.resolve(path).open("rb")
-        is_packed = raw.read(2) == b"\x1f\x8b"  # the suffix may say otherwise
+        start = raw.read(4)  # the suffix may say otherwise
         raw.seek(0)
-        stream: Any = gzip.GzipFile(fileobj=raw) if is_packed else raw
+        stream: Any = raw
+        if start.startswith(b"\x1f\x8b"):
+            stream = gzip.GzipFile(fileobj=raw)
+        elif start == b"PK\x03\x04":
+            archive = zipfile.ZipFile(raw)
+            # macOS packs each file twice; the second has no content.
+            members = [name for name in archive.namelist() if not name.startswith("__MACOSX")]
+            if len(members) != 1:
+                raise UserError(
+                    f"{path} in {self.root} packs {len(members)} files, not one table; unpack it"
+                )
+            stream = archive.open(members[0])
         return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
     def _name_damage(self, path: str) -> "_NamedDamage":
