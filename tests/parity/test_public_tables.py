@@ -1,10 +1,12 @@
 """Real tables of public datasets, out of the package torchxrayvision, have the published counts."""
 
+import csv
+import gzip
 import shutil
 from collections import Counter
 from pathlib import Path
 
-from plan_jax.data.builders import nih_cxr14
+from plan_jax.data.builders import nih_cxr14, openi
 from plan_jax.data.public.source_folder import SourceFolder
 
 TABLES = Path(__file__).resolve().parents[2] / ".cache/public_tables/torchxrayvision/data"
@@ -46,3 +48,22 @@ def test_nih_cxr14(tmp_path):
         "Nodule": 79,
     }
     assert max(max(box.corners) for _, box in boxes) <= 1024
+
+
+def test_openi(tmp_path):
+    source = make_source(tmp_path, "NLMCXR_reports.tgz")
+    items = list(openi.read_items(source, openi.OpeniConfig(name="")))
+    counts = {reason: len(names) for reason, names in source.dropped.items()}
+    assert counts == {
+        "a report has no image": 104,
+        "a report has neither findings nor impression": 25,
+    }
+    reports = {item.patient_id for item in items}
+    assert len(reports) + sum(counts.values()) == openi.FACTS.counts["reports"]
+    # The headers of all DICOM files but one, whose names differ from those in the reports.
+    with gzip.open(TABLES / "nlmcxr_dicom_metadata.csv.gz", "rt") as lines:
+        films = {row["imageid"] for row in csv.DictReader(lines)}
+    names = {item.image_id for item in items}
+    assert len(names) == len(items) == 7430
+    assert len(films) == 7469 and names - films == {"CXR1000_IM-0003-1001"}
+    assert len(films - names) == 40  # of the reports without text

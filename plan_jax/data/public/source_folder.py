@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +20,17 @@ from plan_jax.types import UserError
 MAX_DEPTH = 4  # folders below the source folder that are searched for tables
 MAX_FOLDERS = 2000  # that are searched
 MAX_BRANCHES = 256  # folders in one folder; those of a folder with more are patients, not searched
+MAX_MEMBER_BYTES = 2**20  # of a report or a table in an archive
 MAX_COLUMNS = 12  # names of columns in a message
-READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, zipfile.BadZipFile)
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    zlib.error,
+    UnicodeDecodeError,
+    csv.Error,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+)
 
 
 class SourceFolder:
@@ -242,10 +252,20 @@ class SourceFolder:
           ValueError: the text is not UTF-8.
           UserError: the file may exist, and cannot be read.
         """
+        content = self.read_bytes(path)
         try:
-            return self.resolve(path).read_bytes().decode("utf-8-sig")
+            return None if content is None else content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"text is not UTF-8 at byte {error.start}") from None
+
+    def read_bytes(self, path: str) -> bytes | None:
+        """Returns the content of a small file, or None if it does not exist.
+
+        Raises:
+          UserError: the file may exist, and cannot be read.
+        """
+        try:
+            return self.resolve(path).read_bytes()
         except OSError as error:
             if faults.is_passing(error):
                 raise faults.name_unreadable(error, self.root, path) from None
@@ -260,6 +280,26 @@ class SourceFolder:
         self.tables[path] = None
         with self._name_damage(path):
             return zipfile.ZipFile(self.resolve(path))
+
+    def read_tar(self, path: str, suffix: str) -> Iterator[tuple[str, bytes]]:
+        """Yields the names and contents of the small files of an archive that end in a suffix.
+
+        The archive may be packed; nothing is unpacked onto the disk.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        self.tables[path] = None
+        with self._name_damage(path), tarfile.open(self.resolve(path)) as archive:
+            for member in archive:
+                if not member.isfile() or not member.name.endswith(suffix):
+                    continue
+                if member.size > MAX_MEMBER_BYTES:
+                    self.drop("a file of an archive is too large", member.name)
+                    continue
+                file = archive.extractfile(member)
+                if file is not None:
+                    yield member.name, file.read()
 
     # What cannot be used ----------------------------------------------------------------------
 
