@@ -7,6 +7,9 @@ import zlib
 import numpy as np
 from PIL import ExifTags, Image
 
+JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
+JPEG_2000_LOSSLESS = "1.2.840.10008.1.2.4.90"
+
 
 def draw_picture(rows=48, columns=32):
     """Returns a picture without symmetry, float32 from 0 to 1 with many grey values."""
@@ -117,3 +120,23 @@ def make_dicom(stored, syntax="1.2.840.10008.1.2.1", **elements):
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
+
+
+def make_jpeg_dicom(pixels, **elements):
+    """Returns a DICOM file of 8-bit grey pixels [Y X] as JPEG baseline, as Kaggle's are."""
+    import pydicom
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    stream = pydicom.encaps.encapsulate([buffer.getvalue()])
+    return make_dicom(pixels, JPEG_BASELINE, PixelData=stream, **elements)
+
+
+def make_jpeg2000_dicom(pixels, **elements):
+    """Returns a DICOM file of grey pixels [Y X] of up to 16 bits as lossless JPEG 2000."""
+    import pydicom
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG2000", no_jp2=True, irreversible=False)
+    stream = pydicom.encaps.encapsulate([buffer.getvalue()])
+    return make_dicom(pixels, JPEG_2000_LOSSLESS, PixelData=stream, **elements)

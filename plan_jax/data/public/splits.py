@@ -1,7 +1,7 @@
 """Division of patients into splits, and the count of those that a rule puts into two."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def assign_by_hash(patient_id: str, val_fraction: float, test_fraction: float) -> str:
@@ -34,3 +34,28 @@ def count_leaks(assignments: Iterable[tuple[str, str]]) -> Mapping[str, int]:
         name: sum(split == name and patient in trained for patient, split in pairs)
         for name in ("val", "test")
     }
+
+
+def hold_out(
+    num_items: int, fraction: float | int, seed: int, classes: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """Returns the indices that are kept and held out by scikit-learn, in its order.
+
+    Many published splits are calls of its `train_test_split` on the rows of a table.
+
+    >>> hold_out(4, 0.5, 0)
+    ([1, 0], [2, 3])
+
+    Args:
+      num_items: how many items there are.
+      fraction: of the items that are held out, rounded up; or how many, as an int.
+      seed: its `random_state`.
+      classes: its `stratify`: the class of each item, of which the fraction is held out.
+    """
+    # Slow to import, and few splits need it.
+    from sklearn.model_selection import train_test_split
+
+    kept, held_out = train_test_split(
+        range(num_items), test_size=fraction, random_state=seed, stratify=classes
+    )
+    return kept, held_out

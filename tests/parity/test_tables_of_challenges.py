@@ -1,0 +1,64 @@
+"""Real tables of three challenges, out of the package torchxrayvision, have the published counts."""
+
+import hashlib
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from plan_jax.data.builders import rsna_pneumonia
+from plan_jax.data.public.source_folder import SourceFolder
+
+TABLES = Path(__file__).resolve().parents[2] / ".cache/public_tables/torchxrayvision/data"
+
+
+def hash_ids(items, split):
+    """Returns how many images a split has, and the first digits of a hash of their sorted ids."""
+    ids = sorted(item.image_id for item in items if item.split == split)
+    return len(ids), hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("rule", "train", "val", "test"),
+    [
+        (
+            "mgca_compat",
+            (18_678, "fdea2323542c4f7d"),
+            (4_003, "6279287fa3e3d1e3"),
+            (4_003, "00eda73bce215e4b"),
+        ),
+        (
+            "mgca_compat_boxes",
+            (16_010, "3941bdb6a942688b"),
+            (5_337, "93e72ac638814123"),
+            (5_337, "e75061d168ffcae0"),
+        ),
+        # The lists that BenchX publishes.
+        (
+            "benchx",
+            (18_678, "2a0ba3e7c1647b7d"),
+            (4_003, "c7f941c6106c73f9"),
+            (4_003, "a31992b6120e160b"),
+        ),
+    ],
+)
+def test_rsna_pneumonia(tmp_path, rule, train, val, test):
+    zipfile.ZipFile(TABLES / "kaggle_stage_2_train_labels.csv.zip").extractall(tmp_path)
+    config = rsna_pneumonia.RsnaPneumoniaConfig(name="", split=rule)
+    source = SourceFolder(tmp_path)
+    items = list(rsna_pneumonia.read_items(source, config))
+    assert not source.dropped
+    assert len(items) == 26_684
+    assert sum(item.labels["Pneumonia"] for item in items) == 6_012
+    assert Counter(len(item.boxes) for item in items) == {
+        0: 20_672,
+        1: 2_614,
+        2: 3_266,
+        3: 119,
+        4: 13,
+    }
+    assert max(max(box.corners) for item in items for box in item.boxes) <= 1024
+    assert [hash_ids(items, split) for split in ("train", "val", "test")] == [train, val, test]
+    first = {"mgca_compat": "f2698fda", "mgca_compat_boxes": "ab1131b2", "benchx": "37541ec6"}[rule]
+    assert any(item.image_id.startswith(first) for item in items if item.split == "test")
