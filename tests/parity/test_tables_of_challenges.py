@@ -1,4 +1,4 @@
-"""Real tables of three challenges, out of the package torchxrayvision, have the published counts."""
+"""Real tables of challenges, out of the package torchxrayvision, have the published counts."""
 
 import hashlib
 import zipfile
