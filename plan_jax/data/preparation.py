@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,12 @@ from typing import Any
 
 from absl import logging
 
+from plan_jax.data.builders.nih_cxr14 import NihCxr14, NihCxr14Config
 from plan_jax.data.builders.pairs import Pairs, PairsConfig
 from plan_jax.data.builders.phantom import Phantom, PhantomConfig
 from plan_jax.data.faults import DISK_ERRORS, find_system_error, name_damage
+from plan_jax.data.public.builder import PublicBuilder
+from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.sources import MESSAGES_FILE, DigestCache, SourceFiles
 from plan_jax.data.tfds import tfds
 from plan_jax.types import UserError
@@ -29,6 +33,7 @@ from plan_jax.types import UserError
 BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.BuilderConfig]]] = {
     "phantom": (Phantom, PhantomConfig),
     "pairs": (Pairs, PairsConfig),
+    "nih_cxr14": (NihCxr14, NihCxr14Config),
 }
 DEFAULT_DATA_DIR = "~/.cache/plan_jax"
 # The file that marks a prepared dataset: TFDS renames the folder when everything is written.
@@ -70,6 +75,40 @@ def prepare_dataset(
     if _opened is not None:
         _opened[call] = opened
     return opened
+
+
+def check_dataset(name: str, fields: Mapping[str, Any]) -> list[str]:
+    """Reads all of a public dataset but its images; returns the lines of the summary.
+
+    Raises:
+      UserError: for a dataset that is not public, or for mistakes in its tables.
+    """
+    expect_public(name)
+    config = make_builder_config(name, fields)
+    builder_class, _ = BUILDERS[name]
+    with _silence_tfds(), tempfile.TemporaryDirectory() as folder:
+        config.name = "check"
+        return builder_class(config=config, data_dir=folder).check()
+
+
+def expect_public(name: str) -> None:
+    """Raises UserError if there is no public dataset of that name."""
+    names = [name for name, (kind, _) in BUILDERS.items() if issubclass(kind, PublicBuilder)]
+    if name not in names:
+        matches = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {matches[0]}?" if matches else f"use one of {', '.join(names)}"
+        raise UserError(f"public dataset {name!r} is unknown; {hint}")
+
+
+def list_datasets() -> str:
+    """Returns one line for each public dataset: its name, what it holds, and where it is from."""
+    all_facts = [kind.facts for kind, _ in BUILDERS.values() if issubclass(kind, PublicBuilder)]
+    width = max(len(facts.name) for facts in all_facts)
+    lines = [
+        f"{facts.name.ljust(width)}  {facts.title}: {facts.content}; {facts.page}"
+        for facts in all_facts
+    ]
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -166,17 +205,21 @@ def _prepare_locked(
         if is_locked:  # so an incomplete folder belongs to a process that has died
             for stale in [folder, *folder.parent.glob("incomplete.*")]:
                 shutil.rmtree(stale, ignore_errors=True)
+        # A public dataset shows a progress bar below this line.
+        is_public = isinstance(config, PublicConfig)
+        end = "\n" if is_public else ""
         print(
-            f"preparing {builder_class.name} in {folder} ... ", end="", file=sys.stderr, flush=True
+            f"preparing {builder_class.name} in {folder} ... ", end=end, file=sys.stderr, flush=True
         )
         start = time.monotonic()
         builder = builder_class(config=config, data_dir=root)
-        if hasattr(config, "root"):
+        if hasattr(config, "manifest"):
             builder.info.metadata["origin"] = _hash_origin(config)
         try:
             builder.download_and_prepare(file_format="array_record")
         except BaseException as error:  # a Ctrl-C too must end the line
-            print("failed", file=sys.stderr, flush=True)
+            if not is_public:
+                print("failed", file=sys.stderr, flush=True)
             if not is_locked and (prepared := _find_current(location, key, config)[0]):
                 return prepared  # another process was faster
             if isinstance(error, UserError):  # it may quote what the system says of an image
@@ -240,7 +283,7 @@ def _hash_origin(config: tfds.core.BuilderConfig) -> str:
 def _list_earlier(location: Path, key: str, config: tfds.core.BuilderConfig) -> list[Path]:
     """Returns the folders of records that were made from an earlier content of the manifest."""
     folders = []
-    if hasattr(config, "root"):
+    if hasattr(config, "manifest"):
         for path in sorted(location.glob(f"*/*/{METADATA_FILE}")):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 origin = json.loads(path.read_text("utf-8")).get("origin")
@@ -312,7 +355,7 @@ def _fingerprint(config: tfds.core.BuilderConfig, sources: SourceFiles | None) -
     """Returns the digests of manifest and files, or "" if records are not made from files."""
     if sources is None:
         return ""
-    return f"{config.identity()['manifest'][:12]}-{sources.digest[:12]}"
+    return f"{config.digest()}-{sources.digest[:12]}"
 
 
 def explain_difference(builder: tfds.core.DatasetBuilder, expected: str) -> str:
@@ -321,7 +364,9 @@ def explain_difference(builder: tfds.core.DatasetBuilder, expected: str) -> str:
     sources = _load_sources(folder, config)
     if sources is None:
         return f"dataset {builder.name} is not made from files"
-    if expected.partition("-")[0] != _fingerprint(config, sources).partition("-")[0]:
+    if expected.partition("-")[0] != config.digest():
+        if isinstance(config, PublicConfig):
+            return f"dataset {builder.name} was prepared with other options"
         return f"manifest {config.manifest} has another content"
     for old_folder in _list_prepared(folder.parents[1], _hash_builder_config(config)):
         old = _load_sources(old_folder, config)
@@ -346,7 +391,7 @@ def _find_changes(
     location: Path, config: tfds.core.BuilderConfig, sources: SourceFiles | None
 ) -> list[str]:
     """Returns the paths of files that changed since records in `location` were made of them."""
-    if sources is None:
+    if sources is None or (isinstance(config, PublicConfig) and not config.is_present()):
         return []
 
     def announce(count: int) -> None:
@@ -394,25 +439,59 @@ def make_builder_config(name: str, fields: Mapping[str, Any]) -> tfds.core.Build
     return config_class(name="", **values)
 
 
+def parse_fields(name: str, assignments: Sequence[str]) -> dict[str, Any]:
+    """Returns the fields of a builder's configuration that a command line sets as texts.
+
+    Raises:
+      UserError: for an unknown dataset or field, or a text that is not of its type.
+    """
+    expect_public(name)
+    _, config_class = BUILDERS[name]
+    kinds = {field.name: type(_find_default(field)) for field in builder_fields(config_class)}
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, _, text = assignment.partition("=")
+        kind = kinds.get(key, str)  # `make_builder_config` says which fields there are
+        try:
+            if kind is bool:
+                values[key] = {"true": True, "false": False}[text.lower()]
+            elif kind is tuple:
+                values[key] = tuple(text.split(","))
+            else:
+                values[key] = kind(text)
+        except (KeyError, ValueError):
+            raise UserError(
+                f"field {key!r} of dataset {name} is {text!r}; it must be {_DESCRIPTIONS[kind][1]}"
+            ) from None
+    return values
+
+
+def _find_default(field: dataclasses.Field) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
 def builder_fields(config_class: type) -> list[dataclasses.Field]:
     """Returns the fields of a builder's configuration, without those that TFDS adds."""
     inherited = {field.name for field in dataclasses.fields(tfds.core.BuilderConfig)}
     return [field for field in dataclasses.fields(config_class) if field.name not in inherited]
 
 
+# Type of a field's default -> what its value may be, and how a message calls it.
+_DESCRIPTIONS: dict[type, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (int, "an int"),
+    float: (int | float, "a number"),
+    str: (str, "a string"),
+    tuple: (list | tuple, "a list"),
+    dict: (Mapping, "a mapping"),
+}
+
+
 def _check_type(name: str, field: dataclasses.Field, value: Any) -> Any:
     """Returns a field's value, as a float where the field is one; raises if its type is wrong."""
-    factory = field.default_factory
-    default = field.default if factory is dataclasses.MISSING else factory()
-    accepted: Any
-    accepted, description = {
-        bool: (bool, "true or false"),
-        int: (int, "an int"),
-        float: (int | float, "a number"),
-        str: (str, "a string"),
-        tuple: (list | tuple, "a list"),
-        dict: (Mapping, "a mapping"),
-    }[type(default)]
+    default = _find_default(field)
+    accepted, description = _DESCRIPTIONS[type(default)]
     # True is an int in Python, but not a number of pixels.
     is_bool_mismatch = isinstance(value, bool) != isinstance(default, bool)
     if not isinstance(value, accepted) or is_bool_mismatch:

@@ -181,6 +181,14 @@ class PairsConfig(tfds.core.BuilderConfig):
         digest = hashlib.sha256(content).hexdigest()
         return values | {"manifest": digest + path.suffix, "images": ""}
 
+    def digest(self) -> str:
+        """Returns a hash of the manifest's content.
+
+        Raises:
+          UserError: as `identity`.
+        """
+        return self.identity()["manifest"][:12]
+
 
 def _to_builtin(value: Any) -> Any:
     """Returns nested mappings and sequences of any kind as dicts and lists."""

@@ -75,6 +75,15 @@ class PublicConfig(tfds.core.BuilderConfig):
         """Returns the absolute path of the source folder."""
         return Path(os.path.abspath(os.path.expanduser(self.source or ".")))
 
+    def is_present(self) -> bool:
+        """Returns whether the source folder is there; prepared records do not need it."""
+        return bool(self.source) and self.root.is_dir()
+
+    @property
+    def image_root(self) -> Path:
+        """Returns the absolute path of the folder that the paths of images start from."""
+        return self.root
+
     @property
     def split_rule(self) -> str:
         """Returns the name of the rule that divides the patients."""
