@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "phantom"
     config.data.dir = "data"  # folder of prepared datasets
+    config.data.source = ""  # folder of a public dataset as downloaded, until it is prepared
     config.data.size = 96  # pixels; small findings vanish below about 64
     config.data.max_shift = 3  # pixels; random translation, the only augmentation of images
     config.data.max_tokens = 48  # word pieces with [CLS] and [SEP]; longer reports lose sentences

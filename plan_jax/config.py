@@ -93,6 +93,7 @@ class DataConfig(Section):
 
     name: str = "phantom"  # a dataset with a builder
     dir: str = "data"  # folder of prepared datasets
+    source: str = ""  # folder of a public dataset as downloaded; needed until it is prepared
     size: int = 96  # pixels; side of the square image an encoder sees
     max_shift: int = 3  # pixels; largest random translation in training
     max_tokens: int = 48  # word pieces of a text with [CLS] and [SEP]; attention is quadratic in it
@@ -366,6 +367,14 @@ class Config(Section):
         for side in ("vision", "text"):
             sections[side] = _tower_options(side, values.pop(side, {"name": DEFAULT_TOWERS[side]}))
         data = sections["data"]
+        if data.source:
+            check_that(
+                "source" in _builder_kinds(data.name),
+                "data.source",
+                data.source,
+                f"dataset {data.name} is not made from a downloaded folder; leave it out",
+            )
+            data = dataclasses.replace(data, builder={**data.builder, "source": data.source})
         builder = typed_values(_builder_kinds(data.name), data.builder, "data.builder.", data.name)
         sections["data"] = dataclasses.replace(data, builder=builder)
         return build(cls, values | sections, "", built=tuple(sections))
@@ -397,6 +406,9 @@ DEFAULT_TOWERS = {"vision": "resnet_small", "text": "bert_small"}
 FREE_FIELDS = (
     "log_every",
     "data.dir",
+    "data.source",
+    "data.builder.source",
+    "data.builder.workers",
     "data.workers",
     "data.cache",
     "data.fingerprint",  # compared when the data are opened
@@ -410,7 +422,7 @@ FREE_FIELDS = (
     "text.scan",
 )
 # Where data are, which a fingerprint replaces.
-PLACES = ("data.builder.manifest", "data.builder.images")
+PLACES = ("data.builder.manifest", "data.builder.images", "data.builder.reports")
 # Names of fields in configs of 0.1, by which a config of that version is recognised.
 FIELDS_OF_0_1 = ("ema", "dim", "standard")
 
@@ -444,7 +456,7 @@ def merge_evaluation(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> d
         check_that(isinstance(content, Mapping), name, content, "use a ConfigDict of its fields")
     data = copy.deepcopy(dict(evaluation.get("data", {})))
     if "name" in data or "builder" in data:
-        data = {"builder": {}, "fingerprint": ""} | data
+        data = {"builder": {}, "fingerprint": "", "source": ""} | data
     return dict(run) | {
         "data": dict(run["data"]) | data,
         "eval": dict(run["eval"]) | copy.deepcopy(dict(evaluation.get("eval", {}))),

@@ -54,9 +54,10 @@ MAY_IMPORT = {
     "step": "model state parallel types",
     "evaluate": "config model tasks data* checkpoint* logger page metrics* types",
     "train": "config model evaluate state step data* parallel checkpoint* logger command types",
-    "command.scripts": "command export.__main__ main predict",
+    "command.scripts": "command export.__main__ main predict prepare",
     "command*": "types",
     "predict": "model prediction* data* parallel logger command types",
+    "prepare": "data.preparation command types",
     "main": "config train evaluate model export.sources checkpoint* data.processes parallel "
     "metrics tasks command command.config_files types",
 }

@@ -20,6 +20,17 @@ def manifest(
     return {"name": "pairs", "builder": builder}
 
 
+def public(name: str, *, size: int = 256, **settings: object) -> dict[str, object]:
+    """Returns the `data` section of a public dataset, which `plan-jax-prepare` prepares.
+
+    Args:
+      name: the dataset, see docs/data.md.
+      size: longer side of the stored images, in pixels.
+      **settings: other fields of its builder, as `split`.
+    """
+    return {"name": name, "builder": {"size": size, **settings}}
+
+
 def benchmark(
     task: str,
     data: dict[str, object],

@@ -28,3 +28,11 @@ def run_export() -> NoReturn:
     from plan_jax.export.__main__ import run
 
     sys.exit(run(sys.argv[1:]))
+
+
+def run_prepare() -> NoReturn:
+    """Runs `plan-jax-prepare` and ends the process."""
+    command.end_on_signals(sys._getframe(1))
+    from plan_jax.prepare import run
+
+    sys.exit(run(sys.argv[1:]))

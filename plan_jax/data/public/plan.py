@@ -66,7 +66,7 @@ class Plan:
 
 @dataclass
 class _Columns:
-    """What is kept in memory of each item."""
+    """Columns of the items that are kept in memory."""
 
     keys: list[bytes] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
