@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
     config.data.dir = "data"  # folder of prepared datasets
     config.data.source = ""  # folder of a public dataset as downloaded, until it is prepared
     config.data.size = 96  # pixels; small findings vanish below about 64
-    config.data.max_shift = 3  # pixels; random translation, the only augmentation of images
+    config.data.max_shift = 3  # pixels; random translation, where `augment` moves no pixels
+    config.data.augment = ConfigDict()
+    config.data.augment.name = ""  # convirt, mgca or chexpert_moco; docs/data.md lists the fields
     config.data.max_tokens = 48  # word pieces with [CLS] and [SEP]; longer reports lose sentences
     config.data.max_words = 40  # word slots; at most max_tokens - 2
     config.data.tokenizer = "phantom"  # must be that of pretrained text weights, if any
@@ -110,8 +112,8 @@ def get_paper_config() -> ConfigDict:
     Source: github.com/HKU-MedAI/MGCA at 680fe4a (argparse of its training, configs, datasets). The
     manifest has to be written from MIMIC-CXR-JPG: frontal images, impression and findings joined.
 
-    Deviation: the code crops 224 of 256 pixels at random; here the whole image is shifted by up to
-    16 pixels.
+    Deviation: in evaluation the whole image is fitted to 224 pixels; the code cuts the central 224
+    of 256.
     Deviation: the code also decays biases and norms.
     """
     config = get_config()
@@ -120,7 +122,8 @@ def get_paper_config() -> ConfigDict:
     config.log_every = 50
     config.data.name = "pairs"
     config.data.size = 224
-    config.data.max_shift = 16
+    config.data.max_shift = 0
+    config.data.augment.name = "mgca"
     config.data.max_tokens = 112
     config.data.max_words = 110
     config.data.workers = 8

@@ -15,6 +15,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     Deviation: the whole report instead of one random sentence.
     Deviation: cosine decay instead of decay on a plateau.
     Deviation: MGCA's heads and width instead of two layers to 512 dimensions.
+    Deviation: in mirrored images the words left and right change places.
     """
     config = base.get_sized_config(size)
     config.method = "convirt"
@@ -27,6 +28,7 @@ def get_config(size: str = "paper") -> ConfigDict:
         config.vision.local_stage = 3  # the map whose mean the global head is trained on
         config.text.name = "bert_base"
         config.batch = 32
+        config.data.augment.name = "convirt"
         config.optim.learning_rate = 1e-4
         config.optim.weight_decay = 1e-6
         config.optim.warmup_fraction = 0.01

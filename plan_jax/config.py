@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from plan_jax import parallel
+from plan_jax.data.augmentation import PRESETS, Augmentation, preset_fields
 from plan_jax.data.preparation import BUILDERS, builder_fields
 from plan_jax.data.prompts import PROMPT_SETS
 from plan_jax.encoders.bert import BERTS, Bert
@@ -95,7 +96,8 @@ class DataConfig(Section):
     dir: str = "data"  # folder of prepared datasets
     source: str = ""  # folder of a public dataset as downloaded; needed until it is prepared
     size: int = 96  # pixels; side of the square image an encoder sees
-    max_shift: int = 3  # pixels; largest random translation in training
+    max_shift: int = 3  # pixels; random translation, where `augment` has no geometric part
+    augment: Augmentation = field(default_factory=Augmentation)  # of training images
     max_tokens: int = 48  # word pieces of a text with [CLS] and [SEP]; attention is quadratic in it
     max_words: int = 40  # word slots of a text; at most max_tokens - 2
     tokenizer: str = "phantom"  # a folder, a vocabulary file, a hub id or package:NAME
@@ -363,6 +365,9 @@ class Config(Section):
             content = values.pop(name, {})
             if section is EvalConfig:
                 content = _nest_options(content)
+            if section is DataConfig:
+                augment = build(Augmentation, content["augment"], "data.augment.")
+                content = content | {"augment": augment}
             sections[name] = build(section, content, f"{name}.")
         for side in ("vision", "text"):
             sections[side] = _tower_options(side, values.pop(side, {"name": DEFAULT_TOWERS[side]}))
@@ -427,10 +432,21 @@ PLACES = ("data.builder.manifest", "data.builder.images", "data.builder.reports"
 FIELDS_OF_0_1 = ("ema", "dim", "standard")
 
 
-def check_image_size(config: Config) -> None:
-    """Raises UserError if an encoder would see images larger than the dataset stores them."""
+def check_image_size(config: Config, is_training: bool = False) -> None:
+    """Raises UserError if an encoder would see images larger than the dataset stores them.
+
+    In training an image has to be larger than the window that is cut from it.
+    """
     size, default = config.data.size, _default(_builder_kinds(config.data.name)["size"])
     stored = config.data.builder.get("size", default)
+    whole = config.data.augment.whole_size(size)
+    check_that(
+        not is_training or whole == size or whole <= stored,
+        "data.augment.window",
+        config.data.augment.window,
+        f"{size} pixels are cut from {whole}, and dataset {config.data.name} stores its images at "
+        f"{stored}; set config.data.builder.size={whole}, or config.data.augment.window=1",
+    )
     check_that(
         size <= stored,
         "data.size",
@@ -544,6 +560,11 @@ def fill_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     defaults["eval"] |= {task: _defaults_of(module.Options) for task, module in TASKS.items()}
     for name in ("hyper", "vision", "text", *SECTIONS):
         check_section(name, values.get(name, {}), defaults[name] or {})
+    augment = values.get("data", {}).get("augment", {})
+    defaults["data"]["augment"] = preset_fields("")
+    check_section("data.augment", augment, defaults["data"]["augment"])
+    if augment.get("name") in (*PRESETS,):
+        defaults["data"]["augment"] = preset_fields(augment["name"])
     # Each choice is looked up in a tuple, because a list from a file is not hashable.
     method = values.get("method", Config.method)
     defaults["hyper"] = _defaults_of(METHODS[method].Hyper) if method in (*METHODS,) else {}

@@ -141,13 +141,11 @@ def apply_overrides(content: Mapping[str, Any], overrides: Mapping[str, str]) ->
     """
     from plan_jax import config
 
-    choices = ("method", "data.name", "vision.name", "text.name")
-    values = dict(content)
+    choices = ("method", "data.name", "data.augment.name", "vision.name", "text.name")
+    values: dict[str, Any] = dict(content)
     for name in choices:
-        section, _, field = name.rpartition(".")
-        if name in overrides and isinstance(values.get(section, {}), Mapping):
-            update = {field: overrides[name]}
-            values |= {section: {**values.get(section, {}), **update}} if section else update
+        if name in overrides:
+            values = _set_field(values, name.split("."), overrides[name])
     if not overrides:
         return config.fill_defaults(values)
     # A field's type is that of its default, whatever the file says: None has no parser.
@@ -189,6 +187,14 @@ def apply_overrides(content: Mapping[str, Any], overrides: Mapping[str, str]) ->
     return result
 
 
+def _set_field(values: Any, path: Sequence[str], value: str) -> Any:
+    """Returns nested dicts with one field set; what is no dict stays, for `Config` to report."""
+    if not isinstance(values, Mapping):
+        return values
+    first, *rest = path
+    return {**values, first: _set_field(values.get(first, {}), rest, value) if rest else value}
+
+
 def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workdir: str) -> None:
     """Checks the config and the folder of the run, then trains.
 
@@ -223,7 +229,7 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
         if "data.fingerprint" not in overrides:
             config = configs.expect_data(config, previous_config, is_own=True)
     else:
-        configs.check_image_size(config)
+        configs.check_image_size(config, is_training=True)
     from plan_jax.train import train as train_run
 
     command.describe_interruption("the same command continues")

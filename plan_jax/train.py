@@ -123,6 +123,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                 logger.info(
                     f"{unknown_share:.1%} of the texts' pieces are unknown to tokenizer {name}"
                 )
+            for sentence in loader.describe_augmentation(dataset, data.augment, data.size):
+                logger.info(sentence)
             if restored:
                 logger.info(f"resumed at step {start} of {config.steps}")
                 validate_again(run, state)
@@ -157,6 +159,7 @@ def iterate_batches(
         batch_size=parallel.split_batch(config.batch, num_processes),
         size=data.size,
         max_shift=data.max_shift,
+        augment=data.augment,
         max_tokens=data.max_tokens,
         max_words=data.max_words,
         seed=config.seed,

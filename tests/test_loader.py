@@ -13,6 +13,7 @@ from records import ANATOMY_NAMES, FINDINGS, REGION_NAMES, make_record
 
 from plan_jax.data import loader, schema
 from plan_jax.data import tokenizer as tokenization
+from plan_jax.data.augmentation import PRESETS
 from plan_jax.data.dataset import Dataset
 from plan_jax.types import Record, UserError
 
@@ -146,7 +147,8 @@ def test_shifts_and_sentence_orders_differ_between_epochs(dataset, tokenizer):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(make_batches, workers):
-    without_workers, with_workers = make_batches(), make_batches(workers=workers)
+    without_workers = make_batches(augment=PRESETS["convirt"])
+    with_workers = make_batches(augment=PRESETS["convirt"], workers=workers)
     for _ in range(workers):
         next(without_workers)
     with_workers.set_state(json.loads(json.dumps(without_workers.get_state())))

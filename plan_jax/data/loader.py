@@ -7,11 +7,14 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
-from plan_jax.data import processes, report_parser, transforms
+from plan_jax.data import augmentation, processes, report_parser, transforms
 from plan_jax.data import tokenizer as tokenization
+from plan_jax.data.augmentation import AS_STORED, Augmentation, Draw
 from plan_jax.data.dataset import Dataset
+from plan_jax.data.schema import Pair
+from plan_jax.data.sections import sides
 from plan_jax.types import Batch, Record, UserError
 
 PREFETCHED_BATCHES = 4  # read ahead of the step, by each worker
@@ -33,13 +36,14 @@ def train_batches(
     shard: tuple[int, int] = (0, 1),
     extra: Sequence[str] = (),
     max_shift: int | None = None,
+    augment: Augmentation = AS_STORED,
 ) -> "BatchIterator":
     """Returns an endless iterator over this process's part of shuffled batches.
 
     Each item is a `Batch` of numpy arrays: image UInt8[B size size 1], tokens and word_index
     Int32[B L], word_id and sentence Int32[B W], and in `extra` the requested fields: labels
-    Int8[B F], regions Float32[B R 4], region_words Bool[B R W]. Images are shifted, and sentences
-    are shuffled.
+    Int8[B F], regions Float32[B R 4], region_words Bool[B R W]. Images are shifted or augmented,
+    and sentences are shuffled.
 
     An epoch is a permutation of its own. The last incomplete global batch of an epoch is dropped,
     so a study never appears twice in one batch. Item k of a global batch belongs to process k
@@ -53,19 +57,24 @@ def train_batches(
       size: side of the square that images are fitted to, in pixels.
       max_tokens: L, token positions per text.
       max_words: W, word slots per text.
-      seed: seed of the order, the shifts and the sentences.
+      seed: seed of the order, the shifts, the augmentation and the sentences.
       workers: processes that read batches (0: one thread of this process).
       shard: index of this process, and number of processes.
       extra: names of the additional fields, see `Batch`.
-      max_shift: largest shift of an image, in pixels (None: size / 16).
+      max_shift: largest shift of an image, in pixels (None: size / 16). It applies only where
+        `augment` has no geometric part.
+      augment: what else is drawn for each image; regions and texts follow it.
 
     Raises:
       UserError: if the global batch is larger than the dataset, if the dataset lacks a field of
-        `extra`, or if a number is out of range.
+        `extra`, if a number is out of range, or if images are mirrored and a region or a finding
+        has no counterpart on the other side.
     """
     shard_index, num_shards = shard
     global_batch = batch_size * num_shards
     _check_extra(dataset, extra)
+    if augment.flip:
+        augmentation.check_sides(dataset.findings, dataset.region_names)
     if not 0 < global_batch <= len(dataset):
         count = len(dataset)
         remedy = f"use 1 to {count} over all processes"
@@ -91,6 +100,7 @@ def train_batches(
         seed=seed,
         extra=tuple(extra),
         max_shift=size // 16 if max_shift is None else max_shift,
+        augment=augment,
     )
     order = {"seed": seed, "batch": global_batch, "examples": len(dataset)}
     return BatchIterator(grain.MapDataset.source(source), workers, order)
@@ -110,6 +120,36 @@ def check_texts(dataset: Dataset, tokenizer: tokenization.Tokenizer) -> float:
         f"the texts of dataset {dataset.name!r}",
         "set config.data.tokenizer to one of their language",
     )
+
+
+def describe_augmentation(
+    dataset: Dataset, augment: Augmentation, size: int, seed: int = 0
+) -> list[str]:
+    """Returns what an augmentation does to the texts and the regions of a sample, in sentences."""
+    stride = max(1, len(dataset) // CHECKED_TEXTS)
+    indices = range(0, len(dataset), stride)
+    sentences = []
+    if augment.flip:
+        num_sided = sum(sides.names_side(dataset.read_text(index)) for index in indices)
+        sentences.append(
+            f"{augment.flip:.0%} of the images are mirrored; {num_sided} of {len(indices)} sampled "
+            "texts say left or right in English, which change places then"
+        )
+    if dataset.region_names and augment.is_geometric:
+        num_boxes = num_kept = 0
+        for index in indices:
+            pair = dataset.read_pair(index)
+            rng = np.random.default_rng((seed, index))
+            drawn = augmentation.draw(augment, pair.image.shape[:2], size, rng)
+            num_boxes += int((pair.regions[:, 2] > pair.regions[:, 0]).sum())
+            num_kept += int(
+                augmentation.warp_boxes(pair.regions, drawn.matrix, size).any(axis=1).sum()
+            )
+        sentences.append(
+            f"the augmentation moves {num_boxes - num_kept} of {num_boxes} sampled regions out of "
+            "the image, which are then absent"
+        )
+    return sentences
 
 
 def _check_extra(dataset: Dataset, extra: Sequence[str]) -> None:
@@ -142,6 +182,7 @@ class _BatchSource:
     seed: int
     extra: tuple[str, ...]
     max_shift: int
+    augment: Augmentation
 
     def __len__(self) -> int:
         return 2**60  # grain needs a length; no run reaches this one
@@ -169,6 +210,12 @@ class _BatchSource:
         pair = self.dataset.read_pair(study)
         # The position seeds all that is random about an item, so that any step can be the first.
         rng = np.random.default_rng((self.seed, position))
+        drawn = None
+        if self.augment != AS_STORED:
+            # By a generator of its own, so that sentences do not depend on the augmentation.
+            (child,) = rng.spawn(1)
+            drawn = augmentation.draw(self.augment, pair.image.shape[:2], self.size, child)
+            pair = self._exchange_sides(pair) if drawn.is_mirrored else pair
         text = tokenization.tokenize(
             self.tokenizer,
             pair.text,
@@ -177,17 +224,38 @@ class _BatchSource:
             rng=rng,
             name=str(study),
         )
-        down, right = transforms.draw_shift(rng, self.max_shift)
-        image = transforms.shift_image(transforms.fit_image(pair.image, self.size), down, right)
+        image, boxes = self._place(pair, drawn, rng)
         extra = {}
         if "labels" in self.extra:
             extra["labels"] = pair.labels
         if "regions" in self.extra:
-            boxes = transforms.fit_boxes(pair.regions, pair.image.shape[:2], self.size)
-            extra["regions"] = transforms.shift_boxes(boxes, down, right, self.size) / self.size
+            extra["regions"] = boxes / self.size
         if "region_words" in self.extra:
             extra["region_words"] = self._mark_region_words(text)
         return image, text, extra
+
+    def _place(
+        self, pair: Pair, drawn: Draw | None, rng: np.random.Generator
+    ) -> tuple[UInt8[np.ndarray, "Y X 1"], Float[np.ndarray, "R 4"]]:
+        """Returns an image in the square that an encoder sees, and its regions, in pixels."""
+        if drawn and self.augment.is_geometric:
+            image = augmentation.warp_image(pair.image, drawn.matrix, self.size)
+            boxes = augmentation.warp_boxes(pair.regions, drawn.matrix, self.size)
+        else:
+            down, right = transforms.draw_shift(rng, self.max_shift)
+            image = transforms.shift_image(transforms.fit_image(pair.image, self.size), down, right)
+            boxes = transforms.fit_boxes(pair.regions, pair.image.shape[:2], self.size)
+            boxes = transforms.shift_boxes(boxes, down, right, self.size)
+        return augmentation.change_grey(image, drawn) if drawn else image, boxes
+
+    def _exchange_sides(self, pair: Pair) -> Pair:
+        """Returns the text, the labels and the regions of a mirrored image."""
+        regions = self.dataset.region_names
+        return pair._replace(
+            text=sides.swap_sides(pair.text),
+            labels=augmentation.exchange_sides(pair.labels, self.dataset.findings, "findings"),
+            regions=augmentation.exchange_sides(pair.regions, regions, "regions"),
+        )
 
     def _mark_region_words(self, text: tokenization.TokenizedText) -> Bool[np.ndarray, "R W"]:
         """Returns which words are in a sentence about which region."""
