@@ -87,7 +87,7 @@ class Augmentation:
 
     @property
     def is_geometric(self) -> bool:
-        """Whether any part moves pixels."""
+        """True if any part moves pixels."""
         parts = (self.window, *self.area, *self.aspect, *self.scale)
         return parts != (1.0,) * len(parts) or bool(self.flip or self.rotate or self.translate)
 
