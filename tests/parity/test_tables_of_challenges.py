@@ -1,5 +1,6 @@
 """Real tables of challenges, out of the package torchxrayvision, have the published counts."""
 
+import gzip
 import hashlib
 import zipfile
 from collections import Counter
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from plan_jax.data.builders import rsna_pneumonia
+from plan_jax.data.builders import rsna_pneumonia, siim_pneumothorax
 from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.data.public.splits import count_leaks
 
 TABLES = Path(__file__).resolve().parents[2] / ".cache/public_tables/torchxrayvision/data"
 
@@ -62,3 +64,24 @@ def test_rsna_pneumonia(tmp_path, rule, train, val, test):
     assert [hash_ids(items, split) for split in ("train", "val", "test")] == [train, val, test]
     first = {"mgca_compat": "f2698fda", "mgca_compat_boxes": "ab1131b2", "benchx": "37541ec6"}[rule]
     assert any(item.image_id.startswith(first) for item in items if item.split == "test")
+
+
+@pytest.mark.parametrize("rule", ["hash", "mgca_compat"])
+def test_siim_pneumothorax(tmp_path, rule):
+    packed = TABLES / "siim-pneumothorax-train-rle.csv.gz"
+    (tmp_path / "train-rle.csv").write_bytes(gzip.decompress(packed.read_bytes()))
+    source = SourceFolder(tmp_path)
+    config = siim_pneumothorax.SiimPneumothoraxConfig(name="", split=rule)
+    items = list(siim_pneumothorax.read_items(source, config))
+    assert not source.dropped and not source.notes
+    assert len({item.patient_id for item in items}) == 12_047
+    assert len({item.patient_id for item in items if item.shapes}) == 2_669
+    assert sum(len(item.shapes) for item in items) == 3_576
+    if rule == "hash":
+        assert len(items) == 12_047
+        assert sum(len(item.shapes) > 1 for item in items) == 624
+    else:
+        sizes = Counter(item.split for item in items)
+        assert sizes == {"train": 8_578, "val": 1_910, "test": 1_903}
+        leaks = count_leaks([(item.patient_id, item.split) for item in items])
+        assert leaks == {"val": 161, "test": 154}
