@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 BY_HASH = (
     "hash"  # a split rule of every dataset: by a hash of the patient, whatever lists there are
 )
+PHYSIONET_LICENCE = (
+    "PhysioNet Credentialed Health Data License 1.5.0; an account with CITI training is needed"
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""Chest ImaGenome: every layout of scene graphs, faulty regions, triplets, splits."""
+
+import pytest
+from miniatures import chest_imagenome as miniature
+from miniatures import mimic_cxr as mimic_miniature
+
+from plan_jax.data import report_parser
+from plan_jax.data.builders import chest_imagenome
+from plan_jax.data.builders.chest_imagenome import FACTS, FINDINGS, REGIONS, ChestImagenomeConfig
+from plan_jax.data.phantom import ANATOMY
+from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.types import UserError
+
+FIRST, SECOND, AVOIDED, THIRD = (
+    film.dicom_id
+    for film in (miniature.FIRST, miniature.SECOND, miniature.AVOIDED, miniature.THIRD)
+)
+
+
+GOLD = "patient of the gold annotations, left out of train"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mimic_cxr_jpg")
+    mimic_miniature.write(folder)
+    return folder
+
+
+def read(folder, images="", **fields):
+    """Returns the folder as it was read, and its items by name."""
+    source = SourceFolder(folder, FACTS.page)
+    config = ChestImagenomeConfig(name="", source=str(folder), images=str(images), **fields)
+    return source, {item.image_id: item for item in chest_imagenome.read_items(source, config)}
+
+
+@pytest.mark.parametrize("layout", ["folder", "nested", "zip"])
+def test_each_layout_has_the_same_regions(tmp_path, images, layout):
+    miniature.write(tmp_path, layout)
+    source, items = read(tmp_path, images)
+    assert list(items) == [FIRST, SECOND]
+    for item in items.values():
+        assert dict(item.regions) == {
+            "right lung": (4, 6, 20, 50),
+            "left lung": (26, 6, 44, 50),
+            "heart": (18, 30, 34, 50),
+            "left lower zone": (26, 36, 44, 50),
+            "right clavicle": (0, 2, 18, 6),
+        }
+    assert source.dropped == {
+        "a region has no area in the image": list(items),
+        "an image has no scene graph": [THIRD],
+        GOLD: [AVOIDED],
+    }
+    first = items[FIRST]
+    assert (images / first.image).is_file() and first.view == "PA"
+    assert (first.patient_id, first.study_id) == ("10000001", "50000001")
+    assert first.sections["impression"] == "Left basal ___ opacity."
+
+
+def test_attributes_become_triplets_and_labels(tmp_path, images):
+    miniature.write(tmp_path)
+    source, items = read(tmp_path, images)
+    assert items[FIRST].triplets == (
+        ("left lower zone", "lung opacity", 1),
+        ("left lower zone", "pneumothorax", 0),
+        ("left lung", "lung opacity", 0),
+        ("left lung", "pneumonia", 1),
+        ("left breast", "new finding", 1),
+    )
+    assert items[FIRST].labels == {"lung opacity": 1, "pneumothorax": 0, "pneumonia": 1}
+    assert "findings of triplets that are no labels: new finding" in source.notes
+
+
+def test_sentences_find_the_regions_that_have_boxes():
+    assert len(REGIONS) == len(set(REGIONS.values())) == FACTS.counts["regions"]
+    assert len(FINDINGS) == len(set(FINDINGS)) == 53
+    sentence = "The heart is enlarged, with opacity of the right upper lobe and the left base."
+    regions = report_parser.find_regions(sentence)
+    assert {"heart", "right upper zone", "left lower zone"} <= set(regions) <= set(REGIONS)
+    assert set(ANATOMY) <= set(REGIONS)
+
+
+def test_gold_patients_are_left_out_of_train_under_every_rule(tmp_path, images):
+    miniature.write(tmp_path)
+    for fields, splits in (
+        ({}, {FIRST: "train", SECOND: "test"}),
+        ({"split": "mimic"}, {FIRST: "train", SECOND: "val"}),
+        (
+            {"split": "hash", "val_fraction": 0.0, "test_fraction": 0.0},
+            {FIRST: "train", SECOND: "train"},
+        ),
+    ):
+        source, items = read(tmp_path, images, **fields)
+        assert {name: item.split for name, item in items.items()} == splits
+        assert source.dropped[GOLD] == [AVOIDED]
+
+
+def test_damaged_scene_graphs_are_dropped(tmp_path, images):
+    miniature.write(tmp_path)
+    graphs = tmp_path / "silver_dataset/scene_graph"
+    (graphs / f"{FIRST}_SceneGraph.json").write_text('{"objects": [')
+    (graphs / f"{SECOND}_SceneGraph.json").write_text('{"objects": [3], "attributes": []}')
+    source, items = read(tmp_path, images)
+    assert not items
+    assert source.dropped["a scene graph is damaged"] == [FIRST, SECOND]
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        ("splits/images_to_avoid.csv", "has no splits/images_to_avoid.csv"),
+        ("splits/valid.csv", "has no splits/valid.csv"),
+        ("scene_graph.zip", "has no silver_dataset/scene_graph.zip or folder"),
+    ],
+)
+def test_a_missing_file_is_named_with_its_page(tmp_path, images, absent, message):
+    miniature.write(tmp_path, "zip")
+    (tmp_path / "silver_dataset" / absent).unlink()
+    with pytest.raises(UserError) as error:
+        read(tmp_path, images)
+    assert message in str(error.value) and f"download it from {FACTS.page}" in str(error.value)
