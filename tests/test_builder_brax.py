@@ -1,0 +1,57 @@
+"""BRAX: both names of its table, views, strips, accession numbers of two patients."""
+
+import pytest
+from miniatures import brax as miniature
+
+from plan_jax.data.builders import brax
+from plan_jax.data.builders.brax import FACTS, BraxConfig
+from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.types import UserError
+
+
+def read(folder, **fields):
+    """Returns the folder as it was read, and its items."""
+    source = SourceFolder(folder, FACTS.page)
+    config = BraxConfig(name="", source=str(folder), **fields)
+    return source, list(brax.read_items(source, config))
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
+def test_each_version_has_the_same_films(tmp_path, version):
+    paths = miniature.write(tmp_path, version)
+    source, items = read(tmp_path)
+    assert [item.image for item in items] == paths[:5] and all(map(source.has, paths))
+    strip = paths[5].removeprefix("images/").removesuffix(".png")
+    assert source.dropped == {"an image is a strip": [strip]}
+    assert [item.view for item in items] == ["PA", "LATERAL", "AP", "UNKNOWN", "OTHER"]
+    assert [item.patient_id for item in items] == ["100", "100", "200", "300", "400"]
+    assert [item.study_id for item in items] == ["100/7", "100/7", "200/7", "300/8", "400/9"]
+    assert {item.split for item in items} == {""} and FACTS.default_split == "hash"
+    assert FACTS.findings == miniature.LABELS
+
+
+def test_labels_keep_doubt_and_blanks_apart(tmp_path):
+    miniature.write(tmp_path)
+    for blank in (-1, 0):
+        _, items = read(tmp_path, label_blank=blank)
+        labels = items[0].labels
+        assert (labels["Cardiomegaly"], labels["Pneumonia"], labels["Edema"]) == (1, 0, -1)
+        assert labels["Fracture"] == blank
+    with pytest.raises(UserError, match="label_blank 2 of dataset brax"):
+        BraxConfig(name="", label_blank=2)
+
+
+def test_dicom_files_are_read_where_there_is_no_png(tmp_path):
+    miniature.write(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "Anonymized_DICOMs")
+    _, items = read(tmp_path)
+    assert {item.image.partition("/")[0] for item in items} == {"Anonymized_DICOMs"}
+    assert items[0].image.endswith(".dcm")
+
+
+def test_a_missing_table_or_column_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"has no master_spreadsheet_update.csv \(or"):
+        read(tmp_path)
+    (tmp_path / "master_spreadsheet_update.csv").write_text("PngPath,PatientID\n")
+    with pytest.raises(UserError, match="has no column 'AccessionNumber', 'ViewPosition'"):
+        read(tmp_path)
