@@ -40,11 +40,8 @@ def are_equal(first, second):
     anatomy_agrees = list(first.anatomy) == list(second.anatomy) and all(
         np.array_equal(first.anatomy[name], second.anatomy[name]) for name in first.anatomy
     )
-    texts_agree = (first.text, first.patient_id, first.triplets) == (
-        second.text,
-        second.patient_id,
-        second.triplets,
-    )
+    names = ("text", "patient_id", "triplets", "record_id", "study_id", "view", "sections")
+    texts_agree = all(getattr(first, name) == getattr(second, name) for name in names)
     arrays_agree = all(
         np.array_equal(getattr(first, name), getattr(second, name))
         for name in ("image", "labels", "regions")

@@ -309,11 +309,12 @@ def _explain_outdated(
     old_folders = [*folders, *earlier_folders]
     if not old_folders:
         return
-    changed = f"manifest {config.manifest}"
     if folders:
         if not changes:  # another process has just prepared them, on a drive without locks
             return
         changed = f"{_shorten(changes)} in {config.root}"
+    else:
+        changed = f"manifest {config.manifest}"
     size = 0
     with contextlib.suppress(OSError):  # the user may be deleting them
         for path in (path for folder in old_folders for path in folder.rglob("*")):

@@ -137,7 +137,7 @@ def make_plan(
             columns.patients.append(item.patient_id)
             columns.studies.append(item.study_id or item.image_id)
             for name, counter in names.items():
-                counter.update(getattr(item, name))
+                counter.update(list(getattr(item, name)))
             names["labels"].update(box.label for box in item.boxes if box.label)
             names["labels"].update(shape.label for shape in item.shapes if shape.label)
             digest.update(line)

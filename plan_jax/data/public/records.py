@@ -101,7 +101,7 @@ class Reader:
         """Returns phrases with their boxes and masks; boxes that cannot be are noted."""
         found = []
         for box in item.boxes:
-            x0, y0, x1, y1 = box.corners
+            x0, y0, x1, y1 = map(float, box.corners)
             if box.is_normalised:
                 x0, y0, x1, y1 = x0 * shape[1], y0 * shape[0], x1 * shape[1], y1 * shape[0]
             if not self._has_area((x0, y0, x1, y1), item.image_id, shape, new_shape):
@@ -162,7 +162,7 @@ class Reader:
         for index, name in enumerate(self.regions):
             if name not in item.regions:
                 continue
-            x0, y0, x1, y1 = item.regions[name]
+            x0, y0, x1, y1 = map(float, item.regions[name])
             if self._has_area((x0, y0, x1, y1), item.image_id, shape, new_shape):
                 rows[index] = boxes.scale_box((x0, y0, x1, y1), shape, new_shape)
         return rows

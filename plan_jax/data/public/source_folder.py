@@ -202,7 +202,7 @@ class SourceFolder:
                 if not any(map(str.strip, cells)):
                     continue
                 if len(cells) < num_required:
-                    self.drop("a row of a table is cut off", f"{path} line {reader.line_num}")
+                    self.drop("a row of a table is cut off", f"{path}:{reader.line_num}")
                     continue
                 row = dict.fromkeys(optional, "")
                 row |= {name: cells[place].strip() for name, place in place_of.items()}

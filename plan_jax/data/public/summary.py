@@ -42,7 +42,7 @@ class Tally:
             for finding in self.findings:
                 table[finding][STATES[item.labels.get(finding, -1)]] += 1
             self.views[item.view] += 1
-            self.sections.update(item.sections)
+            self.sections.update(list(item.sections))  # the names, not the texts
             self.sections["images with a report"] += bool(item.sections)
             for name in ("boxes", "shapes", "regions", "anatomy", "triplets"):
                 count = len(getattr(item, name))
