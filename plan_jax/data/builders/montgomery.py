@@ -1,0 +1,111 @@
+"""Montgomery County: 138 films of a tuberculosis screening, with masks of both lungs."""
+
+import dataclasses
+import posixpath
+import re
+from collections.abc import Iterator
+from typing import ClassVar
+
+from plan_jax.data.public.builder import PublicBuilder
+from plan_jax.data.public.config import PublicConfig
+from plan_jax.data.public.facts import BY_HASH, Facts
+from plan_jax.data.public.items import Item, Shape
+from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.data.tfds import tfds
+from plan_jax.types import UserError
+
+TUBERCULOSIS = "Tuberculosis"
+MASK_FOLDERS = {"left lung": "ManualMask/leftMask", "right lung": "ManualMask/rightMask"}
+_NAME = re.compile(r"MCUCXR_\d+_(?P<label>[01])")
+_PATIENT_LINE = re.compile(r"patient'?s (?:sex|age)", re.IGNORECASE)
+
+FACTS = Facts(
+    name="montgomery",
+    title="Montgomery County chest X-ray set",
+    content="138 frontal films, 58 of them with tuberculosis; a reading and lung masks of each",
+    page="data.lhncbc.nlm.nih.gov/public/Tuberculosis-Chest-X-ray-Datasets/"
+    "Montgomery-County-CXR-Set/MontgomerySet.zip",
+    licence="public, with attribution, no registration",
+    citation="Jaeger et al., Quantitative Imaging in Medicine and Surgery 2014",
+    files="CXR_png/, ClinicalReadings/ and ManualMask/{leftMask,rightMask}/ of MontgomerySet",
+    provides=("reports", "labels", "anatomy"),
+    patients="the name of the film, as each is of another patient",
+    splits={BY_HASH: "by a hash of the film"},
+    defects=(
+        "4020 x 4892 pixels or the reverse",
+        "TBX11K has the same films in its folder extra",
+    ),
+    counts={"images": 138, "tuberculosis": 58},
+    findings=(TUBERCULOSIS,),
+)
+
+
+@dataclasses.dataclass(eq=False)
+class MontgomeryConfig(PublicConfig):
+    """Where the Montgomery set was downloaded to, and what becomes of it."""
+
+    facts: ClassVar[Facts] = FACTS
+
+
+def read_items(source: SourceFolder) -> Iterator[Item]:
+    """Yields the films with their readings and the masks of their lungs."""
+    folder = source.find_folder("CXR_png", "images")
+    names = [name for name in source.list_names(folder) if name.endswith(".png")] if folder else []
+    if not any(map(_NAME.match, names)):
+        raise UserError(
+            f"{source.root} has no folder CXR_png with films like MCUCXR_0001_0.png; download them "
+            f"from {FACTS.page}"
+        )
+    source.tables[folder] = None
+    readings = source.find_folder("ClinicalReadings")
+    masks = {
+        organ: (path, set(source.list_names(path)))
+        for organ, name in MASK_FOLDERS.items()
+        for path in (source.find_folder(name),)
+        if path
+    }
+    if len(masks) < len(MASK_FOLDERS):
+        source.note("ManualMask is not there, so no film has masks of both lungs")
+    for file in names:
+        name = file.removesuffix(".png")
+        if not (match := _NAME.fullmatch(name)):
+            continue  # the films of Shenzhen, which some copies keep in the same folder
+        reading = _read_reading(source, posixpath.join(readings, f"{name}.txt")) if readings else ""
+        yield Item(
+            image_id=name,
+            image=posixpath.join(folder, file),
+            patient_id=name,
+            labels={TUBERCULOSIS: int(match["label"])},
+            sections={"findings": reading} if reading else {},
+            anatomy={
+                organ: [Shape("file", posixpath.join(path, file))]
+                for organ, (path, files) in masks.items()
+                if file in files
+            },
+        )
+
+
+def _read_reading(source: SourceFolder, path: str) -> str:
+    """Returns a radiologist's reading, without the lines of sex and age above it."""
+    try:
+        lines = (source.read_text(path) or "").splitlines()
+    except ValueError:
+        source.drop("a reading is not UTF-8, so its film has no text", path)
+        return ""
+    return "\n".join(filter(None, (line.strip() for line in lines if not _is_about_patient(line))))
+
+
+def _is_about_patient(line: str) -> bool:
+    return _PATIENT_LINE.match(line.strip().replace("\u2019", "'")) is not None
+
+
+class Montgomery(PublicBuilder):
+    """Builds the Montgomery set."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    facts = FACTS
+    builder_config: MontgomeryConfig
+
+    def read_items(self, source: SourceFolder) -> Iterator[Item]:
+        """Yields the films."""
+        return read_items(source)

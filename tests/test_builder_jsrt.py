@@ -1,0 +1,78 @@
+"""JSRT: raw films, SCR's masks of half the size, nodules as boxes."""
+
+import pytest
+from miniatures import jsrt as miniature
+
+from plan_jax.data.builders import jsrt
+from plan_jax.data.builders.jsrt import JsrtConfig
+from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.types import UserError
+
+
+def read(folder, **fields):
+    """Returns the folder as it was read, and its items by name."""
+    source = SourceFolder(folder, jsrt.FACTS.page)
+    config = JsrtConfig(name="", source=str(folder), **fields)
+    return source, {item.image_id: item for item in jsrt.read_items(source, config)}
+
+
+@pytest.mark.parametrize("parted", [False, True])
+def test_films_masks_and_nodules(tmp_path, parted):
+    miniature.write(tmp_path, parted=parted)
+    source, items = read(tmp_path)
+    assert tuple(items) == miniature.NAMES and not source.dropped and not source.notes
+    for name, item in items.items():
+        assert source.has(item.image) and item.pixels == "jsrt" and item.shape == (2048, 2048)
+        assert item.labels["Nodule"] == ("LN" in name)
+        assert item.patient_id == name and item.split == ""
+        assert tuple(item.anatomy) == tuple(miniature.ORGANS)
+        for organ, (shape,) in item.anatomy.items():
+            assert shape.kind == "file" and source.has(shape.content) and organ in shape.content
+    malignant = [item.labels["Malignant nodule"] for item in items.values()]
+    assert malignant == [1, 0, -1, 0, 0, 0]
+    (box,) = items["JPCLN001"].boxes
+    assert box.label == "Nodule" and box.corners == pytest.approx((1594, 652, 1674, 732))
+    # A square that would leave the film ends at its edge.
+    (box,) = items["JPCLN002"].boxes
+    assert box.corners == pytest.approx((0, 900, 160, 1100))
+    assert not items["JPCNN001"].boxes
+
+
+def test_scr_divides_by_number(tmp_path):
+    miniature.write(tmp_path, ".png")
+    _, items = read(tmp_path, split="scr", val_fraction=0.0)
+    assert {name: item.split for name, item in items.items()} == {
+        "JPCLN001": "train",
+        "JPCLN002": "test",
+        "JPCLN100": "test",
+        "JPCNN001": "train",
+        "JPCNN002": "test",
+        "JPCNN093": "train",
+    }
+    # All 247 films: SCR's folds have 124 and 123.
+    numbers = [*range(1, 155), *range(1, 94)]
+    assert sum(number % 2 for number in numbers) == 124 and len(numbers) == 247
+
+
+def test_converted_films_without_masks_and_table(tmp_path):
+    miniature.write(tmp_path, ".png", masks=False, table=False)
+    source, items = read(tmp_path)
+    assert tuple(items) == miniature.NAMES
+    assert {(item.pixels, item.shape) for item in items.values()} == {("", None)}
+    assert not any(item.anatomy or item.boxes for item in items.values())
+    assert source.notes == [
+        "SCR's masks are not there, so no film has anatomy",
+        "there is no CLNDAT_EN.txt, so no nodule has a box",
+    ]
+
+
+def test_what_is_missing_or_damaged_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"has no film like JPCLN001.IMG in All247images; download"):
+        read(tmp_path)
+    miniature.write(tmp_path, ".png")
+    table = tmp_path / "Clinical_Information/CLNDAT_EN.txt"
+    table.write_text(table.read_text().replace("1634", "?").replace("\t35\t", "\t0\t"))
+    source, items = read(tmp_path)
+    names = ["JPCLN001.IMG", "JPCLN002.IMG"]
+    assert source.dropped == {"a nodule has no place and diameter": names}
+    assert [name for name, item in items.items() if item.boxes] == ["JPCLN100"]

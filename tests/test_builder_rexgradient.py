@@ -1,0 +1,72 @@
+"""ReXGradient-160K: studies of three JSON files, with views and sections."""
+
+import pytest
+from miniatures import rexgradient as miniature
+
+from plan_jax.data.builders import rexgradient
+from plan_jax.data.builders.rexgradient import RexgradientConfig
+from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.types import UserError
+
+
+def read(folder, **fields):
+    """Returns the folder as it was read, and its items by id."""
+    source = SourceFolder(folder, rexgradient.FACTS.page)
+    config = RexgradientConfig(name="", source=str(folder), **fields)
+    return source, {item.image_id: item for item in rexgradient.read_items(source, config)}
+
+
+@pytest.mark.parametrize("snake_case", [False, True])
+def test_films_views_and_sections(tmp_path, snake_case):
+    miniature.write(tmp_path, snake_case=snake_case)
+    source, items = read(tmp_path)
+    assert not source.dropped and not source.notes
+    assert {name: item.view for name, item in items.items()} == miniature.VIEWS
+    splits = {"train": "train", "valid": "val", "test": "test"}
+    for split, study, patient, names, _, _ in miniature.STUDIES:
+        for name in names:
+            item = items[name]
+            assert (item.split, item.study_id, item.patient_id) == (splits[split], study, patient)
+            assert source.has(item.image)
+    assert items["1.1"].sections == {
+        "indication": "Cough",
+        "findings": "Clear.",
+        "impression": "Normal.",
+    }
+    assert items["2.1"].sections == {"findings": "No effusion."}
+    assert len({(item.patient_id, item.split) for item in items.values()}) == 4
+    _, items = read(tmp_path, split="hash")
+    assert {item.split for item in items.values()} == {""}
+
+
+def test_studies_without_images_or_text_are_dropped(tmp_path):
+    studies = (
+        *miniature.STUDIES,
+        ("train", "S6", "GRDN06", (), (), ("", "", "Clear.", "")),
+        ("train", "S7", "GRDN07", ("7.1",), ("PA",), ("Cough", "", "None", None)),
+    )
+    miniature.write(tmp_path, studies=studies)
+    source, items = read(tmp_path)
+    assert source.dropped == {
+        "a study has no image": ["S6"],
+        "a study has neither findings nor impression": ["S7"],
+    }
+    assert items.keys() == miniature.VIEWS.keys()
+
+
+def test_what_is_missing_is_named(tmp_path):
+    message = r"has no metadata/train_metadata_view_position.json .*download it from huggingface.co"
+    with pytest.raises(UserError, match=message):
+        read(tmp_path)
+    miniature.write(tmp_path, images=False)
+    assert read(tmp_path)[0].notes == ["there is no folder deid_png, so no image is found"]
+    (tmp_path / "deid_png.part00").write_bytes(b"part")
+    with pytest.raises(
+        UserError, match=r"has deid_png in parts; unpack them there by cat deid_png"
+    ):
+        read(tmp_path)
+    (tmp_path / "deid_png").mkdir()
+    path = tmp_path / "metadata/valid_metadata_view_position.json"
+    path.write_text('{"S4": {"PatientID": "a", "Findings": "Clear."}}')
+    with pytest.raises(UserError, match="study S4 .* no ImagePath; its entries are Findings, Pat"):
+        read(tmp_path)
