@@ -6,6 +6,7 @@ memory    temporary memory of a method's loss and gradient, as the batch grows
 losses    GLoRIA's and MGCA's losses against their originals in torch (no --config; needs torch)
 encoders  the towers at the papers' sizes against torch's (no --config; needs `make parity`)
 kernels   the CPU kernels in whole towers against XLA's own operations (no --config)
+augment   decoding and each preset of `data.augment`, against a compiled batch (no --config)
 
 Times are meaningful only on a quiet machine. The share of the CPUs that other processes use is read
 before and during a measurement; above 5 % nothing is measured, unless `--anyway` is given.
@@ -24,7 +25,7 @@ MAX_LOAD = 0.05  # share of all CPUs that other processes may use
 MIN_REPEATS = 10  # with fewer readings a median means little
 MEMORY_BATCHES = (16, 32, 64, 128)
 AGAINST_TORCH = ("losses", "encoders")
-WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels")
+WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels", "augment")
 
 
 # The load of other processes ---------------------------------------------------------------------
@@ -283,6 +284,15 @@ def measure_kernels(args: argparse.Namespace) -> None:
     meter.report()
 
 
+def measure_augmentation(args: argparse.Namespace) -> None:
+    """Measures the presets of augmentation by one thread, and as a compiled batch."""
+    import benchmark_augmentation
+
+    meter = LoadMeter()
+    benchmark_augmentation.main(max(args.repeats, MIN_REPEATS))
+    meter.report()
+
+
 # The command line --------------------------------------------------------------------------------
 
 
@@ -330,6 +340,8 @@ def main() -> None:
             compare_with_torch(args)
         elif args.what == "kernels":
             measure_kernels(args)
+        elif args.what == "augment":
+            measure_augmentation(args)
         else:
             measurements[args.what](args, load_config(args.config, overrides))
     except UserError as error:
