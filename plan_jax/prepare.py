@@ -50,6 +50,7 @@ def run_command(argv: Sequence[str]) -> None:
     )
     parser.add_argument("name", nargs="?", help="the dataset, as nih_cxr14")
     parser.add_argument("--list", action="store_true", help="list the datasets")
+    parser.add_argument("--document", action="store_true", help="print docs/datasets.md")
     parser.add_argument("--source", default="", help="folder of the dataset as downloaded")
     parser.add_argument("--data_dir", default="data", help="folder of prepared datasets")
     parser.add_argument("--check", action="store_true", help="read all but the images")
@@ -67,9 +68,14 @@ def run_command(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     # Imported once the arguments are known to be sensible: TFDS takes seconds.
     from plan_jax.data import preparation
+    from plan_jax.data.public.document import describe_datasets
 
     if options.list:
-        print(preparation.list_datasets())
+        for facts in preparation.list_facts():
+            print(f"{facts.name:<20} {facts.title}: {facts.content}; {facts.page}")
+        return
+    if options.document:
+        print(describe_datasets(preparation.list_facts()), end="")
         return
     if not options.name:
         raise UserError("no dataset is named; --list shows them")

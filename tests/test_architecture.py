@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "command.scripts": "command export.__main__ main predict prepare",
     "command*": "types",
     "predict": "model prediction* data* parallel logger command types",
-    "prepare": "data.preparation command types",
+    "prepare": "data.preparation data.public.document command types",
     "main": "config train evaluate model export.sources checkpoint* data.processes parallel "
     "metrics tasks command command.config_files types",
 }

@@ -25,6 +25,7 @@ from plan_jax.data.builders.phantom import Phantom, PhantomConfig
 from plan_jax.data.faults import DISK_ERRORS, find_system_error, name_damage
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
+from plan_jax.data.public.facts import Facts
 from plan_jax.data.sources import MESSAGES_FILE, DigestCache, SourceFiles
 from plan_jax.data.tfds import tfds
 from plan_jax.types import UserError
@@ -100,15 +101,9 @@ def expect_public(name: str) -> None:
         raise UserError(f"public dataset {name!r} is unknown; {hint}")
 
 
-def list_datasets() -> str:
-    """Returns one line for each public dataset: its name, what it holds, and where it is from."""
-    all_facts = [kind.facts for kind, _ in BUILDERS.values() if issubclass(kind, PublicBuilder)]
-    width = max(len(facts.name) for facts in all_facts)
-    lines = [
-        f"{facts.name.ljust(width)}  {facts.title}: {facts.content}; {facts.page}"
-        for facts in all_facts
-    ]
-    return "\n".join(lines)
+def list_facts() -> list[Facts]:
+    """Returns the facts of all public datasets."""
+    return [kind.facts for kind, _ in BUILDERS.values() if issubclass(kind, PublicBuilder)]
 
 
 @contextlib.contextmanager
