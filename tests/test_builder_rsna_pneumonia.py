@@ -1,11 +1,14 @@
 """RSNA pneumonia from miniatures of both layouts, and the published divisions of its images."""
 
+import json
+
 import numpy as np
 import pytest
 from miniatures import rsna_pneumonia as miniature
 
 from plan_jax.data.builders import rsna_pneumonia
 from plan_jax.data.builders.rsna_pneumonia import RsnaPneumoniaConfig, read_items
+from plan_jax.data.dataset import open_dataset
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
 
@@ -191,3 +194,38 @@ def test_published_rules_need_the_list_that_they_divide(tmp_path):
     miniature.write_rsna_org(tmp_path)
     with pytest.raises(UserError, match=r"stage_2_train_labels\.csv"):
         read(tmp_path, split="mgca_compat")
+
+
+@pytest.mark.parametrize("write", [miniature.write_kaggle, miniature.write_rsna_org])
+def test_records_have_images_and_boxes_of_the_original(tmp_path, write):
+    write(tmp_path / "source")
+    miniature.write_mapping(tmp_path / "source")
+    options = {"val_fraction": 0.0, "test_fraction": 0.0, "source": str(tmp_path / "source")}
+    dataset = open_dataset("rsna_pneumonia", "train", data_dir=str(tmp_path), size=32, **options)
+    assert dataset.findings == ("Pneumonia", "Normal")
+    records = {record.record_id: record for record in dataset}
+    assert len(records) == 5
+    for name, (_, kind, _) in miniature.FILMS.items():
+        record = records.get(name) or records[miniature.uid(name, 4)]
+        assert record.patient_id == miniature.PATIENTS[name]
+        assert record.labels.tolist() == [kind == "Lung Opacity", kind == "Normal"]
+        pixels = miniature.draw_film(name).reshape(32, 2, 32, 2).mean((1, 3))
+        assert np.abs(record.image[..., 0] - pixels).mean() < 3
+        boxes = [box for phrase in record.phrases for box in phrase.boxes]
+        boxes = record.geometry.to_original(np.reshape(boxes, (-1, 4)))
+        np.testing.assert_allclose(
+            np.sort(boxes, 0), np.sort(np.reshape(miniature.BOXES[name], (-1, 4)), 0), atol=1
+        )
+
+
+def test_the_summary_says_whether_patients_are_known(tmp_path):
+    miniature.write_kaggle(tmp_path / "source")
+    options = {"data_dir": str(tmp_path), "source": str(tmp_path / "source")}
+    options |= {"val_fraction": 0.0, "test_fraction": 0.0}
+    open_dataset("rsna_pneumonia", "train", **options)
+    miniature.write_mapping(tmp_path / "source")
+    open_dataset("rsna_pneumonia", "train", **options, size=64)
+    paths = sorted(tmp_path.glob("rsna_pneumonia/**/summary.json"))
+    summaries = [json.loads(path.read_text()) for path in paths]
+    patients = {content["splits"]["train"]["patients"]: content for content in summaries}
+    assert patients[5]["is_split_by_image"] and not patients[4]["is_split_by_image"]

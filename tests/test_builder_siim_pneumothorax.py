@@ -6,6 +6,7 @@ from miniatures import siim_pneumothorax as miniature
 
 from plan_jax.data.builders import siim_pneumothorax
 from plan_jax.data.builders.siim_pneumothorax import SiimPneumothoraxConfig, read_items
+from plan_jax.data.dataset import open_dataset
 from plan_jax.data.public.shapes import draw_mask
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
@@ -155,3 +156,25 @@ def test_what_a_rule_lacks_is_said(tmp_path, write, rule, words):
     write(tmp_path)
     with pytest.raises(UserError, match=words):
         read(tmp_path, split=rule)
+
+
+@pytest.mark.parametrize("write", [miniature.write_trees, miniature.write_pngs])
+def test_records_have_the_masks_of_the_original(tmp_path, write):
+    write(tmp_path / "source")
+    options = {"val_fraction": 0.0, "test_fraction": 0.0, "source": str(tmp_path / "source")}
+    records = open_dataset(
+        "siim_pneumothorax", "train", data_dir=str(tmp_path), size=256, **options
+    )
+    assert records.findings == ("Pneumothorax",)
+    assert sorted(record.record_id for record in records) == sorted(miniature.MASKS)
+    for record in records:
+        covered = miniature.draw_mask(record.record_id).reshape(256, 4, 256, 4).mean((1, 3))
+        truth = covered >= 0.5
+        assert record.labels.tolist() == [bool(truth.any())]
+        assert len(record.phrases) == truth.any()
+        mask = record.phrases[0].mask if record.phrases else np.zeros((256, 256), bool)
+        assert (mask & truth).sum() >= 0.99 * (mask | truth).sum()
+        assert record.geometry.shape == (1024, 1024)
+        np.testing.assert_allclose(record.image[..., 0][covered == 0].mean(), 150, atol=2)
+        if truth.any():
+            np.testing.assert_allclose(record.image[..., 0][covered == 1].mean(), 60, atol=4)

@@ -22,6 +22,8 @@ from absl import logging
 from plan_jax.data.builders.nih_cxr14 import NihCxr14, NihCxr14Config
 from plan_jax.data.builders.pairs import Pairs, PairsConfig
 from plan_jax.data.builders.phantom import Phantom, PhantomConfig
+from plan_jax.data.builders.rsna_pneumonia import RsnaPneumonia, RsnaPneumoniaConfig
+from plan_jax.data.builders.siim_pneumothorax import SiimPneumothorax, SiimPneumothoraxConfig
 from plan_jax.data.faults import DISK_ERRORS, find_system_error, name_damage
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
@@ -35,6 +37,8 @@ BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.Builder
     "phantom": (Phantom, PhantomConfig),
     "pairs": (Pairs, PairsConfig),
     "nih_cxr14": (NihCxr14, NihCxr14Config),
+    "rsna_pneumonia": (RsnaPneumonia, RsnaPneumoniaConfig),
+    "siim_pneumothorax": (SiimPneumothorax, SiimPneumothoraxConfig),
 }
 DEFAULT_DATA_DIR = "~/.cache/plan_jax"
 # The file that marks a prepared dataset: TFDS renames the folder when everything is written.

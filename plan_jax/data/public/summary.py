@@ -72,7 +72,7 @@ def summarise(
         "options": config.identity(),
         "splits": tally.sizes,
         "split_rule": config.split_rule,
-        "is_split_by_image": facts.is_split_by_image,
+        "is_split_by_image": facts.is_split_by_image and _has_a_patient_each(tally.sizes),
         "leaks": dict(plan.leaks),
         "labels": {
             split: {finding: dict(counts) for finding, counts in table.items()}
@@ -117,10 +117,10 @@ def describe(
         _join("reports, by section", summary["sections"]),
         _join("annotations", summary["annotations"]),
     ]
-    if facts.is_split_by_image:
+    if summary["is_split_by_image"]:
         lines.append(f"split by image, not by patient: {facts.patients}")
     for split, count in summary["leaks"].items():
-        if count and not facts.is_split_by_image:
+        if count:
             lines.append(
                 f"leak: {count} of {summary['splits'].get(split, {}).get('images', 0)} images of "
                 f"{split} are of patients whom train has too"
@@ -142,6 +142,11 @@ def list_dropped(dropped: Mapping[str, Sequence[str]]) -> str:
     return "".join(
         f"{reason}\t{name}\n" for reason, names in sorted(dropped.items()) for name in names
     )
+
+
+def _has_a_patient_each(sizes: Mapping[str, Mapping[str, int]]) -> bool:
+    """Returns whether each image counts as a patient, as where a list of patients is not there."""
+    return all(counts["patients"] == counts["images"] for counts in sizes.values())
 
 
 def _describe_splits(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
