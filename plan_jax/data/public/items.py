@@ -126,12 +126,21 @@ def to_json(item: Item) -> dict[str, Any]:
 def from_json(content: Mapping[str, Any]) -> Item:
     """Inverts `to_json`."""
     values = dict(content)
-    values["boxes"] = [Box(**part) for part in values.get("boxes", ())]
-    values["shapes"] = [Shape(**part) for part in values.get("shapes", ())]
+    values["boxes"] = [
+        Box(**{**part, "corners": tuple(part["corners"])}) for part in values.get("boxes", ())
+    ]
+    values["shapes"] = [_restore_shape(part) for part in values.get("shapes", ())]
     values["anatomy"] = {
-        name: [Shape(**part) for part in parts] for name, parts in values.get("anatomy", {}).items()
+        name: [_restore_shape(part) for part in parts]
+        for name, parts in values.get("anatomy", {}).items()
     }
     values["triplets"] = [tuple(triplet) for triplet in values.get("triplets", ())]
     if "shape" in values:
         values["shape"] = tuple(values["shape"])
     return Item(**values)
+
+
+def _restore_shape(content: Mapping[str, Any]) -> Shape:
+    """Returns a shape whose size is a tuple again; JSON has lists only."""
+    size = content["size"]
+    return Shape(**{**content, "size": None if size is None else tuple(size)})
