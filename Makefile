@@ -1,7 +1,9 @@
 # `make help` lists the commands. They need only Python >= 3.11 with venv and pip.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+# Python compiles a module when it is first imported, and most never are.
+PIP := -m pip install --disable-pip-version-check --quiet --no-compile
+INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 
 .PHONY: help demo model test soak parity notebooks lint package bench clean
 help:
@@ -76,7 +78,7 @@ parity: .venv/.parity .cache/public_tables/.done
 	  echo "== creating .venv-notebooks with $$python and the versions of Colab (1 to 3 minutes)"; \
 	  $$python -m venv .venv-notebooks
 	@grep -v '^tensorflow-metadata=' colab/runtime/cpu.txt > .venv-notebooks/constraints.txt
-	@.venv-notebooks/bin/python -m pip install --disable-pip-version-check --quiet \
+	@.venv-notebooks/bin/python $(PIP) \
 	  -c .venv-notebooks/constraints.txt -e . ipykernel ipython tensorboard "setuptools<81" \
 	  jupyter_client==7.4.9 nbclient==0.10.4 pyzmq==26.2.1 tornado==6.5.7 traitlets==5.7.1 \
 	  pytest pytest-xdist

@@ -148,7 +148,8 @@ def try_wheel(wheel: Path, environment: Path, folder: Path) -> None:
     python = binaries / "python"
     if not python.exists():
         venv.create(environment, with_pip=True)
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    # Python compiles a module when it is first imported, and most never are.
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-compile"]
     constraints = ("-c", ROOT / "constraints.txt")
     run(*pip, *constraints, wheel, folder=folder)
     run(*pip, "--no-deps", "--force-reinstall", wheel, folder=folder)
