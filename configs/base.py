@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.data.workers = 0  # reader processes; use 4 to 8 for large images
     config.data.cache = True  # keep decoded images in memory; turn off for large datasets
     config.data.fingerprint = ""  # of the files; a run stores it and then accepts no other data
+    config.data.caption = ""  # mgca, gloria, convirt, findings, ...: docs/data.md lists the rules
     config.data.builder = ConfigDict()
 
     config.vision = ConfigDict()

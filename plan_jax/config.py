@@ -20,6 +20,7 @@ from plan_jax import parallel
 from plan_jax.data.augmentation import PRESETS, Augmentation, preset_fields
 from plan_jax.data.preparation import BUILDERS, builder_fields
 from plan_jax.data.prompts import PROMPT_SETS
+from plan_jax.data.sections.captions import CAPTIONS
 from plan_jax.encoders.bert import BERTS, Bert
 from plan_jax.encoders.dual_encoder import HEAD_KINDS, NORMALISATIONS, PLAIN_KINDS
 from plan_jax.encoders.resnet import RESNETS, ResNet
@@ -104,10 +105,13 @@ class DataConfig(Section):
     workers: int = 0  # reader processes; 0 reads in a thread, which suffices for small images
     cache: bool = True  # keep decoded training examples in memory; size**2 bytes per image
     fingerprint: str = ""  # digest of manifest and images that a run stores; "" accepts any data
+    caption: str = ""  # rule that makes texts from sections of reports; "" is the stored text
     builder: Mapping[str, Any] = field(default_factory=dict)  # fields of the dataset's builder
 
     def __post_init__(self) -> None:
         check_choice("data.name", self.name, BUILDERS)
+        if self.caption:
+            check_choice("data.caption", self.caption, CAPTIONS)
         self.at_least(8, "size")
         self.at_least(0, "max_shift", "workers")
         self.at_least(3, "max_tokens")
@@ -472,7 +476,7 @@ def merge_evaluation(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> d
         check_that(isinstance(content, Mapping), name, content, "use a ConfigDict of its fields")
     data = copy.deepcopy(dict(evaluation.get("data", {})))
     if "name" in data or "builder" in data:
-        data = {"builder": {}, "fingerprint": "", "source": ""} | data
+        data = {"builder": {}, "fingerprint": "", "source": "", "caption": ""} | data
     return dict(run) | {
         "data": dict(run["data"]) | data,
         "eval": dict(run["eval"]) | copy.deepcopy(dict(evaluation.get("eval", {}))),

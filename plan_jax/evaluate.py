@@ -49,6 +49,7 @@ def open_split(config: Config, split: str) -> Dataset:
         data_dir=data.dir,
         cache=data.cache,
         fingerprint=data.fingerprint,
+        caption=data.caption,
         **data.builder,
     )
 
@@ -70,6 +71,7 @@ def open_eval_data(config: Config, split: str) -> DatasetEvalData:
         builder=settings.builder,
         cache=settings.cache,
         fingerprint=settings.fingerprint,
+        caption=settings.caption,
         limit=evaluation.limit,
         max_fit_records=evaluation.max_fit_records,
         num_prior_records=evaluation.num_prior_records,

@@ -273,7 +273,8 @@ def evaluate(
     if saved and "data.tokenizer" not in overrides:  # the model's own is in its folder
         data = dataclasses.replace(config.data, tokenizer=run_config.data.tokenizer)
         config = dataclasses.replace(config, data=data)
-    ignore = ("data.name", "data.builder") if name else ()
+    # A caption is a choice of the text that is retrieved or generated, whatever was trained on.
+    ignore = ("data.caption", *(("data.name", "data.builder") if name else ()))
     if difference := configs.difference(run_config, config, ignore):
         field = difference.split()[0]
         flag = field if field.removeprefix("config.") in overrides else "config"

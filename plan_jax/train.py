@@ -77,7 +77,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     components = build_components(config, parallel.AXIS)
     # Missing annotations should end a run before it trains, not after.
     evaluate.open_eval_data(config, config.eval.split)
-    dataset = evaluate.open_split(config, "train")
+    all_pairs = evaluate.open_split(config, "train")
+    dataset = all_pairs.select_texts()
     # Stored with the run, which then accepts the same data in any folder, and no others.
     data = dataclasses.replace(config.data, fingerprint=dataset.fingerprint)
     config = dataclasses.replace(config, data=data)
@@ -125,6 +126,12 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                 )
             for sentence in loader.describe_augmentation(dataset, data.augment, data.size):
                 logger.info(sentence)
+            if left_out := len(all_pairs) - len(dataset):
+                rule = f" under caption rule {config.data.caption}" if config.data.caption else ""
+                logger.info(
+                    f"{left_out} of {len(all_pairs)} training records have no text{rule} and are "
+                    "left out"
+                )
             if restored:
                 logger.info(f"resumed at step {start} of {config.steps}")
                 validate_again(run, state)

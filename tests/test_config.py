@@ -56,6 +56,7 @@ def test_ints_become_floats_and_lists_tuples(content):
         ("data", "size", 7, "use at least 8"),
         ("data", "workers", True, "must be an int"),
         ("data", "builder", 3, "set one of its fields"),
+        ("data", "caption", "mcga", "use one of mgca, gloria"),
         ("eval", "limit", 1, "use at least 2"),
         ("checkpoint", "keep", 0, "use at least 1"),
         (
@@ -151,6 +152,9 @@ def test_an_evaluation_of_other_data_accepts_any():
     run = pairs_config(fingerprint="a-b").to_dict()
     other = configs.merge_evaluation(run, {"data": {"builder": {"manifest": "m.csv"}}})
     assert other["data"]["fingerprint"] == ""
+    run["data"]["caption"] = "mgca"
+    other = configs.merge_evaluation(run, {"data": {"name": "pairs"}})
+    assert other["data"]["caption"] == "", "the caption rule of other reports"
     same = configs.merge_evaluation(run, {"data": {"cache": False}})
     assert same["data"]["fingerprint"] == "a-b"
 

@@ -1,5 +1,6 @@
 """Records are read at random, and what is wrong with them is one sentence."""
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -56,6 +57,89 @@ def test_a_pair_is_the_same_with_and_without_cache(source):
     assert cached.read_pair(5) is cached.read_pair(5)
     with pytest.raises(ValueError, match="read-only"):
         cached.read_pair(5).image[0] = 1
+
+
+REPORTS = (
+    {"findings": "Lungs are clear. No effusion.", "impression": "Normal chest."},
+    {"findings": "Large heart."},
+    {"indication": "Cough."},
+)
+
+
+def make_reports(stored_text=""):
+    """Returns serialised records with the sections of REPORTS."""
+    return [
+        schema.serialize(
+            dataclasses.replace(make_record(number), text=stored_text, sections=report, anatomy={})
+        )
+        for number, report in enumerate(REPORTS)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("caption", "stored_text", "texts"),
+    [
+        ("findings", "Stored.", ["Lungs are clear. No effusion.", "Large heart.", ""]),
+        ("impression", "", ["Normal chest.", "", ""]),
+        ("", "", ["Lungs are clear. No effusion.\n\nNormal chest.", "Large heart.", ""]),
+        ("", "Stored.", ["Stored."] * 3),
+    ],
+)
+def test_texts_are_captions_of_sections(caption, stored_text, texts):
+    dataset = datasets.Dataset(make_reports(stored_text), caption=caption, cache=True)
+    for index, text in enumerate(texts):
+        assert dataset[index].text == text
+        assert dataset[index].sections == REPORTS[index]
+        assert dataset.read_text(index) == text
+        for _ in range(2):  # the second comes from the cache
+            assert dataset.read_pair(index).text == text
+            assert dataset.read_pair(index, np.random.default_rng(0)).text == text
+
+
+def test_a_sentence_is_drawn_with_a_generator_only():
+    dataset = datasets.Dataset(make_reports(), caption="convirt", cache=True)
+    rng = np.random.default_rng(0)
+    drawn = {dataset.read_pair(0, rng).text for _ in range(30)}
+    assert drawn == {"Lungs are clear.", "No effusion.", "Normal chest."}
+    whole = "Lungs are clear.\n\nNo effusion.\n\nNormal chest."
+    assert dataset.read_pair(0).text == dataset.read_text(0) == dataset[0].text == whole
+
+
+def test_records_without_a_text_are_left_out(tmp_path):
+    def make_dataset(source, caption, split="train"):
+        return datasets.Dataset(
+            source, caption=caption, split=split, folder=tmp_path, name="n", may_lack_text=True
+        )
+
+    source = make_reports()
+    selection = make_dataset(source, "findings").select_texts()
+    assert [selection.read_text(i) for i in range(len(selection))] == [
+        "Lungs are clear. No effusion.",
+        "Large heart.",
+    ]
+    assert selection.read_pair(1).image[0, 0, 0] == selection[1].image[0, 0, 0] == 1
+    assert len(make_dataset(source, "impression").select_texts()) == 1
+    # The second time no record is read.
+    again = make_dataset([b""] * 3, "findings").select_texts()
+    assert again.source.indices.tolist() == [0, 1]
+    # A part of a split, or another number of records, is read anew.
+    assert len(make_dataset(source[1:], "findings").select_texts()) == 1
+    assert len(make_dataset(source, "findings", "train[:100%]").select_texts()) == 2
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(
+        UserError, match="none of the 1 records of split train of dataset n has a t"
+    ):
+        make_dataset(source[2:], "mgca").select_texts()
+    dataset = datasets.Dataset(source)
+    assert dataset.select_texts() is dataset, "it was read"
+
+
+def test_a_caption_needs_sections(tmp_path):
+    config = {"data_dir": str(tmp_path), "train": 2, "val": 2, "test": 2, "size": 32}
+    with pytest.raises(UserError, match="caption rule 'mcga' is unknown; use one of mgca, gloria"):
+        datasets.open_dataset("phantom", "train", caption="mcga", **config)
+    with pytest.raises(UserError, match="caption is 'mgca', and dataset phantom has no sections"):
+        datasets.open_dataset("phantom", "train", caption="mgca", **config)
 
 
 def test_the_splits_of_a_dataset_are_listed(folder):

@@ -92,6 +92,21 @@ def test_regions_follow_the_image_and_their_words_the_sentences(make_batches, da
             assert set(np.flatnonzero(marks)) == (regions if word else set())
 
 
+def test_a_caption_rule_draws_by_position(tokenizer):
+    sections = {"findings": "No effusion. Heart is normal.", "impression": "Lungs are clear."}
+    record = dataclasses.replace(make_record(0), sections=sections)
+    captioned = Dataset([schema.serialize(record)] * 4, caption="convirt")
+    options = dict(batch_size=4, size=24, max_tokens=16, max_words=10)
+    first, again = (loader.train_batches(captioned, tokenizer, seed=1, **options) for _ in range(2))
+    batches = [next(first) for _ in range(6)]
+    assert all(batch.text.sentence.max() == 0 for batch in batches), "more than one sentence"
+    drawn = {tuple(row) for batch in batches for row in batch.text.tokens.tolist()}
+    assert len(drawn) == 3
+    chex.assert_trees_all_equal(batches, [next(again) for _ in range(6)])
+    for iterator in (first, again):
+        iterator.close()
+
+
 # Order --------------------------------------------------------------------------------------
 
 

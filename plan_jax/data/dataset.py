@@ -1,21 +1,31 @@
 """Datasets on disk: random access to the records of a split."""
 
+import contextlib
+import copy
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from plan_jax.data import schema
 from plan_jax.data.faults import name_damage
-from plan_jax.data.preparation import METADATA_FILE, explain_difference, prepare_dataset
+from plan_jax.data.preparation import BUILDERS, METADATA_FILE, explain_difference, prepare_dataset
+from plan_jax.data.sections.captions import CAPTIONS, RULES_VERSION, choose_text
 from plan_jax.data.tfds import tfds
+from plan_jax.logger import write_atomically
 from plan_jax.types import Record, UserError
 
 
 class Dataset(Sequence):
     """Random access to the studies of one split.
 
-    `dataset[i]` decodes a whole `Record`. `read_pair(i)` decodes only what training reads.
+    `dataset[i]` decodes a whole `Record`. `read_pair(i)` decodes only what training reads. The text
+    of both is made from the sections of the report by `caption`, a rule of `sections.captions`; it
+    is "" where the report has no caption under the rule.
     """
 
     def __init__(
@@ -29,6 +39,9 @@ class Dataset(Sequence):
         folder: Path | None = None,
         fingerprint: str = "",
         cache: bool = False,
+        split: str = "",
+        caption: str = "",
+        may_lack_text: bool = False,
     ):
         """Initialises a dataset.
 
@@ -41,6 +54,9 @@ class Dataset(Sequence):
           folder: where the records are stored, for messages.
           fingerprint: digest of what the records were made from, see `open_dataset`.
           cache: keep decoded pairs in memory for the life of the process.
+          split: name of the split, or of a part of it.
+          caption: a name of `CAPTIONS`, or "" for the stored text.
+          may_lack_text: whether there can be records without a text.
         """
         self.source = source
         self.findings = tuple(findings)
@@ -49,6 +65,9 @@ class Dataset(Sequence):
         self.name = name
         self.folder = folder
         self.fingerprint = fingerprint
+        self.split = split
+        self.caption = caption
+        self.may_lack_text = may_lack_text
         self._cache: dict[int, schema.Pair] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -58,10 +77,22 @@ class Dataset(Sequence):
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         with name_damage(self.folder):
-            return schema.deserialize(self.source[index], self.anatomy_names)
+            record = schema.deserialize(self.source[index], self.anatomy_names)
+        text = choose_text(self.caption, record.text, record.sections)
+        return record if text == record.text else dataclasses.replace(record, text=text)
 
-    def read_pair(self, index: int) -> schema.Pair:
-        """Returns image, text, labels and regions of a study; decodes nothing else."""
+    def read_pair(self, index: int, rng: np.random.Generator | None = None) -> schema.Pair:
+        """Returns image, text, labels, regions and sections of a study; decodes nothing else.
+
+        Args:
+          index: number of the study.
+          rng: generator of caption rules that draw a sentence (None: all of them, in order).
+        """
+        pair = self._read_stored_pair(index)
+        text = choose_text(self.caption, pair.text, pair.sections, rng)
+        return pair if text == pair.text else pair._replace(text=text)
+
+    def _read_stored_pair(self, index: int) -> schema.Pair:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         with name_damage(self.folder):
@@ -73,13 +104,69 @@ class Dataset(Sequence):
         return pair
 
     def read_text(self, index: int) -> str:
-        """Returns the text of a study; decodes nothing else."""
+        """Returns the text of a study, of which nothing is drawn; decodes nothing else."""
         with name_damage(self.folder):
-            return schema.deserialize_text(self.source[index])
+            return choose_text(self.caption, *schema.deserialize_report(self.source[index]))
+
+    def select_texts(self) -> "Dataset":
+        """Returns the dataset without the records that have no text under its caption rule.
+
+        Which those are is read from all records once, and stored beside them.
+
+        Raises:
+          UserError: none has a text.
+        """
+        if not self.may_lack_text:
+            return self
+        indices = self._find_texts()
+        if not len(indices):
+            rule = f" under caption rule {self.caption}" if self.caption else ""
+            raise UserError(
+                f"none of the {len(self)} records of split {self.split} of dataset {self.name} has "
+                f"a text{rule}; choose another config.data.caption, or a dataset with reports"
+            )
+        if len(indices) == len(self):
+            return self
+        selection = copy.copy(self)
+        selection.source = _Selection(self.source, indices)
+        selection._cache = None if self._cache is None else {}
+        return selection
+
+    def _find_texts(self) -> Int[np.ndarray, " n"]:
+        """Returns the numbers of the records that have a text."""
+        path = None
+        if self.folder is not None and "[" not in self.split:
+            rule = self.caption or "stored"
+            path = self.folder / f"texts-{self.split}-{rule}-{RULES_VERSION}.json"
+            with contextlib.suppress(OSError, ValueError):
+                count, left_out = json.loads(path.read_bytes())
+                if count == len(self):
+                    return np.setdiff1d(np.arange(count), np.asarray(left_out, np.int64))
+        has_text = np.asarray([bool(self.read_text(i).strip()) for i in range(len(self))], bool)
+        if path is not None:
+            # Records may be on a read-only drive.
+            with contextlib.suppress(UserError):
+                left_out = np.flatnonzero(~has_text).tolist()
+                write_atomically(path, json.dumps([len(self), left_out]))
+        return np.flatnonzero(has_text)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process fills a cache of its own.
         return self.__dict__ | {"_cache": None if self._cache is None else {}}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selection(Sequence):
+    """The items of a sequence at some indices."""
+
+    source: Sequence[bytes]
+    indices: Int[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]  # no slices
+        return self.source[int(self.indices[index])]
 
 
 def open_dataset(
@@ -89,6 +176,7 @@ def open_dataset(
     data_dir: str | None = None,
     cache: bool = False,
     fingerprint: str = "",
+    caption: str = "",
     **builder_config,
 ) -> Dataset:
     """Opens a split of a dataset; prepares the dataset first if necessary.
@@ -103,12 +191,23 @@ def open_dataset(
       data_dir: folder of all datasets (None: ~/.cache/plan_jax).
       cache: keep decoded images and texts in memory.
       fingerprint: digest that manifest and files must have; "" accepts any.
+      caption: rule of `sections.captions` by which texts are made from the sections of reports; "":
+        the stored text or, where there is none, findings and impression.
       **builder_config: fields of the builder's configuration.
 
     Raises:
-      UserError: for an unknown name, split or field of the configuration, for mistakes in the
-        builder's input, and for records that are damaged.
+      UserError: for an unknown name, split, caption rule or field of the configuration, for
+        mistakes in the builder's input, for a caption rule where no report has sections, and for
+        records that are damaged.
     """
+    if caption and caption not in CAPTIONS:
+        raise UserError(f"caption rule {caption!r} is unknown; use one of {', '.join(CAPTIONS)}")
+    facts = getattr(BUILDERS[name][0], "facts", None) if name in BUILDERS else None
+    if caption and name in BUILDERS and (facts is None or "reports" not in facts.provides):
+        raise UserError(
+            f"config.data.caption is {caption!r}, and dataset {name} has no sections of reports to "
+            "make captions of; leave it empty"
+        )
     builder, actual_fingerprint = prepare_dataset(name, data_dir, builder_config)
     folder = Path(builder.data_dir)
     if fingerprint and fingerprint != actual_fingerprint:
@@ -157,6 +256,9 @@ def open_dataset(
         folder=folder,
         fingerprint=actual_fingerprint,
         cache=cache,
+        split=split,
+        caption=caption,
+        may_lack_text=facts is not None,
     )
 
 

@@ -30,6 +30,7 @@ class DatasetEvalData(EvalData):
         builder: Mapping[str, Any] | None = None,
         cache: bool = False,
         fingerprint: str = "",
+        caption: str = "",
         limit: int | None = None,
         max_fit_records: int = 0,
         num_prior_records: int = 0,
@@ -46,6 +47,7 @@ class DatasetEvalData(EvalData):
           builder: settings of the dataset's builder.
           cache: keep decoded training rows in memory.
           fingerprint: digest that manifest and files must have; "" accepts any.
+          caption: rule of `sections.captions`; "" for the stored text.
           limit: number of records that are evaluated, and of those in `validation`; None: all.
           max_fit_records: number of training records that heads are fitted to; 0: all.
           num_prior_records: number of training records for mean masks; 0: none.
@@ -63,6 +65,7 @@ class DatasetEvalData(EvalData):
         self._location = {"data_dir": data_dir, **(builder or {})}
         self._cache = cache
         self._fingerprint = fingerprint
+        self._caption = caption
 
     def open(self, split: str) -> Dataset:
         """Returns a split of the dataset, which is prepared first if it is not on disk yet."""
@@ -71,6 +74,7 @@ class DatasetEvalData(EvalData):
             split,
             cache=self._cache,
             fingerprint=self._fingerprint,
+            caption=self._caption,
             **self._location,
         )
 

@@ -207,9 +207,9 @@ class _BatchSource:
         epoch_length = count // self.global_batch * self.global_batch
         epoch, index = divmod(position, epoch_length)
         study = int(_permutation(count, self.seed, epoch)[index])
-        pair = self.dataset.read_pair(study)
         # The position seeds all that is random about an item, so that any step can be the first.
         rng = np.random.default_rng((self.seed, position))
+        pair = self.dataset.read_pair(study, rng)
         drawn = None
         if self.augment != AS_STORED:
             # By a generator of its own, so that sentences do not depend on the augmentation.

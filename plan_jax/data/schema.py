@@ -1,6 +1,7 @@
 """The TFDS schema that all datasets share on disk, and conversion of records to it and back."""
 
 import io
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,13 +21,14 @@ class Pair(NamedTuple):
     """The part of a record that training reads.
 
     `labels` and the boxes `regions` (x0, y0, x1, y1; pixels) are in the order of the dataset's
-    `findings` and `region_names`.
+    `findings` and `region_names`. `sections` are the parts of a report by name.
     """
 
     image: UInt8[np.ndarray, "Y X 1"]
     text: str
     labels: Int8[np.ndarray, " F"]
     regions: Float32[np.ndarray, "R 4"]
+    sections: Mapping[str, str]
 
 
 def record_features() -> tfds.features.FeaturesDict:
@@ -222,19 +224,21 @@ def deserialize(data: bytes, anatomy_names: tuple[str, ...] = ()) -> Record:
 
 
 def deserialize_pair(data: bytes) -> Pair:
-    """Returns image, text, labels and regions of a serialised record; decodes nothing else."""
+    """Returns the part of a serialised record that training reads; decodes nothing else."""
     example = _pair_features().deserialize_example_np(data, decoders=_DECODERS)
     return Pair(
         image=_decode_png(example["image"]),
         text=_decode_text(example["text"]),
         labels=example["labels"],
         regions=np.asarray(example["regions"], np.float32).reshape(-1, 4),
+        sections=_decode_sections(example["sections"]),
     )
 
 
-def deserialize_text(data: bytes) -> str:
-    """Returns the text of a serialised record; decodes nothing else."""
-    return _decode_text(_text_features().deserialize_example_np(data)["text"])
+def deserialize_report(data: bytes) -> tuple[str, dict[str, str]]:
+    """Returns the text of a serialised record and the sections of its report; nothing else."""
+    example = _report_features().deserialize_example_np(data)
+    return _decode_text(example["text"]), _decode_sections(example["sections"])
 
 
 def unpack_masks(packed: UInt8[np.ndarray, "N Y _"], width: int) -> Bool[np.ndarray, "N Y X"]:
@@ -259,8 +263,9 @@ def _pair_features() -> tfds.features.FeaturesDict:
 
 
 @cache
-def _text_features() -> tfds.features.FeaturesDict:
-    return tfds.features.FeaturesDict({"text": _cached_features()["text"]})
+def _report_features() -> tfds.features.FeaturesDict:
+    features = _cached_features()
+    return tfds.features.FeaturesDict({name: features[name] for name in ("text", "sections")})
 
 
 def _decode_png(encoded: bytes) -> UInt8[np.ndarray, "Y X 1"]:

@@ -18,6 +18,9 @@ from plan_jax.data.sections.mimic import REPORT
 from plan_jax.data.tokenizer import split_sentences
 from plan_jax.types import UserError
 
+# Raise it when a rule changes: which records have a caption is stored beside them.
+RULES_VERSION = 1
+
 CaptionRule = Callable[[Mapping[str, str], np.random.Generator | None], str]
 
 _SENTENCE_BREAK = "\n\n"
@@ -58,6 +61,31 @@ def make_caption(
     if rule not in CAPTIONS:
         raise UserError(f"caption rule {rule!r} is unknown; use one of {', '.join(CAPTIONS)}")
     return CAPTIONS[rule](sections, rng)
+
+
+def choose_text(
+    rule: str, text: str, sections: Mapping[str, str], rng: np.random.Generator | None = None
+) -> str:
+    """Returns the text of a record: its caption or, without a rule, the text that is stored.
+
+    Without either, it is findings and impression.
+
+    >>> sections = {"findings": "Lungs are clear."}
+    >>> choose_text("", "", sections), choose_text("", "Stored.", sections)
+    ('Lungs are clear.', 'Stored.')
+
+    Args:
+      rule: a name of `CAPTIONS`, or "".
+      text: the stored text.
+      sections: as in `make_caption`.
+      rng: as in `make_caption`.
+
+    Raises:
+      UserError: if there is no such rule.
+    """
+    if rule:
+        return make_caption(rule, sections, rng)
+    return text or make_caption("findings_impression", sections)
 
 
 def list_usable(sections: Mapping[str, str]) -> tuple[str, ...]:
