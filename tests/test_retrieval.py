@@ -68,6 +68,16 @@ def test_any_report_with_the_same_words_is_a_hit():
     assert all(example.retrieved[0][2] and example.rank == 1 for example in clear)
 
 
+def test_records_without_a_report_are_left_out():
+    records = make_records(10)
+    records[3:5] = [dataclasses.replace(record, text=" ") for record in records[3:5]]
+    text_of = {record.image.tobytes(): record.text for record in records}
+    model = make_model(score=lambda image, text: float(text_of[image] == text))
+    metrics, _ = evaluate(model, records)
+    assert metrics["n"] == 8 and metrics["without_report"] == 2 and metrics["duplicates"] == 0
+    assert metrics["i2t_r1"] == 1 and metrics["chance/i2t_r5"] == pytest.approx(5 / 8)
+
+
 def test_random_scores_are_within_their_interval_of_chance():
     records, random = make_records(100), np.random.default_rng(0)
     metrics, _ = evaluate(make_model(score=lambda *_: random.random()), records)

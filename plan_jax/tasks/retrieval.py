@@ -9,7 +9,8 @@ to report) and `t2i`:
 - `i2t_r1`, `i2t_r5`, `i2t_r10`: share of queries with a hit among the first k, with a 95 %
   bootstrap interval over queries in `i2t_r5_low`, `i2t_r5_high`. `i2t_median_rank`.
 - `chance/...`: the same for a random order.
-- `n`: records. `duplicates`: records that share their text with another.
+- `n`: records with a report. `duplicates`: those that share their text with another.
+  `without_report`: records that are left out because they have none, as under a caption rule.
 
 **A report of the same class** (GLoRIA's CheXpert 5x200, ConVIRT's 8x200), if `Options.classes`
 names classes. Keys:
@@ -87,6 +88,7 @@ METRICS = {
     **_describe_direction("t2i", "report to image"),
     "n": Metric("studies", "Number of candidates.", digits=0),
     "duplicates": Metric("duplicates", "Studies that share their words with another.", digits=0),
+    "without_report": Metric("without report", "Studies without a report, left out.", digits=0),
 }
 
 
@@ -144,7 +146,9 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
       UserError: see `check`; or no record has exactly one of the classes.
     """
     check(data, options)
-    records, seed = data.test, context.seed
+    seed = context.seed
+    # A record without a report has nothing to retrieve, and all of them would have the same words.
+    records = [record for record in data.test if record.text.strip()]
     texts = [record.text for record in records]
     # Case and white space do not make two reports different.
     normalised = [" ".join(text.lower().split()) for text in texts]
@@ -156,7 +160,11 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         for kind, table in model.similarity(images, model.encode_text(texts)).items()
     }
     primary = _primary_kind(tables)
-    metrics = {"n": float(len(records)), "duplicates": float((count[label] > 1).sum())}
+    metrics = {
+        "n": float(len(records)),
+        "duplicates": float((count[label] > 1).sum()),
+        "without_report": float(len(data.test) - len(records)),
+    }
     for kind, table in tables.items():
         prefix = "" if kind == primary else f"{kind}/"
         for direction, scores in zip(DIRECTIONS, (table, table.T), strict=True):
@@ -167,7 +175,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
             metrics[f"chance/{direction}_r{k}"] = retrieval_metrics.chance_recall(hits, k)
         metrics[f"chance/{direction}_median_rank"] = retrieval_metrics.chance_median_rank(hits)
     if options.classes:
-        metrics |= class_precision(model, records, data.findings, options, seed)
+        metrics |= class_precision(model, data.test, data.findings, options, seed)
     examples = _examples(records, tables[primary], hits, options.num_examples, seed)
     return Result(metrics, examples)
 
