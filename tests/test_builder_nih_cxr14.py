@@ -3,11 +3,13 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from miniatures import nih_cxr14 as miniature
 
 from plan_jax.data.builders import nih_cxr14
 from plan_jax.data.builders.nih_cxr14 import FINDINGS, NihCxr14Config
+from plan_jax.data.dataset import open_dataset
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
 
@@ -122,6 +124,32 @@ def test_a_missing_table_an_unknown_label_and_a_missing_column_are_named(tmp_pat
         read(tmp_path)
 
 
+def test_the_dataset_is_prepared(tmp_path):
+    (tmp_path / "source").mkdir()
+    miniature.write(tmp_path / "source")
+    fields = {"source": str(tmp_path / "source"), "size": 64, "val_fraction": 0.0}
+    records = {}
+    for split, number in (("train", 6), ("test", 3)):
+        dataset = open_dataset("nih_cxr14", split, data_dir=str(tmp_path / "data"), **fields)
+        assert len(dataset) == number and dataset.findings == FINDINGS
+        records |= {record.record_id: record for record in dataset}
+    assert records.keys() == {row[0] for row in miniature.ROWS}
+    for name, labels, _, _, view in miniature.ROWS:
+        record = records[name]
+        assert record.view == view and record.geometry.shape == (1024, 1024)
+        present = [FINDINGS[index] for index in np.flatnonzero(record.labels)]
+        assert present == [label for label in labels.split("|") if label in FINDINGS]
+        boxes = [(phrase.finding, box) for phrase in record.phrases for box in phrase.boxes]
+        truth = [row for row in miniature.BOXES if row[0] == name]
+        assert len(boxes) == len(truth)
+        for (finding, box), (_, label, x, y, width, height) in zip(boxes, truth, strict=True):
+            assert FINDINGS[finding].startswith(label.removesuffix("e"))  # Infiltrate
+            original = record.geometry.to_original(np.asarray([box]))[0]
+            np.testing.assert_allclose(original, (x, y, x + width, y + height), atol=1)
+            x0, y0, x1, y1 = np.round(box).astype(int)
+            assert (record.image[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] == 200).all()
+
+
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the sample of real films is not on this machine")
 def test_the_tables_of_real_films_are_read():
     source, items = read(SAMPLE)
@@ -132,3 +160,16 @@ def test_the_tables_of_real_films_are_read():
     assert len(boxes) == 12
     for x0, y0, x1, y1 in (box.corners for box in boxes):
         assert 0 <= x0 < x1 <= 256 and 0 <= y0 < y1 <= 256
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="the sample of real films is not on this machine")
+def test_real_films_are_prepared(tmp_path):
+    fields = {"source": str(SAMPLE), "size": 32, "workers": 1, "data_dir": str(tmp_path)}
+    sizes = {}
+    for split in ("train", "val", "test"):
+        dataset = open_dataset("nih_cxr14", split, **fields)
+        sizes[split] = len(dataset)
+        record = dataset[0]
+        assert record.image.shape == (32, 32, 1) and np.ptp(record.image) > 100
+        assert record.geometry.shape == (256, 256) and record.view in ("PA", "AP")
+    assert sum(sizes.values()) == 621 and min(sizes.values()) > 40

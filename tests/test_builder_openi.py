@@ -4,11 +4,13 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from miniatures import openi as miniature
 
 from plan_jax.data.builders import openi
 from plan_jax.data.builders.openi import OpeniConfig
+from plan_jax.data.dataset import open_dataset
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
 
@@ -37,7 +39,7 @@ def test_the_files_of_the_nlm(tmp_path, archive, dicom):
     }
     assert all(source.has(item.image) for item in items.values())
     assert all(item.image.endswith(".dcm" if dicom else ".png") for item in items.values())
-    assert {item.view for item in items.values()} == {"UNKNOWN"}
+    assert {item.view for item in items.values()} == {""}
     assert source.dropped == DROPPED
     assert source.notes == ["no table tells frontal from lateral films, so all of them are kept"]
 
@@ -132,6 +134,45 @@ def test_r2gens_lists_divide_the_files_of_the_nlm(tmp_path):
     # Without the rule, a hash of the patient decides.
     _, items = read(tmp_path)
     assert {item.split for item in items.values()} == {""}
+
+
+def open_split(folder, split, /, **fields):
+    fields = {"source": str(folder / "source"), "size": 20, "val_fraction": 0.0} | fields
+    return list(open_dataset("openi", split, data_dir=str(folder / "data"), **fields))
+
+
+@pytest.mark.parametrize("dicom", [False, True])
+def test_the_dataset_is_prepared(tmp_path, dicom):
+    (tmp_path / "source").mkdir()
+    miniature.write_nlm(tmp_path / "source", dicom=dicom)
+    miniature.write_views(tmp_path / "source")
+    records = open_split(tmp_path, "train", test_fraction=0.0)
+    truth = miniature.list_truth()
+    # Laterals are left out, as the table of films says which they are.
+    assert {record.record_id for record in records} == truth.keys() - set(miniature.LATERAL)
+    for record in records:
+        number = truth[record.record_id]
+        assert record.patient_id == record.study_id == f"CXR{number}"
+        assert record.geometry.shape == miniature.SHAPE and record.image.shape == (20, 16, 1)
+        expected = miniature.draw(number)[::2, ::2]
+        is_inside = np.ones_like(expected, bool)
+        is_inside[4:6, :6] = is_inside[:6, 4:6] = False  # the edge of the corner
+        error = np.abs(record.image[..., 0].astype(int) - expected)
+        assert error[is_inside].max() <= 1
+        assert "findings" in record.sections or "impression" in record.sections
+
+
+def test_r2gens_lists_are_prepared(tmp_path):
+    (tmp_path / "source").mkdir()
+    miniature.write_r2gen(tmp_path / "source")
+    fields = {"split": "r2gen", "first_only": True}
+    ids = {
+        split: {record.patient_id for record in open_split(tmp_path, split, **fields)}
+        for split in miniature.R2GEN
+    }
+    assert ids == {
+        split: {f"CXR{number}" for number in numbers} for split, numbers in miniature.R2GEN.items()
+    }
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path):

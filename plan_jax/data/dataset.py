@@ -172,6 +172,7 @@ class _Selection(Sequence):
 def open_dataset(
     name: str,
     split: str,
+    /,  # builders have fields of these names
     *,
     data_dir: str | None = None,
     cache: bool = False,

@@ -19,11 +19,17 @@ from typing import Any
 
 from absl import logging
 
+from plan_jax.data.builders.jsrt import Jsrt, JsrtConfig
+from plan_jax.data.builders.montgomery import Montgomery, MontgomeryConfig
 from plan_jax.data.builders.nih_cxr14 import NihCxr14, NihCxr14Config
+from plan_jax.data.builders.openi import Openi, OpeniConfig
 from plan_jax.data.builders.pairs import Pairs, PairsConfig
 from plan_jax.data.builders.phantom import Phantom, PhantomConfig
+from plan_jax.data.builders.rexgradient import Rexgradient, RexgradientConfig
 from plan_jax.data.builders.rsna_pneumonia import RsnaPneumonia, RsnaPneumoniaConfig
+from plan_jax.data.builders.shenzhen import Shenzhen, ShenzhenConfig
 from plan_jax.data.builders.siim_pneumothorax import SiimPneumothorax, SiimPneumothoraxConfig
+from plan_jax.data.builders.tbx11k import Tbx11k, Tbx11kConfig
 from plan_jax.data.faults import DISK_ERRORS, find_system_error, name_damage
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
@@ -39,6 +45,12 @@ BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.Builder
     "nih_cxr14": (NihCxr14, NihCxr14Config),
     "rsna_pneumonia": (RsnaPneumonia, RsnaPneumoniaConfig),
     "siim_pneumothorax": (SiimPneumothorax, SiimPneumothoraxConfig),
+    "openi": (Openi, OpeniConfig),
+    "jsrt": (Jsrt, JsrtConfig),
+    "montgomery": (Montgomery, MontgomeryConfig),
+    "shenzhen": (Shenzhen, ShenzhenConfig),
+    "tbx11k": (Tbx11k, Tbx11kConfig),
+    "rexgradient": (Rexgradient, RexgradientConfig),
 }
 DEFAULT_DATA_DIR = "~/.cache/plan_jax"
 # The file that marks a prepared dataset: TFDS renames the folder when everything is written.

@@ -118,7 +118,7 @@ def read_items(source: SourceFolder, config: OpeniConfig) -> Iterator[Item]:
                 patient_id=report.uid,
                 study_id=report.uid,
                 split=splits.get(report.uid, UNUSED) if splits else "",
-                view=views.get(name, "UNKNOWN"),
+                view=views.get(name, "UNKNOWN") if views else "",
                 labels=report.labels,
                 sections=report.sections,
             )
