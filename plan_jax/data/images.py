@@ -61,7 +61,11 @@ HUE_SIDE = 64  # pixels of the sides to which an image is reduced to measure its
 
 
 def read_image(
-    path: Path, size: int, bit_depth: int = 0, notes: MutableSet[str | int] | None = None
+    path: Path,
+    size: int,
+    bit_depth: int = 0,
+    notes: MutableSet[str | int] | None = None,
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> tuple[UInt8[np.ndarray, "Y X"], tuple[int, int]]:
     """Reads an image as 8-bit grey with the longer side `size`, and its original rows and columns.
 
@@ -75,6 +79,7 @@ def read_image(
       bit_depth: depth of images of more than 8 bits that do not say it (0: guessed from each).
       notes: receives TURNED if the image was turned, ENLARGED if it was smaller than `size`, the
         bit depth if it was guessed, and what `dicom.decode_dicom` notes.
+      resampling: filter that reduces an image; BOX is the mean over the area of a pixel.
 
     Raises:
       OSError, ValueError: if the file is missing or is not a readable image.
@@ -98,7 +103,8 @@ def read_image(
             notes.add(guessed_depth)
     if max(shape) < size:
         notes.add(ENLARGED)
-    return transforms.resize_image(pixels, *transforms.scale_shape(shape, size)), shape
+    new_shape = transforms.scale_shape(shape, size)
+    return transforms.resize_image(pixels, *new_shape, resampling), shape
 
 
 def measure_hue_spread(path: Path) -> float:
@@ -280,7 +286,7 @@ def _convert_to_grey(image: Image.Image) -> UInt8[np.ndarray, "Y X"]:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image)
-    return np.asarray(image.convert("L"))
+    return np.asarray(image if image.mode == "L" else image.convert("L"))
 
 
 def _is_white_zero(image: Image.Image) -> bool:

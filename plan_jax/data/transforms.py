@@ -116,12 +116,20 @@ def scale_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
 
 
 def resize_image(
-    image: UInt8[np.ndarray, "Y X"], rows: int, columns: int
+    image: UInt8[np.ndarray, "Y X"],
+    rows: int,
+    columns: int,
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> UInt8[np.ndarray, "{rows} {columns}"]:
-    """Resizes with a triangle filter: linear interpolation upwards, antialiased downwards."""
+    """Resizes an image, by default with a triangle filter, which is antialiased downwards.
+
+    Upwards the filter is always linear: the mean over an area would only repeat pixels.
+    """
     if image.shape == (rows, columns):
         return image
-    return np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR))
+    if rows * columns > image.size:
+        resampling = Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(image).resize((columns, rows), resampling))
 
 
 # Shift ----------------------------------------------------------------------------------------

@@ -61,7 +61,9 @@ class Reader:
         if item.pixels:
             image, shape = READERS[item.pixels](path, self.size)
         else:
-            image, shape = images.read_image(path, self.size, item.bit_depth, notes)
+            image, shape = images.read_image(
+                path, self.size, item.bit_depth, notes, Image.Resampling.BOX
+            )
         if item.shape and tuple(item.shape) != shape:
             raise ValueError("image has another size than its table states")
         for note in notes:
