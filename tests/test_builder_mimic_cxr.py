@@ -11,6 +11,7 @@ from miniatures import ms_cxr as ms_cxr_miniature
 from plan_jax.data.builders import mimic_cxr
 from plan_jax.data.builders.mimic_cxr import FACTS, MimicCxrConfig
 from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.data.sections import mimic
 from plan_jax.types import UserError
 
 # MS-CXR's patients in train, and Chest ImaGenome's gold patient.
@@ -73,6 +74,20 @@ def test_reports_are_split_into_sections(tmp_path):
     assert sections["50000005"]["impression"] == "Second reading."
     assert sections["50000006"]["last_paragraph"] == "No effusion."
     assert sections["50000004"] == {}
+
+
+def test_conclusions_found_by_hand_are_an_option(tmp_path, monkeypatch):
+    monkeypatch.setattr(mimic, "HAND_LISTED_STUDIES", {"s50000006"})
+    monkeypatch.setattr(mimic, "_CONCLUSION_SECTIONS", {"s50000006": "full report"})
+    miniature.write(tmp_path)
+    for options, name, text in (
+        ({}, "last_paragraph", "No effusion."),
+        ({"hand_listed": True}, "impression", "FINAL REPORT\n The heart is large."),
+    ):
+        _, items = read(tmp_path, **options)
+        (sections,) = (item.sections for item in items.values() if item.study_id == "50000006")
+        assert sections.keys() - {"report", "full report"} == {name}
+        assert sections[name] == text
 
 
 def test_a_folder_without_reports_says_where_they_are(tmp_path):

@@ -207,3 +207,22 @@ def test_every_published_report_is_an_item_or_is_listed():
     assert len({item.patient_id for item in items.values()}) + sum(counts.values()) == 3955
     images = Counter(item.patient_id for item in items.values())
     assert max(images.values()) == 5
+
+
+def test_captions_are_made_of_the_stored_sections(tmp_path):
+    (tmp_path / "source").mkdir()
+    miniature.write_nlm(tmp_path / "source")
+    options = {"data_dir": str(tmp_path), "source": str(tmp_path / "source"), "size": 32}
+    options |= {"val_fraction": 0.0, "test_fraction": 0.0}
+
+    def read_captions(caption):
+        dataset = open_dataset("openi", "train", caption=caption, **options).select_texts()
+        return {record.record_id: record.text for record in dataset}
+
+    both, findings = read_captions(""), read_captions("findings")
+    assert both["CXR2_IM-0652-1001"] == "Large effusion.\nNo edema.\n\nEffusion."
+    assert findings["CXR2_IM-0652-1001"] == "Large effusion.\nNo edema."
+    assert read_captions("gloria").keys() < both.keys()
+    assert all(both.values()) and len(both) == len(miniature.list_truth())
+    with pytest.raises(UserError, match="caption is 'mgca', and dataset nih_cxr14 has no sections"):
+        open_dataset("nih_cxr14", "train", caption="mgca", **options)

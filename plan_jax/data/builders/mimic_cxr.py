@@ -97,6 +97,8 @@ class MimicCxrConfig(mimic_tree.MimicConfig):
     ms_cxr: str = ""
     # Folder of Chest ImaGenome, or its images_to_avoid.csv, whose patients are left out of train.
     chest_imagenome: str = ""
+    # Whether the conclusion of 54 reports is taken from MIMIC-CXR's list, made by hand.
+    hand_listed: bool = False
     # Whether train has the patients of MS-CXR and of Chest ImaGenome's gold annotations.
     keep_evaluated: bool = False
     # Whose labels: `chexpert`, `negbio`, or the `radiologists` of version 2.1.0 (test only).
@@ -124,7 +126,8 @@ def read_items(source: SourceFolder, config: MimicCxrConfig) -> Iterator[Item]:
     labels = _find_labels(source, config)
     splits = _Splits(source, config, metadata)
     columns = ("dicom_id", "subject_id", "study_id", "ViewPosition")
-    with mimic_tree.open_reports(source, images, config.reports) as reports:
+    opened = mimic_tree.open_reports(source, images, config.reports, config.hand_listed)
+    with opened as reports:
         for row in source.read_csv(metadata, columns):
             dicom_id, subject_id, study_id, view = (row[column] for column in columns)
             if (split := splits.assign(dicom_id, subject_id)) is None:

@@ -159,9 +159,10 @@ class Reports:
       absent: studies without a report.
     """
 
-    def __init__(self, source: SourceFolder, places: list[_ReadText]):
+    def __init__(self, source: SourceFolder, places: list[_ReadText], hand_listed: bool):
         """Initialises the reports; see `open_reports`."""
         self.absent: dict[str, None] = {}
+        self._hand_listed = hand_listed
         self._source = source
         self._places = places
         self._last: tuple[str, dict[str, str]] = ("", {})
@@ -186,17 +187,20 @@ class Reports:
         if text is None:
             self.absent[study_id] = None
             return {}
-        return mimic.split_report(text, f"s{study_id}")
+        return mimic.split_report(text, f"s{study_id}", hand_listed=self._hand_listed)
 
 
 @contextlib.contextmanager
-def open_reports(source: SourceFolder, images: ImageFolder, reports: str) -> Iterator[Reports]:
+def open_reports(
+    source: SourceFolder, images: ImageFolder, reports: str, hand_listed: bool = False
+) -> Iterator[Reports]:
     """Opens the reports, and notes at the end how many studies have none.
 
     Args:
       source: the folder of the dataset.
       images: the images, where reports may lie beside the folders of studies.
       reports: another folder or archive that has the reports; "" searches the folder of the images.
+      hand_listed: correct the reports whose conclusion was found by hand, see `sections.mimic`.
 
     Raises:
       UserError: `reports` does not exist, or an archive is damaged.
@@ -218,7 +222,7 @@ def open_reports(source: SourceFolder, images: ImageFolder, reports: str) -> Ite
             for name in _REPORTS_FOLDERS:
                 if path := folder.find_folder(f"{name}/files"):
                     places.append(_read_folder(folder, path))
-        opened = Reports(source, places)
+        opened = Reports(source, places, hand_listed)
         yield opened
         if opened.absent:
             source.note(
