@@ -5,6 +5,7 @@ from miniatures import brax as miniature
 
 from plan_jax.data.builders import brax
 from plan_jax.data.builders.brax import FACTS, BraxConfig
+from plan_jax.data.dataset import list_splits, open_dataset
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
 
@@ -55,3 +56,15 @@ def test_a_missing_table_or_column_is_named(tmp_path):
     (tmp_path / "master_spreadsheet_update.csv").write_text("PngPath,PatientID\n")
     with pytest.raises(UserError, match="has no column 'AccessionNumber', 'ViewPosition'"):
         read(tmp_path)
+
+
+def test_frontal_films_become_records(tmp_path):
+    miniature.write(tmp_path / "brax")
+    fields = {"data_dir": str(tmp_path / "data"), "source": str(tmp_path / "brax"), "size": 25}
+    splits = list_splits("brax", **fields)
+    records = [record for split in splits for record in open_dataset("brax", split, **fields)]
+    assert {(record.patient_id, record.view) for record in records} == {
+        ("100", "PA"),
+        ("200", "AP"),
+    }
+    assert {record.image.shape for record in records} == {(20, 25, 1)}

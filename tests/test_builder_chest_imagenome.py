@@ -1,5 +1,6 @@
 """Chest ImaGenome: every layout of scene graphs, faulty regions, triplets, splits."""
 
+import numpy as np
 import pytest
 from miniatures import chest_imagenome as miniature
 from miniatures import mimic_cxr as mimic_miniature
@@ -7,6 +8,7 @@ from miniatures import mimic_cxr as mimic_miniature
 from plan_jax.data import report_parser
 from plan_jax.data.builders import chest_imagenome
 from plan_jax.data.builders.chest_imagenome import FACTS, FINDINGS, REGIONS, ChestImagenomeConfig
+from plan_jax.data.dataset import open_dataset
 from plan_jax.data.phantom import ANATOMY
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
@@ -120,3 +122,25 @@ def test_a_missing_file_is_named_with_its_page(tmp_path, images, absent, message
     with pytest.raises(UserError) as error:
         read(tmp_path, images)
     assert message in str(error.value) and f"download it from {FACTS.page}" in str(error.value)
+
+
+def test_records_have_what_asg_needs(tmp_path, images):
+    miniature.write(tmp_path / "imagenome", "zip")
+    records = open_dataset(
+        "chest_imagenome",
+        "train",
+        data_dir=str(tmp_path / "data"),
+        source=str(tmp_path / "imagenome"),
+        images=str(images),
+        size=30,
+    )
+    assert records.findings == FINDINGS
+    (record,) = records
+    regions = dict(zip(records.region_names, record.regions, strict=True))
+    assert set(regions) == {"right lung", "left lung", "heart", "left lower zone", "right clavicle"}
+    boxes = record.geometry.to_original(np.stack([regions["heart"], regions["right clavicle"]]))
+    assert np.abs(boxes - [(18, 30, 34, 50), (0, 2, 18, 6)]).max() < 1
+    assert ("left lower zone", "lung opacity", 1) in record.triplets
+    assert record.labels[FINDINGS.index("pneumothorax")] == 0
+    assert record.labels[FINDINGS.index("scoliosis")] == -1
+    assert record.sections["impression"] == "Left basal ___ opacity."

@@ -1,5 +1,6 @@
 """MIMIC-CXR: both versions, every place of the reports, splits, and who is left out of train."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -10,6 +11,9 @@ from miniatures import ms_cxr as ms_cxr_miniature
 
 from plan_jax.data.builders import mimic_cxr
 from plan_jax.data.builders.mimic_cxr import FACTS, MimicCxrConfig
+from plan_jax.data.dataset import open_dataset
+from plan_jax.data.preparation import check_dataset
+from plan_jax.data.public import summary
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.data.sections import mimic
 from plan_jax.types import UserError
@@ -57,7 +61,7 @@ def test_reports_are_found_in_every_place(tmp_path, place):
     for item in items.values():
         assert item.sections.get("report") == texts[item.study_id]
     assert not source.dropped
-    assert [note for note in source.notes if note.startswith("1 studies have no report; ")]
+    assert [note for note in source.notes if note.startswith("studies without a report: 1; ")]
 
 
 def test_reports_are_split_into_sections(tmp_path):
@@ -94,8 +98,8 @@ def test_a_folder_without_reports_says_where_they_are(tmp_path):
     miniature.write(tmp_path, reports="none")
     source, items = read(tmp_path)
     assert not any(item.sections for item in items.values())
-    note = next(note for note in source.notes if "have no report" in note)
-    assert note.startswith("9 studies") and "physionet.org/content/mimic-cxr/2.1.0" in note
+    note = next(note for note in source.notes if "without a report" in note)
+    assert ": 9; " in note and "physionet.org/content/mimic-cxr/2.1.0" in note
     with pytest.raises(UserError, match=r"absent does not exist; correct data.builder.reports"):
         read(tmp_path, reports=str(tmp_path / "absent"))
 
@@ -299,3 +303,52 @@ def test_records_depend_on_whether_reports_are_named_but_not_on_where_they_are()
 
     assert digest(reports="a") == digest(reports="b", source="c", workers=3)
     assert len({digest(), digest(reports="a"), digest(ms_cxr="a"), digest(label_blank=0)}) == 4
+
+
+# From the folder to records -----------------------------------------------------------------------
+
+
+def test_records_have_images_reports_and_labels(tmp_path):
+    root = tmp_path / "jpg"
+    films = {film.dicom_id: film for film in miniature.write(root, reports="zip")}
+    fields = {"data_dir": str(tmp_path / "data"), "source": str(root), "size": 30, "max_bad": 0.5}
+    splits = {
+        split: open_dataset("mimic_cxr", split, **fields) for split in ("train", "val", "test")
+    }
+    assert {split: len(records) for split, records in splits.items()} == {
+        "train": 4,
+        "val": 1,
+        "test": 1,
+    }
+    names = set()
+    for split, records in splits.items():
+        assert records.findings == FACTS.findings
+        for record in records:
+            film = films[record.record_id]
+            names.add(film.study_id)
+            assert {"validate": "val"}.get(film.split, film.split) == split
+            assert (record.patient_id, record.study_id) == (film.patient_id, film.study_id)
+            assert record.view == film.view and record.geometry.shape == (60, 48)
+            assert record.image.shape == (30, 24, 1)
+            assert record.image[6:14, 5:11].min() > 200 > record.image[16:, 13:].max()
+            assert record.sections.get("report") == miniature.STUDIES[film.study_id][-1]
+            labels = dict(zip(FACTS.findings, record.labels.tolist(), strict=True))
+            cells = miniature.STUDIES[film.study_id][3] or {}
+            assert labels == {name: int(float(cells.get(name, -1))) for name in miniature.LABELS}
+    assert names == {"50000001", "50000004", "50000005", "50000006", "50000007"}
+    content = json.loads((records.folder / summary.SUMMARY_FILE).read_text())
+    assert content["splits"]["train"] == {"images": 4, "patients": 3, "studies": 3}
+    assert content["leaks"] == {"val": 0, "test": 0}
+    assert sum(content["dropped"].values()) == 5  # laterals, without a view, turned, cut off
+    dropped = (records.folder / summary.DROPPED_FILE).read_text()
+    cut_off = next(film for film in films.values() if film.study_id == miniature.TRUNCATED)
+    assert any(cut_off.dicom_id in line and "broken image" in line for line in dropped.splitlines())
+
+
+def test_a_check_needs_no_images(tmp_path):
+    miniature.write_tables(tmp_path, miniature.FILMS, {})
+    lines = check_dataset("mimic_cxr", {"source": str(tmp_path)})
+    assert "train: 5 images, 4 studies, 4 patients" in lines
+    assert any(line.startswith("7 of 7 images are missing") for line in lines)
+    lines = check_dataset("mimic_cxr", {"source": str(tmp_path), "split": "chexzero_compat"})
+    assert f"leak of the rule chexzero_compat: {FACTS.leaks['chexzero_compat']}" in lines

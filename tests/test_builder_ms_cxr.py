@@ -1,11 +1,16 @@
 """MS-CXR: both versions as CSV and as JSON, phrases of several boxes, films elsewhere."""
 
+import json
+
+import numpy as np
 import pytest
 from miniatures import mimic_cxr as mimic_miniature
 from miniatures import ms_cxr as miniature
 
 from plan_jax.data.builders import ms_cxr
 from plan_jax.data.builders.ms_cxr import FACTS, MsCxrConfig
+from plan_jax.data.dataset import open_dataset
+from plan_jax.data.public import summary
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
 
@@ -43,7 +48,9 @@ def test_each_version_has_the_same_phrases(tmp_path, images, version, suffix):
     ]
     assert [box.corners for box in items[SECOND].boxes] == [(8, 0, 24, 12)]
     assert source.dropped == {"a box has no area": [SECOND]}
-    assert source.notes == ["1 phrases are listed under two categories, and count for the first"]
+    assert source.notes == [
+        "phrases that are listed under two categories, and count for the first: 1"
+    ]
     first = items[FIRST]
     assert (first.patient_id, first.study_id) == (mimic_miniature.MS_CXR_PATIENT, "50000004")
     assert first.shape == (mimic_miniature.ROWS, mimic_miniature.COLUMNS)
@@ -114,3 +121,41 @@ def test_the_patients_of_a_table_are_read(tmp_path):
         source = SourceFolder(tmp_path)
         patients = ms_cxr.read_patients(source, source.require(*ms_cxr.TABLES))
         assert patients == {film.patient_id for film, *_ in miniature.BOXES}
+
+
+def test_boxes_of_records_go_back_to_the_original(tmp_path, images):
+    miniature.write(tmp_path / "ms_cxr")
+    records = open_dataset(
+        "ms_cxr",
+        "test",
+        data_dir=str(tmp_path / "data"),
+        source=str(tmp_path / "ms_cxr"),
+        images=str(images),
+        size=30,
+        max_bad=0.5,
+    )
+    assert records.findings == FACTS.findings
+    by_name = {record.record_id: record for record in records}
+    assert set(by_name) == {FIRST, SECOND}
+    first = by_name[FIRST]
+    phrases = {phrase.text: phrase for phrase in first.phrases}
+    assert list(phrases) == ["left basal edema", "large heart"]
+    assert phrases["large heart"].finding == FACTS.findings.index("Cardiomegaly")
+    boxes = first.geometry.to_original(np.asarray(phrases["left basal edema"].boxes))
+    expected = np.asarray([(4, 10, 14, 30), (20, 12, 28, 18), (5, 11, 14, 30)])
+    assert np.abs(boxes - expected).max() < 1
+    content = json.loads((records.folder / summary.SUMMARY_FILE).read_text())
+    assert content["dropped"] == {"a box has no area": 1, "image is missing or empty": 1}
+
+
+def test_a_film_of_another_size_than_its_boxes_is_left_out(tmp_path, images):
+    miniature.write(tmp_path / "ms_cxr")
+    table = tmp_path / "ms_cxr/MS_CXR_Local_Alignment_v1.1.0.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    lines = [line.replace(",48,60,", ",480,600,") if SECOND in line else line for line in lines]
+    table.write_text("".join(lines))
+    fields = {"source": str(tmp_path / "ms_cxr"), "images": str(images), "size": 30}
+    records = open_dataset("ms_cxr", "test", data_dir=str(tmp_path / "data"), max_bad=0.5, **fields)
+    assert [record.record_id for record in records] == [FIRST]
+    content = json.loads((records.folder / summary.SUMMARY_FILE).read_text())
+    assert content["dropped"]["image has another size than its table states"] == 1

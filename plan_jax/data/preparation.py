@@ -19,8 +19,12 @@ from typing import Any
 
 from absl import logging
 
+from plan_jax.data.builders.brax import Brax, BraxConfig
+from plan_jax.data.builders.chest_imagenome import ChestImagenome, ChestImagenomeConfig
 from plan_jax.data.builders.jsrt import Jsrt, JsrtConfig
+from plan_jax.data.builders.mimic_cxr import MimicCxr, MimicCxrConfig
 from plan_jax.data.builders.montgomery import Montgomery, MontgomeryConfig
+from plan_jax.data.builders.ms_cxr import MsCxr, MsCxrConfig
 from plan_jax.data.builders.nih_cxr14 import NihCxr14, NihCxr14Config
 from plan_jax.data.builders.openi import Openi, OpeniConfig
 from plan_jax.data.builders.pairs import Pairs, PairsConfig
@@ -42,6 +46,10 @@ from plan_jax.types import UserError
 BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.BuilderConfig]]] = {
     "phantom": (Phantom, PhantomConfig),
     "pairs": (Pairs, PairsConfig),
+    "brax": (Brax, BraxConfig),
+    "chest_imagenome": (ChestImagenome, ChestImagenomeConfig),
+    "mimic_cxr": (MimicCxr, MimicCxrConfig),
+    "ms_cxr": (MsCxr, MsCxrConfig),
     "nih_cxr14": (NihCxr14, NihCxr14Config),
     "rsna_pneumonia": (RsnaPneumonia, RsnaPneumoniaConfig),
     "siim_pneumothorax": (SiimPneumothorax, SiimPneumothoraxConfig),

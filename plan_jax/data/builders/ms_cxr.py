@@ -100,7 +100,7 @@ def read_items(source: SourceFolder, config: MsCxrConfig) -> Iterator[Item]:
         )
     if num_shared:
         source.note(
-            f"{num_shared} phrases are listed under two categories, and count for the first"
+            f"phrases that are listed under two categories, and count for the first: {num_shared}"
         )
 
 

@@ -226,7 +226,7 @@ def open_reports(
         yield opened
         if opened.absent:
             source.note(
-                f"{len(opened.absent)} studies have no report; if reports are missing, download "
+                f"studies without a report: {len(opened.absent)}; if reports are missing, download "
                 f"{REPORTS_ARCHIVE} from {REPORTS_PAGE} and name it with data.builder.reports"
             )
 
