@@ -21,6 +21,7 @@ from absl import logging
 
 from plan_jax.data.builders.brax import Brax, BraxConfig
 from plan_jax.data.builders.chest_imagenome import ChestImagenome, ChestImagenomeConfig
+from plan_jax.data.builders.covidx import Covidx, CovidxConfig
 from plan_jax.data.builders.jsrt import Jsrt, JsrtConfig
 from plan_jax.data.builders.mimic_cxr import MimicCxr, MimicCxrConfig
 from plan_jax.data.builders.montgomery import Montgomery, MontgomeryConfig
@@ -59,6 +60,7 @@ BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.Builder
     "shenzhen": (Shenzhen, ShenzhenConfig),
     "tbx11k": (Tbx11k, Tbx11kConfig),
     "rexgradient": (Rexgradient, RexgradientConfig),
+    "covidx": (Covidx, CovidxConfig),
 }
 DEFAULT_DATA_DIR = "~/.cache/plan_jax"
 # The file that marks a prepared dataset: TFDS renames the folder when everything is written.
