@@ -27,6 +27,7 @@ from plan_jax.data.builders.mimic_cxr import MimicCxr, MimicCxrConfig
 from plan_jax.data.builders.montgomery import Montgomery, MontgomeryConfig
 from plan_jax.data.builders.ms_cxr import MsCxr, MsCxrConfig
 from plan_jax.data.builders.nih_cxr14 import NihCxr14, NihCxr14Config
+from plan_jax.data.builders.object_cxr import ObjectCxr, ObjectCxrConfig
 from plan_jax.data.builders.openi import Openi, OpeniConfig
 from plan_jax.data.builders.pairs import Pairs, PairsConfig
 from plan_jax.data.builders.phantom import Phantom, PhantomConfig
@@ -61,6 +62,7 @@ BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.Builder
     "tbx11k": (Tbx11k, Tbx11kConfig),
     "rexgradient": (Rexgradient, RexgradientConfig),
     "covidx": (Covidx, CovidxConfig),
+    "object_cxr": (ObjectCxr, ObjectCxrConfig),
 }
 DEFAULT_DATA_DIR = "~/.cache/plan_jax"
 # The file that marks a prepared dataset: TFDS renames the folder when everything is written.

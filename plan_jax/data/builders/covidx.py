@@ -49,8 +49,8 @@ FACTS = Facts(
     leaks={
         "official": "in 9A and 9B, 129 of the 200 test films without COVID-19 share an NIH patient "
         "with train",
-        "mgca_compat": "as the official lists; and 3,036 of the 6,026 films of val (9A) share a patient "
-        "with train",
+        "mgca_compat": "as the official lists; and 3,036 of the 6,026 films of val (9A) share a "
+        "patient with train",
     },
     defects=(
         "lines of 3 to 6 fields, since a patient or a source may have blanks or be absent",
