@@ -1,10 +1,12 @@
 """JSRT: raw films, SCR's masks of half the size, nodules as boxes."""
 
+import numpy as np
 import pytest
 from miniatures import jsrt as miniature
 
 from plan_jax.data.builders import jsrt
 from plan_jax.data.builders.jsrt import JsrtConfig
+from plan_jax.data.dataset import open_dataset
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
 
@@ -64,6 +66,35 @@ def test_converted_films_without_masks_and_table(tmp_path):
         "SCR's masks are not there, so no film has anatomy",
         "there is no CLNDAT_EN.txt, so no nodule has a box",
     ]
+
+
+def test_the_dataset_is_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(miniature, "NAMES", ("JPCLN001", "JPCNN002"))
+    (tmp_path / "source").mkdir()
+    miniature.write(tmp_path / "source", has_pixels=True)
+    fields = {"source": str(tmp_path / "source"), "size": 128, "val_fraction": 0.0}
+    dataset = open_dataset(
+        "jsrt", "train", data_dir=str(tmp_path / "data"), test_fraction=0.0, **fields
+    )
+    records = {record.record_id: record for record in dataset}
+    assert records.keys() == {"JPCLN001", "JPCNN002"}
+    assert sorted(dataset.anatomy_names) == sorted(miniature.ORGANS)
+    for record in records.values():
+        assert record.geometry.shape == (2048, 2048)
+        # High numbers are dark.
+        left, right = record.image[5, 5, 0], record.image[120, 120, 0]
+        assert (left, right) == (round(255 - 255 * 1000 / 4095), round(255 - 255 * 3000 / 4095))
+        for organ, mask in record.anatomy.items():
+            x0, y0, x1, y1 = np.asarray(miniature.ORGANS[organ]) // 8
+            truth = np.zeros((128, 128), bool)
+            truth[y0:y1, x0:x1] = True
+            assert (mask & truth).sum() >= 0.99 * (mask | truth).sum()
+    (phrase,) = records["JPCLN001"].phrases
+    (box,) = phrase.boxes
+    original = records["JPCLN001"].geometry.to_original(np.asarray([box]))[0]
+    np.testing.assert_allclose(original, (1594, 652, 1674, 732), atol=1)
+    x0, y0, x1, y1 = np.round(box).astype(int)
+    assert (records["JPCLN001"].image[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] == 255).all()
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path):

@@ -5,6 +5,7 @@ from miniatures import rexgradient as miniature
 
 from plan_jax.data.builders import rexgradient
 from plan_jax.data.builders.rexgradient import RexgradientConfig
+from plan_jax.data.dataset import open_dataset
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
 
@@ -52,6 +53,29 @@ def test_studies_without_images_or_text_are_dropped(tmp_path):
         "a study has neither findings nor impression": ["S7"],
     }
     assert items.keys() == miniature.VIEWS.keys()
+
+
+@pytest.mark.parametrize("views", ["frontal", "all"])
+def test_the_dataset_is_prepared(tmp_path, views):
+    (tmp_path / "source").mkdir()
+    studies = (
+        *miniature.STUDIES[:3],
+        ("test", "S8", "GRDN08", ("8.1",), ("PA",), ("",) * 3 + ("A",)),
+    )
+    miniature.write(tmp_path / "source", studies=studies)
+    fields = {"source": str(tmp_path / "source"), "size": 20, "views": views}
+    records = [
+        record
+        for split in ("train", "test")
+        for record in open_dataset("rexgradient", split, data_dir=str(tmp_path / "data"), **fields)
+    ]
+    frontal = {"1.1": "PA", "2.1": "PA", "3.1": "AP", "8.1": "PA"}
+    others = {"1.2": "LATERAL", "3.2": "UNKNOWN"} if views == "all" else {}
+    assert {record.record_id: record.view for record in records} == frontal | others
+    for record in records:
+        assert record.image.shape == (20, 16, 1) and record.geometry.shape == miniature.SHAPE
+        if record.study_id == "S1":
+            assert record.sections["findings"] == "Clear." and record.patient_id == "GRDN01"
 
 
 def test_what_is_missing_is_named(tmp_path):

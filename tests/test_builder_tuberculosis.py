@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from miniatures import montgomery as montgomery_miniature
 from miniatures import shenzhen as shenzhen_miniature
@@ -9,6 +10,7 @@ from miniatures import tbx11k as tbx11k_miniature
 
 from plan_jax.data.builders import montgomery, shenzhen, tbx11k
 from plan_jax.data.builders.tbx11k import Tbx11kConfig
+from plan_jax.data.dataset import open_dataset
 from plan_jax.data.public.items import Shape
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
@@ -22,6 +24,26 @@ def read(module, folder, *arguments):
 
 def read_tbx11k(folder, **fields):
     return read(tbx11k, folder, Tbx11kConfig(name="", source=str(folder), **fields))
+
+
+def prepare(name, folder, size, split="train", **fields):
+    """Returns the records of a split by id; of `folder/source`, in `folder/data`."""
+    places = {"source": str(folder / "source"), "data_dir": str(folder / "data")}
+    fractions = {"val_fraction": 0.0, "test_fraction": 0.0}
+    dataset = open_dataset(name, split, size=size, **places, **fractions, **fields)
+    return {record.record_id: record for record in dataset}
+
+
+def make_folder(parent):
+    (parent / "source").mkdir()
+    return parent / "source"
+
+
+def draw(shape, *rectangles):
+    mask = np.zeros(shape, bool)
+    for x0, y0, x1, y1 in rectangles:
+        mask[y0:y1, x0:x1] = True
+    return mask
 
 
 # Montgomery ---------------------------------------------------------------------------------------
@@ -58,6 +80,20 @@ def test_montgomery_without_masks_or_films(tmp_path):
     assert not items["MCUCXR_0001_0"].sections and len(items) == 4
 
 
+def test_montgomery_is_prepared(tmp_path):
+    montgomery_miniature.write(make_folder(tmp_path))
+    records = prepare("montgomery", tmp_path, 49)
+    assert records.keys() == montgomery_miniature.READINGS.keys()
+    for name, record in records.items():
+        assert record.labels.tolist() == [int(name[-1])]
+        assert record.image.shape[:2] == record.geometry.shape
+        assert record.geometry.shape in montgomery_miniature.SHAPES
+        sides = {"left lung": "leftMask", "right lung": "rightMask"}
+        for organ, mask in record.anatomy.items():
+            corners = montgomery_miniature.LUNGS[sides[organ]]
+            assert np.array_equal(mask, draw(record.geometry.shape, corners))
+
+
 # Shenzhen -----------------------------------------------------------------------------------------
 
 
@@ -89,6 +125,21 @@ def test_shenzhen_without_masks_or_films(tmp_path):
     source, items = read(shenzhen, tmp_path)
     assert len(items) == 4 and not any(i.anatomy or i.shapes for i in items.values())
     assert source.notes == ["the lung masks of Kaggle's shcxr-lung-mask are not there"]
+
+
+def test_shenzhen_is_prepared(tmp_path):
+    shenzhen_miniature.write(make_folder(tmp_path))
+    records = prepare("shenzhen", tmp_path, 30)
+    assert records.keys() == shenzhen_miniature.READINGS.keys()
+    for name, record in records.items():
+        assert record.image.shape == (30, 29, 1)
+        halves = [np.asarray(corners) // 2 for corners in shenzhen_miniature.LUNGS]
+        lungs = {"lungs": draw((30, 29), *halves)} if name in shenzhen_miniature.MASKED else {}
+        assert record.anatomy.keys() == lungs.keys()
+        assert all(np.array_equal(record.anatomy[organ], lungs[organ]) for organ in lungs)
+    (phrase,) = records["CHNCXR_0327_1"].phrases
+    assert (phrase.text, phrase.finding) == ("small infiltrate (non-linear)", 0)
+    assert np.array_equal(phrase.mask, draw((30, 29), (5, 5, 10, 10), (5, 15, 10, 20)))
 
 
 # TBX11K -------------------------------------------------------------------------------------------
@@ -129,6 +180,19 @@ def test_tbx11k(tmp_path, layout):
         (path[3:-4], kinds[kind], x, y, x + width, y + height)
         for path, kind, x, y, width, height in tbx11k_miniature.BOXES
     )
+
+
+@pytest.mark.parametrize("layout", ["whole", "kaggle"])
+def test_tbx11k_is_prepared(tmp_path, layout):
+    write_tbx11k(make_folder(tmp_path), layout)
+    records = prepare("tbx11k", tmp_path, 64) | prepare("tbx11k", tmp_path, 64, "test")
+    assert {name: tuple(record.labels) for name, record in records.items()} == LABELS
+    for path, kind, x, y, width, height in tbx11k_miniature.BOXES:
+        record = records[path[3:-4]]
+        finding = tbx11k.FINDINGS.index(tbx11k.KINDS[kind])
+        (phrase,) = (phrase for phrase in record.phrases if phrase.finding == finding)
+        original = record.geometry.to_original(np.asarray(phrase.boxes))
+        np.testing.assert_allclose(original, [(x, y, x + width, y + height)], atol=1)
 
 
 def test_tbx11k_by_hash(tmp_path):

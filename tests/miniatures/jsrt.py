@@ -11,17 +11,17 @@ NODULES = {
     "JPCLN002": (35.0, (60, 1000), "benign"),
     "JPCLN100": (7.0, (700, 900), "unknown"),
 }
-# Organ -> corners of a rectangle, in pixels of the mask.
+# Organ -> corners of a rectangle, in pixels of the mask; multiples of 8.
 ORGANS = {
-    "left lung": (560, 160, 860, 800),
-    "right lung": (160, 160, 460, 800),
-    "heart": (440, 480, 700, 800),
-    "left clavicle": (600, 140, 900, 180),
-    "right clavicle": (120, 140, 420, 180),
+    "left lung": (560, 160, 864, 800),
+    "right lung": (160, 160, 464, 800),
+    "heart": (440, 480, 704, 800),
+    "left clavicle": (600, 144, 904, 184),
+    "right clavicle": (120, 144, 424, 184),
 }
 
 
-def write(folder, suffix=".IMG", parted=False, masks=True, table=True):
+def write(folder, suffix=".IMG", parted=False, masks=True, table=True, has_pixels=False):
     """Writes the dataset as it is downloaded.
 
     Args:
@@ -30,13 +30,15 @@ def write(folder, suffix=".IMG", parted=False, masks=True, table=True):
       parted: whether films with and without a nodule are in two folders.
       masks: whether SCR's masks are there.
       table: whether the table of nodules is there.
+      has_pixels: whether the raw files are whole, of 8 MiB each, or begin only.
     """
     for name in NAMES:
         part = "Nodule154images" if "LN" in name else "NonNodule93images"
         path = folder / (part if parted else "All247images") / f"{name}{suffix}"
         path.parent.mkdir(exist_ok=True)
         if suffix == ".IMG":
-            path.write_bytes(draw(name).astype(">u2").tobytes())
+            content = draw(name).astype(">u2").tobytes() if has_pixels else b"\x03\xe8"
+            path.write_bytes(content)
         else:
             Image.fromarray(np.full((64, 64), 9, np.uint8)).save(path)
         for organ in ORGANS if masks else ():
