@@ -1,19 +1,20 @@
 """IU X-ray, report generation: R2Gen's protocol, at most 60 tokens, words that occur 3 times.
 
-plan-jax --config eval/iu_xray_reports --checkpoint runs/plan
+plan-jax --config eval/iu_xray_reports --config.data.source=iu_xray --checkpoint runs/plan
 
-You create the manifest from annotation.json. Its columns are `image` (the frontal one; the original
-joins the patches of the lateral one), `patient_id`, `split` (2,069 / 296 / 590) and `text`, the
-findings.
+The source is the folder of R2Gen's annotation.json, whose lists have 2,069 / 296 / 590 reports. The
+text is the findings. The image is the first of a report, mostly the frontal one; the original joins
+the patches of two.
 """
 
 from ml_collections import ConfigDict
 
-from configs.eval.benchmark import benchmark, manifest
+from configs.eval.benchmark import benchmark, public
+
+DATA = public("openi", split="r2gen", first_only=True) | {"caption": "findings"}
 
 
 def get_config() -> ConfigDict:
     """Returns the benchmark."""
-    data = manifest("iu_xray/manifest.csv", has_text=True)
     options = {"max_length": 60, "min_count": 3, "epochs": 100}
-    return benchmark("report_generation", data, limit=590, options=options)
+    return benchmark("report_generation", DATA, limit=590, options=options)
