@@ -7,7 +7,7 @@ them, and `config.eval.tasks` selects some.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from plan_jax.data.eval_data import DatasetEvalData, report_labeller
 from plan_jax.data.preparation import open_once
 from plan_jax.logger import encode_json, read_rows, write_atomically
 from plan_jax.tasks import CATALOGUE, TASKS, TITLES
-from plan_jax.types import EvalData, Model, Result, TaskContext, UserError
+from plan_jax.types import (
+    EvalData,
+    Model,
+    Result,
+    TaskContext,
+    UserError,
+    read_annotations,
+    read_column,
+)
 
 # What a user has to provide for a field of `Record`.
 _DESCRIPTIONS = {
@@ -89,7 +97,12 @@ def check_requirements(task: str, data: EvalData, options: Any) -> None:
     """Raises UserError if no evaluated record has a field of `Record` that a task needs."""
     for field in TASKS[task].requirements(options):
         # One record is enough: a field may be empty where nothing is known or present.
-        if not any(len(getattr(record, field)) for record in data.test):
+        values: Iterable[Any]
+        if field in ("labels", "text"):
+            values = read_column(data.test, field)
+        else:
+            values = (getattr(record, field) for record in read_annotations(data.test))
+        if not any(len(value) for value in values):
             raise UserError(
                 f"task {task} needs {_DESCRIPTIONS[field]}, and no evaluated record of dataset "
                 f"{data.name} has any; add them to the data, or leave {task} out of "

@@ -23,7 +23,7 @@ from plan_jax.encoders.vit import VITS
 from plan_jax.export.folder import read_folder, read_settings, remove_places
 from plan_jax.export.pretrained import Pretrained
 from plan_jax.export.sources import find_model
-from plan_jax.heads.head_on_tower import map_chunks
+from plan_jax.heads.examples import Images, map_chunks
 from plan_jax.methods import METHODS
 from plan_jax.types import Features, Method, Model, Stages, Tower, UserError
 
@@ -149,7 +149,7 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
     def chunk_size(count: int) -> int:
         return batch if count > 1 else 1
 
-    def encode_image(images: np.ndarray) -> Features:
+    def encode_image(images: Images) -> Features:
         size = chunk_size(len(images))
         return map_chunks(lambda chunk: apply_image(encoders, chunk), images, size)
 

@@ -9,7 +9,8 @@ Masks are Bool and True means real.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, get_args, get_origin, runtime_checkable
@@ -126,7 +127,8 @@ def _refuse_to_ground(*_: Any, **__: Any) -> Any:
 class Model:
     """A trained model as pure functions.
 
-    `encode_image` takes UInt8[N Y X 1] images and `encode_text` a list of N texts. `similarity`
+    `encode_image` takes UInt8[N Y X 1] images, in memory or as `heads.examples.StoredRows`, and
+    `encode_text` a list of N texts. `similarity`
     compares all images with all texts and returns one Float[I T] for each kind (`global`, `local`,
     `both`). `heatmap` compares image b with text b and returns Float[B W P] maps and Float[B W]
     word weights, after `rounds` rounds of refinement (None: as the method was configured). `tower`
@@ -141,7 +143,7 @@ class Model:
     grid: tuple[int, int]
     rounds: int
     size: int
-    encode_image: Callable[[np.ndarray], Features]
+    encode_image: Callable[[Any], Features]
     encode_text: Callable[[list[str]], Features]
     similarity: Callable[[Features, Features], dict[str, np.ndarray]]
     heatmap: Callable[..., tuple[np.ndarray, np.ndarray]]
@@ -224,6 +226,58 @@ class Record:
     view: str = ""
     sections: Mapping[str, str] = field(default_factory=dict)
     geometry: Geometry | None = None
+
+
+class StoredRecords(Sequence[Record]):
+    """Records on disk: each is decoded whenever it is accessed, and none is kept.
+
+    Tasks read a list of `Record` in the same way, by `read_column`, `select_records` and
+    `read_annotations`, and images by `heads.examples.open_images`. All images have one `shape` (Y,
+    X).
+    """
+
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def read_column(self, name: str) -> list[Any]:
+        """Returns `labels` or a text of all records; decodes nothing else, and keeps it."""
+
+    @abstractmethod
+    def read_image(self, index: int) -> UInt8[np.ndarray, "Y X 1"]:
+        """Returns the image [Y X 1] of a record; decodes nothing else."""
+
+    @abstractmethod
+    def read_annotations(self, index: int) -> Record:
+        """Returns a record with a black image of the same shape, and decodes no image."""
+
+    @abstractmethod
+    def select(self, indices: Sequence[int]) -> "StoredRecords":
+        """Returns the records at some indices."""
+
+    @abstractmethod
+    def identify(self) -> str:
+        """Returns a digest of the stored bytes of all records."""
+
+
+def read_column(records: Sequence[Record], name: str) -> list[Any]:
+    """Returns `labels` or a text of all records; where they are on disk, no image is decoded."""
+    if isinstance(records, StoredRecords):
+        return records.read_column(name)
+    return [getattr(record, name) for record in records]
+
+
+def select_records(records: Sequence[Record], indices: Sequence[int]) -> Sequence[Record]:
+    """Returns the records at some indices."""
+    if isinstance(records, StoredRecords):
+        return records.select(indices)
+    return [records[index] for index in indices]
+
+
+def read_annotations(records: Sequence[Record]) -> Iterator[Record]:
+    """Yields all records; where they are on disk, with black images, which are not decoded."""
+    if not isinstance(records, StoredRecords):
+        return iter(records)
+    return (records.read_annotations(index) for index in range(len(records)))
 
 
 # Methods ----------------------------------------------------------------------------------------
@@ -330,7 +384,7 @@ class Result:
 
 @dataclass(eq=False)
 class EvalData:
-    """The records that a task reads, here in memory; see `plan_jax.data.eval_data` for a dataset.
+    """The records that a task reads: lists of `Record`, or `StoredRecords`.
 
     `test` are the evaluated records. `train` and `val` are those that heads are fitted to and
     selected on; where the dataset has no `val`, or it is evaluated itself, `val` is a share of the

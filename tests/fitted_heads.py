@@ -7,6 +7,7 @@ import optax
 from flax import linen as nn
 
 from plan_jax.heads import fit, head_on_tower
+from plan_jax.heads.examples import StoredRows
 from plan_jax.types import Stages, Tower
 
 
@@ -72,10 +73,12 @@ def attach_scalar_head(mode="frozen", **options):
     )
 
 
-def fit_scalar_head(attached, epochs=20, folder=None, learning_rate=0.05, **options):
+def fit_scalar_head(attached, epochs=20, folder=None, learning_rate=0.05, stored=False, **options):
     splits = []
     for count, seed in ((64, 1), (30, 2)):
         images, labels = labelled_images(count, seed)
+        if stored:
+            images = StoredRows(images.__getitem__, range(count), (4, 4, 1), np.uint8, str)
         splits.append(attached.examples(images) | {"label": labels})
     settings = {"batch": 16, "patience": 50, "seed": 3, "folder": folder} | options
     optimiser = optax.adam(learning_rate)

@@ -18,10 +18,11 @@ from manifests import (
 from PIL import Image
 from radiographs import draw_picture, make_dicom, make_png, make_tiff, save_with_orientation
 
-from plan_jax.data import images, loader
+from plan_jax.data import images
 from plan_jax.data.builders.pairs import Pairs
 from plan_jax.data.dataset import open_dataset
 from plan_jax.data.pairs import manifest
+from plan_jax.data.records import open_records
 from plan_jax.types import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -706,4 +707,4 @@ def test_real_radiographs_build(tmp_path):
 def test_cached_records_are_read_for_evaluation(folder):
     dataset = open_pairs(folder, make_rows(), cache=True)
     assert dataset.read_pair(2) is dataset.read_pair(2)
-    assert len(loader.read_records(dataset, size=32)) == 8
+    assert len(open_records(dataset, None, 32)) == 8

@@ -37,6 +37,19 @@ def test_an_interrupted_fit_resumes_to_the_same_result(tmp_path):
     assert len(calls) == 13 and complete.history == resumed.history
 
 
+def test_a_fit_to_images_on_disk_is_that_to_images_in_memory(tmp_path):
+    """Fine-tuning reads every image again in each epoch, in the same order; a fit of it resumes."""
+    fits = []
+    for stored in (False, True):
+        attached = attach_scalar_head("finetune")
+        fits.append(fit_scalar_head(attached, epochs=2, folder=tmp_path, stored=stored))
+    chex.assert_trees_all_equal(fits[0].params, fits[1].params)
+    assert fits[0].history == fits[1].history
+    assert len(list(tmp_path.glob("head-*.msgpack"))) == 2
+    fit_scalar_head(attached, epochs=2, folder=tmp_path, stored=True)
+    assert len(list(tmp_path.glob("head-*.msgpack"))) == 2
+
+
 def test_a_fit_ends_where_the_run_has_to_stop():
     calls = []
 

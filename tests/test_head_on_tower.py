@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fitted_heads import attach_scalar_head, fit_scalar_head, labelled_images
 
-from plan_jax.heads import head_on_tower
+from plan_jax.heads import examples, head_on_tower
 from plan_jax.types import UserError
 
 
@@ -25,10 +25,10 @@ def test_a_head_on_frozen_features_learns_and_leaves_the_tower_alone():
 def test_cached_features_are_the_computed_ones():
     cached, computed = attach_scalar_head(), attach_scalar_head(cache_bytes=0)
     images, _ = labelled_images(70)
-    examples = cached.examples(images)
-    assert set(examples) == {"features"} and set(computed.examples(images)) == {"image"}
+    cached_examples = cached.examples(images)
+    assert set(cached_examples) == {"features"} and set(computed.examples(images)) == {"image"}
     features = computed.features(computed.params, computed.stats, {"image": images})
-    np.testing.assert_allclose(examples["features"], features, rtol=1e-6)
+    np.testing.assert_allclose(cached_examples["features"], features, rtol=1e-6)
     fits = fit_scalar_head(cached), fit_scalar_head(computed)
     losses = [[epoch["loss"] for epoch in fit_result.history] for fit_result in fits]
     np.testing.assert_allclose(*losses, rtol=1e-4)
@@ -66,7 +66,7 @@ def test_a_prediction_does_not_depend_on_the_number_of_examples():
 def test_any_number_of_examples_compiles_once():
     double = jax.jit(chex.assert_max_traces(lambda x: 2 * x, n=1))
     for count in (1, 63, 64, 65, 130):
-        values = head_on_tower.map_chunks(double, np.arange(count))
+        values = examples.map_chunks(double, np.arange(count))
         np.testing.assert_array_equal(values, 2 * np.arange(count))
 
 

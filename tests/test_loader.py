@@ -284,15 +284,6 @@ def test_texts_that_the_tokenizer_does_not_know_are_refused_before_training(toke
     assert loader.check_texts(known, tokenizer) < 0.3
 
 
-def test_records_are_read_for_evaluation(dataset):
-    records = loader.read_records(dataset, 3, size=32)
-    assert [record.image.shape for record in records] == [(32, 32, 1)] * 3
-    assert records[0].phrases[0].mask.shape == (32, 32)
-    assert len(loader.read_records(dataset)) == NUM_RECORDS
-    with pytest.raises(UserError, match="0 records are too few .*; raise the limit"):
-        loader.read_records(dataset, 0)
-
-
 def test_the_step_hardly_waits(tokenizer):
     """A cached batch of 32 at 96 px costs the consumer's thread far less than 5 ms of CPU."""
     source = [schema.serialize(make_record(number, 96, 96)) for number in range(64)]

@@ -53,13 +53,13 @@ def test_chance_is_what_random_orders_reach():
     )
     for k in (1, 3, 5, 12, 50):
         expected = pytest.approx((ranks <= k).mean(), abs=0.015)
-        assert retrieval_metrics.chance_recall(hits, k) == expected
-    assert retrieval_metrics.chance_median_rank(hits) == np.median(ranks)
+        assert retrieval_metrics.chance_recall(hits.sum(1), 12, k) == expected
+    assert retrieval_metrics.chance_median_rank(hits.sum(1), 12) == np.median(ranks)
     by_hand = (3 * (1 - 9 * 8 / (12 * 11)) + 2 * (1 - 10 * 9 / (12 * 11)) + 7 * 2 / 12) / 12
-    assert retrieval_metrics.chance_recall(hits, 2) == pytest.approx(by_hand)
+    assert retrieval_metrics.chance_recall(hits.sum(1), 12, 2) == pytest.approx(by_hand)
 
 
 def test_the_median_rank_of_chance_is_infinite_if_half_of_the_queries_have_no_hit():
     hits = np.zeros((5, 4), bool)
     hits[:2, 0] = True
-    assert retrieval_metrics.chance_median_rank(hits) == np.inf
+    assert retrieval_metrics.chance_median_rank(hits.sum(1), 4) == np.inf

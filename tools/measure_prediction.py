@@ -28,6 +28,7 @@ from plan_jax import evaluate, prediction  # noqa: E402
 from plan_jax import model as models  # noqa: E402
 from plan_jax.data import images  # noqa: E402
 from plan_jax.data.pairs import manifest  # noqa: E402
+from plan_jax.heads.examples import open_images  # noqa: E402
 from plan_jax.metrics import masks as mask_metrics  # noqa: E402
 from plan_jax.prediction import films, maps  # noqa: E402
 from plan_jax.tasks.grounding_targets import collect_targets  # noqa: E402
@@ -53,7 +54,7 @@ def measure_thresholds(folder: str, data_dir: str | None, split: str) -> Iterato
     )
     records = evaluate.open_eval_data(config, split).test
     targets, _ = collect_targets(records)
-    features = model.encode_image(np.stack([record.image for record in records]))
+    features = model.encode_image(open_images(records))
     texts = sorted({target.text for target in targets})
     text_features = dict(zip(texts, _split(model.encode_text(texts)), strict=True))
     image_features = _split(features)

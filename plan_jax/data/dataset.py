@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from plan_jax.data import schema
 from plan_jax.data.faults import name_damage
@@ -76,8 +76,12 @@ class Dataset(Sequence):
     def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
+        return self._read_record(index)
+
+    def _read_record(self, index: int, with_image: bool = True) -> Record:
         with name_damage(self.folder):
-            record = schema.deserialize(self.source[index], self.anatomy_names)
+            data = self.source[index]
+            record = schema.deserialize(data, self.anatomy_names, with_image=with_image)
         text = choose_text(self.caption, record.text, record.sections)
         return record if text == record.text else dataclasses.replace(record, text=text)
 
@@ -107,6 +111,27 @@ class Dataset(Sequence):
         """Returns the text of a study, of which nothing is drawn; decodes nothing else."""
         with name_damage(self.folder):
             return choose_text(self.caption, *schema.deserialize_report(self.source[index]))
+
+    def read_field(self, index: int, name: str) -> Any:
+        """Returns a text or the labels Int8[F] of a study by name; decodes nothing else."""
+        if name == "text":
+            return self.read_text(index)
+        with name_damage(self.folder):
+            return schema.deserialize_field(self.source[index], name)
+
+    def read_image(self, index: int) -> UInt8[np.ndarray, "Y X 1"]:
+        """Returns the image [Y X 1] of a study; decodes nothing else."""
+        with name_damage(self.folder):
+            return schema.deserialize_image(self.source[index])
+
+    def read_annotations(self, index: int) -> Record:
+        """Returns a study with a black image of the right shape, and decodes no image."""
+        return self._read_record(index, with_image=False)
+
+    def read_bytes(self, index: int) -> bytes:
+        """Returns a study as it is stored."""
+        with name_damage(self.folder):
+            return self.source[index]
 
     def select_texts(self) -> "Dataset":
         """Returns the dataset without the records that have no text under its caption rule.

@@ -1,4 +1,4 @@
-"""Evaluation data from a dataset on disk: each split is read when a task first asks for it."""
+"""Evaluation data from a dataset on disk, of which only the accessed records are read."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -6,18 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from plan_jax.data import loader, phantom, prompts, report_parser
+from plan_jax.data import phantom, prompts, report_parser
 from plan_jax.data.dataset import Dataset, list_splits, open_dataset
-from plan_jax.types import EvalData, Record, UserError
+from plan_jax.data.records import DatasetRecords, open_records
+from plan_jax.types import EvalData, Record, UserError, read_column, select_records
 
 VALIDATION_SHARE = 0.2  # of the training patients, where no split validates
 
 
 class DatasetEvalData(EvalData):
-    """The splits of a dataset as evaluation data, each read once and on first access.
+    """The splits of a dataset as evaluation data, each opened once and on first access.
 
-    Only the properties that a task accesses cost time: a task that fits no head never reads
-    `train`, and grounding without priors never opens the training split.
+    A record is decoded whenever it is accessed, and not kept, so memory does not depend on their
+    number; see `DatasetRecords`. Only the properties that a task accesses cost time: a task that
+    fits no head never opens `train`.
     """
 
     def __init__(
@@ -78,8 +80,8 @@ class DatasetEvalData(EvalData):
             **self._location,
         )
 
-    def _records(self, split: str, limit: int | None) -> list[Record]:
-        return loader.read_records(self.open(split), limit, self.size)
+    def _records(self, split: str, limit: int | None) -> DatasetRecords:
+        return open_records(self.open(split), limit, self.size)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -92,22 +94,22 @@ class DatasetEvalData(EvalData):
         return self.dataset.findings
 
     @cached_property
-    def test(self) -> list[Record]:
+    def test(self) -> Sequence[Record]:
         """The evaluated records: the first `limit` of the split."""
-        return loader.read_records(self.dataset, self.limit, self.size)
+        return open_records(self.dataset, self.limit, self.size)
 
     @property
-    def train(self) -> list[Record]:
+    def train(self) -> Sequence[Record]:
         """The records that heads are fitted to."""
         return self._fit_and_select[0]
 
     @property
-    def val(self) -> list[Record]:
+    def val(self) -> Sequence[Record]:
         """The records that heads are selected on."""
         return self._fit_and_select[1]
 
     @cached_property
-    def validation(self) -> list[Record] | None:
+    def validation(self) -> Sequence[Record] | None:
         """The first `limit` records of the split `val`; None if there is none or it is evaluated.
 
         Thresholds that were chosen on the evaluated records would flatter a model.
@@ -118,7 +120,7 @@ class DatasetEvalData(EvalData):
         return self._records("val", self.limit)
 
     @cached_property
-    def _fit_and_select(self) -> tuple[list[Record], list[Record]]:
+    def _fit_and_select(self) -> tuple[Sequence[Record], Sequence[Record]]:
         if self.split.partition("[")[0] == "train":
             raise UserError(
                 f"config.eval.split is {self.split}, and heads are fitted to train; use val or test"
@@ -130,7 +132,7 @@ class DatasetEvalData(EvalData):
         return split_by_patient(train, self.seed)
 
     @cached_property
-    def prior_records(self) -> list[Record]:
+    def prior_records(self) -> Sequence[Record]:
         """The first `num_prior_records` training records."""
         if not self.num_prior_records:
             return []
@@ -148,7 +150,7 @@ class DatasetEvalData(EvalData):
 
 def split_by_patient(
     records: Sequence[Record], seed: int, share: float = VALIDATION_SHARE
-) -> tuple[list[Record], list[Record]]:
+) -> tuple[Sequence[Record], Sequence[Record]]:
     """Returns the records to fit to and those of a random `share` of the patients to select on.
 
     All records of a patient are on one side, so that no head is selected on a patient it saw.
@@ -157,16 +159,17 @@ def split_by_patient(
       UserError: if there are too few patients for two sides.
     """
     # Sorted, since the order of a set differs between processes.
-    names = sorted({record.patient_id for record in records})
+    patients = read_column(records, "patient_id")
+    names = sorted(set(patients))
     order = np.random.default_rng(seed).permutation(names)
     selected = set(order[: max(1, round(share * len(names)))].tolist())
-    fit = [record for record in records if record.patient_id not in selected]
-    select = [record for record in records if record.patient_id in selected]
+    fit = [i for i, patient in enumerate(patients) if patient not in selected]
+    select = [i for i, patient in enumerate(patients) if patient in selected]
     if not fit or not select:
         raise UserError(
             f"{len(names)} patients are too few to fit and to validate; add a split val"
         )
-    return fit, select
+    return select_records(records, fit), select_records(records, select)
 
 
 def report_labeller(findings: Sequence[str]) -> Callable[[str], Mapping[str, int]]:

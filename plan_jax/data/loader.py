@@ -1,4 +1,4 @@
-"""Batches for training, as a pure function of (seed, step), and records for evaluation."""
+"""Batches for training, as a pure function of (seed, step)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from plan_jax.data.augmentation import AS_STORED, Augmentation, Draw
 from plan_jax.data.dataset import Dataset
 from plan_jax.data.schema import Pair
 from plan_jax.data.sections import sides
-from plan_jax.types import Batch, Record, UserError
+from plan_jax.types import Batch, UserError
 
 PREFETCHED_BATCHES = 4  # read ahead of the step, by each worker
 CHECKED_TEXTS = 256  # of which unknown pieces are counted before training
@@ -356,25 +356,3 @@ class BatchIterator(grain.DatasetIterator):
         if self._reader is not None:
             self._reader.close()
         self._reader = None
-
-
-def read_records(
-    dataset: Dataset, limit: int | None = None, size: int | None = None
-) -> list[Record]:
-    """Reads the first `limit` studies, fitted to a square of `size` pixels.
-
-    Args:
-      dataset: the split to read.
-      limit: number of studies (None: all).
-      size: side of the square (None: images keep their size).
-
-    Raises:
-      UserError: if there are none.
-    """
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    if count < 1:
-        raise UserError(f"{count} records are too few to evaluate; raise the limit to at least 1")
-    records = [dataset[index] for index in range(count)]
-    if size is None:
-        return records
-    return [transforms.fit_record(record, size) for record in records]

@@ -157,9 +157,14 @@ def _encode_png(image: UInt8[np.ndarray, "Y X"]) -> io.BytesIO:
 # Decoding ---------------------------------------------------------------------------------------
 
 
-def from_example(example: dict[str, Any], anatomy_names: tuple[str, ...] = ()) -> Record:
-    """Returns the record of an example of `record_features()` whose image is still encoded."""
-    image = _decode_png(example["image"])
+def from_example(
+    example: dict[str, Any], anatomy_names: tuple[str, ...] = (), *, with_image: bool = True
+) -> Record:
+    """Returns the record of an example of `record_features()` whose image is still encoded.
+
+    Without `with_image` the image is not decoded: it is black, has its shape and takes no memory.
+    """
+    image = _decode_png(example["image"]) if with_image else _blank_png(example["image"])
     width = image.shape[1]
     phrases = _transpose_columns(example["phrases"])
     masks_NYX = unpack_masks(example["masks"], width)
@@ -214,19 +219,23 @@ def _locate(original_shape: Int32[np.ndarray, " N"], shape: tuple[int, int]) -> 
     return Geometry((rows, columns), (shape[0] / rows, shape[1] / columns))
 
 
-def deserialize(data: bytes, anatomy_names: tuple[str, ...] = ()) -> Record:
+def deserialize(
+    data: bytes, anatomy_names: tuple[str, ...] = (), *, with_image: bool = True
+) -> Record:
     """Returns the record of serialised bytes.
 
     Args:
+      data: the serialised record.
       anatomy_names: the names of the record's anatomy masks, in the order in which they are stored.
+      with_image: False for a black image, see `from_example`.
     """
     example = _cached_features().deserialize_example_np(data, decoders=_DECODERS)
-    return from_example(example, anatomy_names)
+    return from_example(example, anatomy_names, with_image=with_image)
 
 
 def deserialize_pair(data: bytes) -> Pair:
     """Returns the part of a serialised record that training reads; decodes nothing else."""
-    example = _pair_features().deserialize_example_np(data, decoders=_DECODERS)
+    example = _select_features(*Pair._fields).deserialize_example_np(data, decoders=_DECODERS)
     return Pair(
         image=_decode_png(example["image"]),
         text=_decode_text(example["text"]),
@@ -238,8 +247,23 @@ def deserialize_pair(data: bytes) -> Pair:
 
 def deserialize_report(data: bytes) -> tuple[str, dict[str, str]]:
     """Returns the text of a serialised record and the sections of its report; nothing else."""
-    example = _report_features().deserialize_example_np(data)
+    example = _select_features("text", "sections").deserialize_example_np(data)
     return _decode_text(example["text"]), _decode_sections(example["sections"])
+
+
+def deserialize_image(data: bytes) -> UInt8[np.ndarray, "Y X 1"]:
+    """Returns the image [Y X 1] of a serialised record; decodes nothing else."""
+    features = _select_features("image")
+    return _decode_png(features.deserialize_example_np(data, decoders=_DECODERS)["image"])
+
+
+def deserialize_field(data: bytes, name: str) -> Any:
+    """Returns `labels` Int8[F], or a text (`text`, `patient_id` ...), of a serialised record.
+
+    Nothing else is decoded.
+    """
+    value = _select_features(name).deserialize_example_np(data)[name]
+    return np.asarray(value, np.int8) if name == "labels" else _decode_text(value)
 
 
 def unpack_masks(packed: UInt8[np.ndarray, "N Y _"], width: int) -> Bool[np.ndarray, "N Y X"]:
@@ -258,20 +282,21 @@ def _cached_features() -> tfds.features.FeaturesDict:
 
 
 @cache
-def _pair_features() -> tfds.features.FeaturesDict:
+def _select_features(*names: str) -> tfds.features.FeaturesDict:
+    """Returns a part of the schema, to decode nothing else."""
     features = _cached_features()
-    return tfds.features.FeaturesDict({name: features[name] for name in Pair._fields})
-
-
-@cache
-def _report_features() -> tfds.features.FeaturesDict:
-    features = _cached_features()
-    return tfds.features.FeaturesDict({name: features[name] for name in ("text", "sections")})
+    return tfds.features.FeaturesDict({name: features[name] for name in names})
 
 
 def _decode_png(encoded: bytes) -> UInt8[np.ndarray, "Y X 1"]:
     with Image.open(io.BytesIO(encoded)) as image:
         return np.array(image, np.uint8)[..., None]
+
+
+def _blank_png(encoded: bytes) -> UInt8[np.ndarray, "Y X 1"]:
+    """Returns a black image of the shape of an encoded one, of which only the header is read."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.broadcast_to(np.uint8(0), (image.height, image.width, 1))
 
 
 def _decode_text(value: bytes | str) -> str:

@@ -14,9 +14,10 @@ import msgpack
 import numpy as np
 import optax
 from flax import serialization
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 from tqdm import tqdm
 
+from plan_jax.heads.examples import StoredRows, count_examples, list_batches, read_batches
 from plan_jax.logger import report_write_errors, write_atomically
 from plan_jax.parallel import print_once
 from plan_jax.types import UserError
@@ -68,7 +69,7 @@ def fit_head(
         the new `stats`.
       params: the initial parameters.
       stats: what changes without a gradient, as BatchNorm's statistics.
-      train: examples to fit to: a tree of numpy arrays with one leading axis of examples.
+      train: examples to fit to, see `heads.examples`; those on disk are read in every epoch.
       validation: examples of the same kind, from which the best epoch is selected.
       optimiser: the optimiser of `params`.
       batch: examples in a batch; all of them where there are fewer.
@@ -139,16 +140,6 @@ def fit_head(
     return FitResult(state["best_params"], state["best_stats"], state["best_score"], history)
 
 
-def take_examples(examples: PyTree, indices: Int[np.ndarray, " N"]) -> PyTree:
-    """Returns the examples at `indices`: those rows of every array of a tree."""
-    return jax.tree.map(lambda x: x[indices], examples)
-
-
-def count_examples(examples: PyTree) -> int:
-    """Returns the number of examples: the length of every array of a tree."""
-    return len(jax.tree.leaves(examples)[0])
-
-
 def mean_loss(
     evaluate_loss: Callable[[PyTree, PyTree, PyTree], Float[Array, ""]],
     params: PyTree,
@@ -158,10 +149,9 @@ def mean_loss(
 ) -> float:
     """Returns the mean loss over all examples, those of an incomplete last batch included."""
     num_examples, total = count_examples(examples), 0.0
-    for start in range(0, num_examples, batch):
-        indices = np.arange(start, min(start + batch, num_examples))
-        value = float(evaluate_loss(params, stats, take_examples(examples, indices)))
-        total += len(indices) * value
+    batches = list_batches(num_examples, batch)
+    for indices, part in zip(batches, read_batches(examples, batches), strict=True):
+        total += len(indices) * float(evaluate_loss(params, stats, part))
     return total / num_examples
 
 
@@ -201,8 +191,8 @@ def _run_epoch(
     trained: Sequence[PyTree] = (state["params"], state["stats"], state["optimiser"])
     # The losses are summed on the device: reading each would wait for every step.
     total_loss, num_steps = jnp.zeros(()), num_examples // batch
-    for step in range(num_steps):
-        examples = take_examples(train, order[step * batch : (step + 1) * batch])
+    batches = list(order[: num_steps * batch].reshape(num_steps, batch))
+    for step, examples in enumerate(read_batches(train, batches)):
         *trained, value = update(*trained, examples, jax.random.fold_in(epoch_key, step))
         total_loss = total_loss + value
     return trained, float(total_loss) / num_steps
@@ -238,6 +228,9 @@ def _hash_of(settings: tuple, *trees: PyTree) -> str:
     """Returns a hash of settings and arrays, so that other data never resume a fit."""
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
     for leaf in jax.tree.leaves(trees):
+        if isinstance(leaf, StoredRows):
+            digest.update(f"{leaf.shape}{leaf.dtype}{leaf.identify()}".encode())
+            continue
         array = np.ascontiguousarray(leaf)
         # Shape and type too: the bytes alone do not tell [2, 3] from [3, 2].
         digest.update(f"{array.shape}{array.dtype}".encode())

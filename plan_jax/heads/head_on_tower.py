@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, PyTree
 
+from plan_jax.heads.examples import Images, map_chunks
 from plan_jax.types import Model, Stages, Tower, UserError
 
 Mode = Literal["frozen", "finetune", "frozen_train_norm"]
 CACHE_BYTES = 2**31  # larger features are not cached but computed batch by batch
-CHUNK_SIZE = 64  # images that pass through the tower at once
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class HeadOnTower:
     Attributes:
       params: the initial parameters, of the head and, with `finetune`, of the tower.
       stats: the initial statistics of BatchNorm, of both.
-      examples: `examples(images)` returns UInt8[N Y X 1] images as examples.
+      examples: `examples(images)` returns UInt8[N Y X 1] images as examples. Features are computed
+        once; images on disk are not held.
       loss: `loss(params, stats, examples, key, train)`, as `fit_head` calls it.
       features: `features(params, stats, examples)` returns the input of the head.
       predict: `predict(params, stats, examples)` returns the head's output for any number of
@@ -42,7 +43,7 @@ class HeadOnTower:
 
     params: PyTree
     stats: PyTree
-    examples: Callable[[UInt8[np.ndarray, "N Y X 1"]], dict[str, PyTree]]
+    examples: Callable[[Images], dict[str, PyTree]]
     loss: Callable[..., tuple[Float[Array, ""], PyTree]]
     features: Callable[[PyTree, PyTree, Mapping[str, PyTree]], PyTree]
     predict: Callable[[PyTree, PyTree, Mapping[str, PyTree]], PyTree]
@@ -116,7 +117,7 @@ def attach_head(
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(features))
     bytes_per_image = num_bytes // len(example["image"])
 
-    def examples_of(images: UInt8[np.ndarray, "N Y X 1"]) -> dict[str, PyTree]:
+    def examples_of(images: Images) -> dict[str, PyTree]:
         # Only a frozen tower gives an image the same features in every epoch.
         if mode != "frozen" or bytes_per_image * len(images) > cache_bytes:
             return {"image": images}
@@ -156,22 +157,6 @@ def _tower_function(
         return (features if finetune else jax.lax.stop_gradient(features)), tower_stats
 
     return apply_tower
-
-
-def map_chunks(
-    function: Callable[[PyTree], PyTree], examples: PyTree, size: int = CHUNK_SIZE
-) -> PyTree:
-    """Applies a function to examples in chunks, padding the last one, and joins the results.
-
-    All chunks have the same size, so a jitted function is compiled once for any number of examples.
-    """
-    num_examples, results = len(jax.tree.leaves(examples)[0]), []
-    for start in range(0, num_examples, size):
-        # The last chunk is padded with copies of the last example, which are cut off again below.
-        indices = np.minimum(np.arange(start, start + size), num_examples - 1)
-        chunk = jax.tree.map(lambda x, indices=indices: x[indices], examples)
-        results.append(jax.device_get(function(chunk)))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_examples], *results)
 
 
 def require_finite(features: PyTree) -> PyTree:

@@ -5,7 +5,7 @@ with constant scores would profit from the order of the candidates.
 """
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 
 def hit_ranks(
@@ -22,6 +22,35 @@ def hit_ranks(
     ranks = 1.0 + (~hits & (scores >= best)).sum(1)
     ranks = np.where(hits.any(1), ranks, np.inf)
     return np.where(np.isnan(scores).any(1), np.nan, ranks)
+
+
+class RankCounter:
+    """Computes `hit_ranks` of queries whose N candidates come in blocks of K.
+
+    All blocks pass twice: through `find_best`, then through `count_above`.
+    """
+
+    def __init__(self, num_queries: int) -> None:
+        """Initialises the ranks of queries without any candidate."""
+        self._best = np.full(num_queries, -np.inf)
+        self._has_hit = np.zeros(num_queries, bool)
+        self._has_nan = np.zeros(num_queries, bool)
+        self._num_above = np.zeros(num_queries, int)
+
+    def find_best(self, scores: Float[np.ndarray, "Q K"], hits: Bool[np.ndarray, "Q K"]) -> None:
+        """Reads the scores of the hits of a block."""
+        self._best = np.maximum(self._best, np.where(hits, scores, -np.inf).max(1))
+        self._has_hit |= hits.any(1)
+        self._has_nan |= np.isnan(scores).any(1)
+
+    def count_above(self, scores: Float[np.ndarray, "Q K"], hits: Bool[np.ndarray, "Q K"]) -> None:
+        """Counts the wrong candidates of a block that score at least as high as the best hit."""
+        self._num_above += (~hits & (scores >= self._best[:, None])).sum(1)
+
+    def ranks(self) -> Float[np.ndarray, " Q"]:
+        """Returns the ranks of the best hits, as `hit_ranks` does."""
+        ranks = np.where(self._has_hit, 1.0 + self._num_above, np.inf)
+        return np.where(self._has_nan, np.nan, ranks)
 
 
 def recall_at(ranks: Float[np.ndarray, " Q"], k: int) -> float:
@@ -46,40 +75,41 @@ def precision_at(scores: Float[np.ndarray, "Q N"], hits: Bool[np.ndarray, "Q N"]
     return float(np.take_along_axis(hits, order, axis=1).mean())
 
 
-def chance_recall(hits: Bool[np.ndarray, "Q N"], k: int) -> float:
-    """Returns the expected `recall_at(k)` of a random order.
+def chance_recall(num_hits: Int[np.ndarray, " Q"], num_candidates: int, k: int) -> float:
+    """Returns the expected `recall_at(k)` of a random order of N candidates.
 
-    *1 - C(N - h, k) / C(N, k)* for a query with h hits among N candidates, mean over queries.
+    *1 - C(N - h, k) / C(N, k)* for a query with h hits, mean over queries.
 
-    >>> chance_recall(np.eye(4, dtype=bool), 1)
+    >>> chance_recall(np.ones(4, int), 4, 1)
     0.25
     """
-    return float(_chance_curve(hits)[min(k, hits.shape[1]) - 1])
+    return float(_chance_curve(num_hits, num_candidates)[min(k, num_candidates) - 1])
 
 
-def chance_median_rank(hits: Bool[np.ndarray, "Q N"]) -> float:
+def chance_median_rank(num_hits: Int[np.ndarray, " Q"], num_candidates: int) -> float:
     """Returns the median rank of a random order: the first rank by which half of the queries hit.
 
     It is infinity if fewer than half of the queries have a hit.
 
-    >>> chance_median_rank(np.eye(4, dtype=bool))
+    >>> chance_median_rank(np.ones(4, int), 4)
     2.0
     """
-    curve = _chance_curve(hits)
+    curve = _chance_curve(num_hits, num_candidates)
     # 1e-9 absorbs the rounding of a product that is 1/2 in exact arithmetic.
     return float(np.argmax(curve >= 0.5 - 1e-9) + 1) if curve[-1] >= 0.5 else float("inf")
 
 
-def _chance_curve(hits: Bool[np.ndarray, "Q N"]) -> Float[np.ndarray, " N"]:
+def _chance_curve(
+    num_hits: Int[np.ndarray, " Q"], num_candidates: int
+) -> Float[np.ndarray, " {num_candidates}"]:
     """Returns the probability of a hit among the first 1..N of a random order, mean over queries.
 
     The binomials cancel to a product over ranks r of *(N - h - r) / (N - r)*, the probability that
     rank r + 1 is wrong too.
     """
-    num_candidates = hits.shape[1]
     # Queries with the same number of hits have the same curve.
-    num_hits, num_queries = np.unique(hits.sum(1), return_counts=True)
+    counts, num_queries = np.unique(num_hits, return_counts=True)
     ranks = np.arange(num_candidates)
-    num_wrong = np.maximum(num_candidates - num_hits[:, None] - ranks, 0)
+    num_wrong = np.maximum(num_candidates - counts[:, None] - ranks, 0)
     miss = (num_wrong / (num_candidates - ranks)).cumprod(1)
-    return num_queries @ (1 - miss) / len(hits)
+    return num_queries @ (1 - miss) / len(num_hits)

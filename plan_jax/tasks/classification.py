@@ -36,8 +36,9 @@ import optax
 from jaxtyping import Bool, Float, Int, PyTree
 from scipy.special import expit, log_softmax
 
-from plan_jax.heads.fit import FitResult, fit_head, take_examples
-from plan_jax.heads.head_on_tower import HeadOnTower, attach_head, map_chunks, require_tower
+from plan_jax.heads.examples import map_chunks, open_images, read_examples, take_examples
+from plan_jax.heads.fit import FitResult, fit_head
+from plan_jax.heads.head_on_tower import HeadOnTower, attach_head, require_tower
 from plan_jax.heads.linear import LOSSES, Linear, feature_statistics
 from plan_jax.metrics import classification as classification_metrics
 from plan_jax.metrics import intervals, slug
@@ -59,6 +60,7 @@ from plan_jax.types import (
     Tower,
     UserError,
     check_options,
+    read_column,
 )
 
 TITLE = "Classification"
@@ -238,7 +240,9 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     for fraction in sorted(set(options.fractions)):
         share = f"{100 * fraction:g}"
         indices = draw_share(len(labels["train"].mask), fraction, context.seed)
-        train = take_examples(examples["train"], indices)
+        train = examples["train"]
+        if len(indices) < len(labels["train"].mask):  # a copy of all features would cost memory
+            train = take_examples(train, indices)
         name = f"classification_{share}"
         fit_result = _fit_share(
             attached, train, examples["val"], options, context, name, description
@@ -315,7 +319,8 @@ def _stack_labels(
 ) -> Int[np.ndarray, "N F"]:
     """Returns the labels to predict, -1 throughout for a record without labels."""
     unknown = np.full(len(findings), -1, np.int8)
-    table = np.stack([r.labels if len(r.labels) else unknown for r in records]).astype(np.int8)
+    rows = read_column(records, "labels")
+    table = np.stack([row if len(row) else unknown for row in rows]).astype(np.int8)
     return table[:, [list(findings).index(name) for name in names]]
 
 
@@ -331,16 +336,14 @@ def _attach_linear(
     tower: Tower, data: EvalData, labels: Mapping[str, Labels], options: Options, seed: int
 ) -> tuple[HeadOnTower, dict[str, dict[str, PyTree]]]:
     """Attaches the linear layer, and returns the examples of each split with it."""
-    images = {
-        split: np.stack([record.image for record in getattr(data, split)]) for split in SPLITS
-    }
+    images = {split: open_images(getattr(data, split)) for split in SPLITS}
     targets = {split: labels[split]._asdict() for split in SPLITS}
     two = np.arange(2) % len(images["train"])  # a split may have a single record
     attached = attach_head(
         tower,
         Linear(labels["train"].mask.shape[1]),
         LOSSES[options.kind],
-        take_examples({"image": images["train"], **targets["train"]}, two),
+        read_examples({"image": images["train"], **targets["train"]}, two),
         select_features=lambda stages: stages.pooled,
         mode="finetune" if options.mode == "finetune" else "frozen",
         native=False,
@@ -361,9 +364,12 @@ def _fit_share(
     """Fits the head to the examples of a share."""
     stats, count = attached.stats, len(train["labels"])
     if options.standardise:
-        features = map_chunks(
-            lambda chunk: attached.features(attached.params, attached.stats, chunk), train
-        )
+        # Those of a frozen tower have been computed.
+        features = train.get("features")
+        if features is None:
+            features = map_chunks(
+                lambda chunk: attached.features(attached.params, attached.stats, chunk), train
+            )
         stats = stats | {"head": feature_statistics(features)}
     steps = options.epochs * (count // min(options.batch, count))
     loss = LOSSES[options.kind]

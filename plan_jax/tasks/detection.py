@@ -30,18 +30,20 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, PyTree
 
 from plan_jax.heads import yolo
 from plan_jax.heads.anchors import anchors_for_size, detect, suppress_non_maxima
-from plan_jax.heads.fit import count_examples, fit_head, mean_loss, take_examples
-from plan_jax.heads.head_on_tower import (
-    HeadOnTower,
-    Mode,
-    attach_head,
+from plan_jax.heads.examples import (
+    Images,
+    count_examples,
+    list_batches,
     map_chunks,
-    require_tower,
+    open_images,
+    take_examples,
 )
+from plan_jax.heads.fit import fit_head, mean_loss
+from plan_jax.heads.head_on_tower import HeadOnTower, Mode, attach_head, require_tower
 from plan_jax.heads.pyramid import last_three_sizes
 from plan_jax.metrics import boxes as box_metrics
 from plan_jax.metrics import intervals, slug
@@ -58,6 +60,8 @@ from plan_jax.types import (
     Tower,
     UserError,
     check_options,
+    read_annotations,
+    select_records,
 )
 
 TITLE = "Detection"
@@ -178,7 +182,7 @@ def requirements(options: Options) -> tuple[str, ...]:
 def check(data: EvalData, options: Options) -> None:
     """Raises UserError if no record of a split has a box to detect."""
     for split in SPLITS:
-        records = getattr(data, split)
+        records = read_annotations(getattr(data, split))
         if not any(len(true_boxes(r, options, data.findings)[0].boxes) for r in records):
             raise UserError(
                 f"task detection needs boxes or masks of phrases, and split {split} has none; add "
@@ -195,12 +199,13 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     """
     check(data, options)
     seed = context.seed
-    records = {split: list(getattr(data, split)) for split in SPLITS}
+    records = {split: getattr(data, split) for split in SPLITS}
     records["train"] = draw_records(records["train"], options.max_train_records, seed)
     truth: dict[str, list[TrueBoxes]] = {}
     num_dropped = 0
     for split in SPLITS:
-        pairs = [true_boxes(record, options, data.findings) for record in records[split]]
+        annotated = read_annotations(records[split])
+        pairs = [true_boxes(record, options, data.findings) for record in annotated]
         truth[split] = [boxes for boxes, _ in pairs]
         num_dropped += sum(dropped for _, dropped in pairs)
     if not any(len(boxes.boxes) for boxes in truth["train"]):
@@ -209,14 +214,15 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
             "learn from; use more records"
         )
     tower = require_tower(model)
-    images = {split: np.stack([r.image for r in records[split]]) for split in SPLITS}
+    images = {split: open_images(records[split]) for split in SPLITS}
     attached = _attach_yolo(tower, images["train"], data.findings, options, seed)
     max_boxes = max(len(x.boxes) for split in ("train", "val") for x in truth[split])
     train, val = (
         attached.examples(images[split]) | pad_boxes(truth[split], max_boxes)
         for split in ("train", "val")
     )
-    detect_boxes = _detector(attached, images["test"].shape[1:3], options)
+    rows, columns = images["test"].shape[1:3]
+    detect_boxes = _detector(attached, (rows, columns), options)
     fit_result = fit_head(
         attached.loss,
         attached.params,
@@ -311,12 +317,12 @@ def typical_boxes(truth: Sequence[TrueBoxes], nms_iou: float = 0.5) -> DetectedB
     return DetectedBoxes(boxes[best], scores[best], classes[best])
 
 
-def draw_records(records: list[Record], max_records: int, seed: int) -> list[Record]:
+def draw_records(records: Sequence[Record], max_records: int, seed: int) -> Sequence[Record]:
     """Returns `max_records` random records in their order; all if it is 0 or there are fewer."""
     if not 0 < max_records < len(records):
         return records
     indices = np.random.default_rng(seed).permutation(len(records))[:max_records]
-    return [records[n] for n in np.sort(indices)]
+    return select_records(records, np.sort(indices).tolist())
 
 
 def _count_classes(options: Options, findings: Sequence[str]) -> int:
@@ -335,18 +341,20 @@ def _box_around_mask(phrase: Phrase) -> tuple[tuple[float, ...], ...]:
 
 def _attach_yolo(
     tower: Tower,
-    images: UInt8[np.ndarray, "N Y X 1"],
+    images: Images,
     findings: Sequence[str],
     options: Options,
     seed: int,
 ) -> HeadOnTower:
+    rows, columns = images.shape[1:3]
+
     def criterion(outputs: tuple, examples: Mapping[str, Any]) -> Float[Array, ""]:
         return yolo.yolo_loss(
             outputs,
             examples["boxes"],
             examples["mask"],
             examples["classes"],
-            size=images.shape[1:3],
+            size=(rows, columns),
             average=options.average,
             published_background=options.published_background,
         )
@@ -383,10 +391,8 @@ def _detector(
         params: PyTree, stats: PyTree, examples: Mapping[str, PyTree]
     ) -> list[DetectedBoxes]:
         detected = []
-        num_examples = count_examples(examples)
         # The maps of all images would not fit into memory.
-        for start in range(0, num_examples, CHUNK_SIZE):
-            indices = np.arange(start, min(start + CHUNK_SIZE, num_examples))
+        for indices in list_batches(count_examples(examples), CHUNK_SIZE):
             maps = attached.predict(params, stats, take_examples(examples, indices))
             for boxes, scores, classes, mask in zip(*map_chunks(detect_batch, maps), strict=True):
                 detected.append(DetectedBoxes(boxes[mask], scores[mask], classes[mask]))
@@ -463,7 +469,7 @@ def _finding_scores(
 
 
 def _select_examples(
-    images: UInt8[np.ndarray, "N Y X 1"],
+    images: Images,
     detected: Sequence[DetectedBoxes],
     truth: Sequence[TrueBoxes],
     count: int,

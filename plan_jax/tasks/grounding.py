@@ -27,15 +27,18 @@ Keys of the metrics:
 - `bare/...`: all of these again for bare phrases.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from plan_jax.heads.examples import read_ahead
 from plan_jax.metrics import grounding as grounding_metrics
 from plan_jax.metrics import intervals, slug
 from plan_jax.tasks.grounding_targets import (
@@ -56,9 +59,11 @@ from plan_jax.types import (
     PhraseExample,
     Record,
     Result,
+    StoredRecords,
     TaskContext,
     UserError,
     check_options,
+    read_annotations,
 )
 
 TITLE = "Phrase grounding"
@@ -69,6 +74,7 @@ PRIMARY_KEYS = ("cnr_signed", "pointing")
 AFLOC_KEY = "miou_afloc"  # left out of the metrics where no map exceeds some threshold
 # Phrases per call of the model. Every call has exactly this many, so that nothing recompiles.
 CHUNK = 64
+RECORD_BLOCK = 256  # records whose images, features and truths are in memory at once
 
 _SCORES = {
     "cnr_signed": (
@@ -190,14 +196,60 @@ class Options:
 
 @dataclass(frozen=True)
 class ScoredPhrase:
-    """A phrase of the record with that index, its truth in the (cropped) image, and its scores."""
+    """A phrase of the record with that index, its truth in the (cropped) image, and its scores.
+
+    The truth is held as compressed bits, because there may be many phrases.
+    """
 
     record_index: int
     text: str
     finding: str
     cnr: float
     pointing: float
-    truth: Bool[np.ndarray, "Y X"]
+    shape: tuple[int, int]
+    compressed: bytes
+
+    @property
+    def truth(self) -> Bool[np.ndarray, "Y X"]:
+        """Returns where the phrase is true [Y X]."""
+        bits = np.frombuffer(zlib.decompress(self.compressed), np.uint8)
+        num_pixels = self.shape[0] * self.shape[1]
+        return np.unpackbits(bits, count=num_pixels).astype(bool).reshape(self.shape)
+
+
+@dataclass
+class PhraseScores:
+    """The scores of all phrases, in full or bare, as blocks of records add them.
+
+    Attributes:
+      bare: whether the phrases are bare.
+      random: draws the random maps.
+      names: the finding of each scored phrase.
+      images: the index of its record.
+      skipped: phrases without a usable truth.
+      outside: phrases that are true only outside of the crop.
+      tables: the scores of each block, by the maps that are scored: "" for the model's, the names
+        of null maps, and `round<t>`.
+      phrases: the scored phrases, unless they are bare.
+    """
+
+    bare: bool
+    random: np.random.Generator
+    names: list[str] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+    skipped: int = 0
+    outside: int = 0
+    tables: dict[str, list[dict[str, np.ndarray]]] = field(default_factory=dict)
+    phrases: list[ScoredPhrase] = field(default_factory=list)
+
+    def add(self, maps: str, scores: dict[str, np.ndarray]) -> None:
+        """Appends the scores of a block."""
+        self.tables.setdefault(maps, []).append(scores)
+
+    def join(self, maps: str) -> dict[str, np.ndarray]:
+        """Returns the scores [N ...] of all blocks."""
+        parts = self.tables[maps]
+        return {key: np.concatenate([scores[key] for scores in parts]) for key in parts[0]}
 
 
 def requirements(options: Options) -> tuple[str, ...]:
@@ -207,6 +259,8 @@ def requirements(options: Options) -> tuple[str, ...]:
 
 def check(data: EvalData, options: Options) -> None:
     """Raises UserError if the evaluated images do not have one size."""
+    if isinstance(data.test, StoredRecords):
+        return
     sizes = sorted({record.image.shape[:2] for record in data.test})
     if len(sizes) != 1:
         raise UserError(
@@ -222,7 +276,8 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
       UserError: see `check`.
     """
     check(data, options)
-    priors = fit_priors(data.prior_records) if len(data.prior_records) else None
+    prior_records = data.prior_records
+    priors = fit_priors(read_annotations(prior_records)) if len(prior_records) else None
     metrics, phrases = score_phrases(
         model, data.test, data.findings, priors=priors, options=options, seed=context.seed
     )
@@ -245,49 +300,95 @@ def score_phrases(
     phrase with a usable truth.
     """
     options = options or Options()
-    views, features = _encode_views(model, records, options)
-    window = _crop_window(records[0], options)
+    sides = {
+        prefix: PhraseScores(bare, np.random.default_rng(seed))
+        for prefix, bare in (("", False), ("bare/", True))
+    }
+    stream = read_ahead(lambda index: records[index], range(len(records)))
+    for start in range(0, len(records), RECORD_BLOCK):
+        block = list(islice(stream, RECORD_BLOCK))
+        views, features = _encode_views(model, block, options)
+        for side in sides.values():
+            _score_block(side, model, block, views, features, start, findings, priors, options)
     metrics: dict[str, float] = {}
-    phrases: list[ScoredPhrase] = []
-    for prefix, bare in (("", False), ("bare/", True)):
-        targets, skipped = collect_targets(views, bare)
-        part = {"n": float(len(targets)), "skipped": float(skipped)}
+    for prefix, side in sides.items():
+        part = {"n": float(len(side.names)), "skipped": float(side.skipped)}
         if options.crop < 1:
-            # A target that the crop removes is empty in the view, so it was counted as skipped.
-            whole, _ = collect_targets(records, bare)
-            part["outside"] = float(sum(not target.truth[window].any() for target in whole))
-            part["skipped"] -= part["outside"]
-        if targets:
-            names = [_finding_name(target, findings) for target in targets]
-            boxes = [_truth_parts(views[target.record_index], target, bare) for target in targets]
-
-            def score(bank: MapBank, targets=targets, boxes=boxes) -> dict[str, np.ndarray]:
-                return _score_maps(bank, targets, boxes)
-
-            scores = score(_heat_maps(model, features, targets, options))
-            part |= _macro_means(scores, names, by_finding=tuple(scores))
-            part |= _macro_intervals(scores, names, targets, options.bootstrap_samples, seed)
-            part |= _prefixed("micro", _macro_means(scores, [""] * len(names)))
-            size = records[0].image.shape[:2]
-            nulls = null_maps(targets, priors, size=size, grid=model.grid, bare=bare, seed=seed)
-            for null, bank in nulls.items():
-                if null == "random":
-                    # Smoothing raises the absolute CNR of noise too, so the null needs it as well.
-                    bank = _smooth(bank, options)
-                else:
-                    # The other maps belong to the whole image: cut them as the image was cut.
-                    maps = grounding_metrics.upsample(bank.maps, size)[:, *window]
-                    bank = replace(bank, maps=maps)
-                part |= _prefixed(null, _macro_means(score(bank), names, by_finding=PRIMARY_KEYS))
-            for rounds in range(model.rounds + 1 if model.rounds else 0):
-                round_scores = score(_heat_maps(model, features, targets, options, rounds))
-                part |= _prefixed(f"round{rounds}", _macro_means(round_scores, names))
-            if not bare:
-                phrases = _to_phrases(targets, names, scores)
-        elif not bare:
+            part["outside"] = float(side.outside)
+        if side.names:
+            part |= _summarise(side, model.rounds, options.bootstrap_samples, seed)
+        elif not side.bare:
             part |= dict.fromkeys(PRIMARY_KEYS, float("nan"))
         metrics |= {f"{prefix}{key}": value for key, value in part.items()}
-    return metrics, phrases
+    return metrics, sides[""].phrases
+
+
+def _score_block(
+    side: PhraseScores,
+    model: Model,
+    records: Sequence[Record],
+    views: Sequence[Record],
+    features: Features,
+    start: int,
+    findings: Sequence[str],
+    priors: Priors | None,
+    options: Options,
+) -> None:
+    """Adds the scores of the phrases of some records, of which the first has the index `start`."""
+    targets, skipped = collect_targets(views, side.bare)
+    side.skipped += skipped
+    window = _crop_window(records[0], options)
+    if options.crop < 1:
+        # A target that the crop removes is empty in the view, so it was counted as skipped.
+        whole, _ = collect_targets(records, side.bare)
+        outside = sum(not target.truth[window].any() for target in whole)
+        side.outside += outside
+        side.skipped -= outside
+    if not targets:
+        return
+    boxes = [_truth_parts(views[target.record_index], target, side.bare) for target in targets]
+    texts, text_index = _encode_texts(model, targets)
+
+    def compute_maps(rounds: int | None = None) -> MapBank:
+        return _heat_maps(model, features, targets, texts, text_index, options, rounds)
+
+    scores = _score_maps(compute_maps(), targets, boxes)
+    side.add("", scores)
+    size = records[0].image.shape[:2]
+    nulls = null_maps(
+        targets, priors, size=size, grid=model.grid, bare=side.bare, random=side.random
+    )
+    for null, bank in nulls.items():
+        if null == "random":
+            # Smoothing raises the absolute CNR of noise too, so the null needs it as well.
+            bank = _smooth(bank, options)
+        else:
+            # The other maps belong to the whole image: cut them as the image was cut.
+            maps = grounding_metrics.upsample(bank.maps, size)[:, *window]
+            bank = replace(bank, maps=maps)
+        side.add(null, _score_maps(bank, targets, boxes))
+    for rounds in range(model.rounds + 1 if model.rounds else 0):
+        side.add(f"round{rounds}", _score_maps(compute_maps(rounds), targets, boxes))
+    names = [_finding_name(target, findings) for target in targets]
+    side.names += names
+    side.images += [start + target.record_index for target in targets]
+    if not side.bare:
+        side.phrases += _to_phrases(targets, names, scores, start)
+
+
+def _summarise(side: PhraseScores, rounds: int, samples: int, seed: int) -> dict[str, float]:
+    """Returns the metrics of all phrases, in full or bare."""
+    names, scores = side.names, side.join("")
+    metrics = _macro_means(scores, names, by_finding=tuple(scores))
+    metrics |= _macro_intervals(scores, names, side.images, samples, seed)
+    metrics |= _prefixed("micro", _macro_means(scores, [""] * len(names)))
+    num_rounds = rounds + 1 if rounds else 0
+    round_names = [f"round{t}" for t in range(num_rounds)]
+    for null in [maps for maps in side.tables if maps and maps not in round_names]:
+        metrics |= _prefixed(null, _macro_means(side.join(null), names, by_finding=PRIMARY_KEYS))
+    for name in round_names:
+        metrics |= _prefixed(name, _macro_means(side.join(name), names))
+    return metrics
 
 
 def illustrate(
@@ -326,8 +427,9 @@ def illustrate(
         Target(row, phrase.text, -1, "", phrase.truth) for row, (_, phrase) in enumerate(selection)
     ]
     rounds = range(model.rounds + 1) if model.rounds else (None,)
+    texts = _encode_texts(model, targets)
     heat_maps_NTyx = np.stack(
-        [_heat_maps(model, features, targets, options, t).maps for t in rounds], axis=1
+        [_heat_maps(model, features, targets, *texts, options, t).maps for t in rounds], axis=1
     )
     return [
         PhraseExample(
@@ -391,19 +493,26 @@ def _crop(record: Record, options: Options) -> Record:
 # Maps --------------------------------------------------------------------------------------------
 
 
+def _encode_texts(
+    model: Model, targets: Sequence[Target]
+) -> tuple[Features, Int[np.ndarray, " N"]]:
+    """Returns the features of the different texts, and the index of each target's text."""
+    texts = sorted({target.text for target in targets})
+    row_of_text = {text: row for row, text in enumerate(texts)}
+    return model.encode_text(texts), np.array([row_of_text[target.text] for target in targets])
+
+
 def _heat_maps(
     model: Model,
     features: Features,
     targets: Sequence[Target],
+    text_features: Features,
+    text_index: Int[np.ndarray, " N"],
     options: Options,
     rounds: int | None = None,
 ) -> MapBank:
-    """Returns the model's heat map of each target, on its grid; each text is encoded once."""
-    texts = sorted({target.text for target in targets})
-    row_of_text = {text: row for row, text in enumerate(texts)}
-    text_features = model.encode_text(texts)
+    """Returns the model's heat map of each target, on its grid."""
     image_index = np.array([target.record_index for target in targets])
-    text_index = np.array([row_of_text[target.text] for target in targets])
     chunks = []
     for start in range(0, len(targets), CHUNK):
         # The last chunk repeats the last target, so that all chunks have one shape.
@@ -537,7 +646,7 @@ def _mean_of_defined(values: Float[np.ndarray, "N M"]) -> Float[np.ndarray, " M"
 def _macro_intervals(
     scores: Mapping[str, np.ndarray],
     names: Sequence[str],
-    targets: Sequence[Target],
+    images: Sequence[int],
     samples: int,
     seed: int,
 ) -> dict[str, float]:
@@ -546,7 +655,7 @@ def _macro_intervals(
     The phrases of one image are not independent of each other, so they stay together.
     """
     labels, group = np.unique(names, return_inverse=True)
-    _, image = np.unique([target.record_index for target in targets], return_inverse=True)
+    _, image = np.unique(images, return_inverse=True)
     metrics: dict[str, float] = {}
     for key in PRIMARY_KEYS:
         sum_and_count_N2F = np.zeros((image.max() + 1, 2, len(labels)))
@@ -563,16 +672,17 @@ def _macro_mean(sum_and_count: Float[np.ndarray, "N 2 F"]) -> float:
 
 
 def _to_phrases(
-    targets: Sequence[Target], names: Sequence[str], scores: Mapping[str, np.ndarray]
+    targets: Sequence[Target], names: Sequence[str], scores: Mapping[str, np.ndarray], start: int
 ) -> list[ScoredPhrase]:
     return [
         ScoredPhrase(
-            target.record_index,
+            start + target.record_index,
             target.text,
             name,
             float(scores["cnr_signed"][row]),
             float(scores["pointing"][row]),
-            target.truth,
+            target.truth.shape,
+            zlib.compress(np.packbits(target.truth).tobytes(), 1),
         )
         for row, (target, name) in enumerate(zip(targets, names, strict=True))
     ]

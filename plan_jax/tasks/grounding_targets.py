@@ -151,11 +151,12 @@ def null_maps(
     size: tuple[int, int],
     grid: tuple[int, int],
     bare: bool = False,
-    seed: int = 0,
+    random: np.random.Generator | int = 0,
 ) -> dict[str, MapBank]:
     """Returns the null maps of the targets by name.
 
-    - `random`: uniform noise on the model's `grid`, a new map for each target.
+    - `random`: uniform noise on the model's `grid`, a new map for each target, by the generator or
+      seed `random`.
     - `centre`: a Gaussian around the image centre; sigma is a quarter of each side.
     - `prior`: the mean lungs.
     - `mean_finding`: the mean mask of the target's finding.
@@ -170,7 +171,7 @@ def null_maps(
     shared = np.zeros(count, int)
     y, x = (((np.arange(length) + 0.5) / length - 0.5) / 0.25 for length in size)
     centre = np.exp(-(y[:, None] ** 2 + x[None] ** 2) / 2).astype(np.float32)
-    noise = np.random.default_rng(seed).random((count, *grid), np.float32)
+    noise = np.random.default_rng(random).random((count, *grid), np.float32)
     banks = {"random": MapBank(noise, np.arange(count)), "centre": MapBank(centre[None], shared)}
     if priors is None:
         return banks

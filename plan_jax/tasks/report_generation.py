@@ -34,10 +34,16 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Float, Int, PyTree
 
+from plan_jax.heads.examples import (
+    Images,
+    list_batches,
+    map_chunks,
+    open_images,
+)
 from plan_jax.heads.fit import FitResult, fit_head
-from plan_jax.heads.head_on_tower import HeadOnTower, Mode, attach_head, map_chunks, require_tower
+from plan_jax.heads.head_on_tower import HeadOnTower, Mode, attach_head, require_tower
 from plan_jax.heads.report_decoder import ReportDecoder, generate, token_loss
 from plan_jax.heads.vocabulary import (
     Cleaning,
@@ -58,6 +64,8 @@ from plan_jax.types import (
     Tower,
     UserError,
     check_options,
+    read_column,
+    select_records,
 )
 
 TITLE = "Report generation"
@@ -140,6 +148,7 @@ METRICS = dict(
 }
 SPLITS = ("train", "val", "test")
 CHUNK_SIZE = 32  # reports that are generated at once
+NEAREST_CHUNK = 1024  # images that are compared with all training images at once
 
 Labeller = Callable[[str], Mapping[str, int]]
 # generate_ids(params, stats, examples) returns the ids [N L] of a report for each example.
@@ -265,7 +274,7 @@ class Options:
 class ReportSplit(NamedTuple):
     """Images and their cleaned reports, none empty, and how many empty reports are left out."""
 
-    images: UInt8[np.ndarray, "N Y X 1"]
+    images: Images
     texts: list[str]
     num_empty: int
 
@@ -278,7 +287,7 @@ def requirements(options: Options) -> tuple[str, ...]:
 def check(data: EvalData, options: Options) -> None:
     """Raises UserError if no record of a split has a report with a word in it."""
     for split in SPLITS:
-        texts = [record.text for record in getattr(data, split)]
+        texts = read_column(getattr(data, split), "text")
         if not any(clean_report(text, options.cleaning) for text in texts):
             raise UserError(
                 f"task report_generation needs text in split {split}, and none of its {len(texts)} "
@@ -352,13 +361,14 @@ def read_reports(
     records: Sequence[Record], options: Options, max_records: int, seed: int
 ) -> ReportSplit:
     """Returns the records that have a report, cleaned; `max_records` random ones, 0 for all."""
-    cleaned = [clean_report(record.text, options.cleaning) for record in records]
+    cleaned = [clean_report(text, options.cleaning) for text in read_column(records, "text")]
     indices = np.flatnonzero([bool(text) for text in cleaned])
     num_empty = len(cleaned) - len(indices)
     if 0 < max_records < len(indices):
         indices = np.sort(np.random.default_rng(seed).permutation(indices)[:max_records])
-    images = np.stack([records[i].image for i in indices.tolist()])
-    return ReportSplit(images, [cleaned[i] for i in indices.tolist()], num_empty)
+    rows = indices.tolist()
+    images = open_images(select_records(records, rows))
+    return ReportSplit(images, [cleaned[i] for i in rows], num_empty)
 
 
 def nearest_rows(
@@ -374,7 +384,9 @@ def nearest_rows(
         x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         for x in (queries, candidates)
     )
-    return (queries @ candidates.T).argmax(1)
+    # In parts, since a table of all queries and candidates would not fit into memory.
+    batches = list_batches(len(queries), NEAREST_CHUNK)
+    return np.concatenate([(queries[rows] @ candidates.T).argmax(1) for rows in batches])
 
 
 def build_optimiser(options: Options, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -433,7 +445,7 @@ def _build_decoder(vocabulary: Vocabulary, options: Options) -> ReportDecoder:
 def _attach_decoder(
     tower: Tower,
     decoder: ReportDecoder,
-    images: UInt8[np.ndarray, "N Y X 1"],
+    images: Images,
     tokens: Mapping[str, Int[np.ndarray, "N T"]],
     options: Options,
     seed: int,

@@ -26,17 +26,25 @@ Keys without a prefix use the model's global similarity, or its first kind if it
 other kinds are under `local/`, `both/`, and under `class/local/`, `class/both/`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from plan_jax.heads.examples import (
+    count_examples,
+    list_batches,
+    open_images,
+    pad_examples,
+    read_examples,
+)
 from plan_jax.metrics import classification as classification_metrics
 from plan_jax.metrics import intervals, slug
 from plan_jax.metrics import retrieval as retrieval_metrics
 from plan_jax.types import (
     EvalData,
+    Features,
     Metric,
     Model,
     Record,
@@ -45,6 +53,8 @@ from plan_jax.types import (
     TaskContext,
     UserError,
     check_options,
+    read_column,
+    select_records,
 )
 
 TITLE = "Image-text retrieval"
@@ -54,6 +64,9 @@ PRECISION_CUTOFFS = (1, 5, 10, 100)  # GLoRIA reports 5, 10, 100, ConVIRT 5, 10,
 PRIMARY_KIND = "global"
 EXAMPLE_TEXTS = 5  # ranked reports of an example on the page
 DIRECTIONS = ("i2t", "t2i")
+IMAGE_BLOCK = 512  # images that are compared with all texts at once
+BLOCK_ENTRIES = 2**21  # of such a table, unless it has fewer than 32 images
+KEPT_BYTES = 2**28  # larger tables of all images are computed twice
 
 
 def _describe_direction(direction: str, route: str) -> dict[str, Metric]:
@@ -148,36 +161,123 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     check(data, options)
     seed = context.seed
     # A record without a report has nothing to retrieve, and all of them would have the same words.
-    records = [record for record in data.test if record.text.strip()]
-    texts = [record.text for record in records]
-    # Case and white space do not make two reports different.
-    normalised = [" ".join(text.lower().split()) for text in texts]
-    _, label, count = np.unique(normalised, return_inverse=True, return_counts=True)
-    hits = label[:, None] == label[None]
-    images = model.encode_image(np.stack([record.image for record in records]))
-    tables = {
-        kind: np.asarray(table, np.float32)
-        for kind, table in model.similarity(images, model.encode_text(texts)).items()
-    }
-    primary = _primary_kind(tables)
+    all_texts = read_column(data.test, "text")
+    with_report = [row for row, text in enumerate(all_texts) if text.strip()]
+    records, texts = select_records(data.test, with_report), [all_texts[i] for i in with_report]
+    label, num_hits = _group_texts(texts)
+    images = model.encode_image(open_images(records))
+    tables = SimilarityTables(model, images, model.encode_text(texts))
+    ranks, example_scores = _rank(tables, label, _draw_examples(len(texts), options, seed))
     metrics = {
-        "n": float(len(records)),
-        "duplicates": float((count[label] > 1).sum()),
-        "without_report": float(len(data.test) - len(records)),
+        "n": float(len(texts)),
+        "duplicates": float((num_hits > 1).sum()),
+        "without_report": float(len(all_texts) - len(texts)),
     }
-    for kind, table in tables.items():
-        prefix = "" if kind == primary else f"{kind}/"
-        for direction, scores in zip(DIRECTIONS, (table, table.T), strict=True):
-            recalls = _recalls(scores, hits, options.bootstrap_samples, seed)
+    for kind, ranks_of_direction in ranks.items():
+        prefix = "" if kind == tables.primary else f"{kind}/"
+        for direction, values in ranks_of_direction.items():
+            recalls = _recalls(values, options.bootstrap_samples, seed)
             metrics |= {f"{prefix}{direction}_{key}": value for key, value in recalls.items()}
     for direction in DIRECTIONS:
         for k in RECALL_CUTOFFS:
-            metrics[f"chance/{direction}_r{k}"] = retrieval_metrics.chance_recall(hits, k)
-        metrics[f"chance/{direction}_median_rank"] = retrieval_metrics.chance_median_rank(hits)
+            chance = retrieval_metrics.chance_recall(num_hits, len(texts), k)
+            metrics[f"chance/{direction}_r{k}"] = chance
+        median = retrieval_metrics.chance_median_rank(num_hits, len(texts))
+        metrics[f"chance/{direction}_median_rank"] = median
     if options.classes:
         metrics |= class_precision(model, data.test, data.findings, options, seed)
-    examples = _examples(records, tables[primary], hits, options.num_examples, seed)
+    examples = [
+        _example(
+            records[row], texts, scores, label == label[row], ranks[tables.primary]["i2t"][row]
+        )
+        for row, scores in example_scores.items()
+    ]
     return Result(metrics, examples)
+
+
+class SimilarityTables:
+    """The similarities of images and texts, a block of images at a time.
+
+    Iterating yields the rows of a block and its table [I T] of each kind, and may be repeated.
+    Small tables are kept; larger ones are computed again, so that memory does not grow with the
+    square of the number of records.
+
+    Attributes:
+      primary: the kind whose metrics have no prefix, known after the first block.
+    """
+
+    def __init__(self, model: Model, images: Features, texts: Features) -> None:
+        """Computes nothing yet."""
+        self._model, self._images, self._texts = model, images, texts
+        self._kept: list[tuple[slice, dict[str, np.ndarray]]] = []
+        self.primary = PRIMARY_KIND
+
+    def __iter__(self) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+        if self._kept:
+            yield from self._kept
+            return
+        kept = []
+        bytes_per_image = 4 * count_examples(self._texts)
+        for rows, tables in self._compute():
+            self.primary = _primary_kind(tables)
+            if len(tables) * bytes_per_image * count_examples(self._images) <= KEPT_BYTES:
+                kept.append((rows, tables))
+            yield rows, tables
+        self._kept = kept
+
+    def _compute(self) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+        size = int(np.clip(BLOCK_ENTRIES // count_examples(self._texts), 32, IMAGE_BLOCK))
+        batches = list_batches(count_examples(self._images), size)
+        for indices in batches:
+            block = read_examples(self._images, indices)
+            if len(batches) > 1:  # for blocks of one size, which are compiled once
+                block = pad_examples(block, size)
+            tables = self._model.similarity(block, self._texts)
+            yield (
+                slice(int(indices[0]), int(indices[-1]) + 1),
+                {
+                    kind: np.asarray(table, np.float32)[: len(indices)]
+                    for kind, table in tables.items()
+                },
+            )
+
+
+def _group_texts(texts: Sequence[str]) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+    """Returns the number of each text's group of texts with the same words, and the group's size.
+
+    Case and white space do not make two reports different.
+    """
+    groups: dict[str, int] = {}
+    label = np.array([groups.setdefault(" ".join(t.lower().split()), len(groups)) for t in texts])
+    return label, np.bincount(label)[label]
+
+
+def _rank(
+    tables: SimilarityTables, label: Int[np.ndarray, " N"], example_rows: Sequence[int]
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[int, np.ndarray]]:
+    """Returns the ranks [N] of each kind and direction, and the scores [N] of some images."""
+    counters: dict[str, retrieval_metrics.RankCounter] = {}
+    image_ranks: dict[str, list[np.ndarray]] = {}
+    scores_of_row = dict.fromkeys(example_rows, np.zeros(0, np.float32))
+    for rows, blocks in tables:
+        hits_IT = label[rows, None] == label
+        for kind, scores_IT in blocks.items():
+            image_ranks.setdefault(kind, []).append(retrieval_metrics.hit_ranks(scores_IT, hits_IT))
+            counters.setdefault(kind, retrieval_metrics.RankCounter(len(label)))
+            counters[kind].find_best(scores_IT.T, hits_IT.T)
+        for row in example_rows:
+            if rows.start <= row < rows.stop:
+                scores_of_row[row] = blocks[tables.primary][row - rows.start].copy()
+    # A text's images are spread over the blocks, so its rank needs a second pass.
+    for rows, blocks in tables:
+        hits_IT = label[rows, None] == label
+        for kind, scores_IT in blocks.items():
+            counters[kind].count_above(scores_IT.T, hits_IT.T)
+    ranks = {
+        kind: {"i2t": np.concatenate(image_ranks[kind]), "t2i": counter.ranks()}
+        for kind, counter in counters.items()
+    }
+    return ranks, scores_of_row
 
 
 def class_precision(
@@ -200,20 +300,21 @@ def class_precision(
         [list(findings).index(name) for name in names] for names in (classes, options.absent)
     )
     candidates, label = _class_candidates(records, columns, absent, options.per_class, seed)
-    if not candidates:
+    if not len(candidates):
         raise UserError(
             f"no record has exactly one of {', '.join(classes)} and none of them unknown; use "
             "fewer config.eval.retrieval.classes, or fewer findings in absent"
         )
     count = np.bincount(label, minlength=len(classes))
-    has_report = np.array([bool(record.text.strip()) for record in candidates])
+    candidate_texts = read_column(candidates, "text")
+    has_report = np.array([bool(text.strip()) for text in candidate_texts])
     metrics = {f"class/{slug(name)}/n": float(n) for name, n in zip(classes, count, strict=True)}
     metrics["class/absent"] = float((count == 0).sum())
     metrics["class/reports"] = float(has_report.sum())
     if not has_report.any():
         return metrics
-    images = model.encode_image(np.stack([record.image for record in candidates]))
-    texts = [record.text for record in candidates if record.text.strip()]
+    images = model.encode_image(open_images(candidates))
+    texts = [text for text in candidate_texts if text.strip()]
     tables = model.similarity(images, model.encode_text(texts))
     primary = _primary_kind(tables)
     hits_IT = label[:, None] == label[has_report][None]
@@ -242,28 +343,26 @@ def _class_candidates(
     absent: Sequence[int],
     per_class: int,
     seed: int,
-) -> tuple[list[Record], Int[np.ndarray, " N"]]:
+) -> tuple[Sequence[Record], Int[np.ndarray, " N"]]:
     """Draws records of exactly one class; returns them with the index of their class."""
-    if not records:
+    if not len(records):
         return [], np.array([], int)
-    all_labels = np.stack([record.labels for record in records])
+    all_labels = np.stack(read_column(records, "labels"))
     labels = all_labels[:, columns]
     is_candidate = classification_metrics.has_single_class(labels, all_labels[:, absent])
-    candidates, label = [], []
+    chosen: list[int] = []
+    label: list[int] = []
     for index, column in enumerate(columns):
         rows = np.flatnonzero(is_candidate & (labels[:, index] == 1))
         # The seed includes the finding, so that a class draws the same records in any selection.
         order = np.random.default_rng([seed, column]).permutation(len(rows))[:per_class]
-        candidates += [records[row] for row in rows[np.sort(order)].tolist()]
+        chosen += rows[np.sort(order)].tolist()
         label += [index] * len(order)
-    return candidates, np.array(label, int)
+    return select_records(records, chosen), np.array(label, int)
 
 
-def _recalls(
-    scores: Float[np.ndarray, "Q N"], hits: Bool[np.ndarray, "Q N"], samples: int, seed: int
-) -> dict[str, float]:
+def _recalls(ranks: Float[np.ndarray, " Q"], samples: int, seed: int) -> dict[str, float]:
     """Returns the median rank, and recall at each cutoff with its interval over queries."""
-    ranks = retrieval_metrics.hit_ranks(scores, hits)
     metrics = {"median_rank": float(np.median(ranks))}
     for k in RECALL_CUTOFFS:
 
@@ -275,30 +374,27 @@ def _recalls(
     return metrics
 
 
-def _examples(
-    records: Sequence[Record],
-    scores: Float[np.ndarray, "I T"],
-    hits: Bool[np.ndarray, "I T"],
-    count: int,
-    seed: int,
-) -> list[RetrievalExample]:
-    """Returns the first reports of random images; a text of several records is listed once."""
-    ranks = retrieval_metrics.hit_ranks(scores, hits)
-    examples = []
-    for i in np.random.default_rng(seed).permutation(len(records))[:count].tolist():
-        retrieved: dict[str, tuple[str, float, bool]] = {}
-        for j in np.argsort(-scores[i], kind="stable").tolist():
-            text = records[j].text
-            retrieved.setdefault(text, (text, float(scores[i, j]), bool(hits[i, j])))
-            if len(retrieved) == EXAMPLE_TEXTS:
-                break
-        examples.append(
-            RetrievalExample(
-                image=records[i].image,
-                text=records[i].text,
-                retrieved=tuple(retrieved.values()),
-                rank=float(ranks[i]),
-                num_candidates=len(records),
-            )
-        )
-    return examples
+def _draw_examples(count: int, options: Options, seed: int) -> list[int]:
+    return np.random.default_rng(seed).permutation(count)[: options.num_examples].tolist()
+
+
+def _example(
+    record: Record,
+    texts: Sequence[str],
+    scores: Float[np.ndarray, " T"],
+    hits: Bool[np.ndarray, " T"],
+    rank: float,
+) -> RetrievalExample:
+    """Returns the first reports of an image; a text of several records is listed once."""
+    retrieved: dict[str, tuple[str, float, bool]] = {}
+    for j in np.argsort(-scores, kind="stable").tolist():
+        retrieved.setdefault(texts[j], (texts[j], float(scores[j]), bool(hits[j])))
+        if len(retrieved) == EXAMPLE_TEXTS:
+            break
+    return RetrievalExample(
+        image=record.image,
+        text=record.text,
+        retrieved=tuple(retrieved.values()),
+        rank=float(rank),
+        num_candidates=len(texts),
+    )

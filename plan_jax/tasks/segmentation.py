@@ -21,8 +21,9 @@ turns by up to 10 degrees and scales by up to 10 %, each image with probability 
 Deviation: Dice is a mean of images, not of batches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,11 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from scipy.special import logit
 
 from plan_jax.heads import setr, unet
-from plan_jax.heads.fit import FitResult, fit_head, take_examples
+from plan_jax.heads.examples import (
+    Images,
+    StoredRows,
+    list_batches,
+    open_images,
+    read_batches,
+    take_examples,
+)
+from plan_jax.heads.fit import FitResult, fit_head
 from plan_jax.heads.head_on_tower import (
     HeadOnTower,
     Mode,
@@ -53,10 +62,12 @@ from plan_jax.types import (
     Model,
     Record,
     Result,
+    StoredRecords,
     TaskContext,
     Tower,
     UserError,
     check_options,
+    read_annotations,
 )
 
 TITLE = "Segmentation"
@@ -95,6 +106,11 @@ METRICS = {
 SPLITS = ("train", "val", "test")
 LUNGS, FINDINGS = "lungs", "findings"
 CHUNK_SIZE = 256  # test images whose features and logits are in memory at once
+MASK_METRICS = {
+    "dice": mask_metrics.dice,
+    "iou": mask_metrics.iou,
+    "dice_positive": mask_metrics.dice_positive,
+}
 
 
 @dataclass(frozen=True)
@@ -170,11 +186,14 @@ class Options:
             )
 
 
+Masks = Shaped[np.ndarray, "N Y X K"] | StoredRows
+
+
 class MaskSplit(NamedTuple):
     """Images, and the masks of every target in them, 0 to 1."""
 
-    images: UInt8[np.ndarray, "N Y X 1"]
-    masks: Shaped[np.ndarray, "N Y X K"]
+    images: Images
+    masks: Masks
 
 
 def requirements(options: Options) -> tuple[str, ...]:
@@ -194,19 +213,20 @@ def check(data: EvalData, options: Options) -> None:
     for split in SPLITS:
         if not len(getattr(data, split)):
             raise UserError(f"task segmentation has no records in split {split}; add some")
-    records = [record for split in SPLITS for record in getattr(data, split)]
-    anatomy = list(dict.fromkeys(name for record in records for name in record.anatomy))
+    anatomy = {split: _list_anatomy(getattr(data, split)) for split in SPLITS}
+    names = dict.fromkeys(name for split in SPLITS for row in anatomy[split] for name in row)
     for target in options.targets:
-        if target in anatomy or target == LUNGS:
-            _check_anatomy(target, data)
+        if target in names or target == LUNGS:
+            _check_anatomy(target, data, anatomy)
         elif target in (FINDINGS, *data.findings):
-            if not any(target_mask(r, target, data.findings).any() for r in data.train):
+            annotated = read_annotations(data.train)
+            if not any(target_mask(r, target, data.findings).any() for r in annotated):
                 raise UserError(
                     f"task segmentation needs masks or boxes of {target!r}, and no training record "
                     f"has any; add some, or drop {target!r} from config.eval.segmentation.targets"
                 )
         else:
-            choices = ", ".join(dict.fromkeys([LUNGS, FINDINGS, *data.findings, *anatomy]))
+            choices = ", ".join(dict.fromkeys([LUNGS, FINDINGS, *data.findings, *names]))
             raise UserError(
                 f"config.eval.segmentation.targets names {target!r}; choose from {choices}"
             )
@@ -224,12 +244,15 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     check(data, options)
     tower, seed = require_tower(model), context.seed
     splits = {
-        split: read_masks(getattr(data, split), options.targets, data.findings) for split in SPLITS
+        split: open_masks(getattr(data, split), options.targets, data.findings) for split in SPLITS
     }
-    has_target = np.any(splits["train"].masks, axis=(1, 2, 3))
+    has_target = np.zeros(len(splits["train"].images), bool)
+    if options.balance:
+        has_target = _find_positives(splits["train"].masks)
     splits["train"] = take_examples(splits["train"], draw_training(has_target, options, seed))
     train, test = splits["train"], splits["test"]
-    is_present = train.masks.any((0, 1, 2))
+    mean_masks = _mean_masks(train.masks)
+    is_present = mean_masks.any((0, 1))
     if not is_present.all():
         raise UserError(
             f"no training record has a mask of {options.targets[int(np.argmin(is_present))]!r} "
@@ -239,23 +262,27 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     attached = _attach_decoder(tower, train, options, seed)
     description = f"{tower.name} {options} {tuple(data.findings)}"
     fit_result = _fit_decoder(attached, splits, options, description, context)
-    predicted = _predict_masks(attached, fit_result, test.images, options.threshold)
-    truth = test.masks > 0.5
-    mean_mask = np.broadcast_to(train.masks.mean(0, dtype=np.float32) > 0.5, truth.shape)
+    predict = partial(_predict_masks, attached, fit_result, threshold=options.threshold)
+    scores, has_mask = _score_masks(predict, test, mean_masks > 0.5)
     metrics: dict[str, float] = {}
     examples = []
     for k, target in enumerate(options.targets):
-        key, true_masks = slug(target), truth[..., k]
-        values, dice = _mask_scores(predicted[..., k], true_masks)
-        baseline, _ = _mask_scores(mean_mask[..., k], true_masks)
+        key, dice = slug(target), scores["dice"][0, :, k]
+        for name, (values, baseline) in scores.items():
+            metrics[f"{key}/{name}"] = mask_metrics.nan_mean(values[:, k])
+            metrics[f"mean_mask/{key}/{name}"] = mask_metrics.nan_mean(baseline[:, k])
         low, high = intervals.bootstrap(dice, n=options.bootstrap_samples, seed=seed)
-        metrics |= {f"{key}/{name}": value for name, value in values.items()}
         metrics |= {f"{key}/dice_low": low, f"{key}/dice_high": high}
-        metrics |= {f"mean_mask/{key}/{name}": value for name, value in baseline.items()}
-        for i in select_examples(dice, np.any(true_masks, axis=(1, 2)), options.num_examples, seed):
-            pair = true_masks[i], predicted[i, ..., k]
-            examples.append(MaskExample(target, test.images[i], *pair, float(dice[i])))
-    counts = {"n_train": len(train.images), "n_test": len(truth), "epochs": len(fit_result.history)}
+        for i in select_examples(dice, has_mask[:, k], options.num_examples, seed):
+            image, truth = test.images[i], test.masks[i] > 0.5
+            predicted = predict(test.images[i : i + 1])[0]
+            pair = truth[..., k], predicted[..., k]
+            examples.append(MaskExample(target, image, *pair, float(dice[i])))
+    counts = {
+        "n_train": len(train.images),
+        "n_test": len(has_mask),
+        "epochs": len(fit_result.history),
+    }
     return Result(metrics | {key: float(count) for key, count in counts.items()}, examples)
 
 
@@ -290,7 +317,7 @@ def target_mask(record: Record, target: str, findings: Sequence[str]) -> Shaped[
 
     A target that is neither an anatomy of the record nor a finding has an empty mask.
     """
-    if names := _anatomy_names(record, target):
+    if names := _select_anatomy(record.anatomy, target):
         masks = [np.asarray(record.anatomy[name]) for name in names]
         dtype = bool if all(mask.dtype == bool for mask in masks) else np.float32
         return np.max([mask.astype(dtype) for mask in masks], axis=0)
@@ -303,15 +330,25 @@ def target_mask(record: Record, target: str, findings: Sequence[str]) -> Shaped[
     return union
 
 
-def read_masks(
+def open_masks(
     records: Sequence[Record], targets: Sequence[str], findings: Sequence[str]
 ) -> MaskSplit:
-    """Returns the images, and the masks with one channel for each target."""
-    masks = [
-        np.stack([target_mask(record, target, findings) for target in targets], -1)
-        for record in records
-    ]
-    return MaskSplit(np.stack([record.image for record in records]), np.stack(masks))
+    """Returns the images, and the masks with one channel for each target; see `open_images`."""
+
+    def stack_masks(record: Record) -> Shaped[np.ndarray, "Y X K"]:
+        return np.stack([target_mask(record, target, findings) for target in targets], -1)
+
+    images = open_images(records)
+    if not isinstance(records, StoredRecords):
+        return MaskSplit(images, np.stack([stack_masks(record) for record in records]))
+    stored_masks = StoredRows(
+        lambda index: stack_masks(records.read_annotations(index)),
+        range(len(records)),
+        (*records.shape, len(targets)),
+        bool,
+        records.identify,
+    )
+    return MaskSplit(images, stored_masks)
 
 
 def draw_training(
@@ -357,25 +394,36 @@ def select_examples(
     return ranking[np.sort(np.r_[ends, middle])].tolist()
 
 
-def _anatomy_names(record: Record, target: str) -> list[str]:
-    """Returns the anatomy of a record that a target consists of."""
+def _select_anatomy(names: Collection[str], target: str) -> list[str]:
+    """Returns the anatomy of a record that a target consists of, of the names of all of it."""
     if target == LUNGS:
-        return [name for name in record.anatomy if "lung" in name.lower()]
-    return [target] if target in record.anatomy else []
+        return [name for name in names if "lung" in name.lower()]
+    return [target] if target in names else []
 
 
-def _check_anatomy(target: str, data: EvalData) -> None:
+def _list_anatomy(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """Returns the names of the anatomy of each record."""
+    # Few different tuples, so that equal ones are held once.
+    unique: dict[tuple[str, ...], tuple[str, ...]] = {}
+    names = (tuple(record.anatomy) for record in read_annotations(records))
+    return [unique.setdefault(row, row) for row in names]
+
+
+def _check_anatomy(
+    target: str, data: EvalData, anatomy: Mapping[str, Sequence[Sequence[str]]]
+) -> None:
     """Raises UserError unless every record has a mask of an anatomy."""
-    if not any(_anatomy_names(record, target) for record in data.train):
+    if not any(_select_anatomy(names, target) for names in anatomy["train"]):
         raise UserError(
             f"task segmentation needs masks of {target!r}, and no training record has one; add "
             f"some, or drop {target!r} from config.eval.segmentation.targets"
         )
     for split in SPLITS:
-        for n, record in enumerate(getattr(data, split)):
-            if not _anatomy_names(record, target):
+        for n, names in enumerate(anatomy[split]):
+            if not _select_anatomy(names, target):
+                patient = getattr(data, split)[n].patient_id
                 raise UserError(
-                    f"record {n} of split {split} (patient {record.patient_id!r}) has no mask of "
+                    f"record {n} of split {split} (patient {patient!r}) has no mask of "
                     f"{target!r}, and others have; add the mask, or remove the record or the target"
                 )
 
@@ -447,30 +495,54 @@ def _fit_decoder(
     )
 
 
+def _find_positives(masks: Masks) -> Bool[np.ndarray, " N"]:
+    """Returns which images have any target."""
+    batches = list_batches(len(masks), CHUNK_SIZE)
+    return np.concatenate([part.any((1, 2, 3)) for part in read_batches(masks, batches)])
+
+
+def _mean_masks(masks: Masks) -> Float[np.ndarray, "Y X K"]:
+    """Returns the mean mask of each target; its pixels are 0 only where all masks are."""
+    total = np.zeros(masks.shape[1:], np.float32)
+    for part in read_batches(masks, list_batches(len(masks), CHUNK_SIZE)):
+        total += part.sum(0, dtype=np.float32)
+    return total / np.float32(len(masks))
+
+
 def _predict_masks(
-    attached: HeadOnTower,
-    fit_result: FitResult,
-    images: UInt8[np.ndarray, "N Y X 1"],
-    threshold: float,
+    attached: HeadOnTower, fit_result: FitResult, images: Images, *, threshold: float
 ) -> Bool[np.ndarray, "N Y X K"]:
-    parts = []
-    for start in range(0, len(images), CHUNK_SIZE):
-        examples = attached.examples(images[start : start + CHUNK_SIZE])
-        logits = require_finite(attached.predict(fit_result.params, fit_result.stats, examples))
-        # Logits are compared with the threshold's: their sigmoid would only cost time.
-        parts.append(logits > logit(threshold))
-    return np.concatenate(parts)
+    examples = attached.examples(images)
+    logits = require_finite(attached.predict(fit_result.params, fit_result.stats, examples))
+    # Logits are compared with the threshold's: their sigmoid would only cost time.
+    return logits > logit(threshold)
 
 
-def _mask_scores(
-    predicted: Bool[np.ndarray, "N Y X"], truth: Bool[np.ndarray, "N Y X"]
-) -> tuple[dict[str, float], Float[np.ndarray, " N"]]:
-    """Returns the means over images, and the Dice of each image."""
-    pair = [masks.reshape(len(masks), -1) for masks in (predicted, truth)]
-    dice = mask_metrics.dice(*pair)
-    values = {
-        "dice": dice,
-        "iou": mask_metrics.iou(*pair),
-        "dice_positive": mask_metrics.dice_positive(*pair),
-    }
-    return {name: mask_metrics.nan_mean(value) for name, value in values.items()}, dice
+def _score_masks(
+    predict: Callable[[Images], Bool[np.ndarray, "N Y X K"]],
+    test: MaskSplit,
+    baseline: Bool[np.ndarray, "Y X K"],
+) -> tuple[dict[str, Float[np.ndarray, "2 N K"]], Bool[np.ndarray, "N K"]]:
+    """Returns the scores of the predicted masks and of one baseline, and which images have a mask.
+
+    Images are predicted and scored in chunks, so that memory does not grow with their number.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in MASK_METRICS}
+    has_mask = []
+    for indices in list_batches(len(test.images), CHUNK_SIZE):
+        chunk = take_examples(test, indices)
+        truth = np.asarray(chunk.masks) > 0.5
+        has_mask.append(truth.any((1, 2)))
+        pair = predict(chunk.images), np.broadcast_to(baseline, truth.shape)
+        for name, metric in MASK_METRICS.items():
+            values = [
+                [metric(_flatten(masks, k), _flatten(truth, k)) for k in range(truth.shape[-1])]
+                for masks in pair
+            ]
+            parts[name].append(np.moveaxis(np.asarray(values), 1, 2))
+    scores = {name: np.concatenate(values, axis=1) for name, values in parts.items()}
+    return scores, np.concatenate(has_mask)
+
+
+def _flatten(masks: Bool[np.ndarray, "N Y X K"], k: int) -> Bool[np.ndarray, "N P"]:
+    return masks[..., k].reshape(len(masks), -1)

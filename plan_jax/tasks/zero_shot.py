@@ -49,6 +49,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.special import expit
 
+from plan_jax.heads.examples import (
+    Images,
+    list_batches,
+    open_images,
+    pad_examples,
+    take_examples,
+)
 from plan_jax.metrics import classification as classification_metrics
 from plan_jax.metrics import intervals, slug
 from plan_jax.types import (
@@ -61,11 +68,14 @@ from plan_jax.types import (
     TaskContext,
     UserError,
     check_options,
+    read_column,
+    select_records,
 )
 
 TITLE = "Zero-shot classification"
 FITS_HEAD = False
 PRIMARY_KIND = "global"
+IMAGE_BLOCK = 512  # images whose features are in memory at once
 
 Prompts = Sequence[str]
 PromptPair = tuple[Prompts, Prompts]  # for and against a finding
@@ -195,8 +205,8 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     names, prompts = _select_prompts(data.prompts, data.findings, options)
     # Findings without prompts are ignored, also as classes of `multiclass`.
     columns = [data.findings.index(name) for name in names]
-    records = list(data.test)
-    all_labels = np.stack([record.labels for record in records])
+    records = data.test
+    all_labels = np.stack(read_column(records, "labels"))
     labels = all_labels[:, columns]
     metrics: dict[str, float] = {"chance/auroc_macro": 0.5}
     if options.kind == "multiclass":
@@ -208,14 +218,14 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
                 f"none of {len(labels)} records has exactly one of {', '.join(names)}{without}; use"
                 " config.eval.zero_shot.kind multilabel, or fewer findings in absent"
             )
-        records = [records[row] for row in np.flatnonzero(is_usable)]
+        records = select_records(records, np.flatnonzero(is_usable).tolist())
         labels = labels[is_usable]
         metrics |= {"n": float(is_usable.sum()), "left_out": float((~is_usable).sum())}
     scores_of_kind = _score_findings(model, records, prompts, options)
     val_scores_of_kind, val_labels = {}, None
     if options.validate and options.kind == "multilabel" and data.validation:
         val_scores_of_kind = _score_findings(model, data.validation, prompts, options)
-        val_labels = np.stack([record.labels for record in data.validation])[:, columns]
+        val_labels = np.stack(read_column(data.validation, "labels"))[:, columns]
     primary = PRIMARY_KIND if PRIMARY_KIND in scores_of_kind else next(iter(scores_of_kind))
     samples, seed = options.bootstrap_samples, context.seed
     for kind, scores in scores_of_kind.items():
@@ -302,8 +312,7 @@ def _score_findings(
     if options.ensemble == "embeddings":
         texts = _average_embeddings(texts, counts)
         counts = [min(count, 1) for count in counts]
-    images = model.encode_image(np.stack([record.image for record in records]))
-    tables = model.similarity(images, texts)
+    tables = _compare(model, open_images(records), texts)
     if options.scoring == "pair" or options.ensemble == "embeddings":
         if PRIMARY_KIND not in tables:
             raise UserError(
@@ -319,6 +328,21 @@ def _score_findings(
         scores = np.stack([_score_pair(*pair, options.scoring) for pair in pairs], axis=1)
         scores_of_kind[kind] = _standardise(scores) if options.scoring == "max" else scores
     return scores_of_kind
+
+
+def _compare(model: Model, images: Images, texts: Features) -> dict[str, np.ndarray]:
+    """Returns the similarities [I T] of images and texts, and keeps no features of the images."""
+    parts: dict[str, list[np.ndarray]] = {}
+    batches = list_batches(len(images), IMAGE_BLOCK)
+    for indices in batches:
+        # A single block is all images, which need no copy.
+        block = images if len(batches) == 1 else take_examples(images, indices)
+        features = model.encode_image(block)
+        if len(batches) > 1:  # for blocks of one size, which are compiled once
+            features = pad_examples(features, IMAGE_BLOCK)
+        for kind, table in model.similarity(features, texts).items():
+            parts.setdefault(kind, []).append(np.asarray(table)[: len(indices)])
+    return {kind: np.concatenate(tables) for kind, tables in parts.items()}
 
 
 def _score_pair(
