@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from plan_jax.data.builders import nih_cxr14, openi
+from plan_jax.data.builders import chexpert, nih_cxr14, openi
 from plan_jax.data.public.source_folder import SourceFolder
 
 TABLES = Path(__file__).resolve().parents[2] / ".cache/public_tables/torchxrayvision/data"
@@ -67,3 +67,33 @@ def test_openi(tmp_path):
     assert len(names) == len(items) == 7430
     assert len(films) == 7469 and names - films == {"CXR1000_IM-0003-1001"}
     assert len(films - names) == 40  # of the reports without text
+
+
+def test_chexpert(tmp_path):
+    shutil.copy(TABLES / "chexpert_train.csv.gz", tmp_path / "train.csv.gz")
+    source = SourceFolder(tmp_path)
+    items = list(chexpert.read_items(source, chexpert.ChexpertConfig(name="", val_fraction=0.0)))
+    assert not source.dropped
+    assert len(items) == 223_414
+    assert len({item.patient_id for item in items}) == 64_540
+    assert len({item.study_id for item in items}) == 187_641
+    assert Counter(item.view for item in items) == {
+        **{"AP": 161_590, "PA": 29_420, "FRONTAL": 17, "LATERAL": 32_387}
+    }
+    # MGCA's code, run on this table with pandas: sizes, overlap and patients that are shared.
+    pools = {"Atelectasis": 1_087, "Cardiomegaly": 1_034, "Consolidation": 537, "Edema": 2_257}
+    rows = list(chexpert._read_rows(source, "train", "train.csv.gz", {}))
+    sizes = list(map(len, chexpert._pools(rows, chexpert.COMPETITION, ignored=("No Finding",))))
+    assert sizes == [*pools.values(), 2_425]
+    splits_of = chexpert._select_mgca(rows)
+    val = {path for path, splits in splits_of.items() if "val" in splits}
+    train = {path for path, splits in splits_of.items() if "train" in splits}
+    patients = {path.split("/")[1] for path in train}
+    assert (len(val), len(train), len(val & train)) == (5_000, 217_433, 4_907)
+    assert sum(path.split("/")[1] in patients for path in val) == 4_990
+    test = list(chexpert._select_5x200(rows))
+    assert len(test) == 1_000 and len({path.split("/")[1] for path in test}) == 969
+    assert sum(path.split("/")[1] in patients for path in test) == 828
+    assert Counter(split for (split,) in chexpert._select_8x200(rows).values()) == {
+        **{"test": 1_600, "val": 80}
+    }
