@@ -9,6 +9,7 @@ from miniatures import chexpert as miniature
 
 from plan_jax.data.builders import chexpert
 from plan_jax.data.builders.chexpert import FINDINGS, ChexpertConfig
+from plan_jax.data.dataset import open_dataset
 from plan_jax.data.public.shapes import draw_mask
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
@@ -144,6 +145,27 @@ def test_by_hash_no_film_has_a_split_of_its_own(tmp_path):
     assert {item.split for item in read(tmp_path, split="hash")[1].values()} == {""}
 
 
+@pytest.mark.parametrize("layout", ["full", "small"])
+def test_records_have_films_labels_and_masks(tmp_path, layout):
+    truth = miniature.write(tmp_path / "source", layout)
+    fields = {"source": str(tmp_path / "source"), "size": 24, "workers": 1}
+    records = [
+        record
+        for split in ("train", "val", "test")
+        for record in open_dataset("chexpert", split, data_dir=str(tmp_path / "data"), **fields)
+    ]
+    frontal = [path for path, *_ in (*miniature.TRAIN, *miniature.VALID, *miniature.TEST)]
+    frontal = sorted(path.removesuffix(".jpg") for path in frontal if "frontal" in path)
+    assert sorted(record.record_id for record in records) == frontal
+    (record,) = [record for record in records if record.record_id.startswith("test/patient64741")]
+    assert record.image.shape[:2] == (20, 24)
+    assert record.labels[FINDINGS.index("Atelectasis")] == 1
+    (phrase,) = record.phrases
+    expected = truth[miniature.MASKED]["Airspace Opacity"][::2, ::2] == 1
+    np.testing.assert_array_equal(phrase.mask, expected)
+    assert phrase.text == "Lung Opacity"
+
+
 # Published selections ----------------------------------------------------------------------------
 
 
@@ -238,7 +260,9 @@ def test_mistakes_are_named(tmp_path):
     table = tmp_path / "CheXpert-v1.0-small/train.csv"
     text = table.read_text()
     table.write_text(text.replace("-1.0", "2.0"))
-    with pytest.raises(UserError, match=r"label '2.0' of train/patient00002.* is none of 1, 0, -1"):
+    with pytest.raises(
+        UserError, match=r"label '2.0' of Edema in train/patient00002.* is not 1, 0, -1"
+    ):
         read(tmp_path)
     table.write_text(text.replace("Path", "File"))
     with pytest.raises(UserError, match="no column 'Path'; its columns are 'File', 'Sex'"):

@@ -20,6 +20,7 @@ import numpy as np
 
 from plan_jax.data import quoting
 from plan_jax.data.public.builder import PublicBuilder
+from plan_jax.data.public.chexpert_labels import check_blank, read_labels
 from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import BY_HASH, Facts
 from plan_jax.data.public.items import FRONTAL_VIEWS, UNUSED, Item, Shape
@@ -27,7 +28,6 @@ from plan_jax.data.public.shapes import parse_coco_runs
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.data.public.splits import assign_by_hash
 from plan_jax.data.tfds import tfds
-from plan_jax.types import UserError
 
 FINDINGS = (
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion"),
@@ -53,7 +53,7 @@ PART_TABLES = {
 BATCHES = tuple(f"CheXpert-v1.0 batch {number + 1} (train {number})" for number in (1, 2, 3))
 OUTLINES = {"valid": "gt_segmentations_val.json", "test": "gt_segmentations_test.json"}
 OUTLINE_NAMES = {"Airspace Opacity": "Lung Opacity"}  # name of CheXlocalize -> of CheXpert
-LABEL_VALUES = {"1": 1, "0": 0, "-1": -1, "1.0": 1, "0.0": 0, "-1.0": -1, "": None}
+BLANK = -2  # value of a label that is not mentioned, until `label_blank` says what it means
 
 FACTS = Facts(
     name="chexpert",
@@ -117,19 +117,15 @@ class ChexpertConfig(PublicConfig):
     def __post_init__(self) -> None:
         """Raises UserError if a value is out of range."""
         super().__post_init__()
-        if self.label_blank not in (-1, 0):
-            raise UserError(
-                f"label_blank {self.label_blank} of dataset {FACTS.name} is not the value of a "
-                "blank label; use 0 for absent, -1 for unknown"
-            )
+        check_blank(self.label_blank, FACTS.name)
 
 
 class Row(NamedTuple):
-    """A row of a table; values are in the order of `FINDINGS`, and None is blank."""
+    """A row of a table; values are in the order of `FINDINGS`."""
 
     path: str  # from `train`, `valid` or `test` on
     view: str
-    values: tuple[int | None, ...]
+    values: tuple[int, ...]
 
     @property
     def patient_id(self) -> str:
@@ -175,7 +171,7 @@ def read_items(source: SourceFolder, config: ChexpertConfig) -> Iterator[Item]:
                 study_id=f"{patient_id}/{study}",
                 view=row.view,
                 labels={
-                    finding: blank if value is None else value
+                    finding: blank if value == BLANK else value
                     for finding, value in zip(FINDINGS, row.values, strict=True)
                 },
                 shapes=shapes_of.pop("_".join(stem.split("/")[1:]), ()),
@@ -232,12 +228,7 @@ def _read_rows(
             source.drop("a path is not that of a film", row[column])
             continue
         path = "/".join([part, *names[1:]])
-        try:
-            values = tuple(LABEL_VALUES[row[finding]] for finding in FINDINGS)
-        except KeyError as error:
-            raise UserError(
-                f"label {error} of {path} in {table} is none of 1, 0, -1 and blank; correct it"
-            ) from None
+        values = read_labels(row, FINDINGS, BLANK, f"{path} in {table}")
         if not is_study:
             yield Row(path, _name_view(row["AP/PA"], row["Frontal/Lateral"] or path), values)
             continue
@@ -364,7 +355,8 @@ def _pools(
     for index, row in enumerate(rows):
         if row.view not in FRONTAL_VIEWS:
             continue
-        present = [(name, row.values[column]) for name, column in columns if row.values[column]]
+        values = [(name, row.values[column]) for name, column in columns]
+        present = [(name, value) for name, value in values if value not in (0, BLANK)]
         for name in classes:
             if present == [(name, 1)]:
                 pools[name].append(index)
