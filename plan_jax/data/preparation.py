@@ -37,6 +37,7 @@ from plan_jax.data.builders.rsna_pneumonia import RsnaPneumonia, RsnaPneumoniaCo
 from plan_jax.data.builders.shenzhen import Shenzhen, ShenzhenConfig
 from plan_jax.data.builders.siim_pneumothorax import SiimPneumothorax, SiimPneumothoraxConfig
 from plan_jax.data.builders.tbx11k import Tbx11k, Tbx11kConfig
+from plan_jax.data.builders.vindr_cxr import VindrCxr, VindrCxrConfig
 from plan_jax.data.faults import DISK_ERRORS, find_system_error, name_damage
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
@@ -65,6 +66,7 @@ BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.Builder
     "rexgradient": (Rexgradient, RexgradientConfig),
     "covidx": (Covidx, CovidxConfig),
     "object_cxr": (ObjectCxr, ObjectCxrConfig),
+    "vindr_cxr": (VindrCxr, VindrCxrConfig),
 }
 DEFAULT_DATA_DIR = "~/.cache/plan_jax"
 # The file that marks a prepared dataset: TFDS renames the folder when everything is written.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from plan_jax.data.builders import rsna_pneumonia, siim_pneumothorax
+from plan_jax.data.builders import rsna_pneumonia, siim_pneumothorax, vindr_cxr
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.data.public.splits import count_leaks
 
@@ -85,3 +85,20 @@ def test_siim_pneumothorax(tmp_path, rule):
         assert sizes == {"train": 8_578, "val": 1_910, "test": 1_903}
         leaks = count_leaks([(item.patient_id, item.split) for item in items])
         assert leaks == {"val": 161, "test": 154}
+
+
+def test_vindr_cxr(tmp_path):
+    packed = TABLES / "vinbigdata-train.csv.gz"
+    (tmp_path / "train.csv").write_bytes(gzip.decompress(packed.read_bytes()))
+    source = SourceFolder(tmp_path)
+    config = vindr_cxr.VindrCxrConfig(name="", min_readers=1, fuse_boxes=False)
+    items = list(vindr_cxr.read_items(source, config))
+    assert not source.dropped
+    assert len(items) == 15_000
+    assert sum(len(item.boxes) for item in items) == 67_914 - 31_818  # rows with a finding
+    counts = [sum(item.labels[name] for item in items) for name in vindr_cxr.KAGGLE_FINDINGS]
+    assert counts == [
+        *(3_067, 186, 452, 2_300, 353, 386, 613, 1_322, 826, 1_134, 1_032, 1_981, 96, 1_617),
+        10_606,
+    ]
+    assert sum(bool(item.boxes) for item in items) == 4_394
