@@ -6,11 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from miniatures import nih_cxr14 as miniature
+from tiny_models import make_tiny_model
 
+from configs import testing
+from configs.eval import nih_linear
+from plan_jax.config import Config
 from plan_jax.data.builders import nih_cxr14
 from plan_jax.data.builders.nih_cxr14 import FINDINGS, NihCxr14Config
 from plan_jax.data.dataset import open_dataset
 from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.evaluate import evaluate_model
 from plan_jax.types import UserError
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared/data/nih_sample"
@@ -163,13 +168,24 @@ def test_the_tables_of_real_films_are_read():
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the sample of real films is not on this machine")
-def test_real_films_are_prepared(tmp_path):
-    fields = {"source": str(SAMPLE), "size": 32, "workers": 1, "data_dir": str(tmp_path)}
+def test_a_linear_probe_runs_on_real_films(tmp_path):
+    fields = {"source": str(SAMPLE), "size": 32, "workers": 1}
     sizes = {}
     for split in ("train", "val", "test"):
-        dataset = open_dataset("nih_cxr14", split, **fields)
+        dataset = open_dataset("nih_cxr14", split, data_dir=str(tmp_path), **fields)
         sizes[split] = len(dataset)
         record = dataset[0]
         assert record.image.shape == (32, 32, 1) and np.ptp(record.image) > 100
         assert record.geometry.shape == (256, 256) and record.view in ("PA", "AP")
     assert sum(sizes.values()) == 621 and min(sizes.values()) > 40
+    config = testing.get_config().to_dict()
+    protocol = nih_linear.get_config().to_dict()
+    config["data"] |= protocol["data"] | {"dir": str(tmp_path), "builder": fields}
+    options = protocol["eval"]["classification"] | {"fractions": (1.0,), "epochs": 2}
+    config["eval"] |= protocol["eval"] | {"classification": options | {"bootstrap_samples": 20}}
+    metrics = evaluate_model(make_tiny_model(), Config.from_dict(config), "test").metrics
+    assert metrics["classification/100/n_train"] == sizes["train"]
+    # Edema is in no film of the test split.
+    assert np.isnan(metrics["classification/100/edema/auroc"])
+    assert metrics["classification/100/labels_skipped"] == 1
+    assert 0.3 < metrics["classification/100/auroc_macro"] < 1
