@@ -1,7 +1,7 @@
 """ConVIRT, as its paper trains it on MIMIC-CXR; with `:phantom`, on a laptop.
 
 plan-jax --config convirt:phantom
-plan-jax --config convirt --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config convirt --config.data.source=MIMIC_CXR
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,6 @@ from configs import base
 def get_config(size: str = "paper") -> ConfigDict:
     """Returns the experiment; constants from arXiv 2010.00747, section 3.4 and appendix A.
 
-    Deviation: the whole report instead of one random sentence.
     Deviation: cosine decay instead of decay on a plateau.
     Deviation: MGCA's heads and width instead of two layers to 512 dimensions.
     Deviation: in mirrored images the words left and right change places.
@@ -26,6 +25,7 @@ def get_config(size: str = "paper") -> ConfigDict:
         config.vision.pool = "mean"  # the map is only meaningful for a mean over pixels
     else:
         config.vision.local_stage = 3  # the map whose mean the global head is trained on
+        config.data.caption = "convirt"  # one random sentence
         config.text.name = "bert_base"
         config.batch = 32
         config.data.augment.name = "convirt"

@@ -1,7 +1,7 @@
 """GLoRIA, as its code trains it; with `:phantom`, on a laptop.
 
 plan-jax --config gloria:phantom
-plan-jax --config gloria --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config gloria --config.data.source=MIMIC_CXR
 """
 
 from ml_collections import ConfigDict
@@ -12,8 +12,8 @@ from configs import base
 def get_config(size: str = "paper") -> ConfigDict:
     """Returns the experiment; constants from github.com/marshuang80/gloria at 416466a.
 
-    Deviation: the whole report instead of one random sentence; its vector is the mean of its
-    pieces instead of all slots.
+    Deviation: reports of MIMIC-CXR instead of CheXpert's, which were private.
+    Deviation: the vector of a text is the mean of its pieces instead of all slots.
     Deviation: cosine decay instead of decay on a plateau.
     Deviation: linear heads on the text side, where the code has none.
     """
@@ -24,6 +24,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             {"normalise_attention": True}
         )  # raw products saturate in 64 dimensions
     else:
+        config.data.caption = "gloria"  # one random sentence of the impression
         config.text.name = "bert_base"
         config.text.pool = "mean"
         config.text.sum_last_layers = 4

@@ -1,7 +1,7 @@
 """MGCA, as its code trains it on MIMIC-CXR; with `:phantom`, on a laptop.
 
 plan-jax --config mgca:phantom
-plan-jax --config mgca --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config mgca --config.data.source=MIMIC_CXR
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """PLACE, at the size of MGCA (its own settings are not public); with `:phantom`, on a laptop.
 
 plan-jax --config place:phantom
-plan-jax --config place --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config place --config.data.source=MIMIC_CXR
 """
 
 from ml_collections import ConfigDict

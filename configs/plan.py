@@ -1,7 +1,7 @@
 """PLAN, at the size of MGCA (its own settings are not public); with `:phantom`, on a laptop.
 
 plan-jax --config plan:phantom
-plan-jax --config plan --config.data.builder.manifest=DIR/manifest.csv
+plan-jax --config plan --config.data.source=MIMIC_CXR
 """
 
 from ml_collections import ConfigDict

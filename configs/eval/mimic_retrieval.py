@@ -2,14 +2,15 @@
 
 plan-jax --config eval/mimic_retrieval --checkpoint runs/plan
 
-You create the manifest. Its columns are `image`, `patient_id`, `split`, `text` and CheXpert's eight
-label columns of the 8x200 set. Of the first `eval.limit` test images, at most 200 of each class
-that have exactly one of the labels are drawn with the run's seed.
+The official test split of MIMIC-CXR: frontal images, impression and findings as the report. The
+classes are the eight of CheXpert 8x200, by the labels of CheXpert's labeller, where a blank is 0.
+Of the first `eval.limit` images, at most 200 of each class that have exactly one of the labels are
+drawn with the run's seed.
 """
 
 from ml_collections import ConfigDict
 
-from configs.eval.benchmark import benchmark, manifest
+from configs.eval.benchmark import benchmark, public
 
 LABELS = (
     "Atelectasis",
@@ -25,6 +26,6 @@ LABELS = (
 
 def get_config() -> ConfigDict:
     """Returns the benchmark."""
-    data = manifest("mimic_cxr/manifest.csv", has_text=True, label_columns=LABELS, label_blank=0)
+    data = public("mimic_cxr", label_blank=0)
     options = {"classes": LABELS, "cuts": (1, 5, 10, 50, 100)}
     return benchmark("retrieval", data, limit=5000, options=options)
