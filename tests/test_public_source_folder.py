@@ -1,7 +1,9 @@
 """The folder of a public dataset: tables by name, packed or not, and what is not there."""
 
 import gzip
+import io
 import json
+import tarfile
 
 import pytest
 
@@ -123,3 +125,28 @@ def test_what_is_dropped_never_shows_a_text(tmp_path):
     source = SourceFolder(tmp_path)
     source.drop("no image", "There is a large effusion on the left side of the patient")
     assert source.dropped == {"no image": ["a text of 57 characters"]}
+
+
+def test_small_files_of_a_packed_archive_are_read_without_unpacking(tmp_path):
+    contents = {
+        "a/1.xml": b"<a/>",
+        "a/2.txt": b"text",
+        "a/3.xml": bytes(2**20 + 1),
+        "../4.xml": b"4",
+    }
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("a/5.xml")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(link)
+    source = SourceFolder(tmp_path)
+    assert dict(source.read_tar("a.tgz", ".xml")) == {"a/1.xml": b"<a/>", "../4.xml": b"4"}
+    assert source.dropped == {"a file of an archive is too large": ["a/3.xml"]}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tgz"]
+    whole = (tmp_path / "a.tgz").read_bytes()
+    (tmp_path / "a.tgz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"a.tgz in .* is damaged"):
+        list(source.read_tar("a.tgz", ".xml"))
