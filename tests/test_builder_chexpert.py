@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from miniatures import chexpert as miniature
 
+from configs.eval import chexpert_5x200, chexpert_14, chexpert_linear, chexpert_zero_shot
 from plan_jax.data.builders import chexpert
 from plan_jax.data.builders.chexpert import FINDINGS, ChexpertConfig
 from plan_jax.data.dataset import open_dataset
@@ -246,6 +247,17 @@ def test_mgca_trains_on_what_it_validates_on(tmp_path, monkeypatch):
     assert splits["train"] == [0, 1, 5, 6, 7, 9, 10, 11]
     assert splits["unused"] == [2, 3, 8]
     assert [key.rpartition("#")[2] for key in items if "#" in key] == ["val", "val"]
+
+
+def test_the_configs_name_rules_options_and_labels_of_the_builder():
+    for module in (chexpert_14, chexpert_5x200, chexpert_linear, chexpert_zero_shot):
+        config = module.get_config()
+        assert config.data.name == "chexpert"
+        fields = ChexpertConfig(name="", **config.data.builder.to_dict())
+        assert fields.split_rule in chexpert.FACTS.splits
+    assert chexpert_5x200.CLASSES == chexpert.COMPETITION
+    assert {*chexpert_5x200.CLASSES, *chexpert_5x200.ABSENT, "No Finding"} == {*FINDINGS}
+    assert chexpert_linear.LABELS == chexpert_zero_shot.LABELS == chexpert.COMPETITION
 
 
 # Mistakes ----------------------------------------------------------------------------------------

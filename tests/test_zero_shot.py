@@ -306,6 +306,22 @@ def test_chexpert_5x200_takes_records_of_one_class_and_nothing_else():
     assert metrics["chance/accuracy"] == 1 / 5 and "pneumonia/f1" not in metrics
 
 
+def test_only_the_labels_of_the_options_are_scored_in_their_order():
+    labels = [[1, 0, 0], [0, 1, 0], [0, 1, 1], [1, 0, 1]]
+    records = [make_numbered_record(i, row) for i, row in enumerate(labels)]
+    positive = ("covid", "virus", "clear", "healthy")
+    metrics = classify(
+        lambda i, text: float(i) if text in positive else 0.0,
+        records,
+        labels=("covid_19", "normal"),
+    )
+    assert metrics["findings_scored"] == 2
+    assert metrics["covid_19/auroc"] == 1.0 and metrics["normal/auroc"] == 0.5
+    assert "pleural_effusion/auroc" not in metrics
+    with pytest.raises(UserError, match="labels has 'oedema', which is none of the data's"):
+        classify(lambda i, text: float(i), records, labels=("oedema",))
+
+
 # Mistakes ----------------------------------------------------------------------------------------
 
 

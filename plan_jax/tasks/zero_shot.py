@@ -157,6 +157,7 @@ class Options:
       scoring: from similarities to a score.
       kind: each finding on its own, or one class for each image.
       ensemble: what is averaged over the prompts of a side.
+      labels: the findings to score, of those that have prompts; () for all.
       absent: for `multiclass`, the findings that must be 0 in a record. CheXpert 5x200 asks it of
         the eight that are neither one of its classes nor "No Finding".
       validate: choose thresholds on the split `val`, for F1 and accuracy.
@@ -169,6 +170,7 @@ class Options:
     scoring: Scoring = "contrast"
     kind: Kind = "multilabel"
     ensemble: Ensemble = "scores"
+    labels: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     validate: bool = False
     bootstrap_samples: int = 1000
@@ -210,7 +212,8 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     labels = all_labels[:, columns]
     metrics: dict[str, float] = {"chance/auroc_macro": 0.5}
     if options.kind == "multiclass":
-        absent = [data.findings.index(name) for name in _absent_findings(data.findings, options)]
+        names_absent = _find_findings("absent", options.absent, data.findings)
+        absent = [data.findings.index(name) for name in names_absent]
         is_usable = classification_metrics.has_single_class(labels, all_labels[:, absent])
         if not is_usable.any():
             without = f" and none of {', '.join(options.absent)}" if absent else ""
@@ -257,8 +260,9 @@ def _select_prompts(
     The negative prompts are empty for `max`, so that they are not encoded in vain.
     """
     prompts_of_slug = {slug(name): pair for name, pair in prompts.items()}
-    absent = _absent_findings(findings, options)
-    names = [name for name in findings if slug(name) in prompts_of_slug and name not in absent]
+    absent = _find_findings("absent", options.absent, findings)
+    labels = _find_findings("labels", options.labels, findings) or findings
+    names = [name for name in labels if slug(name) in prompts_of_slug and name not in absent]
     if not names:
         raise UserError(
             f"prompts for {', '.join(prompts) or 'nothing'} name none of the data's findings "
@@ -274,20 +278,20 @@ def _select_prompts(
     return names, [(pair[0], pair[1] if num_sides == 2 else ()) for pair in pairs]
 
 
-def _absent_findings(findings: Sequence[str], options: Options) -> list[str]:
-    """Returns the data's findings that records must not have.
+def _find_findings(option: str, names: Sequence[str], findings: Sequence[str]) -> list[str]:
+    """Returns the data's findings that an option names, in its order.
 
     Raises:
       UserError: the data have no such finding.
     """
     finding_of_slug = {slug(name): name for name in findings}
-    for name in options.absent:
+    for name in names:
         if slug(name) not in finding_of_slug:
             raise UserError(
-                f"config.eval.zero_shot.absent has {name!r}, which is none of the data's findings "
-                f"({', '.join(findings)}); add its column, or leave it out"
+                f"config.eval.zero_shot.{option} has {name!r}, which is none of the data's findings"
+                f" ({', '.join(findings)}); add its column, or leave it out"
             )
-    return [finding_of_slug[slug(name)] for name in options.absent]
+    return [finding_of_slug[slug(name)] for name in names]
 
 
 # Scores ------------------------------------------------------------------------------------------
