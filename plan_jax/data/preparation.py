@@ -21,6 +21,7 @@ from absl import logging
 
 from plan_jax.data.builders.brax import Brax, BraxConfig
 from plan_jax.data.builders.chest_imagenome import ChestImagenome, ChestImagenomeConfig
+from plan_jax.data.builders.chestx_det import ChestxDet, ChestxDetConfig
 from plan_jax.data.builders.chexpert import Chexpert, ChexpertConfig
 from plan_jax.data.builders.covidx import Covidx, CovidxConfig
 from plan_jax.data.builders.jsrt import Jsrt, JsrtConfig
@@ -67,6 +68,7 @@ BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.Builder
     "covidx": (Covidx, CovidxConfig),
     "object_cxr": (ObjectCxr, ObjectCxrConfig),
     "vindr_cxr": (VindrCxr, VindrCxrConfig),
+    "chestx_det": (ChestxDet, ChestxDetConfig),
 }
 DEFAULT_DATA_DIR = "~/.cache/plan_jax"
 # The file that marks a prepared dataset: TFDS renames the folder when everything is written.
