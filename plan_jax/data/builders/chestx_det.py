@@ -1,7 +1,7 @@
 """ChestX-Det: 3,578 films of NIH ChestX-ray14 with outlines of 13 findings; and ChestX-Det10."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from plan_jax.data.public.builder import PublicBuilder
@@ -96,10 +96,10 @@ def read_items(source: SourceFolder, config: PublicConfig) -> Iterator[Item]:
             )
 
 
-def _read_entries(source: SourceFolder, table: str) -> list[Mapping[str, Any]]:
+def _read_entries(source: SourceFolder, table: str) -> list[dict[str, Any]]:
     """Returns the entries of a list, whose fields exist and whose findings are known."""
     try:
-        entries = [
+        entries: list[dict[str, Any]] = [
             {
                 "file_name": str(entry["file_name"]),
                 "syms": list(entry["syms"]),
