@@ -68,6 +68,7 @@ ONLY_IN = {
         "plan_jax/weights/sources.py",
         "tools/benchmark_losses.py",
         "tools/benchmark_encoders.py",
+        "tools/benchmark_records.py",
     ),
     "pickle": (),
     "cloudpickle": (),

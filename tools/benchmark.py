@@ -6,6 +6,7 @@ memory    temporary memory of a method's loss and gradient, as the batch grows
 losses    GLoRIA's and MGCA's losses against their originals in torch (no --config; needs torch)
 encoders  the towers at the papers' sizes against torch's (no --config; needs `make parity`)
 kernels   the CPU kernels in whole towers against XLA's own operations (no --config)
+records   the loader from records and from films, and preparation, against torch (no --config)
 augment   decoding and each preset of `data.augment`, against a compiled batch (no --config)
 
 Times are meaningful only on a quiet machine. The share of the CPUs that other processes use is read
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 MAX_LOAD = 0.05  # share of all CPUs that other processes may use
 MIN_REPEATS = 10  # with fewer readings a median means little
 MEMORY_BATCHES = (16, 32, 64, 128)
-AGAINST_TORCH = ("losses", "encoders")
+AGAINST_TORCH = ("losses", "encoders", "records")
 WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels", "augment")
 
 
@@ -264,12 +265,18 @@ def compare_with_torch(args: argparse.Namespace) -> None:
     try:
         if args.what == "losses":
             import benchmark_losses as comparison
+        elif args.what == "records":
+            import benchmark_records
         else:
             import benchmark_encoders as comparison
     except ModuleNotFoundError as error:
         sys.exit(f"{args.what} needs {error.name}; pip install {error.name}, or make parity")
     meter = LoadMeter()
-    comparison.main(max(args.repeats, MIN_REPEATS), threads)
+    repeats = max(args.repeats, MIN_REPEATS)
+    if args.what == "records":
+        benchmark_records.main(repeats, args.steps)
+    else:
+        comparison.main(repeats, threads)
     meter.report()
 
 
