@@ -255,6 +255,13 @@ class StoredRecords(Sequence[Record]):
         """Returns the records at some indices."""
 
     @abstractmethod
+    def augment(self, preset: str, draws: int, seed: int) -> "StoredRecords":
+        """Returns all records `draws` times, one copy after the other, each image by its own draw.
+
+        `preset` is a name of `data.augmentation.PRESETS`.
+        """
+
+    @abstractmethod
     def identify(self) -> str:
         """Returns a digest of the stored bytes of all records."""
 

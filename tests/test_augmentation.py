@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from typing import get_args, get_type_hints
 
 import chex
 import numpy as np
 import pytest
+from fitted_heads import make_tower
 from PIL import Image
 from records import FINDINGS, REGION_NAMES, make_record
+from task_runs import check_task, run_task
 
 from configs import mgca, testing
 from plan_jax import config as configs
@@ -16,8 +19,10 @@ from plan_jax.data import augmentation, loader, schema, transforms
 from plan_jax.data import tokenizer as tokenization
 from plan_jax.data.augmentation import PRESETS, Augmentation, Draw
 from plan_jax.data.dataset import Dataset
+from plan_jax.data.records import open_records
 from plan_jax.main import apply_overrides
-from plan_jax.types import Phrase, Record, UserError
+from plan_jax.tasks import classification
+from plan_jax.types import Model, Phrase, Record, UserError, read_column, select_records
 
 SIZE = 64
 GEOMETRIC = {
@@ -334,7 +339,80 @@ def test_regions_without_a_counterpart_are_refused_before_training(dataset, toke
     lopsided = Dataset(dataset.source, FINDINGS, region_names=("left lung", "heart", "spine"))
     options = dict(batch_size=4, size=24, max_tokens=16, max_words=10, seed=3)
     with pytest.raises(UserError, match="have 'left lung' and not 'right lung'"):
-        loader.train_batches(lopsided, tokenizer, augment=PRESETS["convirt"], **options)
+        loader.train_batches(
+            lopsided, tokenizer, augment=PRESETS["convirt"], extra=("regions",), **options
+        )
+    iterator = loader.train_batches(lopsided, tokenizer, augment=PRESETS["convirt"], **options)
+    assert next(iterator).image.any(), "a method that reads no regions needs no counterparts"
+    iterator.close()
+
+
+# Records that heads are fitted to ----------------------------------------------------------------
+
+
+def test_augmented_copies_are_a_function_of_seed_record_and_copy(dataset):
+    findings = ("left mass", "right mass")
+    sided = Dataset(dataset.source, findings, ("lung", "heart"), REGION_NAMES)
+    records = open_records(sided, None, 24)
+    copies = records.augment("chexpert_moco", 3, seed=5)
+    assert len(copies) == 36 and copies.shape == (24, 24)
+    labels, texts = read_column(copies, "labels"), read_column(copies, "text")
+    num_mirrored = 0
+    for row in range(36):
+        rng = make_rng((5, row % 12, row // 12))
+        names = findings, REGION_NAMES
+        stored = records.dataset[row % 12]
+        expected = augmentation.augment_record(stored, PRESETS["chexpert_moco"], 24, rng, *names)
+        np.testing.assert_array_equal(copies.read_image(row), expected.image)
+        assert labels[row].tolist() == expected.labels.tolist() and texts[row] == expected.text
+        num_mirrored += labels[row].tolist() != stored.labels.tolist()
+    assert 8 < num_mirrored < 28
+    part = select_records(copies, [30, 2])
+    np.testing.assert_array_equal(part.read_image(0), copies.read_image(30))
+    digests = [copies, part, records.augment("mgca", 3, 5), records.augment("chexpert_moco", 3, 6)]
+    assert len({records.identify() for records in digests}) == 4
+    with pytest.raises(UserError, match="'left mass' and not 'right mass'"):
+        lopsided = Dataset(sided.source, ("left mass", "b"), sided.anatomy_names, REGION_NAMES)
+        open_records(lopsided, None, 24).augment("convirt", 1, 0)
+
+
+def test_a_head_is_fitted_to_augmented_copies(monkeypatch):
+    random = make_rng(0)
+    images = random.integers(0, 256, (60, 4, 4, 1), dtype=np.uint8)
+    records = [
+        Record(image, "", str(n), np.int8([image.mean() > 128])) for n, image in enumerate(images)
+    ]
+    stored = open_records(Dataset([schema.serialize(r) for r in records], ("mass",)), None, 4)
+    fits, fit_head = [], classification.fit_head
+
+    def record_fit(loss, params, stats, train, *args, **options):
+        fits.append(train)
+        return fit_head(loss, params, stats, train, *args, **options)
+
+    monkeypatch.setattr(classification, "fit_head", record_fit)
+    model = Model("net", (2, 2), 0, 4, None, None, None, None, tower=make_tower())
+    options = classification.Options(fractions=(0.5,), epochs=1, bootstrap_samples=2)
+    options = dataclasses.replace(options, augment="mgca", augment_copies=3)
+    parts = {"train": range(30), "val": range(30, 45), "test": range(45, 60)}
+    splits = {split: stored.select(indices) for split, indices in parts.items()}
+    metrics, _ = run_task(classification, model, splits, options, findings=("mass",))
+    assert metrics["50/n_train"] == 15
+    share = classification.draw_share(30, 0.5, 0)
+    copies = splits["train"].augment("mgca", 3, 0)
+    images = np.stack([copies.read_image(int(30 * c + n)) for c in range(3) for n in share])
+    stages, _ = model.tower.apply(model.tower.variables, images)
+    np.testing.assert_allclose(np.asarray(fits[0]["features"]), stages.pooled, atol=1e-5)
+    assert (images[:15] != images[15:30]).any(), "the copies are of one draw"
+    labels = read_column(splits["train"].select(share.tolist()), "labels")
+    np.testing.assert_array_equal(fits[0]["labels"], np.tile(labels, (3, 1)) == 1)
+    with pytest.raises(UserError, match="augment is 'mgca', and the records are in memory"):
+        splits = {split: [records[i] for i in indices] for split, indices in parts.items()}
+        check_task(classification, splits, options, findings=("mass",))
+
+
+def test_the_presets_of_heads_are_those_of_training():
+    choices = get_args(get_type_hints(classification.Options)["augment"])
+    assert choices == ("", *PRESETS)
 
 
 # The config -----------------------------------------------------------------------------------

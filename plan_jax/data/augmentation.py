@@ -354,10 +354,13 @@ def exchange_sides(
     return values[order]
 
 
-def check_sides(findings: Sequence[str], region_names: Sequence[str]) -> None:
-    """Raises UserError if a finding or a region of one side has no counterpart on the other."""
-    _mirror_order(tuple(findings), "findings")
-    _mirror_order(tuple(region_names), "regions")
+def have_sides(names: Sequence[str], option: str) -> bool:
+    """Returns whether some of the names are of one side.
+
+    Raises:
+      UserError: a name of one side has no counterpart.
+    """
+    return bool((_mirror_order(tuple(names), option) != np.arange(len(names))).any())
 
 
 @cache  # once for a dataset, not once for an image

@@ -73,8 +73,10 @@ def train_batches(
     shard_index, num_shards = shard
     global_batch = batch_size * num_shards
     _check_extra(dataset, extra)
-    if augment.flip:
-        augmentation.check_sides(dataset.findings, dataset.region_names)
+    if augment.flip and "labels" in extra:
+        augmentation.have_sides(dataset.findings, "findings")
+    if augment.flip and {*extra} & {"regions", "region_words"}:
+        augmentation.have_sides(dataset.region_names, "regions")
     if not 0 < global_batch <= len(dataset):
         count = len(dataset)
         remedy = f"use 1 to {count} over all processes"
@@ -249,13 +251,13 @@ class _BatchSource:
         return augmentation.change_grey(image, drawn) if drawn else image, boxes
 
     def _exchange_sides(self, pair: Pair) -> Pair:
-        """Returns the text, the labels and the regions of a mirrored image."""
-        regions = self.dataset.region_names
-        return pair._replace(
-            text=sides.swap_sides(pair.text),
-            labels=augmentation.exchange_sides(pair.labels, self.dataset.findings, "findings"),
-            regions=augmentation.exchange_sides(pair.regions, regions, "regions"),
-        )
+        """Returns the text, the labels and the regions of a mirrored image, those of `extra`."""
+        labels, regions = pair.labels, pair.regions
+        if "labels" in self.extra:
+            labels = augmentation.exchange_sides(labels, self.dataset.findings, "findings")
+        if "regions" in self.extra:
+            regions = augmentation.exchange_sides(regions, self.dataset.region_names, "regions")
+        return pair._replace(text=sides.swap_sides(pair.text), labels=labels, regions=regions)
 
     def _mark_region_words(self, text: tokenization.TokenizedText) -> Bool[np.ndarray, "R W"]:
         """Returns which words are in a sentence about which region."""

@@ -22,8 +22,11 @@ Keys of the metrics, `<share>` being the percentage of the training labels:
   one class only in this share: they are scored all the same, so that shares compare.
 
 Deviation: the validation loss is over all validation labels; MGCA drops its last incomplete batch.
-Deviation: no random crops or jitter during the fit; the features of a frozen tower are computed
-once.
+- `augment` fits the head to augmented copies of the training images, as MGCA's code does: preset
+  `chexpert_moco` for CheXpert, `mgca` for RSNA and COVIDx.
+
+Deviation: with `augment` each image has `augment_copies` draws instead of one in every epoch, so
+that the features of a frozen tower are computed once. The default has no augmentation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,6 +59,7 @@ from plan_jax.types import (
     Model,
     Record,
     Result,
+    StoredRecords,
     TaskContext,
     Tower,
     UserError,
@@ -138,6 +142,8 @@ class Options:
       warmup_steps: the learning rate rises linearly over so many steps.
       decay_steps: the step at which the cosine reaches 0; 0 for the last one.
       clip_norm: the largest norm of the gradient; 0 for no bound.
+      augment: a preset of `data.augmentation` for the training images; labels of two sides follow.
+      augment_copies: draws of each image; an epoch visits all of them (ours).
       batch: examples in a batch.
       epochs: the largest number of epochs.
       patience: epochs without a lower validation loss after which the fit stops.
@@ -157,6 +163,8 @@ class Options:
     warmup_steps: int = 0
     decay_steps: int = 0
     clip_norm: float = 0.0
+    augment: Literal["", "convirt", "mgca", "chexpert_moco"] = ""
+    augment_copies: int = 4
     batch: int = 48
     epochs: int = 50
     patience: int = 10
@@ -165,7 +173,7 @@ class Options:
 
     def __post_init__(self) -> None:
         non_negative = ("learning_rate", "weight_decay", "warmup_steps", "decay_steps", "clip_norm")
-        positive = ("batch", "epochs", "patience", "bins")
+        positive = ("augment_copies", "batch", "epochs", "patience", "bins")
         minima = dict.fromkeys(non_negative, 0) | dict.fromkeys(positive, 1)
         minima["bootstrap_samples"] = 2
         check_options("classification", self, minima)
@@ -193,9 +201,12 @@ def check(data: EvalData, options: Options) -> None:
 
     Raises:
       UserError: a split has no records or no labels; the options name labels that are not findings
-        of the data; or, with `multiclass`, records have none or several of the labels.
+        of the data; records cannot be augmented; or, with `multiclass`, records have none or
+        several of the labels.
     """
     names = _label_names(options, data.findings)
+    if options.augment:
+        _train_records(data, options, seed=0)
     for split in SPLITS:
         records = getattr(data, split)
         if not len(records):
@@ -232,7 +243,8 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         split: _read_labels(getattr(data, split), names, data.findings, options) for split in SPLITS
     }
     scored = has_both_classes(*labels["train"]) & has_both_classes(*labels["test"])
-    attached, examples = _attach_linear(tower, data, labels, options, context.seed)
+    attached, examples = _attach_linear(tower, data, names, labels, options, context.seed)
+    copies = options.augment_copies if options.augment else 1
     # What identifies a fit besides its options and examples.
     description = f"{tower.name}, {names}, {[len(labels[split].mask) for split in SPLITS]}"
     metrics: dict[str, float] = {}
@@ -240,9 +252,10 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     for fraction in sorted(set(options.fractions)):
         share = f"{100 * fraction:g}"
         indices = draw_share(len(labels["train"].mask), fraction, context.seed)
-        train = examples["train"]
-        if len(indices) < len(labels["train"].mask):  # a copy of all features would cost memory
-            train = take_examples(train, indices)
+        train, count = examples["train"], len(labels["train"].mask)
+        if len(indices) < count:  # a copy of all features would cost memory
+            rows = indices + count * np.arange(copies)[:, None]
+            train = take_examples(train, rows.reshape(-1))
         name = f"classification_{share}"
         fit_result = _fit_share(
             attached, train, examples["val"], options, context, name, description
@@ -332,12 +345,37 @@ def _read_labels(
     return Labels(*binarise_labels(_stack_labels(records, names, findings), names, policy))
 
 
+def _train_records(data: EvalData, options: Options, seed: int) -> Sequence[Record]:
+    """Returns the records to fit to: those of the split, or augmented copies of them.
+
+    Raises:
+      UserError: the records are not on disk, or a finding of one side has no counterpart.
+    """
+    if not options.augment:
+        return data.train
+    if not isinstance(data.train, StoredRecords):
+        raise UserError(
+            f"config.eval.classification.augment is {options.augment!r}, and the records are in "
+            "memory; open them as a dataset, or set it to ''"
+        )
+    return data.train.augment(options.augment, options.augment_copies, seed)
+
+
 def _attach_linear(
-    tower: Tower, data: EvalData, labels: Mapping[str, Labels], options: Options, seed: int
+    tower: Tower,
+    data: EvalData,
+    names: Sequence[str],
+    labels: Mapping[str, Labels],
+    options: Options,
+    seed: int,
 ) -> tuple[HeadOnTower, dict[str, dict[str, PyTree]]]:
     """Attaches the linear layer, and returns the examples of each split with it."""
-    images = {split: open_images(getattr(data, split)) for split in SPLITS}
+    records = {"train": _train_records(data, options, seed), "val": data.val, "test": data.test}
+    images = {split: open_images(records[split]) for split in SPLITS}
     targets = {split: labels[split]._asdict() for split in SPLITS}
+    if options.augment:  # one row for each copy
+        augmented = _read_labels(records["train"], names, data.findings, options)
+        targets["train"] = augmented._asdict()
     two = np.arange(2) % len(images["train"])  # a split may have a single record
     attached = attach_head(
         tower,
