@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from miniatures import openi as miniature
 
+from configs.eval import iu_xray_reports
 from plan_jax.data.builders import openi
 from plan_jax.data.builders.openi import OpeniConfig
 from plan_jax.data.dataset import open_dataset
@@ -173,6 +174,21 @@ def test_r2gens_lists_are_prepared(tmp_path):
     assert ids == {
         split: {f"CXR{number}" for number in numbers} for split, numbers in miniature.R2GEN.items()
     }
+
+
+def test_the_protocol_of_r2gen_reads_the_findings_of_one_image_a_report(tmp_path):
+    (tmp_path / "source").mkdir()
+    miniature.write_r2gen(tmp_path / "source")
+    data = iu_xray_reports.get_config().to_dict()["data"]
+    fields = data["builder"] | {"size": 20, "caption": data["caption"]}
+    texts = {
+        record.patient_id: record.text
+        for split in miniature.R2GEN
+        for record in open_split(tmp_path, split, **fields)
+    }
+    findings = {number: sections[2].lower() for number, _, sections, _ in miniature.REPORTS}
+    listed = [number for numbers in miniature.R2GEN.values() for number in numbers]
+    assert texts == {f"CXR{number}": findings[number] for number in listed}
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path):

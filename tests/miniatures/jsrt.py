@@ -21,7 +21,9 @@ ORGANS = {
 }
 
 
-def write(folder, suffix=".IMG", parted=False, masks=True, table=True, has_pixels=False):
+def write(
+    folder, suffix=".IMG", parted=False, masks=True, table=True, has_pixels=False, merged=False
+):
     """Writes the dataset as it is downloaded.
 
     Args:
@@ -30,6 +32,7 @@ def write(folder, suffix=".IMG", parted=False, masks=True, table=True, has_pixel
       parted: whether films with and without a nodule are in two folders.
       masks: whether SCR's masks are there.
       table: whether the table of nodules is there.
+      merged: whether somebody has joined the folds of the masks.
       has_pixels: whether the raw files are whole, of 8 MiB each, or begin only.
     """
     for name in NAMES:
@@ -43,7 +46,10 @@ def write(folder, suffix=".IMG", parted=False, masks=True, table=True, has_pixel
             Image.fromarray(np.full((64, 64), 9, np.uint8)).save(path)
         for organ in ORGANS if masks else ():
             fold = "fold1" if int(name[5:]) % 2 else "fold2"
-            path = folder / "scratch" / fold / "masks" / organ / f"{name}.gif"
+            place = (
+                f"masks/{organ.replace(' ', '_')}" if merged else f"scratch/{fold}/masks/{organ}"
+            )
+            path = folder / place / f"{name}.gif"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(draw_organ(organ)).save(path)
     if table:

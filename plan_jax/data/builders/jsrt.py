@@ -19,11 +19,14 @@ from plan_jax.types import UserError
 SCR = "scr"
 NODULE, MALIGNANT = "Nodule", "Malignant nodule"
 LABEL_OF_KIND = {"JPCLN": 1, "JPCNN": 0}  # first letters of a name -> whether there is a nodule
-IMAGE_FOLDERS = ("All247images", "Nodule154images", "NonNodule93images", "images", "")
+IMAGE_FOLDERS = (
+    *("All247images", "All247images/All247images", "Nodule154images", "NonNodule93images"),
+    *("images", "Images", ""),
+)
 ORGANS = ("left lung", "right lung", "heart", "left clavicle", "right clavicle")
-MASK_FOLDERS = ("fold1/masks", "fold2/masks", "masks")
+MASK_FOLDERS = ("fold1/masks", "fold2/masks", "masks", "Masks")
 MASK_SUFFIXES = (".gif", ".png")
-COPY_SUFFIXES = (".png", ".dcm", ".tif", ".jpg")  # of films that somebody has converted
+COPY_SUFFIXES = (".png", ".bmp", ".dcm", ".tif", ".jpg")  # of films that somebody has converted
 CLINICAL_TABLE = "CLNDAT_EN.txt"
 NUM_CELLS = 8  # of a row that is read: up to malignant or benign
 MM_PER_PIXEL = 0.175
