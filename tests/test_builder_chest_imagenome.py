@@ -5,12 +5,14 @@ import pytest
 from miniatures import chest_imagenome as miniature
 from miniatures import mimic_cxr as mimic_miniature
 
-from plan_jax.data import report_parser
+from plan_jax.data import loader, report_parser
+from plan_jax.data import tokenizer as tokenization
 from plan_jax.data.builders import chest_imagenome
 from plan_jax.data.builders.chest_imagenome import FACTS, FINDINGS, REGIONS, ChestImagenomeConfig
 from plan_jax.data.dataset import open_dataset
 from plan_jax.data.phantom import ANATOMY
 from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.methods import asg
 from plan_jax.types import UserError
 
 FIRST, SECOND, AVOIDED, THIRD = (
@@ -124,7 +126,7 @@ def test_a_missing_file_is_named_with_its_page(tmp_path, images, absent, message
     assert message in str(error.value) and f"download it from {FACTS.page}" in str(error.value)
 
 
-def test_records_have_what_asg_needs(tmp_path, images):
+def test_records_are_complete(tmp_path, images):
     miniature.write(tmp_path / "imagenome", "zip")
     records = open_dataset(
         "chest_imagenome",
@@ -144,3 +146,43 @@ def test_records_have_what_asg_needs(tmp_path, images):
     assert record.labels[FINDINGS.index("pneumothorax")] == 0
     assert record.labels[FINDINGS.index("scoliosis")] == -1
     assert record.sections["impression"] == "Left basal ___ opacity."
+
+
+def test_batches_have_what_asg_needs(tmp_path, images):
+    miniature.write(tmp_path / "imagenome")
+    records = open_dataset(
+        "chest_imagenome",
+        "train",
+        data_dir=str(tmp_path / "data"),
+        caption="impression",
+        source=str(tmp_path / "imagenome"),
+        images=str(images),
+        size=30,
+        split="hash",
+        val_fraction=0.0,
+        test_fraction=0.0,
+    )
+    assert len(records) == 2
+    batches = loader.train_batches(
+        records,
+        tokenization.load_tokenizer("phantom"),
+        batch_size=2,
+        size=30,
+        max_tokens=24,
+        max_words=20,
+        seed=0,
+        extra=asg.REQUIRES,
+        max_shift=0,
+    )
+    batch = next(batches)
+    batches.close()
+    assert set(batch.extra) == set(asg.REQUIRES)
+    assert batch.extra["labels"].shape == (2, len(FINDINGS))
+    place = records.region_names.index("left lower zone")
+    # 60 x 48 pixels become 30 x 24, and 3 columns are added on either side.
+    expected = np.asarray([13 + 3, 18, 22 + 3, 25]) / 30
+    assert np.abs(batch.extra["regions"][:, place] - expected).max() < 1e-6
+    # Only the report of the darker film is about the left base.
+    is_about = batch.extra["region_words"][:, place].any(1)
+    assert is_about.sum() == 1
+    assert is_about.argmax() == batch.image[:, 28, 15, 0].argmin()

@@ -93,10 +93,14 @@ def test_the_official_split_is_that_of_version_1_1_0(tmp_path, images):
         SECOND: "train",
         ABSENT: "val",
     }
+    table = tmp_path / "new/MS_CXR_Local_Alignment_v1.1.0.csv"
+    table.write_text(table.read_text().replace(",val", ",dev"))
+    with pytest.raises(UserError, match="split 'dev' of .* is none of train, val, test"):
+        read(tmp_path / "new", images, split="official")
     _, items = read(tmp_path / "new", images, split="hash")
     assert {item.split for item in items.values()} == {""}
     miniature.write(tmp_path / "old", "0.1")
-    with pytest.raises(UserError, match=r"no column split; download version 1.1.0"):
+    with pytest.raises(UserError, match=r"has no split of every film; download version 1.1.0"):
         read(tmp_path / "old", images, split="official")
 
 

@@ -29,6 +29,6 @@ ABSENT = (
 
 def get_config() -> ConfigDict:
     """Returns the benchmark."""
-    data = public("mimic_cxr", split="5x200", label_blank=0)
+    data = public("mimic_cxr", split="5x200")
     options = {"classes": CLASSES, "absent": ABSENT, "cuts": (1, 2, 5, 10)}
     return benchmark("retrieval", data, limit=1000, options=options)

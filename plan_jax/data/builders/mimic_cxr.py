@@ -103,7 +103,7 @@ class MimicCxrConfig(mimic_tree.MimicConfig):
     keep_evaluated: bool = False
     # Whose labels: `chexpert`, `negbio`, or the `radiologists` of version 2.1.0 (test only).
     labeller: str = "chexpert"
-    # Value of a label that the report does not mention: -1 (unknown) or 0 (absent).
+    # Value of a label that the report does not mention: -1 (unknown) or 0 (absent), as in `5x200`.
     label_blank: int = -1
 
     def __post_init__(self) -> None:
@@ -154,7 +154,8 @@ def _find_labels(source: SourceFolder, config: MimicCxrConfig) -> dict[str, tupl
         return {}
     is_radiologists = config.labeller == "radiologists"
     columns = [_RADIOLOGIST_NAMES.get(f, f) if is_radiologists else f for f in FINDINGS]
-    return _read_labels(source, table, columns, config.label_blank)
+    blank = 0 if config.split_rule == "5x200" else config.label_blank
+    return _read_labels(source, table, columns, blank)
 
 
 class _Splits:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from plan_jax.data.public import mimic_tree
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.facts import PHYSIONET_LICENCE, Facts
-from plan_jax.data.public.items import Box, Item
+from plan_jax.data.public.items import SPLITS, Box, Item
 from plan_jax.data.public.source_folder import SourceFolder, parse_numbers
 from plan_jax.data.tfds import tfds
 from plan_jax.types import UserError
@@ -42,8 +42,8 @@ FACTS = Facts(
         "official": "the column `split` of version 1.1.0",
     },
     leaks={
-        "evaluation": "all 851 patients are patients of MIMIC-CXR, most of them of its training "
-        "split; `mimic_cxr` leaves them out of training"
+        "evaluation": "no image; but all 851 patients are patients of MIMIC-CXR, whose training "
+        "split leaves them out only if `mimic_cxr` is told where MS-CXR is"
     },
     defects=(
         "project version 0.1 holds files called v1.0.0",
@@ -72,10 +72,10 @@ def read_items(source: SourceFolder, config: MsCxrConfig) -> Iterator[Item]:
     films: dict[str, list[dict[str, str]]] = {}
     for row in _read_rows(source, source.require(*TABLES)):
         films.setdefault(row["dicom_id"], []).append(row)
-    if config.split_rule == "official" and not any(row["split"] for row, *_ in films.values()):
+    if config.split_rule == "official" and not all(row["split"] for row, *_ in films.values()):
         raise UserError(
-            f"the table of MS-CXR in {source.root} has no column split; download version 1.1.0 "
-            f"from {FACTS.page}, or leave data.builder.split empty"
+            f"the table of MS-CXR in {source.root} has no split of every film; download version "
+            f"1.1.0 from {FACTS.page}, or leave data.builder.split empty"
         )
     num_shared = 0
     for dicom_id, rows in films.items():
@@ -87,6 +87,10 @@ def read_items(source: SourceFolder, config: MsCxrConfig) -> Iterator[Item]:
         boxes, is_shared = _read_boxes(source, rows)
         num_shared += is_shared
         split = {"evaluation": "test", "official": rows[0]["split"]}.get(config.split_rule, "")
+        if split not in (*SPLITS, ""):
+            raise UserError(
+                f"split {split!r} of {dicom_id} in MS-CXR's table is none of {', '.join(SPLITS)}"
+            )
         yield Item(
             image_id=dicom_id,
             image=images.locate(*ids),
