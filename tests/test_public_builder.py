@@ -18,6 +18,7 @@ from plan_jax import prepare
 from plan_jax.data import preparation, transforms
 from plan_jax.data.dataset import open_dataset
 from plan_jax.data.public import shards, summary
+from plan_jax.data.sections.captions import name_text_list
 from plan_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,6 +169,24 @@ def test_the_summary_counts_what_has_become_a_record(tmp_path):
     messages = (dataset.folder / "messages.txt").read_text()
     assert "train: 3 images, 3 studies, 2 patients" in messages
     assert "left out 1: is not an image that can be read (films/0.png)" in messages
+
+
+@pytest.mark.parametrize("caption", ["", "findings", "impression"])
+def test_records_without_a_text_are_listed_when_they_are_prepared(tmp_path, caption):
+    rows = [make_row(number, split="train") for number in range(70)]
+    for number in (3, 66):
+        rows[number]["report"] = ""
+    toy_films.write(tmp_path / "source", rows)
+    dataset = open_films(tmp_path, caption=caption)
+    path = dataset.folder / name_text_list("train", caption)
+    count, listed = json.loads(path.read_text())
+    assert count == 70
+    assert listed == [index for index in range(70) if not dataset.read_text(index)]
+    if caption == "impression":
+        with pytest.raises(UserError, match="none of the 70 records of split train"):
+            dataset.select_texts()
+    else:
+        assert len(dataset.select_texts()) == 68
 
 
 def test_several_processes_write_the_same_records(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from jaxtyping import Int, UInt8
 from plan_jax.data import schema
 from plan_jax.data.faults import name_damage
 from plan_jax.data.preparation import BUILDERS, METADATA_FILE, explain_difference, prepare_dataset
-from plan_jax.data.sections.captions import CAPTIONS, RULES_VERSION, choose_text
+from plan_jax.data.sections.captions import CAPTIONS, choose_text, name_text_list
 from plan_jax.data.tfds import tfds
 from plan_jax.logger import write_atomically
 from plan_jax.types import Record, UserError
@@ -136,7 +136,8 @@ class Dataset(Sequence):
     def select_texts(self) -> "Dataset":
         """Returns the dataset without the records that have no text under its caption rule.
 
-        Which those are is read from all records once, and stored beside them.
+        Which those are is written when public data are prepared. For a part of a split, and for
+        rules that are newer than the records, it is read from all records.
 
         Raises:
           UserError: none has a text.
@@ -161,8 +162,7 @@ class Dataset(Sequence):
         """Returns the numbers of the records that have a text."""
         path = None
         if self.folder is not None and "[" not in self.split:
-            rule = self.caption or "stored"
-            path = self.folder / f"texts-{self.split}-{rule}-{RULES_VERSION}.json"
+            path = self.folder / name_text_list(self.split, self.caption)
             with contextlib.suppress(OSError, ValueError):
                 count, left_out = json.loads(path.read_bytes())
                 if count == len(self):

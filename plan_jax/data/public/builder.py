@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from plan_jax.data.public.facts import Facts
 from plan_jax.data.public.items import Item
 from plan_jax.data.public.plan import Plan, make_plan
 from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.data.sections.captions import CAPTIONS, DEFAULT_RULE, name_text_list
 from plan_jax.data.sources import MESSAGES_FILE, SourceFiles
 from plan_jax.data.tfds import tfds
 from plan_jax.logger import encode_json, write_atomically
@@ -189,6 +191,8 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
         write_atomically(folder / summary.DROPPED_FILE, summary.list_dropped(source.dropped))
         lines = summary.describe(content, source.dropped, config, faults, notes)
         write_atomically(folder / MESSAGES_FILE, "\n".join(lines) + "\n")
+        for split, part in written.items():
+            _list_textless(folder, split, part)
         files = SourceFiles()
         for table in source.tables:
             files.add(config.root, source.resolve(table))
@@ -220,6 +224,17 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
                 )
             )
         self.info.set_splits(tfds.core.splits.SplitDict(splits))
+
+
+def _list_textless(folder: Path, split: str, part: Sequence[shards.Shard]) -> None:
+    """Writes for each caption rule which records of a split have no text under it."""
+    total = sum(len(shard.kept) for shard in part)
+    for rule in ("", *CAPTIONS):
+        start, places = 0, list[int]()
+        for shard in part:
+            places += [start + place for place in shard.textless[rule or DEFAULT_RULE]]
+            start += len(shard.kept)
+        write_atomically(folder / name_text_list(split, rule), json.dumps([total, places]))
 
 
 def _keep(

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from plan_jax.data import quoting, schema
 from plan_jax.data.public.plan import Plan, find_size, read_item
 from plan_jax.data.public.records import Reader, open_folder
+from plan_jax.data.sections.captions import CAPTIONS, list_usable
 from plan_jax.logger import write_atomically
 from plan_jax.types import UserError
 
@@ -44,6 +45,7 @@ class Shard:
       dropped: (reason, path) of images that cannot be used.
       faults: reason -> ids of images with a fault.
       notes: what was noted of how images were read -> their paths.
+      textless: caption rule -> places in `kept` of records that have no caption under it.
       num_bytes: size of the file.
     """
 
@@ -52,6 +54,7 @@ class Shard:
     dropped: Sequence[tuple[str, str]]
     faults: Mapping[str, Sequence[str]]
     notes: Mapping[str | int, Sequence[str]]
+    textless: Mapping[str, Sequence[int]]
     num_bytes: int
 
 
@@ -154,6 +157,7 @@ class _ShardWriter:
         reader = Reader(**settings)
         kept: list[int] = []
         dropped: list[tuple[str, str]] = []
+        textless: dict[str, list[int]] = {rule: [] for rule in CAPTIONS}
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         offsets = self.shards[key]
         try:
@@ -165,6 +169,8 @@ class _ShardWriter:
                         dropped.append((record, quoting.quote_path(item.image)))
                     else:
                         writer.write(schema.serialize(record))
+                        for rule in {*CAPTIONS} - {*list_usable(record.sections)}:
+                            textless[rule].append(len(kept))
                         kept.append(place)
                     if place % REPORT_EVERY == REPORT_EVERY - 1:
                         advance(REPORT_EVERY)
@@ -179,6 +185,7 @@ class _ShardWriter:
             "kept": kept,
             "dropped": dropped,
             "faults": reader.faults,
+            "textless": textless,
             "notes": [[note, names] for note, names in reader.notes.items()],
             "bytes": find_size(path),
         }
@@ -212,6 +219,7 @@ def load_shard(folder: Path, key: str) -> Shard | None:
         kept=report["kept"],
         dropped=[(reason, name) for reason, name in report["dropped"]],
         faults=report["faults"],
+        textless=report["textless"],
         notes={note: names for note, names in report["notes"]},
         num_bytes=report["bytes"],
     )

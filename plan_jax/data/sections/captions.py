@@ -21,6 +21,8 @@ from plan_jax.types import UserError
 # Raise it when a rule changes: which records have a caption is stored beside them.
 RULES_VERSION = 1
 
+DEFAULT_RULE = "findings_impression"  # of reports that have no stored text
+
 CaptionRule = Callable[[Mapping[str, str], np.random.Generator | None], str]
 
 _SENTENCE_BREAK = "\n\n"
@@ -85,7 +87,18 @@ def choose_text(
     """
     if rule:
         return make_caption(rule, sections, rng)
-    return text or make_caption("findings_impression", sections)
+    return text or make_caption(DEFAULT_RULE, sections)
+
+
+def name_text_list(split: str, rule: str) -> str:
+    """Returns the name of the file that lists the records of a split without a text.
+
+    It is next to the records: JSON [number of records, numbers of those without a text].
+
+    >>> name_text_list("train", "mgca")
+    'texts-train-mgca-1.json'
+    """
+    return f"texts-{split}-{rule or 'stored'}-{RULES_VERSION}.json"
 
 
 def list_usable(sections: Mapping[str, str]) -> tuple[str, ...]:
