@@ -1,20 +1,22 @@
 """RSNA pneumonia, fine-tuning of the whole tower: BenchX's protocol.
 
-plan-jax --config eval/benchx_rsna --checkpoint runs/plan
+plan-jax --config eval/benchx_rsna --config.data.source=rsna --checkpoint runs/plan
 
-The manifest is that of `rsna_linear.py`, with BenchX's split (arXiv 2410.21969).
+The source is that of `rsna_linear.py`. The split is BenchX's (arXiv 2410.21969), in which 2,728 of
+the 4,003 test images share an NIH patient with train.
 """
 
 from ml_collections import ConfigDict
 
-from configs.eval import rsna_linear
-from configs.eval.benchmark import benchmark
+from configs.eval.benchmark import benchmark, public
+
+DATA = public("rsna_pneumonia", split="benchx")
 
 
 def get_config() -> ConfigDict:
     """Returns the benchmark."""
     options = {
-        "labels": ("pneumonia",),
+        "labels": ("Pneumonia",),
         "mode": "finetune",
         "learning_rate": 1e-4,
         "weight_decay": 1e-5,
@@ -25,4 +27,4 @@ def get_config() -> ConfigDict:
         "batch": 64,
         "epochs": 200,
     }
-    return benchmark("classification", rsna_linear.DATA, limit=4003, options=options)
+    return benchmark("classification", DATA, limit=4003, options=options)

@@ -1,8 +1,9 @@
 """COVIDx, zero-shot among normal, pneumonia and COVID-19: accuracy and macro F1.
 
-plan-jax --config eval/covidx_zero_shot --checkpoint runs/plan
+plan-jax --config eval/covidx_zero_shot --config.data.source=covidx --checkpoint runs/plan
 
-The manifest is that of `covidx_linear.py`. No repository publishes its prompts; these are ours.
+Source and split are those of `covidx_linear.py`. No repository publishes its prompts; these are
+ours.
 """
 
 from ml_collections import ConfigDict
@@ -14,6 +15,4 @@ from configs.eval.benchmark import benchmark
 def get_config() -> ConfigDict:
     """Returns the benchmark."""
     options = {"scoring": "max", "kind": "multiclass"}
-    return benchmark(
-        "zero_shot", covidx_linear.DATA, limit=10_000, prompts="covid", options=options
-    )
+    return benchmark("zero_shot", covidx_linear.DATA, limit=400, prompts="covid", options=options)

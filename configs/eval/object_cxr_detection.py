@@ -1,17 +1,17 @@
 """Object-CXR, foreign objects by a YOLOv3 head on a frozen tower: MGCA's protocol, mAP.
 
-plan-jax --config eval/object_cxr_detection --checkpoint runs/plan
+plan-jax --config eval/object_cxr_detection --config.data.source=object_cxr --checkpoint runs/plan
 
-You create the manifest from train.csv and dev.csv. Its columns are `image`, `split` (7,200 / 800;
-dev is the test) and `boxes`, JSON [[x0, y0, x1, y1], ..]; an ellipse or polygon becomes the box
-around it.
+The source is the folder as downloaded. The split is MGCA's: of train.csv 7,200 films are train and
+800 val, and dev.csv is test. The box of an ellipse or polygon is the one around it, where MGCA
+centres that of a polygon elsewhere.
 """
 
 from ml_collections import ConfigDict
 
-from configs.eval.benchmark import benchmark, manifest
+from configs.eval.benchmark import benchmark, public
 
-DATA = manifest("object_cxr/manifest.csv")
+DATA = public("object_cxr", split="mgca_compat")
 
 
 def get_config() -> ConfigDict:

@@ -1,9 +1,9 @@
 """RSNA pneumonia, boxes by a YOLOv3 head on a frozen tower: MGCA's protocol, mAP.
 
-plan-jax --config eval/rsna_detection --checkpoint runs/plan
+plan-jax --config eval/rsna_detection --config.data.source=rsna --checkpoint runs/plan
 
-The manifest is that of `rsna_segmentation.py`. On 1 % of the labels MGCA uses learning rate 2e-4
-and batch 8.
+Source and split are those of `rsna_segmentation.py`. On 1 % of the labels MGCA uses learning rate
+2e-4 and batch 8.
 """
 
 from ml_collections import ConfigDict

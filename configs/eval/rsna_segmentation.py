@@ -1,16 +1,17 @@
 """RSNA pneumonia, segmentation of the filled boxes with a frozen tower: MGCA's protocol, Dice.
 
-plan-jax --config eval/rsna_segmentation --checkpoint runs/plan
+plan-jax --config eval/rsna_segmentation --config.data.source=rsna --checkpoint runs/plan
 
-You create the manifest from stage_2_train_labels.csv, one row a patient. Its columns are `image`,
-`patient_id`, `split` (16,010 / 5,337 / 5,337) and `boxes`, JSON [[x0, y0, x1, y1], ..].
+The source is the folder as downloaded from Kaggle. The split is MGCA's for boxes, 16,010 / 5,337 /
+5,337 images, in which 3,579 of the test images share an NIH patient with train. With RSNA's file of
+NIH names in the folder, `--config.data.builder.split=hash` divides patients.
 """
 
 from ml_collections import ConfigDict
 
-from configs.eval.benchmark import benchmark, manifest
+from configs.eval.benchmark import benchmark, public
 
-DATA = manifest("rsna_boxes/manifest.csv")
+DATA = public("rsna_pneumonia", split="mgca_compat_boxes")
 
 
 def get_config() -> ConfigDict:

@@ -1,9 +1,9 @@
 """RSNA pneumonia, zero-shot: AUROC, and F1 and accuracy at a threshold.
 
-plan-jax --config eval/rsna_zero_shot --checkpoint runs/plan
+plan-jax --config eval/rsna_zero_shot --config.data.source=rsna --checkpoint runs/plan
 
-The manifest is that of `rsna_linear.py`; the threshold is chosen on its validation split. Prompts
-are BioViL's: four phrasings for pneumonia and four against, their embeddings averaged.
+Source and split are those of `rsna_linear.py`; the threshold is chosen on val. Prompts are
+BioViL's: four phrasings for pneumonia and four against, their embeddings averaged.
 """
 
 from ml_collections import ConfigDict
