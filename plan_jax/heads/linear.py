@@ -10,6 +10,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+COLUMN_BLOCK = 64  # features whose statistics are computed at once
+
 
 class Linear(nn.Module):
     """Maps each image's feature to `outputs` logits: *z = W (x - mean) / std + b*, in float32.
@@ -42,11 +44,17 @@ def feature_statistics(features: Float[np.ndarray, "N E"]) -> dict[str, Float[np
 
     A feature that does not vary keeps its scale: its `std` is 1.
     """
-    std = features.std(0, dtype=np.float64)
-    # Relative to its size: a large constant has a tiny deviation from rounding alone.
-    varies = std > 1e-6 * np.abs(features).max(0)
-    values = {"mean": features.mean(0, dtype=np.float64), "std": np.where(varies, std, 1)}
-    return {name: value.astype(np.float32) for name, value in values.items()}
+    means, deviations = [], []
+    # Some columns at a time: copies of all features in float64 would not fit into memory.
+    for start in range(0, features.shape[1], COLUMN_BLOCK):
+        columns = features[:, start : start + COLUMN_BLOCK]
+        std = columns.std(0, dtype=np.float64)
+        # Relative to its size: a large constant has a tiny deviation from rounding alone.
+        varies = std > 1e-6 * np.abs(columns).max(0)
+        means.append(columns.mean(0, dtype=np.float64))
+        deviations.append(np.where(varies, std, 1))
+    values = {"mean": means, "std": deviations}
+    return {name: np.concatenate(parts).astype(np.float32) for name, parts in values.items()}
 
 
 def multilabel_loss(logits: Float[Array, "B F"], examples: Mapping[str, Any]) -> Float[Array, ""]:

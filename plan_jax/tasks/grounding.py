@@ -27,7 +27,6 @@ Keys of the metrics:
 - `bare/...`: all of these again for bare phrases.
 """
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -46,6 +45,8 @@ from plan_jax.tasks.grounding_targets import (
     Priors,
     Target,
     collect_targets,
+    compress_mask,
+    expand_mask,
     fit_priors,
     null_maps,
     truth_mask,
@@ -198,7 +199,7 @@ class Options:
 class ScoredPhrase:
     """A phrase of the record with that index, its truth in the (cropped) image, and its scores.
 
-    The truth is held as compressed bits, because there may be many phrases.
+    The truth is compressed, because there may be many phrases.
     """
 
     record_index: int
@@ -212,9 +213,7 @@ class ScoredPhrase:
     @property
     def truth(self) -> Bool[np.ndarray, "Y X"]:
         """Returns where the phrase is true [Y X]."""
-        bits = np.frombuffer(zlib.decompress(self.compressed), np.uint8)
-        num_pixels = self.shape[0] * self.shape[1]
-        return np.unpackbits(bits, count=num_pixels).astype(bool).reshape(self.shape)
+        return expand_mask(self.compressed, self.shape)
 
 
 @dataclass
@@ -682,7 +681,7 @@ def _to_phrases(
             float(scores["cnr_signed"][row]),
             float(scores["pointing"][row]),
             target.truth.shape,
-            zlib.compress(np.packbits(target.truth).tobytes(), 1),
+            compress_mask(target.truth),
         )
         for row, (target, name) in enumerate(zip(targets, names, strict=True))
     ]

@@ -7,6 +7,8 @@ The null maps are noise, the image centre, the mean lungs, and the mean masks of
 records. The last two know the text but not the image.
 """
 
+import math
+import zlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +74,21 @@ def truth_mask(phrase: Phrase, size: tuple[int, int]) -> Bool[np.ndarray, "Y X"]
     for x0, y0, x1, y1 in phrase.boxes:
         truth |= ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))[None]
     return truth
+
+
+def compress_mask(mask: Bool[np.ndarray, "*shape"]) -> bytes:
+    """Returns a mask in a few hundred bytes, for when there are many; see `expand_mask`."""
+    return zlib.compress(np.packbits(mask).tobytes(), 1)
+
+
+def expand_mask(compressed: bytes, shape: tuple[int, ...]) -> Bool[np.ndarray, "*shape"]:
+    """Inverts `compress_mask` for a mask of a shape.
+
+    >>> expand_mask(compress_mask(np.eye(3, dtype=bool)), (3, 3)).astype(int).tolist()
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    """
+    bits = np.frombuffer(zlib.decompress(compressed), np.uint8)
+    return np.unpackbits(bits, count=math.prod(shape)).astype(bool).reshape(shape)
 
 
 def collect_targets(records: Sequence[Record], bare: bool = False) -> tuple[list[Target], int]:

@@ -54,7 +54,7 @@ from plan_jax.heads.head_on_tower import (
 from plan_jax.heads.pyramid import last_of_each_size
 from plan_jax.metrics import intervals, slug
 from plan_jax.metrics import masks as mask_metrics
-from plan_jax.tasks.grounding_targets import truth_mask
+from plan_jax.tasks.grounding_targets import compress_mask, expand_mask, truth_mask
 from plan_jax.types import (
     EvalData,
     MaskExample,
@@ -333,7 +333,10 @@ def target_mask(record: Record, target: str, findings: Sequence[str]) -> Shaped[
 def open_masks(
     records: Sequence[Record], targets: Sequence[str], findings: Sequence[str]
 ) -> MaskSplit:
-    """Returns the images, and the masks with one channel for each target; see `open_images`."""
+    """Returns the images, and the masks with one channel for each target; see `open_images`.
+
+    The masks of stored records are read once, and held compressed.
+    """
 
     def stack_masks(record: Record) -> Shaped[np.ndarray, "Y X K"]:
         return np.stack([target_mask(record, target, findings) for target in targets], -1)
@@ -341,14 +344,16 @@ def open_masks(
     images = open_images(records)
     if not isinstance(records, StoredRecords):
         return MaskSplit(images, np.stack([stack_masks(record) for record in records]))
-    stored_masks = StoredRows(
-        lambda index: stack_masks(records.read_annotations(index)),
-        range(len(records)),
-        (*records.shape, len(targets)),
+    shape = (*records.shape, len(targets))
+    rows = [compress_mask(stack_masks(record)) for record in read_annotations(records)]
+    masks = StoredRows(
+        lambda index: expand_mask(rows[index], shape),
+        range(len(rows)),
+        shape,
         bool,
         records.identify,
     )
-    return MaskSplit(images, stored_masks)
+    return MaskSplit(images, masks)
 
 
 def draw_training(
