@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 from miniatures import chest_imagenome as miniature
 from miniatures import mimic_cxr as mimic_miniature
+from miniatures import ms_cxr as ms_cxr_miniature
 
 from plan_jax.data import loader, report_parser
 from plan_jax.data import tokenizer as tokenization
 from plan_jax.data.builders import chest_imagenome
-from plan_jax.data.builders.chest_imagenome import FACTS, FINDINGS, REGIONS, ChestImagenomeConfig
+from plan_jax.data.builders.chest_imagenome import (
+    EVALUATED,
+    FACTS,
+    FINDINGS,
+    GOLD,
+    REGIONS,
+    ChestImagenomeConfig,
+)
 from plan_jax.data.dataset import open_dataset
 from plan_jax.data.phantom import ANATOMY
 from plan_jax.data.public.source_folder import SourceFolder
@@ -19,9 +27,6 @@ FIRST, SECOND, AVOIDED, THIRD = (
     film.dicom_id
     for film in (miniature.FIRST, miniature.SECOND, miniature.AVOIDED, miniature.THIRD)
 )
-
-
-GOLD = "patient of the gold annotations, left out of train"
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,22 @@ def test_gold_patients_are_left_out_of_train_under_every_rule(tmp_path, images):
         source, items = read(tmp_path, images, **fields)
         assert {name: item.split for name, item in items.items()} == splits
         assert source.dropped[GOLD] == [AVOIDED]
+
+
+def test_patients_of_ms_cxr_are_left_out_of_train(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(
+        ms_cxr_miniature, "BOXES", [(miniature.FIRST, *ms_cxr_miniature.BOXES[0][1:])]
+    )
+    miniature.write(tmp_path / "imagenome")
+    ms_cxr_miniature.write(tmp_path / "ms_cxr")
+    fields = {"ms_cxr": str(tmp_path / "ms_cxr")}
+    source, items = read(tmp_path / "imagenome", images, **fields)
+    assert list(items) == [SECOND] and source.dropped[EVALUATED] == [FIRST]
+    source, items = read(tmp_path / "imagenome", images)
+    assert list(items) == [FIRST, SECOND]
+    assert any("patients of the evaluation set ms_cxr" in note for note in source.notes)
+    source, items = read(tmp_path / "imagenome", images, keep_evaluated=True, **fields)
+    assert list(items) == [FIRST, SECOND] and not source.notes[1:]
 
 
 def test_damaged_scene_graphs_are_dropped(tmp_path, images):

@@ -213,7 +213,7 @@ def test_absent_lists_of_evaluation_sets_are_noted(tmp_path):
     miniature.write(tmp_path)
     source, _ = read(tmp_path)
     notes = [note for note in source.notes if "train may have patients of" in note]
-    assert len(notes) == 2 and "physionet.org/content/ms-cxr" in notes[0]
+    assert len(notes) == 2 and "physionet.org/content/ms-cxr" in notes[1]
     with pytest.raises(UserError, match="has no splits/images_to_avoid.csv"):
         read(tmp_path, chest_imagenome=str(tmp_path))
 

@@ -122,8 +122,7 @@ def test_a_path_of_another_image_is_dropped(tmp_path, images):
 def test_the_patients_of_a_table_are_read(tmp_path):
     for version, suffix in (("1.1.0", "csv"), ("0.1", "json")):
         miniature.write(tmp_path, version, suffix)
-        source = SourceFolder(tmp_path)
-        patients = ms_cxr.read_patients(source, source.require(*ms_cxr.TABLES))
+        patients = ms_cxr.find_patients(SourceFolder(tmp_path), "")
         assert patients == {film.patient_id for film, *_ in miniature.BOXES}
 
 

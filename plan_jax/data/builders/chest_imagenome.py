@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
+from plan_jax.data.builders import ms_cxr
 from plan_jax.data.public import mimic_tree
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.facts import BY_HASH, PHYSIONET_LICENCE, Facts
@@ -73,6 +74,8 @@ _LISTS = {"train": "train", "valid": "val", "test": "test"}
 # All images of the patients with gold annotations.
 GOLD_TABLES = ("splits/images_to_avoid.csv", "images_to_avoid.csv")
 _ORIGINAL = ("original_x1", "original_y1", "original_x2", "original_y2")
+GOLD = "patient of the gold annotations, left out of train and val"
+EVALUATED = "patient of MS-CXR, left out of train"
 # Reads the scene graph of an image; None if there is none.
 _ReadGraph = Callable[[str], str | None]
 
@@ -89,13 +92,13 @@ FACTS = Facts(
     provides=("reports", "labels", "regions"),
     patients="the subject of MIMIC-CXR",
     splits={
-        "official": "train.csv, valid.csv and test.csv, without the patients of the gold "
-        "annotations in train and val",
-        "mimic": "the official split of MIMIC-CXR, without the gold patients in train and val",
+        "official": "train.csv, valid.csv and test.csv; patients of the gold annotations are left "
+        "out of train and val, and those of MS-CXR of train if its table is there",
+        "mimic": "the official split of MIMIC-CXR, with the same patients left out",
     },
     leaks={
-        "official": "none within the dataset; but its test images and its 500 gold patients are in "
-        "the training split of MIMIC-CXR"
+        "official": "no image; but its test images and its 500 gold patients are in the training "
+        "split of MIMIC-CXR"
     },
     defects=(
         "boxes are found by a detector; some are negative, outside the image or without an area",
@@ -113,18 +116,25 @@ class ChestImagenomeConfig(mimic_tree.MimicConfig):
     """Where Chest ImaGenome was downloaded to, and what becomes of it."""
 
     facts: ClassVar[Facts] = FACTS
-    places: ClassVar[tuple[str, ...]] = ("images", "reports")
+    places: ClassVar[tuple[str, ...]] = ("images", "reports", "ms_cxr")
 
     # Folder of MIMIC-CXR-JPG ("": the source folder).
     images: str = ""
     # Folder or archive of the reports of MIMIC-CXR ("": the folder of the images).
     reports: str = ""
+    # Folder or table of MS-CXR, whose patients are left out of train ("": that of the images).
+    ms_cxr: str = ""
+    # Whether train has the patients of MS-CXR.
+    keep_evaluated: bool = False
 
 
 def read_items(source: SourceFolder, config: ChestImagenomeConfig) -> Iterator[Item]:
     """Yields the films of the lists with their regions, triplets and reports."""
     images = mimic_tree.open_images(source, config.images)
-    gold = read_gold_patients(source, source.require(*GOLD_TABLES))
+    gold = _read_gold_patients(source, source.require(*GOLD_TABLES))
+    evaluated = frozenset[str]()
+    if not config.keep_evaluated:
+        evaluated = ms_cxr.find_patients(images.source, config.ms_cxr)
     mimic_splits = mimic_tree.read_splits(images.source) if config.split_rule == "mimic" else {}
     columns = ("subject_id", "study_id", "dicom_id", "ViewPosition")
     unknown: set[str] = set()
@@ -146,7 +156,10 @@ def read_items(source: SourceFolder, config: ChestImagenomeConfig) -> Iterator[I
                 elif config.split_rule == BY_HASH:
                     split = assign_by_hash(subject_id, config.val_fraction, config.test_fraction)
                 if subject_id in gold and split != "test":
-                    source.drop("patient of the gold annotations, left out of train", dicom_id)
+                    source.drop(GOLD, dicom_id)
+                    continue
+                if subject_id in evaluated and split == "train":
+                    source.drop(EVALUATED, dicom_id)
                     continue
                 triplets = _read_triplets(graph)
                 unknown |= {finding for _, finding, _ in triplets} - set(FINDINGS)
@@ -166,8 +179,17 @@ def read_items(source: SourceFolder, config: ChestImagenomeConfig) -> Iterator[I
         source.note(f"findings of triplets that are no labels: {', '.join(sorted(unknown))}")
 
 
-def read_gold_patients(source: SourceFolder, table: str) -> frozenset[str]:
-    """Returns the patients of the gold annotations, on whom methods are compared."""
+def find_gold_patients(source: SourceFolder, path: str) -> frozenset[str]:
+    """Returns the patients of the gold annotations, on whom methods are compared.
+
+    Args:
+      source: the folder that is searched, and that gets a note if there is no Chest ImaGenome.
+      path: the folder of Chest ImaGenome or its list; "" searches the source folder.
+    """
+    return mimic_tree.find_evaluated(source, path, FACTS, GOLD_TABLES, _read_gold_patients)
+
+
+def _read_gold_patients(source: SourceFolder, table: str) -> frozenset[str]:
     return frozenset(row["subject_id"] for row in source.read_csv(table, ("subject_id",)))
 
 

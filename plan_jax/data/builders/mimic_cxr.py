@@ -238,26 +238,8 @@ def _draw_classes(
 
 def _find_left_out(source: SourceFolder, config: MimicCxrConfig) -> frozenset[str]:
     """Returns the patients on whom grounding methods are compared, so that none trains on them."""
-    patients: frozenset[str] = frozenset()
-    for option, tables, read_patients, page in (
-        ("ms_cxr", ms_cxr.TABLES, ms_cxr.read_patients, ms_cxr.FACTS.page),
-        (
-            *("chest_imagenome", chest_imagenome.GOLD_TABLES),
-            *(chest_imagenome.read_gold_patients, chest_imagenome.FACTS.page),
-        ),
-    ):
-        folder, table = source, ""
-        if path := getattr(config, option):
-            folder, table = mimic_tree.open_place(source, path, option)
-            table = table or folder.require(*tables)
-        if table := table or source.find(*tables):
-            patients |= read_patients(folder, table)
-        else:
-            source.note(
-                f"{tables[0]} is not there, so train may have patients of the evaluation set "
-                f"{option}: download it from {page} and name its folder with data.builder.{option}"
-            )
-    return patients
+    gold = chest_imagenome.find_gold_patients(source, config.chest_imagenome)
+    return gold | ms_cxr.find_patients(source, config.ms_cxr)
 
 
 def _read_labels(

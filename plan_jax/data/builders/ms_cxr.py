@@ -165,10 +165,19 @@ def _read_boxes(source: SourceFolder, rows: list[dict[str, str]]) -> tuple[list[
     return boxes, len(shared)
 
 
-def read_patients(source: SourceFolder, table: str) -> frozenset[str]:
-    """Returns the patients of a table of MS-CXR, which no model that it evaluates may train on."""
-    paths = (row["path"] for row in _read_rows(source, table))
-    return frozenset(ids[0] for ids in map(mimic_tree.parse_image_path, paths) if ids)
+def find_patients(source: SourceFolder, path: str) -> frozenset[str]:
+    """Returns the patients of MS-CXR, which no model that it evaluates may train on.
+
+    Args:
+      source: the folder that is searched, and that gets a note if there is no MS-CXR.
+      path: the folder or the table of MS-CXR; "" searches the source folder.
+    """
+
+    def read(folder: SourceFolder, table: str) -> frozenset[str]:
+        paths = (row["path"] for row in _read_rows(folder, table))
+        return frozenset(ids[0] for ids in map(mimic_tree.parse_image_path, paths) if ids)
+
+    return mimic_tree.find_evaluated(source, path, FACTS, TABLES, read)
 
 
 class MsCxr(PublicBuilder):

@@ -6,11 +6,12 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from plan_jax.data.public.config import PublicConfig
+from plan_jax.data.public.facts import Facts
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.data.sections import mimic
 from plan_jax.types import UserError
@@ -90,6 +91,37 @@ def read_splits(source: SourceFolder) -> dict[str, str]:
             )
         splits[row["dicom_id"]] = _SPLITS[row["split"]]
     return splits
+
+
+def find_evaluated(
+    source: SourceFolder,
+    path: str,
+    facts: Facts,
+    tables: Sequence[str],
+    read_patients: Callable[[SourceFolder, str], frozenset[str]],
+) -> frozenset[str]:
+    """Returns the patients of a dataset that evaluates models of MIMIC-CXR.
+
+    Args:
+      source: the folder that is searched, and that gets a note if there is no table.
+      path: the folder or table of that dataset; "" searches the source folder.
+      facts: facts about that dataset; an option of its name sets `path`.
+      tables: names of its table.
+      read_patients: reads the patients of a table in a folder.
+
+    Raises:
+      UserError: `path` does not exist, or has no such table.
+    """
+    folder, table = open_place(source, path, facts.name) if path else (source, "")
+    if path and not table:
+        table = folder.require(*tables)
+    if table := table or source.find(*tables):
+        return read_patients(folder, table)
+    source.note(
+        f"{tables[0]} is not there, so train may have patients of the evaluation set {facts.name}: "
+        f"download it from {facts.page} and name its folder with data.builder.{facts.name}"
+    )
+    return frozenset()
 
 
 class ImageFolder:
