@@ -31,6 +31,8 @@ from plan_jax.data.builders.ms_cxr import MsCxr, MsCxrConfig
 from plan_jax.data.builders.nih_cxr14 import NihCxr14, NihCxr14Config
 from plan_jax.data.builders.object_cxr import ObjectCxr, ObjectCxrConfig
 from plan_jax.data.builders.openi import Openi, OpeniConfig
+from plan_jax.data.builders.padchest import Padchest, PadchestConfig
+from plan_jax.data.builders.padchest_gr import PadchestGr, PadchestGrConfig
 from plan_jax.data.builders.pairs import Pairs, PairsConfig
 from plan_jax.data.builders.phantom import Phantom, PhantomConfig
 from plan_jax.data.builders.rexgradient import Rexgradient, RexgradientConfig
@@ -59,6 +61,8 @@ BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.Builder
     "nih_cxr14": (NihCxr14, NihCxr14Config),
     "rsna_pneumonia": (RsnaPneumonia, RsnaPneumoniaConfig),
     "siim_pneumothorax": (SiimPneumothorax, SiimPneumothoraxConfig),
+    "padchest": (Padchest, PadchestConfig),
+    "padchest_gr": (PadchestGr, PadchestGrConfig),
     "openi": (Openi, OpeniConfig),
     "jsrt": (Jsrt, JsrtConfig),
     "montgomery": (Montgomery, MontgomeryConfig),

@@ -163,6 +163,10 @@ def read_items(source: SourceFolder, config: ChexpertConfig) -> Iterator[Item]:
         for row in rows:
             _, patient_id, study, film = row.path.split("/")
             stem = row.path.rpartition(".")[0]
+            shapes = shapes_of.pop("_".join(stem.split("/")[1:]), ())
+            if config.first_view and not film.startswith("view1_"):
+                source.drop("not the first view of its study", stem)
+                continue
             folder = batches.get(patient_id) or folders[part] or part
             item = Item(
                 image_id=stem,
@@ -174,11 +178,9 @@ def read_items(source: SourceFolder, config: ChexpertConfig) -> Iterator[Item]:
                     finding: blank if value == BLANK else value
                     for finding, value in zip(FINDINGS, row.values, strict=True)
                 },
-                shapes=shapes_of.pop("_".join(stem.split("/")[1:]), ()),
+                shapes=shapes,
             )
             splits = splits_of.get(row.path) or [_assign_split(row, part, rule, config)]
-            if config.first_view and not film.startswith("view1_"):
-                splits = [UNUSED]
             for copy, split in enumerate(splits):
                 # A protocol that trains on what it validates on has a film in both splits.
                 image_id = f"{stem}#{split}" if copy else stem
