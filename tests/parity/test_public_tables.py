@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from plan_jax.data.builders import chexpert, nih_cxr14, openi
+from plan_jax.data.builders import chexpert, nih_cxr14, openi, padchest
 from plan_jax.data.public.source_folder import SourceFolder
 
 TABLES = Path(__file__).resolve().parents[2] / ".cache/public_tables/torchxrayvision/data"
@@ -97,3 +97,29 @@ def test_chexpert(tmp_path):
     assert Counter(split for (split,) in chexpert._select_8x200(rows).values()) == {
         **{"test": 1_600, "val": 80}
     }
+
+
+def test_padchest(tmp_path):
+    table = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
+    source = make_source(tmp_path, table)
+    rows = list(source.read_csv(table, ("Projection", "StudyID", "PatientID", "Labels")))
+    assert padchest.FACTS.counts == {
+        "images": len(rows),
+        "patients": len({row["PatientID"] for row in rows}),
+        "studies": len({row["StudyID"] for row in rows}),
+    }
+    names = Counter(
+        name for row in rows for name in set(padchest.parse_list(row["Labels"])) if name
+    )
+    others = {"exclude", *padchest.NOT_FINDINGS}
+    assert set(padchest.FINDINGS) == set(names) - others
+    assert (names["normal"], names["unchanged"], names["exclude"]) == (50_616, 14_334, 1_312)
+    views, depths, num_unknown = Counter[str](), Counter[int](), 0
+    for item in padchest.read_items(source, padchest.PadchestConfig(name="")):
+        views[item.view] += 1
+        depths[item.bit_depth] += 1
+        num_unknown += not item.labels
+    assert views == {"PA": 90_915, "LATERAL": 49_251, "AP": 18_745, "OTHER": 619, "UNKNOWN": 8}
+    assert depths == {12: 142_897, 10: 16_641} and num_unknown == 5_018
+    assert len(source.dropped["PadChest excludes it"]) == len(rows) - views.total() == 1_323
+    assert not source.notes
