@@ -226,6 +226,11 @@ def test_the_rule_of_mgca_validates_on_the_test_split(tmp_path):
         film.dicom_id: "train" if film.split == "train" else "val" for film in miniature.FILMS
     }
     assert {name: item.split for name, item in items.items()} == expected
+    study = min(mimic.HAND_LISTED_STUDIES).removeprefix("s")
+    film = miniature.Film("00000000", study, "10000001", "train", "AP")
+    miniature.write_tables(tmp_path, [film, miniature.FILMS[0]], {})
+    _, items = read(tmp_path, split="mgca_compat")
+    assert [item.split for item in items.values()] == ["unused", "train"]
 
 
 def test_the_rule_of_chexzero_trains_on_everything(tmp_path):

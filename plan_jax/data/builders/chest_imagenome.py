@@ -92,8 +92,9 @@ FACTS = Facts(
     provides=("reports", "labels", "regions"),
     patients="the subject of MIMIC-CXR",
     splits={
-        "official": "train.csv, valid.csv and test.csv; patients of the gold annotations are left "
-        "out of train and val, and those of MS-CXR of train if its table is there",
+        "official": "the lists train.csv, valid.csv and test.csv; patients of the gold "
+        "annotations are left out of train and val, and those of MS-CXR of train if its table is "
+        "there",
         "mimic": "the official split of MIMIC-CXR, with the same patients left out",
     },
     leaks={
@@ -102,7 +103,7 @@ FACTS = Facts(
     },
     defects=(
         "boxes are found by a detector; some are negative, outside the image or without an area",
-        "x1, y1, x2, y2 are in a padded frame of 224 pixels; original_x1 .. are in the image",
+        "boxes are given twice: original_x1 .. in the image, x1 .. in a padded frame of 224 pixels",
         "24 images are no radiographs and have no scene graph",
         "not every image has all 36 regions",
     ),

@@ -14,6 +14,7 @@ from plan_jax.data.public.facts import BY_HASH, PHYSIONET_LICENCE, Facts
 from plan_jax.data.public.items import UNUSED, Item
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.data.public.splits import assign_by_hash
+from plan_jax.data.sections import mimic
 from plan_jax.data.tfds import tfds
 from plan_jax.types import UserError
 
@@ -57,7 +58,8 @@ FACTS = Facts(
     splits={
         "official": "the column `split`, validate as val; patients of MS-CXR and of Chest "
         "ImaGenome's gold annotations are left out of train if their lists are there",
-        "mgca_compat": "MGCA's: validate and test are val, and there is no test",
+        "mgca_compat": "MGCA's: validate and test are val, and there is no test; 54 studies that "
+        "its table of sections lacks are left out",
         "chexzero_compat": "CheXzero's: everything is train",
         "5x200": "test: 200 frontal films of each of five classes from the official training "
         "split, drawn by the rule of CheXpert 5x200 with MGCA's seed, 0; other films of their "
@@ -130,7 +132,7 @@ def read_items(source: SourceFolder, config: MimicCxrConfig) -> Iterator[Item]:
     with opened as reports:
         for row in source.read_csv(metadata, columns):
             dicom_id, subject_id, study_id, view = (row[column] for column in columns)
-            if (split := splits.assign(dicom_id, subject_id)) is None:
+            if (split := splits.assign(dicom_id, subject_id, study_id)) is None:
                 continue
             yield Item(
                 image_id=dicom_id,
@@ -175,7 +177,7 @@ class _Splits:
         if not config.keep_evaluated and not self._rule.endswith("_compat"):
             self._left_out = _find_left_out(source, config)
 
-    def assign(self, dicom_id: str, subject_id: str) -> str | None:
+    def assign(self, dicom_id: str, subject_id: str, study_id: str) -> str | None:
         """Returns the split of an image; None if it is left out, which is then counted."""
         if self._rule == "chexzero_compat":
             return "train"
@@ -188,6 +190,8 @@ class _Splits:
             self._source.drop("the table of splits does not list an image", dicom_id)
             return None
         if self._rule == "mgca_compat":
+            if f"s{study_id}" in mimic.HAND_LISTED_STUDIES:
+                return UNUSED
             return "train" if split == "train" else "val"
         if self._rule == "5x200":
             if dicom_id in self._drawn:
