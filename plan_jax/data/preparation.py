@@ -268,6 +268,9 @@ def _prepare_locked(
         )
         print(f"{sizes}; {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         _reported.discard(folder)
+        if isinstance(builder, PublicBuilder):  # its messages are a part of the summary
+            print("\n".join(builder.summary), file=sys.stderr, flush=True)
+            _reported.add(folder)
         return folder, _load_sources(folder, config)
 
 

@@ -39,6 +39,7 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
 
     facts: ClassVar[Facts]
     builder_config: PublicConfig
+    summary: Sequence[str] = ()  # lines on the records that were prepared
 
     @abc.abstractmethod
     def read_items(self, source: SourceFolder) -> Iterator[Item]:
@@ -189,7 +190,8 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
         content["faults"] = {fault: len(names) for fault, names in faults.items()}
         write_atomically(folder / summary.SUMMARY_FILE, encode_json(content, indent=2))
         write_atomically(folder / summary.DROPPED_FILE, summary.list_dropped(source.dropped))
-        lines = summary.describe(content, source.dropped, config, faults, notes)
+        self.summary = summary.describe(content, source.dropped, config, faults, notes)
+        lines = summary.remark(content, source.dropped, config, faults, notes)
         write_atomically(folder / MESSAGES_FILE, "\n".join(lines) + "\n")
         for split, part in written.items():
             _list_textless(folder, split, part)

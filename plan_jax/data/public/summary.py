@@ -108,15 +108,31 @@ def describe(
       faults: reason -> ids of images with a fault, which are used.
       notes: what was noted of how images were read -> their paths.
     """
-    facts = config.facts
     lines = [
-        f"{facts.title} ({facts.citation}), split rule {summary['split_rule']}",
         *_describe_splits(summary["splits"]),
         *_describe_labels(summary["labels"]),
         _join("views", summary["views"]) if set(summary["views"]) != {"not stated"} else "",
         _join("reports, by section", summary["sections"]),
         _join("annotations", summary["annotations"]),
+        *remark(summary, dropped, config, faults, notes),
+        f"SHA-256 of the sorted ids: {summary['ids_sha256'][:16]}",
     ]
+    return [line for line in lines if line]
+
+
+def remark(
+    summary: Mapping[str, Any],
+    dropped: Mapping[str, Sequence[str]],
+    config: PublicConfig,
+    faults: Mapping[str, Sequence[str]] | None = None,
+    notes: Mapping[str | int, Sequence[str]] | None = None,
+) -> list[str]:
+    """Returns the lines that every run shows: what was left out, leaks, and other remarks.
+
+    The arguments are those of `describe`.
+    """
+    facts = config.facts
+    lines = [f"{facts.title} ({facts.citation}), split rule {summary['split_rule']}"]
     if summary["is_split_by_image"]:
         lines.append(f"split by image, not by patient: {facts.patients}")
     for split, count in summary["leaks"].items():
@@ -132,9 +148,7 @@ def describe(
     for fault, names in sorted((faults or {}).items()):
         lines.append(f"{quoting.count(len(names), 'image')} with {fault} ({_give_examples(names)})")
     lines += images.summarise_notes(notes or {}, config.size)
-    lines += summary["notes"]
-    lines.append(f"SHA-256 of the sorted ids: {summary['ids_sha256'][:16]}")
-    return [line for line in lines if line]
+    return lines + list(summary["notes"])
 
 
 def list_dropped(dropped: Mapping[str, Sequence[str]]) -> str:
