@@ -50,7 +50,9 @@ def test_a_list_of_two_classes_says_nothing_of_pneumonia(tmp_path):
 
 def test_of_several_versions_one_has_to_be_chosen(tmp_path):
     miniature.write(tmp_path)
-    with pytest.raises(UserError, match=r"versions 9A, 9B; choose one with lists=9A"):
+    with pytest.raises(
+        UserError, match=r"versions 9A, 9B; choose one by the field lists, as lists=9A"
+    ):
         read(tmp_path)
     with pytest.raises(UserError, match="lists '10' of dataset covidx is unknown"):
         read(tmp_path, lists="10")

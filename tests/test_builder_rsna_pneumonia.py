@@ -9,6 +9,7 @@ from miniatures import rsna_pneumonia as miniature
 from plan_jax.data.builders import rsna_pneumonia
 from plan_jax.data.builders.rsna_pneumonia import RsnaPneumoniaConfig, read_items
 from plan_jax.data.dataset import open_dataset
+from plan_jax.data.preparation import check_dataset
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
 
@@ -188,6 +189,28 @@ def test_benchx_holds_out_as_many_of_each_class(tmp_path):
         for split, ids in split_ids(items).items()
     }
     assert counts == {"train": (280, 70), "val": (60, 15), "test": (60, 15)}
+
+
+@pytest.mark.parametrize("rule", ["mgca_compat", "benchx"])
+def test_the_summary_counts_the_test_images_of_trained_patients(tmp_path, rule):
+    names = write_many(tmp_path, 240)
+    keys = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+    films = [
+        {"subset_img_id": name, "img_id": f"{index // 4:08d}_{index % 4:03d}.png"}
+        | {key: f"{key}.{name}" for key in keys}
+        for index, name in enumerate(names)
+    ]
+    path = tmp_path / "pneumonia-challenge-dataset-mappings_2018.json"
+    path.write_text(json.dumps(films))
+    items, _ = read(tmp_path, split=rule)
+    patients = {split: [int(name) // 4 for name in ids] for split, ids in split_ids(items).items()}
+    lines = check_dataset("rsna_pneumonia", {"source": str(tmp_path), "split": rule})
+    for split in ("val", "test"):
+        count = sum(patient in patients["train"] for patient in patients[split])
+        assert count > 30
+        assert f"leak: {count} of 36 images of {split} are of patients whom train has too" in lines
+    lines = check_dataset("rsna_pneumonia", {"source": str(tmp_path)})
+    assert not any(line.startswith("leak") for line in lines)
 
 
 def test_published_rules_need_the_list_that_they_divide(tmp_path):

@@ -126,8 +126,8 @@ def _find_lists(source: SourceFolder, version: str) -> dict[str, str]:
     found = [name for name in wanted if source.find(f"train{stem_of[name]}.txt")]
     if len(found) > 1:
         raise UserError(
-            f"{source.root} has the lists of the versions {', '.join(found)}; choose one with "
-            f"lists={found[0]}"
+            f"{source.root} has the lists of the versions {', '.join(found)}; choose one by the "
+            f"field lists, as lists={found[0]}"
         )
     stem = stem_of[(found or wanted)[0]]
     lists = {split: source.require(f"{split}{stem}.txt") for split in ("train", "test")}

@@ -37,8 +37,7 @@ FACTS = Facts(
     files=f"{LABELS}, {CLASSES} and {FOLDER}/; or {ANNOTATIONS} and {TREE}/ as of rsna.org; "
     f"{MAPPING} names the NIH film of each image",
     provides=("labels", "boxes"),
-    patients=f"the NIH patient, by {MAPPING}; without that file, `patientId` is an image, and "
-    "images are divided",
+    patients=f"`patientId` is an image; {MAPPING} names the NIH patient of each image",
     is_split_by_image=True,
     splits={
         BY_HASH: "patients are divided by hash",

@@ -71,7 +71,8 @@ class VindrCxrConfig(PublicConfig):
 
     facts: ClassVar[Facts] = FACTS
 
-    # How many of three readers make a finding present (1: any; BenchX).
+    # How many of three readers make a finding present (1: any; BenchX). Boxes of findings that are
+    # not present are left out.
     min_readers: int = 2
     # Whether boxes of one finding that overlap (IoU >= 0.5) become their mean; if not, the boxes of
     # every reader are kept.
