@@ -299,6 +299,14 @@ def test_two_preparations_at_once_and_a_full_disk(tmp_path):
     assert len(list((tmp_path / "data/toy_films").glob("*/*/dataset_info.json"))) == 1
 
 
+def test_records_with_a_second_folder_are_others_wherever_it_is():
+    def digest(**fields):
+        return preparation.make_builder_config("mimic_cxr", fields).digest()
+
+    assert digest(ms_cxr="a") == digest(ms_cxr="b", source="c", workers=3)
+    assert len({digest(), digest(ms_cxr="a"), digest(reports="a"), digest(size=64)}) == 4
+
+
 # The command ------------------------------------------------------------------------------------
 
 

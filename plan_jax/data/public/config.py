@@ -98,7 +98,9 @@ class PublicConfig(tfds.core.BuilderConfig):
             for field in dataclasses.fields(self)
             if field.name not in left_out
         }
-        return values | {"split": self.split_rule}
+        # Records made with a second folder differ from those made without, wherever it is.
+        given = {f"has_{name}": bool(getattr(self, name)) for name in self.places}
+        return values | given | {"split": self.split_rule}
 
     def digest(self) -> str:
         """Returns a hash of the options, whatever the source folder holds."""
