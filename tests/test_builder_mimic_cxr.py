@@ -357,3 +357,18 @@ def test_a_check_needs_no_images(tmp_path):
     assert any(line.startswith("7 of 7 images are missing") for line in lines)
     lines = check_dataset("mimic_cxr", {"source": str(tmp_path), "split": "chexzero_compat"})
     assert f"leak of the rule chexzero_compat: {FACTS.leaks['chexzero_compat']}" in lines
+
+
+def test_a_damaged_archive_is_named_and_a_damaged_member_is_dropped(tmp_path):
+    miniature.write(tmp_path, reports="zip")
+    archive = tmp_path / "mimic-cxr-reports.zip"
+    content = bytearray(archive.read_bytes())
+    start = content.index(b"s50000007.txt") + len(b"s50000007.txt")
+    content[start : start + 8] = b"\xff" * 8
+    archive.write_bytes(content)
+    source, items = read(tmp_path)
+    assert source.dropped == {"a report cannot be unpacked": ["s50000007"]}
+    assert len(items) == len(miniature.FILMS)
+    archive.write_bytes(content[:100])
+    with pytest.raises(UserError, match="mimic-cxr-reports.zip in .* is damaged"):
+        read(tmp_path)
