@@ -23,6 +23,7 @@ from plan_jax.data.builders.brax import Brax, BraxConfig
 from plan_jax.data.builders.chest_imagenome import ChestImagenome, ChestImagenomeConfig
 from plan_jax.data.builders.chestx_det import ChestxDet, ChestxDetConfig
 from plan_jax.data.builders.chexpert import Chexpert, ChexpertConfig
+from plan_jax.data.builders.chexpert_plus import ChexpertPlus, ChexpertPlusConfig
 from plan_jax.data.builders.covidx import Covidx, CovidxConfig
 from plan_jax.data.builders.jsrt import Jsrt, JsrtConfig
 from plan_jax.data.builders.mimic_cxr import MimicCxr, MimicCxrConfig
@@ -56,6 +57,7 @@ BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.Builder
     "brax": (Brax, BraxConfig),
     "chest_imagenome": (ChestImagenome, ChestImagenomeConfig),
     "chexpert": (Chexpert, ChexpertConfig),
+    "chexpert_plus": (ChexpertPlus, ChexpertPlusConfig),
     "mimic_cxr": (MimicCxr, MimicCxrConfig),
     "ms_cxr": (MsCxr, MsCxrConfig),
     "nih_cxr14": (NihCxr14, NihCxr14Config),

@@ -232,16 +232,16 @@ def _read_rows(
         path = "/".join([part, *names[1:]])
         values = read_labels(row, FINDINGS, BLANK, f"{path} in {table}")
         if not is_study:
-            yield Row(path, _name_view(row["AP/PA"], row["Frontal/Lateral"] or path), values)
+            yield Row(path, name_view(row["AP/PA"], row["Frontal/Lateral"] or path), values)
             continue
         films = source.list_names("/".join([folders[part], *names[1:]]))
         if not films:
             source.drop("a labelled study has no films", path)
         for film in films:
-            yield Row(f"{path}/{film}", _name_view("", film), values)
+            yield Row(f"{path}/{film}", name_view("", film), values)
 
 
-def _name_view(projection: str, plane: str) -> str:
+def name_view(projection: str, plane: str) -> str:
     """Returns the view of a film. Some films are frontal, and have the projection LL."""
     if projection in ("AP", "PA"):
         return projection

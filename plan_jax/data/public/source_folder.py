@@ -21,6 +21,7 @@ MAX_DEPTH = 4  # folders below the source folder that are searched for tables
 MAX_FOLDERS = 2000  # that are searched
 MAX_BRANCHES = 256  # folders in one folder; those of a folder with more are patients, not searched
 MAX_MEMBER_BYTES = 2**20  # of a report or a table in an archive
+CUT_OFF = "a row of a table is cut off"
 MAX_COLUMNS = 12  # names of columns in a message
 READ_ERRORS = (
     OSError,
@@ -202,7 +203,9 @@ class SourceFolder:
                 if not any(map(str.strip, cells)):
                     continue
                 if len(cells) < num_required:
-                    self.drop("a row of a table is cut off", f"{path}:{reader.line_num}")
+                    line = quoting.quote_path(f"{path}:{reader.line_num}")
+                    if line not in self.dropped.get(CUT_OFF, ()):  # tables may be read again
+                        self.drop(CUT_OFF, line)
                     continue
                 row = dict.fromkeys(optional, "")
                 row |= {name: cells[place].strip() for name, place in place_of.items()}
