@@ -1,14 +1,12 @@
 """The folders of MIMIC-CXR, where its derived datasets find images and reports by their ids."""
 
 import contextlib
-import dataclasses
 import os
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import Facts
@@ -31,16 +29,8 @@ _ReadText = Callable[[str], str | None]
 UNPACK_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 
 
-@dataclasses.dataclass(eq=False)
 class MimicConfig(PublicConfig):
-    """Options of MIMIC-CXR and of the datasets on its images.
-
-    The records depend on whether a place is given, not on where it is.
-    """
-
-    def identity(self) -> dict[str, Any]:
-        """Returns all that the records depend on, beside the content of the folders."""
-        return super().identity() | {name: bool(getattr(self, name)) for name in self.places}
+    """Options of MIMIC-CXR and of the datasets on its images, which are where `images` says."""
 
     @property
     def image_root(self) -> Path:
