@@ -10,6 +10,7 @@ from plan_jax.data.builders import rsna_pneumonia
 from plan_jax.data.builders.rsna_pneumonia import RsnaPneumoniaConfig, read_items
 from plan_jax.data.dataset import open_dataset
 from plan_jax.data.preparation import check_dataset
+from plan_jax.data.public.items import Box
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import UserError
 
@@ -41,6 +42,18 @@ def test_kaggle_has_an_image_a_row_and_a_row_a_box(tmp_path):
         }
         assert source.has(item.image)
     assert source.dropped == {}
+
+
+def test_boxes_fit_copies_of_any_size(tmp_path):
+    write_table(tmp_path, ["a,256,512,128,64,1", "b,256,512,128,64,1"])
+    folder = tmp_path / "stage_2_train_images"
+    folder.mkdir()
+    for name in ("a.png", "b.dcm", "b.png"):
+        (folder / name).write_bytes(b"any")
+    items, _ = read(tmp_path)
+    assert items["a"].image.endswith("a.png") and items["b"].image.endswith("b.dcm")
+    assert items["a"].boxes == [Box((0.25, 0.5, 0.375, 0.5625), "Pneumonia", is_normalised=True)]
+    assert items["b"].boxes == [Box((256.0, 512.0, 384.0, 576.0), "Pneumonia")]
 
 
 def test_without_the_mapping_a_patient_is_an_image_and_this_is_said(tmp_path):

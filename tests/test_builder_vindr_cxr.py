@@ -52,6 +52,15 @@ def test_a_finding_is_present_if_two_readers_give_it(tmp_path):
     assert source.dropped == {}
 
 
+def test_reduced_copies_are_not_taken_for_films(tmp_path):
+    miniature.write_physionet(tmp_path)
+    (tmp_path / "train" / f"{NORMAL}.dicom").rename(tmp_path / "train" / f"{NORMAL}.png")
+    (tmp_path / "train" / f"{SINGLE}.dicom").rename(tmp_path / "train" / f"{SINGLE}.dcm")
+    items, source = read(tmp_path)
+    assert items[NORMAL].image == f"train/{NORMAL}.dicom" and not source.has(items[NORMAL].image)
+    assert items[SINGLE].image == f"train/{SINGLE}.dcm"
+
+
 def test_any_reader_or_the_boxes_of_every_reader_can_be_asked_for(tmp_path):
     miniature.write_physionet(tmp_path, films=False)
     items, _ = read(tmp_path, min_readers=1, fuse_boxes=False)

@@ -40,7 +40,7 @@ FACTS = Facts(
         "official": "the list of test is test; of the list of train, a hash puts `val_fraction` "
         "into val",
     },
-    leaks={"official": "unknown: patients of NIH may be in train and test, and in other sets"},
+    leaks={"official": "how many is unknown; patients of NIH may be in train, test and other sets"},
     defects=(
         "films are renumbered, and no official list names their NIH films",
         "ChestX-Det10 is a part of ChestX-Det without outlines and without three findings",

@@ -22,6 +22,7 @@ ANNOTATIONS = "pneumonia-challenge-annotations-adjudicated-kaggle_2018.json"
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 FOLDER = "stage_2_train_images"
 TREE = "mdai_rsna_project_x9N20BZa_images_2018-07-20-153330"
+SIDE = 1024  # rows and columns of every image
 NUM_IMAGES = 26_684  # of the table that the published rules divide
 PATIENT_DIGITS = 8  # of the name of an NIH film, as 00000013_005.png
 # Rule -> fraction of images that are held out.
@@ -104,17 +105,27 @@ def _read_kaggle(source: SourceFolder) -> list[Item]:
             _add_box(source, boxes, name, [row[column] for column in CORNERS])
     classes = _read_classes(source, targets)
     folder = source.find_folder(FOLDER)
-    # Copies of the images in other formats have the same names.
+    # Copies of the images in other formats have the same names; DICOM comes first.
     place_of = {name.rpartition(".")[0]: name for name in reversed(source.list_names(folder))}
-    return [
-        Item(
-            image_id=name,
-            image=f"{folder or FOLDER}/{place_of.get(name, f'{name}.dcm')}",
-            labels={PNEUMONIA: target, NORMAL: classes.get(name, 0 if target else -1)},
-            boxes=boxes.get(name, ()),
+    items = []
+    for name, target in sorted(targets.items()):
+        place = place_of.get(name, f"{name}.dcm")
+        marks = boxes.get(name, [])
+        items.append(
+            Item(
+                image_id=name,
+                image=f"{folder or FOLDER}/{place}",
+                labels={PNEUMONIA: target, NORMAL: classes.get(name, 0 if target else -1)},
+                boxes=marks if place.endswith(".dcm") else [_normalise(box) for box in marks],
+            )
         )
-        for name, target in sorted(targets.items())
-    ]
+    return items
+
+
+def _normalise(box: Box) -> Box:
+    """Returns a box as fractions of the original, of which a copy may be reduced."""
+    x0, y0, x1, y1 = (corner / SIDE for corner in box.corners)
+    return Box((x0, y0, x1, y1), box.label, is_normalised=True)
 
 
 def _read_classes(source: SourceFolder, targets: Mapping[str, int]) -> dict[str, int]:

@@ -45,7 +45,7 @@ FACTS = Facts(
     },
     leaks={
         "mgca_compat": "154 of 1,903 test images are in train too, with other masks",
-        "benchx": "unknown, since patients are",
+        "benchx": "how many is unknown, since patients are",
     },
     defects=(
         "a blank before the name of the second column, and before -1 in some copies",

@@ -109,7 +109,12 @@ def read_items(source: SourceFolder, config: VindrCxrConfig) -> Iterator[Item]:
             source.drop("annotations of a film that the table of labels does not have", image_id)
         splits = {} if is_kaggle else _assign_splits(source, config, part, drawn)
         folder = source.find_folder(part) or part
-        place_of = {name.rpartition(".")[0]: name for name in source.list_names(folder)}
+        # Copies in other formats are reduced, and then the boxes are not theirs.
+        place_of = {
+            name.rpartition(".")[0]: name
+            for name in source.list_names(folder)
+            if name.endswith((".dicom", ".dcm"))
+        }
         for image_id in sorted(readings):
             labels = _count_readers(readings[image_id], names, config.min_readers)
             yield Item(
