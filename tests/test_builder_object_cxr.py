@@ -89,7 +89,7 @@ def test_objects_that_cannot_be_are_listed(tmp_path, annotation, reason):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(UserError, match=r"has no train\.csv; download it from academictorrents"):
+    with pytest.raises(UserError, match=r"has no train\.csv; download it from archive"):
         read(tmp_path)
     write_tables(tmp_path, 2)
     (tmp_path / "train.csv").write_text("image,annotation\na.jpg,\n")

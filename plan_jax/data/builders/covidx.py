@@ -32,12 +32,12 @@ FACTS = Facts(
     title="COVIDx",
     content="30,530 films of 16,802 patients (9A): normal, pneumonia or COVID-19; or with and "
     "without COVID-19 (versions 6, B and CXR-2 to CXR-4)",
-    page="kaggle.com/datasets/andyczhao/covidx-cxr2 (films) and github.com/lindawangg/COVID-Net "
-    "(lists)",
+    page="kaggle.com/datasets/andyczhao/covidx-cxr2",
     licence="that of each source; lists under the terms of COVID-Net",
     citation="Wang et al., Scientific Reports 2020",
     files="train/, test/ and val/ of films; train.txt, test.txt and val.txt, or "
-    "train_COVIDx9A.txt and test_COVIDx9A.txt, or those of another version",
+    "train_COVIDx9A.txt and test_COVIDx9A.txt, or those of another version, of "
+    "github.com/lindawangg/COVID-Net",
     provides=("labels",),
     patients="the first field of a list, which is an image for the films of RSNA",
     splits={

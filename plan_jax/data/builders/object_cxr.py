@@ -22,11 +22,11 @@ FACTS = Facts(
     title="Object-CXR",
     content="10,000 frontal films, half of them with foreign objects as rectangles, ellipses and "
     "polygons; the labels of 1,000 are published apart",
-    page="academictorrents.com (object-CXR); test.csv: "
-    "kaggle.com/datasets/raddar/foreign-objects-in-chest-xrays",
+    page="archive.org/download/object-CXR",
     licence="CC BY-NC 4.0, as stated by others; not verified",
     citation="JF Healthcare, Object-CXR challenge of MIDL 2020",
-    files="train.csv, dev.csv, train/ and dev/; test.csv and test/ if they are there",
+    files="train.csv, dev.csv, train/ and dev/; test.csv and test/, of "
+    "kaggle.com/datasets/raddar/foreign-objects-in-chest-xrays, if they are there",
     provides=("labels", "boxes", "masks"),
     patients="no patients are known; each image counts as one",
     is_split_by_image=True,

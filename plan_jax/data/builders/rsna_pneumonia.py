@@ -32,11 +32,11 @@ FACTS = Facts(
     name="rsna_pneumonia",
     title="RSNA pneumonia (stage 2)",
     content="26,684 frontal films of 11,439 NIH patients, 6,012 with pneumonia, 9,555 boxes",
-    page="kaggle.com/c/rsna-pneumonia-detection-challenge, or rsna.org (AI challenge of 2018)",
+    page="kaggle.com/c/rsna-pneumonia-detection-challenge",
     licence="terms of the challenge; may be passed on with attribution to RSNA and NIH",
     citation="Shih et al., Radiology: Artificial Intelligence 2019",
-    files=f"{LABELS}, {CLASSES} and {FOLDER}/; or {ANNOTATIONS} and {TREE}/ as of rsna.org; "
-    f"{MAPPING} names the NIH film of each image",
+    files=f"{LABELS}, {CLASSES} and {FOLDER}/; or {ANNOTATIONS} and {TREE}/ of rsna.org "
+    f"(AI challenge of 2018); {MAPPING} of rsna.org names the NIH film of each image",
     provides=("labels", "boxes"),
     patients=f"`patientId` is an image; {MAPPING} names the NIH patient of each image",
     is_split_by_image=True,
@@ -55,7 +55,7 @@ FACTS = Facts(
         "`patientId` and the PatientID of the DICOM files name an image, not a patient",
         "the table of classes repeats a row for each box",
         "of rsna.org's 30,000 images, 84 have administrative labels only",
-        "names of rsna.org's labels end in blanks",
+        "names of rsna.org's labels end in blanks; opacities of low probability count as present",
         "ages of 148 and more",
     ),
     counts={"images": NUM_IMAGES, "patients": 11_439, "boxes": 9_555},
