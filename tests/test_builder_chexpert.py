@@ -11,8 +11,10 @@ from configs.eval import chexpert_5x200, chexpert_14, chexpert_linear, chexpert_
 from plan_jax.data.builders import chexpert
 from plan_jax.data.builders.chexpert import FINDINGS, ChexpertConfig
 from plan_jax.data.dataset import open_dataset
+from plan_jax.data.preparation import check_dataset
 from plan_jax.data.public.shapes import draw_mask
 from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.data.public.splits import count_leaks
 from plan_jax.types import UserError
 
 
@@ -247,6 +249,23 @@ def test_mgca_trains_on_what_it_validates_on(tmp_path, monkeypatch):
     assert splits["train"] == [0, 1, 5, 6, 7, 9, 10, 11]
     assert splits["unused"] == [2, 3, 8]
     assert [key.rpartition("#")[2] for key in items if "#" in key] == ["val", "val"]
+    leaks = count_leaks((item.patient_id, item.split) for item in items.values())
+    assert leaks == {"val": 2, "test": 0}
+
+
+def test_the_leak_of_mgca_is_printed(tmp_path, monkeypatch):
+    monkeypatch.setattr(chexpert, "MGCA_NUM_VAL", 4)
+    miniature.write(tmp_path, masks=False)
+    _, items = read(tmp_path, split="mgca_compat")
+    frontal = [item for item in items.values() if item.view != "LATERAL"]
+    trained = {item.patient_id for item in frontal if item.split == "train"}
+    number = sum(item.split == "val" and item.patient_id in trained for item in frontal)
+    total = sum(item.split == "val" for item in frontal)
+    fields = {"source": str(tmp_path), "split": "mgca_compat"}
+    lines = check_dataset("chexpert", fields)
+    assert number and (
+        f"leak: {number} of {total} images of val are of patients whom train has too" in lines
+    )
 
 
 def test_the_configs_name_rules_options_and_labels_of_the_builder():

@@ -45,7 +45,31 @@ def test_films_have_views_bits_and_ids(tmp_path, layout):
     assert items["1_a.png"].patient_id == miniature.PATIENT
     assert items["1_a.png"].sections == {"report": "sin hallazg ."}
     assert [name for name, item in items.items() if not source.has(item.image)] == ["5_a.png"]
-    assert {item.split for item in items.values()} == {""}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_no_patient_of_padchest_is_in_two_splits(tmp_path, fraction):
+    miniature.write(tmp_path)
+    _, items = read(tmp_path, val_fraction=fraction, test_fraction=fraction)
+    splits = {(item.patient_id, item.split) for item in items.values()}
+    assert len(splits) == 4 and ({split for _, split in splits} == {"train"}) == (fraction == 0)
+
+
+@pytest.mark.parametrize("place", ["source", "option"])
+def test_train_lacks_the_patients_that_padchest_gr_evaluates(tmp_path, place):
+    miniature.write(tmp_path / "source")
+    other = tmp_path / ("source/gr" if place == "source" else "gr")
+    other.mkdir()
+    (other / "master_table.csv").write_text("PatientID,split\n22,validation\n44,test\n55,train\n")
+    fields = {"val_fraction": 0.0, "test_fraction": 0.0}
+    fields |= {"padchest_gr": str(other)} if place == "option" else {}
+    source, items = read(tmp_path / "source", **fields)
+    left_out = ["2_a.png", "2_b.png", "4_a.png"]
+    assert source.dropped["its patient is in val or test of PadChest-GR"] == left_out
+    assert list(items) == ["1_a.png", "1_b.png", "5_a.png"]
+    assert len(read(tmp_path / "source", keep_evaluated=True, **fields)[1]) == 6
+    # In another split than train they may stay.
+    assert len(read(tmp_path / "source", **fields | {"test_fraction": 1.0})[1]) == 6
 
 
 def test_labels_are_those_of_the_list_and_unknown_if_none_is_a_finding(tmp_path):
@@ -62,9 +86,9 @@ def test_labels_are_those_of_the_list_and_unknown_if_none_is_a_finding(tmp_path)
         "5_a.png": {"pneumonia"},
     }
     assert all(tuple(item.labels) in ((), FINDINGS) for item in items.values())
-    assert source.notes == [
-        "label martian of 1 film is none of PadChest's findings, and is not used"
-    ]
+    absent, note = source.notes
+    assert absent.startswith("master_table.csv is not there, so train may have patients of the")
+    assert note == ("label martian of 1 film is none of PadChest's findings, and is not used")
 
 
 def test_films_that_no_physician_labelled_may_be_left_out(tmp_path):

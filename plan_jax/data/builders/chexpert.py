@@ -87,7 +87,7 @@ FACTS = Facts(
     },
     leaks={
         "mgca_compat": "4,990 of the 5,000 rows of val share a patient with train, and 4,907 are "
-        "in train themselves; test shares none",
+        "in train themselves (of the 4,284 frontal ones 4,272 and 4,203); test shares none",
         "5x200": "nothing is train. Of MGCA's own training set, 828 of the 1,000 films share a "
         "patient",
     },

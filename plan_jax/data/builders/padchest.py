@@ -3,15 +3,18 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import ClassVar
 
 from plan_jax.data import quoting
+from plan_jax.data.builders import padchest_gr
+from plan_jax.data.builders.padchest_gr import VIEWS
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import BY_HASH, Facts
 from plan_jax.data.public.items import Item
 from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.data.public.splits import assign_by_hash
 from plan_jax.data.tfds import tfds
 from plan_jax.types import UserError
 
@@ -73,10 +76,6 @@ FINDINGS = (
 EXCLUDED = "exclude"
 # Labels that say nothing of what is seen; a film with no others has no known labels.
 NOT_FINDINGS = ("", "nan", "unchanged", "suboptimal study")
-VIEWS = {
-    **{"PA": "PA", "AP": "AP", "AP_horizontal": "AP"},
-    **{"L": "LATERAL", "COSTAL": "OTHER", "UNK": "UNKNOWN"},
-}
 ITEM_OF_LIST = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 METHODS = ("all", "physician")
 
@@ -90,7 +89,10 @@ FACTS = Facts(
     files=f"{TABLE} (or .gz) and the unpacked archives, one folder each: 0/ to 50/, 54/",
     provides=("labels", "reports"),
     patients="the column PatientID",
-    splits={BY_HASH: "there is no official division, so a hash of the patient decides"},
+    splits={
+        BY_HASH: "there is no official division, so a hash of the patient decides. Patients of val "
+        "and test of PadChest-GR are left out of train if its master table is there"
+    },
     defects=(
         "reports are in lower case and reduced to the stems of their words; 17 are missing",
         "39,053 films are labelled by physicians, the others by a network that read the report",
@@ -99,7 +101,7 @@ FACTS = Facts(
         "1,312 films have the label `exclude`, and eleven the projection EXCLUDE; both are dropped",
         "about twenty files are missing or cut off",
         "274 films are of children",
-        "the images of PadChest-GR are among these; keep its test patients out of training",
+        "the films of PadChest-GR are among these",
     ),
     counts={"images": 160_861, "patients": 67_625, "studies": 109_931},
     findings=FINDINGS,
@@ -111,7 +113,12 @@ class PadchestConfig(PublicConfig):
     """Where PadChest was downloaded to, and what becomes of it."""
 
     facts: ClassVar[Facts] = FACTS
+    places: ClassVar[tuple[str, ...]] = ("padchest_gr",)
 
+    # Folder of PadChest-GR, whose patients of val and test are left out of train ("": the source).
+    padchest_gr: str = ""
+    # Whether train has these patients.
+    keep_evaluated: bool = False
     # `physician` uses the 39,053 films that physicians labelled, as CheXzero and KAD do.
     labelled_by: str = "all"
 
@@ -128,6 +135,9 @@ class PadchestConfig(PublicConfig):
 def read_items(source: SourceFolder, config: PadchestConfig) -> Iterator[Item]:
     """Yields the films of the table."""
     table = source.require(TABLE)
+    evaluated: Set[str] = frozenset()
+    if not config.keep_evaluated:
+        evaluated = padchest_gr.find_evaluated_patients(source, config.padchest_gr)
     folders: dict[str, str] = {}
     unknown = Counter[str]()
     columns = ("ImageID", "ImageDir", "StudyID", "PatientID", "Projection", "Labels")
@@ -138,6 +148,11 @@ def read_items(source: SourceFolder, config: PadchestConfig) -> Iterator[Item]:
         if projection == "EXCLUDE" or EXCLUDED in labels:
             source.drop("PadChest excludes it", name)
             continue
+        patient_id = row["PatientID"]
+        split = assign_by_hash(patient_id, config.val_fraction, config.test_fraction)
+        if split == "train" and patient_id in evaluated:
+            source.drop("its patient is in val or test of PadChest-GR", name)
+            continue
         unknown.update(label for label in labels if label not in (*FINDINGS, *NOT_FINDINGS))
         if config.labelled_by == "physician" and row["MethodLabel"] != "Physician":
             source.drop("not labelled by a physician", name)
@@ -146,8 +161,9 @@ def read_items(source: SourceFolder, config: PadchestConfig) -> Iterator[Item]:
         yield Item(
             image_id=name,
             image=f"{_find_folder(source, row['ImageDir'], name, folders)}/{name}",
-            patient_id=row["PatientID"],
+            patient_id=patient_id,
             study_id=row["StudyID"],
+            split=split,
             view=VIEWS.get(projection, "UNKNOWN"),
             labels=_read_labels(labels),
             sections={"report": row["Report"]},

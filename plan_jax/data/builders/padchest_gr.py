@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from plan_jax.data.builders.padchest import VIEWS
+from plan_jax.data.public import mimic_tree
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import Facts
@@ -19,6 +19,11 @@ ARCHIVE = "PadChest_GR.zip"
 OFFICIAL = "official"
 SPLITS = {"train": "train", "validation": "val", "test": "test"}  # their word -> ours
 LANGUAGES = ("en", "es")
+# The column Projection of PadChest -> view.
+VIEWS = {
+    **{"PA": "PA", "AP": "AP", "AP_horizontal": "AP"},
+    **{"L": "LATERAL", "COSTAL": "OTHER", "UNK": "UNKNOWN"},
+}
 MAX_SEARCHED = 20  # images that are looked for until the folder of all is known
 
 FACTS = Facts(
@@ -36,7 +41,7 @@ FACTS = Facts(
     defects=(
         "normal sentences lack entries that abnormal ones have",
         "corners of boxes are fractions of the image",
-        "its images are among those of PadChest; keep its test patients out of training there",
+        "its films are among those of PadChest, whose train lacks the patients of val and test",
         "`extra_boxes` are those of a second reader, and only some sentences have them",
     ),
     counts={"images": 4_555},
@@ -101,6 +106,21 @@ def read_items(source: SourceFolder, config: PadchestGrConfig) -> Iterator[Item]
             boxes=list(_read_boxes(source, report, config)),
             bit_depth=int(bits) if bits.isdecimal() and 8 <= int(bits) <= 16 else 0,
         )
+
+
+def find_evaluated_patients(source: SourceFolder, path: str) -> frozenset[str]:
+    """Returns the patients of val and test, which no model that is evaluated may train on.
+
+    Args:
+      source: the folder that is searched, and that gets a note if there is no PadChest-GR.
+      path: the folder or the master table of PadChest-GR; "" searches the source folder.
+    """
+
+    def read(folder: SourceFolder, table: str) -> frozenset[str]:
+        rows = folder.read_csv(table, ("PatientID", "split"))
+        return frozenset(row["PatientID"] for row in rows if row["split"] != "train")
+
+    return mimic_tree.find_evaluated(source, path, FACTS, (TABLE,), read)
 
 
 def _has_ids(source: SourceFolder, report: Any) -> bool:
