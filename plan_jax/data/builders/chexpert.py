@@ -61,29 +61,30 @@ FACTS = Facts(
     content="223,648 films of 64,740 patients with 14 labels from reports; 668 test films of 500 "
     "patients with labels of radiologists; masks of ten findings on 686 films of valid and test "
     "(CheXlocalize)",
-    page="stanfordaimi.azurewebsites.net/datasets/8cbd9ed4-2eb9-4565-affc-111cf4f7ebe2 (test films "
-    "and masks: /datasets/23c56a0d-15de-405b-87c8-99c30138950c)",
+    page="stanfordaimi.azurewebsites.net/datasets/8cbd9ed4-2eb9-4565-affc-111cf4f7ebe2",
     licence="Stanford's research use agreement, after registration; redistribution is forbidden",
     citation="Irvin et al., AAAI 2019; masks: Saporta et al., Nature MI 2022",
     files="CheXpert-v1.0/ or CheXpert-v1.0-small/ with train.csv, valid.csv, train/ and valid/ (or "
     "the batches of the full download, unpacked side by side); for test: test/ with "
-    "test_labels.csv of CheXlocalize or groundtruth.csv of cheXpert-test-set-labels; for masks: "
-    "gt_segmentations_val.json and gt_segmentations_test.json of CheXlocalize",
+    "test_labels.csv of CheXlocalize (/datasets/23c56a0d-15de-405b-87c8-99c30138950c of the same "
+    "site), or groundtruth.csv of cheXpert-test-set-labels; for masks: gt_segmentations_val.json "
+    "and gt_segmentations_test.json of CheXlocalize",
     provides=("labels", "masks"),
     patients="the folder patientNNNNN",
     splits={
-        "official": "train.csv is train, valid.csv is val, the radiologists' test set is test. "
-        "Without the test set, as `valid_is_test`",
-        "valid_is_test": "valid.csv is test; a hash puts `val_fraction` of the patients of "
-        "train.csv into val",
+        "official": "as published: train.csv is train, valid.csv is val, the radiologists' test "
+        "set is test. Without the test set, as `valid_is_test`",
+        "valid_is_test": "the official valid.csv is test; a hash puts `val_fraction` of the "
+        "patients of train.csv into val",
         "mgca_compat": "MGCA's 5,000 rows of train.csv are val, those that its code keeps are "
         "train, valid.csv is test",
-        "5x200": "test has 200 frontal films of train.csv for each of Atelectasis, Cardiomegaly, "
-        "Consolidation, Edema and Pleural Effusion, with that label 1 and all others but No "
-        "Finding 0 (blank is 0), drawn with seed 0 as MGCA does. The rest is unused",
-        "8x200": "test has 200 and val ten frontal films of train.csv for each of ConVIRT's eight "
-        "labels, with that label 1 and all others 0 (blank is 0), the first by hash, one a "
-        "patient. The rest is unused. The draw is ours",
+        "5x200": "for zero-shot classification: test has 200 frontal films of train.csv for each "
+        "of Atelectasis, Cardiomegaly, Consolidation, Edema and Pleural Effusion, with that label "
+        "1 and all others but No Finding 0 (blank is 0), drawn with seed 0 as MGCA does. The rest "
+        "is unused",
+        "8x200": "for retrieval of images: test has 200 and val ten frontal films of train.csv "
+        "for each of ConVIRT's eight labels, with that label 1 and all others 0 (blank is 0), the "
+        "first by hash, one a patient. The rest is unused. The draw is ours",
     },
     leaks={
         "mgca_compat": "4,990 of the 5,000 rows of val share a patient with train, and 4,907 are "
@@ -93,9 +94,9 @@ FACTS = Facts(
     },
     defects=(
         "labels of train are mined from reports, -1 is uncertain and a blank is unmentioned",
-        "view1 of a study is not always frontal, and a study can have three films",
+        "the film view1 of a study is not always frontal, and a study can have three films",
         "age is 0 in three rows, and sex is Unknown in one",
-        "groundtruth.csv labels studies; test_labels.csv repeats it for each film",
+        "of the test labels, groundtruth.csv has a row a study, test_labels.csv a row a film",
         "the radiologists' files order the columns otherwise",
     ),
     counts={"images": 223_648, "patients": 64_740},

@@ -31,7 +31,7 @@ MAX_SEARCHED = 100  # films that are looked for until the folder of all is known
 FACTS = Facts(
     name="chexpert_plus",
     title="CheXpert Plus",
-    content="223,462 films of 64,725 patients with reports by sections; labels by CheXbert",
+    content="223,462 films of CheXpert with their reports by sections; labels by CheXbert",
     page="stanfordaimi.azurewebsites.net/datasets/5158c524-d3ab-4e02-96e9-6ee9efc110a1",
     licence="Stanford's research use agreement, after registration; redistribution is forbidden",
     citation="Chambon et al., arXiv:2405.19538, 2024",
@@ -40,8 +40,8 @@ FACTS = Facts(
     provides=("reports", "labels"),
     patients="the column deid_patient_id",
     splits={
-        OFFICIAL: "valid is test, as in ReXrank; a hash puts `val_fraction` of the patients of "
-        "train into val"
+        OFFICIAL: "by the column split: valid is test, as in ReXrank; a hash puts `val_fraction` "
+        "of the patients of train into val"
     },
     defects=(
         "the table names .jpg files, and the download has .png files",
