@@ -67,7 +67,9 @@ def _describe_section(facts: Facts) -> str:
 
 
 def _capitalise(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """Returns a text with a capital, unless it begins with the name of a file."""
+    is_word = text.partition(" ")[0].rstrip(",.;:").isalpha()
+    return text[:1].upper() + text[1:] if is_word else text
 
 
 def _close(text: str) -> str:
