@@ -301,6 +301,9 @@ def test_mistakes_are_named(tmp_path):
     table.unlink()
     with pytest.raises(UserError, match=r"no train.csv"):
         read(tmp_path, split="5x200")
+    (tmp_path / "CheXlocalize/gt_segmentations_test.json").write_text("[1]")
+    with pytest.raises(UserError, match="gt_segmentations_test.json in .* has no masks by film"):
+        read(tmp_path)
 
 
 def test_columns_may_come_in_another_order(tmp_path):

@@ -28,6 +28,7 @@ from plan_jax.data.public.shapes import parse_coco_runs
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.data.public.splits import assign_by_hash
 from plan_jax.data.tfds import tfds
+from plan_jax.types import UserError
 
 FINDINGS = (
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion"),
@@ -264,12 +265,22 @@ def _read_outlines(source: SourceFolder, part: str) -> dict[str, list[Shape]]:
     """Returns the masks of CheXlocalize by film, as patientNNNNN_studyN_viewN_frontal.
 
     A finding that is absent has a mask without pixels.
+
+    Raises:
+      UserError: the file is not one of masks by film and finding.
     """
     path = source.find(OUTLINES[part]) if part in OUTLINES else ""
     shapes_of: dict[str, list[Shape]] = {}
     if not path:
         return shapes_of
-    for film, masks in source.read_json(path).items():
+    content = source.read_json(path)
+    if not isinstance(content, dict) or not all(
+        isinstance(masks, dict) for masks in content.values()
+    ):
+        raise UserError(
+            f"{path} in {source.root} has no masks by film and finding; download it again"
+        )
+    for film, masks in content.items():
         for name, mask in masks.items():
             label = OUTLINE_NAMES.get(name, name)
             try:
