@@ -110,6 +110,7 @@ def describe(
     """
     lines = [
         *_describe_splits(summary["splits"]),
+        _compare(summary["splits"], summary["published"]),
         *_describe_labels(summary["labels"]),
         _join("views", summary["views"]) if set(summary["views"]) != {"not stated"} else "",
         _join("reports, by section", summary["sections"]),
@@ -169,6 +170,16 @@ def _describe_splits(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         f"{counts['patients']} patients"
         for split, counts in sizes.items()
     ]
+
+
+def _compare(sizes: Mapping[str, Mapping[str, int]], published: Mapping[str, int]) -> str:
+    """Returns how many of the published images, patients and studies there are here."""
+    parts = []
+    for name in ("images", "patients", "studies"):
+        if name in published:
+            found = sum(counts[name] for counts in sizes.values())
+            parts.append(f"{found:,} of {published[name]:,} {name}")
+    return f"of what was published: {', '.join(parts)}" if parts else ""
 
 
 def _describe_labels(labels: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
