@@ -130,6 +130,7 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
             desc=f"{self.facts.name}: tables",
             total=self.facts.counts.get("images"),
             dynamic_ncols=True,
+            mininterval=shards.refresh_interval(),
             delay=2,
             leave=False,
         ) as bar:

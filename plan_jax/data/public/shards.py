@@ -96,7 +96,7 @@ def write_shards(
         unit="image",
         desc=name,
         dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
+        mininterval=refresh_interval(),
         smoothing=0.05,
         file=sys.stderr,
         disable=num_open < REPORT_EVERY,
@@ -115,6 +115,11 @@ def write_shards(
             raise RuntimeError(f"shard {key} in {folder} was not written")
         shards[key.rpartition("-")[0]].append(shard)
     return shards
+
+
+def refresh_interval() -> float:
+    """Returns the seconds between two pictures of a progress bar: fewer of them in a file."""
+    return 0.5 if sys.stderr.isatty() else 30
 
 
 def count_cores() -> int:
