@@ -91,6 +91,36 @@ def test_damaged_files_are_one_sentence(tmp_path):
         source.open_zip("a.zip")
 
 
+def test_a_stray_quotation_mark_does_not_swallow_rows(tmp_path):
+    (tmp_path / "end.csv").write_text('a,b\n1,x\n2,"y\n3,z\n')
+    (tmp_path / "middle.csv").write_text('a,b\n1,"x\n' + f"2,{'y' * 1022}\n" * 1024 + '3,"z\n')
+    (tmp_path / "inch.csv").write_text('a,b\n1,5" scar\n2,"two\nlines ""and"" a third"\n3,x\n')
+    source = SourceFolder(tmp_path)
+    for name in ("end.csv", "middle.csv"):
+        with pytest.raises(UserError, match=f"{name} in .* is damaged"):
+            list(source.read_csv(name, ("a",)))
+    rows = source.read_csv("inch.csv", ("b",))
+    assert [row["b"] for row in rows] == ['5" scar', 'two\nlines "and" a third', "x"]
+
+
+def test_an_archive_with_a_password_is_one_sentence(tmp_path):
+    path = tmp_path / "a.csv.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.csv", "a\n1\n")
+    data = bytearray(path.read_bytes())
+    data[6] |= 1  # the flag of encryption, in the file and in the directory
+    data[data.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a.csv.zip in .* is damaged \(.*password"):
+        list(SourceFolder(tmp_path).read_csv("a.csv.zip", ("a",)))
+
+
+def test_a_header_that_is_a_report_is_not_shown(tmp_path):
+    (tmp_path / "a.csv").write_text("17,There is a large effusion on the left.\n")
+    with pytest.raises(UserError, match="its columns are '17', a text of 38 characters$"):
+        list(SourceFolder(tmp_path).read_csv("a.csv", ("a",)))
+
+
 def test_json_and_texts_are_read(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"a": "\u00e9"}))
     (tmp_path / "lines.json").write_text('{"a": 1}\n\n{"a": 2}')

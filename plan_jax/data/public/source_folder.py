@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import math
 import os
 import tarfile
@@ -22,6 +23,7 @@ MAX_FOLDERS = 2000  # that are searched
 MAX_BRANCHES = 256  # folders in one folder; those of a folder with more are patients, not searched
 MAX_MEMBER_BYTES = 2**20  # of a report or a table in an archive
 CUT_OFF = "a row of a table is cut off"
+MAX_CELL = 2**20  # characters; a longer one swallows the rows behind a stray quotation mark
 MAX_COLUMNS = 12  # names of columns in a message
 READ_ERRORS = (
     OSError,
@@ -31,6 +33,8 @@ READ_ERRORS = (
     csv.Error,
     zipfile.BadZipFile,
     tarfile.TarError,
+    lzma.LZMAError,
+    RuntimeError,  # an archive with a password, JSON with thousands of levels
 )
 
 
@@ -185,9 +189,10 @@ class SourceFolder:
         Raises:
           UserError: the table cannot be read, or lacks a column.
         """
-        csv.field_size_limit(2**31 - 1)
+        csv.field_size_limit(MAX_CELL)
         self.tables[path] = None
-        with self._name_damage(path), self._open(path) as lines:
+        with self._name_damage(path), self._open(path) as file:
+            lines = _CountedQuotes(file)
             reader = csv.reader(lines, delimiter=delimiter)
             header = [name.strip() for name in next(reader, [])]
             if missing := [name for name in columns if name not in header]:
@@ -199,7 +204,9 @@ class SourceFolder:
             place_of = {name: header.index(name) for name in columns}
             extra_of = {name: header.index(name) for name in optional if name in header}
             num_required = max(place_of.values(), default=-1) + 1
+            start = end = reader.line_num
             for cells in reader:
+                start, end = end, reader.line_num
                 if not any(map(str.strip, cells)):
                     continue
                 if len(cells) < num_required:
@@ -212,6 +219,8 @@ class SourceFolder:
                 for name, place in extra_of.items():
                     row[name] = cells[place].strip() if place < len(cells) else ""
                 yield row
+            if end - start > 1 and lines.count % 2:
+                raise csv.Error(f"the quotation mark in line {start + 1} or after it has no end")
 
     def read_lines(self, path: str) -> Iterator[str]:
         """Yields the lines of a list that are not blank, without blanks around them.
@@ -354,6 +363,22 @@ def parse_numbers(cells: Iterable[str]) -> tuple[float, ...] | None:
     return numbers if all(map(math.isfinite, numbers)) else None
 
 
+class _CountedQuotes:
+    """The lines of a file; it counts their quotation marks, of which a table has pairs."""
+
+    def __init__(self, lines: Iterable[str]):
+        self._lines = iter(lines)
+        self.count = 0
+
+    def __iter__(self) -> "_CountedQuotes":
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.count += line.count('"')
+        return line
+
+
 class _NamedDamage:
     """A context that turns what goes wrong while a file is read into one sentence."""
 
@@ -377,5 +402,6 @@ class _NamedDamage:
 
 
 def _list_columns(header: Sequence[str]) -> str:
-    names = ", ".join(map(repr, header[:MAX_COLUMNS]))
+    # A table without a header begins with a row, which may have a report.
+    names = ", ".join(map(quoting.quote, header[:MAX_COLUMNS]))
     return f"{names} and {len(header) - MAX_COLUMNS} more" if len(header) > MAX_COLUMNS else names
