@@ -160,6 +160,35 @@ def test_a_word_for_a_missing_text_is_no_section(tmp_path):
     assert sections == {"film-0": {}, "film-1": {"findings": "Normal."}}
 
 
+def test_a_word_for_a_missing_id_is_no_patient(tmp_path):
+    rows = [make_row(0, patient="nan", split="train"), make_row(1, patient="nan", split="test")]
+    plan, _ = plan_films(tmp_path, rows)
+    patients = [item.patient_id for split in plan.offsets for item in plan.read_items(split)]
+    assert patients == ["film-0", "film-1"]
+    assert plan.leaks == {"val": 0, "test": 0}
+
+
+def test_half_of_a_character_is_no_text(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    config = toy_films.ToyFilmsConfig(name="x", source=str(tmp_path))
+    source = SourceFolder(tmp_path)
+    films = [Item(name, "a.png", sections={"findings": "\u00e9"}) for name in ("a", "\ud800")]
+    plan = make_plan(films, source, config, folder, needs_images=False)
+    assert list_ids(plan) == {"train": ["a"]}
+    assert source.dropped == {"has a text that is not Unicode": ["\ufffd"]}
+
+
+def test_nothing_is_left_of_items_that_could_not_be_written(tmp_path):
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    config = toy_films.ToyFilmsConfig(name="x", source=str(tmp_path))
+    with pytest.raises(OSError, match="No space"):
+        make_plan([Item("a", "a.png")], SourceFolder(tmp_path), config, tmp_path, fail)
+    assert not list(tmp_path.iterdir())
+
+
 def test_sizes_count_images_patients_and_studies(tmp_path):
     plan, _ = plan_films(tmp_path, [make_row(number) for number in range(8)])
     assert plan.sizes["train"] == {"images": 4, "patients": 2, "studies": 4}

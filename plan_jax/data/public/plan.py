@@ -1,5 +1,6 @@
 """The plan of a preparation: which images become records, in which split and order."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from plan_jax.data import quoting
 from plan_jax.data.pairs.cells import is_missing
@@ -28,6 +30,7 @@ ITEMS_FILE = "items.jsonl"
 MISSING = "image is missing or empty"
 NO_ID = "has no id"
 DUPLICATE = "id occurs more than once"
+NOT_UNICODE = "has a text that is not Unicode"
 LATERAL = "not a frontal film, or of unknown view"
 
 
@@ -115,13 +118,17 @@ def make_plan(
     images = SourceFolder(config.image_root)
     digest = hashlib.sha256()
     path = folder / ITEMS_FILE
-    # Renamed at the end: a worker of a killed preparation may still read the old file.
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with temporary.open("wb") as lines:
+    with _open_items(path) as lines:
         for listed in items:
             advance()
             if reason := _find_reason(listed, config, seen):
                 source.drop(reason, listed.image_id or listed.image)
+                continue
+            try:
+                item = _complete(listed, config)
+                line = json.dumps(to_json(item), ensure_ascii=False).encode() + b"\n"
+            except UnicodeEncodeError:  # half of a pair of surrogates, which JSON can spell
+                source.drop(NOT_UNICODE, listed.image_id)
                 continue
             seen.add(listed.image_id)
             if not images.has(listed.image):
@@ -129,8 +136,6 @@ def make_plan(
                 if needs_images:
                     source.drop(MISSING, listed.image)
                     continue
-            item = _complete(listed, config)
-            line = json.dumps(to_json(item)).encode() + b"\n"
             columns.keys.append(hashlib.sha256(item.image_id.encode()).digest())
             columns.splits.append(item.split)
             columns.offsets.append(lines.tell())
@@ -142,7 +147,6 @@ def make_plan(
             names["labels"].update(shape.label for shape in item.shapes if shape.label)
             digest.update(line)
             lines.write(line)
-    os.replace(temporary, path)
     _check_missing(missing, len(columns.keys), source, config, needs_images)
     leaks = count_leaks(zip(columns.patients, columns.splits, strict=True))
     _check_leaks(columns, leaks, config)
@@ -157,6 +161,19 @@ def make_plan(
         missing=missing,
         digest=digest.hexdigest(),
     )
+
+
+@contextlib.contextmanager
+def _open_items(path: Path) -> Iterator[BinaryIO]:
+    """Opens the file of the items; a file of that name is replaced when all are written."""
+    # Renamed at the end: a worker of a killed preparation may still read the old file.
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        with temporary.open("wb") as lines:
+            yield lines
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
 
 
 def _find_reason(item: Item, config: PublicConfig, seen: set[str]) -> str:
@@ -174,13 +191,14 @@ def _find_reason(item: Item, config: PublicConfig, seen: set[str]) -> str:
 
 def _complete(item: Item, config: PublicConfig) -> Item:
     """Returns an item with its patient and split, and without sections that say nothing."""
-    patient_id = item.patient_id or item.image_id
+    # A table that pandas has written says `nan` where there is no id, and no text.
+    patient_id = item.image_id if is_missing(item.patient_id) else item.patient_id
     split = "" if config.split_rule == BY_HASH else item.split
     return replace(
         item,
         patient_id=patient_id,
+        study_id="" if is_missing(item.study_id) else item.study_id,
         split=split or assign_by_hash(patient_id, config.val_fraction, config.test_fraction),
-        # A table that pandas has written says `nan` where there is no text.
         sections={name: text for name, text in item.sections.items() if not is_missing(text)},
     )
 
