@@ -1,5 +1,7 @@
 """Records of public datasets: an image is read, and all that is known of it is moved along."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +19,13 @@ from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.types import Geometry, Phrase, Record
 
 MAX_ASPECT_ERROR = 0.02  # of a mask whose size differs from its image's
+NO_NUMBER = "a box with a corner that is not a number"
 NO_AREA = "a box without area"
 OUTSIDE = "a box outside of its image"
 TINY = "a box under a pixel after resizing"
+EMPTY_MASK = "a mask without a pixel"
+# Part of a decoder's words that differs between all files with one fault.
+_UNREAD_BYTES = re.compile(r" \(\d+ bytes not processed\)?")
 
 
 @dataclass
@@ -54,7 +60,7 @@ class Reader:
             if isinstance(error, OSError) and faults.is_passing(error):
                 raise faults.name_unreadable(error, self.folder.root, item.image) from None
             reason = getattr(error, "strerror", None) or str(error)
-            return reason.splitlines()[0] if reason else type(error).__name__
+            return _UNREAD_BYTES.sub("", reason.splitlines()[0]) if reason else type(error).__name__
 
     def _read(self, item: Item) -> Record:
         path, notes = self.folder.resolve(item.image), set[str | int]()
@@ -72,6 +78,9 @@ class Reader:
             phrase: self._draw(parts, shape, image.shape)
             for phrase, parts in _group(item.shapes).items()
         }
+        for phrase in [phrase for phrase, mask in masks.items() if not mask.any()]:
+            self.note_fault(EMPTY_MASK, item.image_id)
+            del masks[phrase]
         label_of = {shape.phrase or shape.label: shape.label for shape in item.shapes}
         return Record(
             image=image,
@@ -141,6 +150,9 @@ class Reader:
     ) -> bool:
         """Returns whether a box has an area inside its image; notes what is odd about it."""
         x0, y0, x1, y1 = corners
+        if not all(map(math.isfinite, corners)):
+            self.note_fault(NO_NUMBER, name)
+            return False
         if x1 <= x0 or y1 <= y0:
             self.note_fault(NO_AREA, name)
             return False

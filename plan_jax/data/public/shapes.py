@@ -159,6 +159,8 @@ def _average_rows(values: Any, rows: int) -> Float[np.ndarray, "{rows} X"]:
 
 
 def _draw_runs(mask: Bool[np.ndarray, "Y X"], runs: Sequence[Sequence[int]]) -> None:
+    if any(start < 0 or start + length > mask.size for start, length in runs):
+        raise ValueError("a mask has runs that leave its frame")
     for start, length in runs:
         # The columns of the mask are the rows of its transpose.
         pixels = np.arange(start, start + length)
@@ -167,7 +169,9 @@ def _draw_runs(mask: Bool[np.ndarray, "Y X"], runs: Sequence[Sequence[int]]) -> 
 
 def _draw_polygons(mask: Bool[np.ndarray, "Y X"], polygons: Sequence[Any]) -> None:
     for points in polygons:
-        mask |= _fill_polygon(np.asarray(points, float).reshape(-1, 2), mask.shape)
+        corners = np.asarray(points, float).reshape(-1, 2)
+        _check_finite(corners)
+        mask |= _fill_polygon(corners, mask.shape)
 
 
 def _fill_polygon(
@@ -189,6 +193,7 @@ def _fill_polygon(
 
 
 def _draw_ellipse(mask: Bool[np.ndarray, "Y X"], corners: Sequence[float | int]) -> None:
+    _check_finite(corners)
     x0, y0, x1, y1 = corners
     if x1 <= x0 or y1 <= y0:
         return
@@ -199,8 +204,14 @@ def _draw_ellipse(mask: Bool[np.ndarray, "Y X"], corners: Sequence[float | int])
 
 
 def _draw_rectangle(mask: Bool[np.ndarray, "Y X"], corners: Sequence[float | int]) -> None:
+    _check_finite(corners)
     x0, y0, x1, y1 = (max(0, int(np.ceil(corner - 0.5))) for corner in corners)
     mask[y0:y1, x0:x1] = True
+
+
+def _check_finite(numbers: Any) -> None:
+    if not np.isfinite(numbers).all():
+        raise ValueError("a mask has a corner that is not a number")
 
 
 DRAW: dict[str, Callable[[Bool[np.ndarray, "Y X"], Any], None]] = {

@@ -15,6 +15,7 @@ SUMMARY_FILE = "summary.json"
 DROPPED_FILE = "dropped.txt"  # next to the records: all that was left out, one a line
 STATES = {1: "present", 0: "absent", -1: "unknown"}
 MAX_EXAMPLES = 3  # of ids in a line
+MAX_REASONS = 20  # lines of what is left out
 
 
 class Tally:
@@ -144,8 +145,7 @@ def remark(
             )
     if leak := facts.leaks.get(summary["split_rule"]):
         lines.append(f"leak of the rule {summary['split_rule']}: {leak}")
-    for reason, names in sorted(dropped.items()):
-        lines.append(f"left out {len(names)}: {reason} ({_give_examples(names)})")
+    lines += _describe_dropped(dropped)
     for fault, names in sorted((faults or {}).items()):
         lines.append(f"{quoting.count(len(names), 'image')} with {fault} ({_give_examples(names)})")
     lines += images.summarise_notes(notes or {}, config.size)
@@ -198,6 +198,19 @@ def _describe_labels(labels: Mapping[str, Mapping[str, Mapping[str, int]]]) -> l
             for split, table in labels.items()
         ]
         lines.append(f"{finding.ljust(width)}  {'  '.join(cells)}")
+    return lines
+
+
+def _describe_dropped(dropped: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns a line for each of the most frequent reasons, and one for all others."""
+    by_number = sorted(dropped.items(), key=lambda entry: (-len(entry[1]), entry[0]))
+    shown, rest = sorted(by_number[:MAX_REASONS]), by_number[MAX_REASONS:]
+    lines = [
+        f"left out {len(names)}: {reason} ({_give_examples(names)})" for reason, names in shown
+    ]
+    if rest:
+        number = sum(len(names) for _, names in rest)
+        lines.append(f"left out {number} for {len(rest)} other reasons; {DROPPED_FILE} lists them")
     return lines
 
 
