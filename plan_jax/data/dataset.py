@@ -14,6 +14,7 @@ from jaxtyping import Int, UInt8
 from plan_jax.data import schema
 from plan_jax.data.faults import name_damage
 from plan_jax.data.preparation import BUILDERS, METADATA_FILE, explain_difference, prepare_dataset
+from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.sections.captions import CAPTIONS, choose_text, name_text_list
 from plan_jax.data.tfds import tfds
 from plan_jax.logger import write_atomically
@@ -253,7 +254,9 @@ def open_dataset(
         fraction = f"{base}_fraction"
         share = getattr(builder.builder_config, fraction, None)
         remedy = f"use one of {', '.join(counts)}"
-        if share is not None and metadata["split_column"]:
+        if isinstance(builder.builder_config, PublicConfig):
+            remedy += f", or raise data.builder.{fraction}" if share == 0 else ""
+        elif share is not None and metadata["split_column"]:
             remedy = "add rows of that split, or evaluate another one"
         elif share is not None:
             remedy = (

@@ -76,8 +76,19 @@ class PublicConfig(tfds.core.BuilderConfig):
         return Path(os.path.abspath(os.path.expanduser(self.source or ".")))
 
     def is_present(self) -> bool:
-        """Returns whether the source folder is there; prepared records do not need it."""
-        return bool(self.source) and self.root.is_dir()
+        """Returns whether the source folder is there; prepared records do not need it.
+
+        An empty folder is one whose drive is not mounted.
+        """
+        if not self.source:
+            return False
+        try:
+            with os.scandir(self.root) as entries:
+                return any(entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # reading its files says what is wrong
+            return True
 
     @property
     def image_root(self) -> Path:
