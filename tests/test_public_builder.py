@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,23 @@ def test_boxes_that_cannot_be_are_counted_and_others_kept(tmp_path):
     }
 
 
+def test_corners_that_are_not_numbers_are_counted(tmp_path):
+    boxes, shapes = "[[NaN, 1, 9, 9], [1, 1, Infinity, 9]]", '[["rectangle", [1, 1, NaN, 9]]]'
+    rows = [make_row(0, boxes=boxes), make_row(1, shapes=shapes)]
+    rows += [make_row(2, shapes='[["rectangle", [70, 1, 80, 9]]]', split="train"), make_row(3)]
+    toy_films.write(tmp_path / "source", rows)
+    dataset = open_films(tmp_path)
+    assert {record.record_id: record.phrases for record in dataset} == {
+        **{"film-0": (), "film-2": (), "film-3": ()},
+    }
+    content = json.loads((dataset.folder / summary.SUMMARY_FILE).read_text())
+    assert content["faults"] == {
+        "a box with a corner that is not a number": 2,
+        "a mask without a pixel": 1,
+    }
+    assert content["dropped"] == {"a mask has a corner that is not a number": 1}
+
+
 def make_files():
     """Returns the content of films that can be read, and of some that cannot."""
     grey = np.arange(40 * 60, dtype=np.uint16).reshape(40, 60)
@@ -106,7 +124,7 @@ def test_odd_images_are_read_or_listed(tmp_path):
     film.convert("RGBA").save(folder / "alpha.png")
     film.save(folder / "whole.jpg")
     whole = (folder / "whole.jpg").read_bytes()
-    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "cut.jpg").write_bytes(whole[:-20])
     (folder / "empty.png").touch()
     names = sorted(path.name for path in folder.iterdir())
     rows = [
@@ -121,7 +139,12 @@ def test_odd_images_are_read_or_listed(tmp_path):
     lines = (dataset.folder / summary.DROPPED_FILE).read_text().splitlines()
     assert {Path(line.split("\t")[1]).name for line in lines} == lost
     content = json.loads((dataset.folder / summary.SUMMARY_FILE).read_text())
-    assert sum(content["dropped"].values()) == 4
+    assert content["dropped"] == {
+        "is DICOM without pixel data (its modality is DX)": 1,
+        "is a broken image (image file is truncated)": 1,
+        "image is missing or empty": 1,
+        "is not an image that can be read": 1,
+    }
 
 
 def test_too_many_broken_images_stop_the_preparation(tmp_path):
@@ -151,6 +174,36 @@ def test_a_mended_image_is_noticed_and_a_removed_source_is_not_needed(tmp_path):
     assert moved.fingerprint == second.fingerprint
     with pytest.raises(UserError, match="toy_films is not prepared yet; download it from example"):
         open_films(tmp_path, source="", size=16)
+
+
+def test_a_mended_image_is_noticed_by_its_whole_path_and_after_a_failure(tmp_path):
+    name = f"films/{'a' * 70}.png"  # longer than what messages show of a path
+    rows = [make_row(0, path=name), *map(make_row, range(1, 8))]
+    film = tmp_path / "source" / name
+    film.parent.mkdir(parents=True)
+    film.write_text("x")
+    toy_films.write(tmp_path / "source", rows)
+    with pytest.raises(UserError, match="1 of 8 images"):
+        open_films(tmp_path, max_bad=0.1)
+    assert len(open_films(tmp_path)) == 3
+    draw_film((1, 1, 9, 9)).save(film)
+    # The shards of the failure are complete, but for an image that can be read now.
+    assert len(open_films(tmp_path, max_bad=0.1)) == 4
+    assert len(open_films(tmp_path)) == 4
+
+
+def test_a_source_that_is_not_mounted_is_not_needed(tmp_path):
+    toy_films.write(tmp_path / "source", [make_row(number) for number in range(8)])
+    first = open_films(tmp_path)
+    os.rename(tmp_path / "source", tmp_path / "drive")
+    (tmp_path / "source").mkdir()
+    assert open_films(tmp_path).fingerprint == first.fingerprint
+
+
+def test_a_split_without_patients_is_named_with_a_remedy(tmp_path):
+    toy_films.write(tmp_path / "source", [make_row(number, split="") for number in range(8)])
+    with pytest.raises(UserError, match="use one of train.*, or raise data.builder.val_fraction$"):
+        open_films(tmp_path, "val", val_fraction=0.0)
 
 
 def test_the_summary_counts_what_has_become_a_record(tmp_path, capsys):
@@ -235,13 +288,87 @@ def test_a_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
     assert not list(dataset.folder.parent.glob("parts*"))
 
 
-def test_a_shard_that_is_cut_off_is_written_again(tmp_path, monkeypatch):
+def fail_before_the_end(folder, monkeypatch, when, **fields):
+    """Prepares toy films until a method of the builder, which ends the process."""
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_films.ToyFilms, when, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            open_films(folder, **fields)
+    (parts,) = (folder / "data/toy_films").glob("*/parts")
+    return parts
+
+
+def refuse_to_write(monkeypatch):
+    """Lets a shard that is written fail the test."""
+    monkeypatch.setattr(shards._ShardWriter, "write", lambda *_: 1 / 0)
+
+
+def test_shards_survive_a_kill_before_the_folder_is_renamed(tmp_path, monkeypatch):
     toy_films.write(tmp_path / "source", [make_row(number, split="train") for number in range(70)])
     with monkeypatch.context() as patch:
-        patch.setattr(toy_films.ToyFilms, "_move_shards", lambda *_: 1 / 0)
+        patch.setattr(toy_films.tfds.core.DatasetInfo, "write_to_directory", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             open_films(tmp_path)
-    (parts,) = (tmp_path / "data/toy_films").glob("*/parts")
+    refuse_to_write(monkeypatch)
+    assert len(open_films(tmp_path)) == 70
+    assert not list((tmp_path / "data/toy_films").glob("*/parts"))
+
+
+def test_a_preparation_goes_on_from_a_folder_that_was_moved(tmp_path, monkeypatch):
+    toy_films.write(tmp_path / "source", [make_row(number, split="train") for number in range(70)])
+    fail_before_the_end(tmp_path, monkeypatch, "_place_shards")
+    os.rename(tmp_path / "source", tmp_path / "moved")
+    refuse_to_write(monkeypatch)
+    assert len(open_films(tmp_path, source=str(tmp_path / "moved"))) == 70
+
+
+def test_what_a_kill_has_begun_is_deleted(tmp_path, monkeypatch):
+    toy_films.write(tmp_path / "source", [make_row(number, split="train") for number in range(70)])
+    parts = fail_before_the_end(tmp_path, monkeypatch, "_place_shards")
+    begun = ["items.17", "train-00000.17", "train-00000.json.17.part"]
+    for name in begun:
+        (parts / name).touch()
+    fail_before_the_end(tmp_path, monkeypatch, "_place_shards")
+    assert {path.name for path in parts.iterdir()} == {
+        *(".lock", "items.jsonl", "job.json"),
+        *("train-00000", "train-00000.json", "train-00001", "train-00001.json"),
+    }
+
+
+def test_the_shard_of_another_job_does_not_count(tmp_path, monkeypatch):
+    toy_films.write(tmp_path / "source", [make_row(number, split="train") for number in range(70)])
+    parts = fail_before_the_end(tmp_path, monkeypatch, "_place_shards")
+    identity = json.loads((parts / "job.json").read_text())["identity"]
+    assert shards.load_shard(parts, "train-00000", identity)
+    assert shards.load_shard(parts, "train-00000", "other") is None
+
+
+@pytest.mark.parametrize("code", ["os.kill(os.getpid(), 9)", "raise UserError('stop')"])
+def test_a_process_that_ends_stops_the_others_at_once(tmp_path, monkeypatch, code):
+    toy_films.write(tmp_path / "source", [make_row(number, split="train") for number in range(150)])
+    worker = f"""
+import os, sys, time
+from plan_jax.data.public import shards
+from plan_jax.types import UserError
+def write(self, key, advance):
+    if key != "train-00001":
+        time.sleep(100)
+    {code}
+shards._ShardWriter.write = write
+shards.run_worker()
+"""
+    monkeypatch.setattr(shards, "_WORKER_CODE", worker)
+    monkeypatch.setattr(shards, "MIN_PARALLEL_IMAGES", 0)
+    start_time = time.monotonic()
+    message = "was ended by SIGKILL, as by a system short of memory" if "9" in code else "stop"
+    with pytest.raises(UserError, match=message):
+        open_films(tmp_path, workers=2)
+    assert time.monotonic() - start_time < 90
+
+
+def test_a_shard_that_is_cut_off_is_written_again(tmp_path, monkeypatch):
+    toy_films.write(tmp_path / "source", [make_row(number, split="train") for number in range(70)])
+    parts = fail_before_the_end(tmp_path, monkeypatch, "_place_shards")
     shard = parts / "train-00000"
     shard.write_bytes(shard.read_bytes()[:-10])
     assert len(open_films(tmp_path)) == 70

@@ -71,6 +71,13 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
 
     # Methods of TFDS --------------------------------------------------------------------------
 
+    def download_and_prepare(self, **options: Any) -> None:
+        """Prepares the records; what a kill would need to go on is deleted last."""
+        super().download_and_prepare(**options)
+        location = Path(self.data_dir).parent
+        for name in (PARTS_FOLDER, f"{PARTS_FOLDER}-{os.getpid()}"):
+            shutil.rmtree(location / name, ignore_errors=True)
+
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -106,12 +113,11 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
             for reason, path in (x for part in written.values() for s in part for x in s.dropped):
                 source.drop(reason, path)
             self._write_summary(plan, written, findings, source, folder)
-            self._move_shards(written)
+            self._place_shards(written)
             metadata = self.info.metadata
             metadata["findings"] = findings
             metadata["regions"], metadata["anatomy"] = list(plan.regions), list(plan.anatomy)
             metadata["num_patients"] = sum(size["patients"] for size in plan.sizes.values())
-        shutil.rmtree(parts, ignore_errors=True)
 
     # Parts of a preparation -------------------------------------------------------------------
 
@@ -199,13 +205,16 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
         files = SourceFiles()
         for table in source.tables:
             files.add(config.root, source.resolve(table))
-        broken = [path for part in written.values() for shard in part for _, path in shard.dropped]
+        broken = [path for part in written.values() for shard in part for path in shard.broken]
         for path in (*plan.missing, *broken):  # one that is mended must be noticed
             files.add(config.root, config.image_root / path)
         files.save(folder)
 
-    def _move_shards(self, written: Mapping[str, Sequence[shards.Shard]]) -> None:
-        """Moves the shards to where TFDS reads them, and tells it their lengths."""
+    def _place_shards(self, written: Mapping[str, Sequence[shards.Shard]]) -> None:
+        """Puts the shards where TFDS reads them, and tells it their lengths.
+
+        Until TFDS has renamed its folder, they are also where a kill would need them.
+        """
         splits = []
         for split, part in written.items():
             full = [shard for shard in part if shard.kept]
@@ -217,7 +226,10 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
             )
             for index, shard in enumerate(full):
                 name = template.sharded_filepath(shard_index=index, num_shards=len(full))
-                os.replace(shard.path, name)
+                try:
+                    os.link(shard.path, name)
+                except OSError:  # a drive without links
+                    os.replace(shard.path, name)
             splits.append(
                 tfds.core.splits.SplitInfo(
                     name=split,
@@ -269,4 +281,6 @@ def _lock_parts(location: Path) -> Iterator[Path]:
         except OSError:
             parts = location / f"{PARTS_FOLDER}-{os.getpid()}"
             parts.mkdir(exist_ok=True)
+        for stale in parts.glob("*.[0-9]*"):  # what a process that was killed had begun
+            stale.unlink(missing_ok=True)
         yield parts

@@ -144,3 +144,9 @@ def _restore_shape(content: Mapping[str, Any]) -> Shape:
     """Returns a shape whose size is a tuple again; JSON has lists only."""
     size = content["size"]
     return Shape(**{**content, "size": None if size is None else tuple(size)})
+
+
+def list_files(item: Item) -> list[str]:
+    """Returns the paths of an item's image and of its masks."""
+    parts = [*item.shapes, *(part for organ in item.anatomy.values() for part in organ)]
+    return [item.image, *(part.content for part in parts if part.kind == "file")]

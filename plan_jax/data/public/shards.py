@@ -1,12 +1,16 @@
 """Shards of records, each written at once by one of several processes.
 
 A shard is complete when its report is beside it, and the report is written last. So a preparation
-that was killed goes on with the shards that are not complete.
+that was killed goes on with the shards that are not complete, and with those that lack an image
+which has been mended since.
 """
 
+import errno
+import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +25,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tqdm import tqdm
 
 from plan_jax.data import quoting, schema
+from plan_jax.data.public.items import list_files
 from plan_jax.data.public.plan import Plan, find_size, read_item
 from plan_jax.data.public.records import Reader, open_folder
 from plan_jax.data.sections.captions import CAPTIONS, list_usable
@@ -43,6 +48,7 @@ class Shard:
       path: the file.
       kept: places of the items that are records, in the order of the shard's items.
       dropped: (reason, path) of images that cannot be used.
+      broken: the files of those images -> size and time of change when they were read.
       faults: reason -> ids of images with a fault.
       notes: what was noted of how images were read -> their paths.
       textless: caption rule -> places in `kept` of records that have no caption under it.
@@ -52,6 +58,7 @@ class Shard:
     path: Path
     kept: Sequence[int]
     dropped: Sequence[tuple[str, str]]
+    broken: Mapping[str, Sequence[int]]
     faults: Mapping[str, Sequence[str]]
     notes: Mapping[str | int, Sequence[str]]
     textless: Mapping[str, Sequence[int]]
@@ -86,9 +93,22 @@ def write_shards(
         for split, split_parts in parts.items()
         for index, part in enumerate(split_parts)
     }
-    job = {"items": str(plan.path), "digest": plan.digest, "settings": dict(settings)}
-    _start_afresh_unless_same(folder, job | {"shards": jobs})
-    open_jobs = [key for key in jobs if load_shard(folder, key) is None]
+    identity = _identify(plan.digest, settings, jobs)
+    _start_job(
+        folder,
+        {
+            "identity": identity,
+            "items": str(plan.path),
+            "settings": dict(settings),
+            "shards": jobs,
+        },
+    )
+    open_jobs = [
+        key
+        for key in jobs
+        if (shard := load_shard(folder, key, identity)) is None
+        or _is_mended(shard, settings["folder"])
+    ]
     num_open = sum(len(jobs[key]) for key in open_jobs)
     with tqdm(
         total=len(plan),
@@ -111,7 +131,7 @@ def write_shards(
                 _run_workers(folder, open_jobs, num_workers, bar.update)
     shards: dict[str, list[Shard]] = {split: [] for split in parts}
     for key in jobs:
-        if (shard := load_shard(folder, key)) is None:
+        if (shard := load_shard(folder, key, identity)) is None:
             raise RuntimeError(f"shard {key} in {folder} was not written")
         shards[key.rpartition("-")[0]].append(shard)
     return shards
@@ -135,15 +155,35 @@ def _divide(offsets: Sequence[int]) -> list[list[int]]:
     return [list(offsets[start : start + length]) for start in range(0, len(offsets), length)]
 
 
-def _start_afresh_unless_same(folder: Path, job: Mapping[str, Any]) -> None:
+def _identify(digest: str, settings: Mapping[str, Any], shards: Mapping[str, Sequence[int]]) -> str:
+    """Returns a hash of all that shards depend on; the folders may be moved."""
+    content = [digest, dict(settings) | {"folder": ""}, shards]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _start_job(folder: Path, job: Mapping[str, Any]) -> None:
     """Writes the job; deletes the shards of another one."""
-    content, path = json.dumps(job), folder / JOB_FILE
-    with suppress(OSError, UnicodeDecodeError):
-        if path.read_text("utf-8") == content:
-            return
-    for stale in folder.glob("*-[0-9]*"):
-        stale.unlink(missing_ok=True)
-    write_atomically(path, content)
+    path, identity = folder / JOB_FILE, ""
+    with suppress(OSError, ValueError, AttributeError):
+        identity = json.loads(path.read_text("utf-8")).get("identity", "")
+    if identity != job["identity"]:
+        for stale in folder.glob("*-[0-9]*"):
+            stale.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(job))
+
+
+def _is_mended(shard: Shard, root: str) -> bool:
+    """Returns whether the files of an image that could not be used have changed since."""
+    return any(_read_state(root, path) != state for path, state in shard.broken.items())
+
+
+def _read_state(root: str, path: str) -> list[int]:
+    """Returns size and time of change of a file below a folder; [] if it does not exist."""
+    try:
+        status = os.stat(os.path.join(root, path))
+    except (OSError, ValueError):
+        return []
+    return [status.st_size, status.st_mtime_ns]
 
 
 class _ShardWriter:
@@ -153,6 +193,7 @@ class _ShardWriter:
         self.folder = folder
         job = json.loads((folder / JOB_FILE).read_text("utf-8"))
         self.items, self.shards, self.settings = job["items"], job["shards"], job["settings"]
+        self.identity = job["identity"]
 
     def write(self, key: str, advance: Callable[[int], Any]) -> None:
         """Writes one shard and its report."""
@@ -162,6 +203,7 @@ class _ShardWriter:
         reader = Reader(**settings)
         kept: list[int] = []
         dropped: list[tuple[str, str]] = []
+        broken: dict[str, list[int]] = {}
         textless: dict[str, list[int]] = {rule: [] for rule in CAPTIONS}
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         offsets = self.shards[key]
@@ -172,6 +214,8 @@ class _ShardWriter:
                     record = reader.read(item)
                     if isinstance(record, str):
                         dropped.append((record, quoting.quote_path(item.image)))
+                        for name in list_files(item):
+                            broken[name] = _read_state(self.settings["folder"], name)
                     else:
                         writer.write(schema.serialize(record))
                         for rule in {*CAPTIONS} - {*list_usable(record.sections)}:
@@ -179,16 +223,21 @@ class _ShardWriter:
                         kept.append(place)
                     if place % REPORT_EVERY == REPORT_EVERY - 1:
                         advance(REPORT_EVERY)
-        finally:
             writer.close()
-        # A writer of C++ may be silent about a full disk.
-        if _count_records(temporary) != len(kept):
+            # A writer of C++ may be silent about a full disk.
+            if _count_records(temporary) != len(kept):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except BaseException:  # a full disk needs the space
+            with suppress(Exception):
+                writer.close()
             temporary.unlink(missing_ok=True)
-            raise OSError(28, os.strerror(28), str(path))
+            raise
         os.replace(temporary, path)
         report = {
+            "identity": self.identity,
             "kept": kept,
             "dropped": dropped,
+            "broken": broken,
             "faults": reader.faults,
             "textless": textless,
             "notes": [[note, names] for note, names in reader.notes.items()],
@@ -210,19 +259,21 @@ def _count_records(path: Path) -> int:
         reader.close()
 
 
-def load_shard(folder: Path, key: str) -> Shard | None:
-    """Returns a shard, or None if it is not complete."""
+def load_shard(folder: Path, key: str, identity: str) -> Shard | None:
+    """Returns a shard, or None if it is not complete, or is that of another job."""
     path = folder / key
     try:
         report = json.loads(path.with_name(f"{key}.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    if find_size(path) != report["bytes"]:
+    # A process whose parent was killed may have written the last shard of another job.
+    if report.get("identity") != identity or find_size(path) != report["bytes"]:
         return None
     return Shard(
         path=path,
         kept=report["kept"],
         dropped=[(reason, name) for reason, name in report["dropped"]],
+        broken=report["broken"],
         faults=report["faults"],
         textless=report["textless"],
         notes={note: names for note, names in report["notes"]},
@@ -264,7 +315,8 @@ def _run_workers(
         for thread in threads:
             thread.start()
         for thread in threads:
-            while thread.is_alive():  # a join without a limit would not see a signal
+            # A join without a limit would not see a signal, nor the error of another thread.
+            while thread.is_alive() and not errors:
                 thread.join(0.2)
     finally:
         for worker in workers:
@@ -280,7 +332,8 @@ def _start_worker(folder: Path) -> subprocess.Popen:
     # One process per core: the threads of numpy's BLAS would only get in each other's way.
     single_thread = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", _WORKER_CODE, str(folder)],
+        # -P: the working directory may be the downloaded folder, whose files are no modules.
+        [sys.executable, "-P", "-c", _WORKER_CODE, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -296,7 +349,7 @@ def _request(worker: subprocess.Popen, key: str) -> Iterator[int]:
         worker.stdin.write(f"{key}\n")
         worker.stdin.flush()
     except BrokenPipeError:
-        raise RuntimeError("a process that read images ended early") from None
+        raise _name_end(worker) from None
     for line in worker.stdout:
         answer = json.loads(line)
         if "error" in answer:
@@ -304,7 +357,18 @@ def _request(worker: subprocess.Popen, key: str) -> Iterator[int]:
         if "images" not in answer:
             return
         yield answer["images"]
-    raise RuntimeError("a process that read images ended early; see its error above")
+    raise _name_end(worker)
+
+
+def _name_end(worker: subprocess.Popen) -> Exception:
+    """Returns the error of a worker that has ended before its work was done."""
+    code = worker.wait()
+    if code >= 0:
+        return RuntimeError("a process that read images ended early; see its error above")
+    return UserError(
+        f"a process that read images was ended by {signal.Signals(-code).name}, as by a system "
+        "short of memory; repeat the command, which goes on where it was, with fewer workers"
+    )
 
 
 def run_worker() -> None:
@@ -318,7 +382,15 @@ def run_worker() -> None:
         for line in sys.stdin:
             writer.write(line.strip(), lambda number: answer({"images": number}))
             answer({})
-    except BrokenPipeError:  # the parent is gone; a normal exit would fail to flush stdout
-        os._exit(1)
+    except BrokenPipeError:
+        _end_worker()
     except (UserError, OSError, RuntimeError) as error:
-        answer({"error": str(error), "is_mistake": isinstance(error, UserError)})
+        try:
+            answer({"error": str(error), "is_mistake": isinstance(error, UserError)})
+        except BrokenPipeError:
+            _end_worker()
+
+
+def _end_worker() -> None:
+    """Ends a process whose parent is gone; a normal exit would fail to flush stdout."""
+    os._exit(1)
