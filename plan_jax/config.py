@@ -383,7 +383,9 @@ class Config(Section):
                 data.source,
                 f"dataset {data.name} is not made from a downloaded folder; leave it out",
             )
-            data = dataclasses.replace(data, builder={**data.builder, "source": data.source})
+            # One place: a stored config would hide --config.data.builder.source of a later command.
+            builder = {**data.builder, "source": data.source}
+            data = dataclasses.replace(data, builder=builder, source="")
         builder = typed_values(_builder_kinds(data.name), data.builder, "data.builder.", data.name)
         sections["data"] = dataclasses.replace(data, builder=builder)
         return build(cls, values | sections, "", built=tuple(sections))
@@ -431,7 +433,10 @@ FREE_FIELDS = (
     "text.scan",
 )
 # Where data are, which a fingerprint replaces.
-PLACES = ("data.builder.manifest", "data.builder.images", "data.builder.reports")
+PLACES = (
+    *("data.builder.manifest", "data.builder.images", "data.builder.reports"),
+    *("data.builder.ms_cxr", "data.builder.chest_imagenome"),
+)
 # Names of fields in configs of 0.1, by which a config of that version is recognised.
 FIELDS_OF_0_1 = ("ema", "dim", "standard")
 

@@ -134,6 +134,24 @@ def pairs_config(**data):
     return Config.from_dict({"data": {"name": "pairs", "builder": builder, **data}})
 
 
+def mimic_config(**data):
+    return Config.from_dict({"data": {"name": "mimic_cxr", "fingerprint": "a-b", **data}})
+
+
+def test_public_data_may_be_in_another_place():
+    run = mimic_config(source="old", builder={"ms_cxr": "old_ms"})
+    moved = mimic_config(source="new", builder={"ms_cxr": "new_ms", "workers": 3})
+    assert configs.difference(run, moved) == ""
+    assert configs.difference(run, mimic_config(source="old", builder={"size": 99})) != ""
+    # What a run has stored does not hide a folder that is named later, whichever way.
+    stored = run.to_dict()
+    for data in ({"source": "new"}, {"builder": stored["data"]["builder"] | {"source": "new"}}):
+        config = Config.from_dict({"data": stored["data"] | data})
+        assert config.data.builder["source"] == "new"
+    with pytest.raises(UserError, match="config.data.source is 'x'; dataset phantom is not made"):
+        Config.from_dict({"data": {"source": "x"}})
+
+
 def test_data_of_a_fingerprint_may_be_in_another_place():
     moved = {"manifest": "new/manifest.csv", "images": "images"}
     run, config = pairs_config(fingerprint="a-b"), pairs_config(builder=moved)
