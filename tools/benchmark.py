@@ -3,6 +3,7 @@
 input     images per second of the loader: decoded, shifted and tokenised
 step      ms per step and images per second, `shard_map` against `pmap` in turns
 memory    temporary memory of a method's loss and gradient, as the batch grows
+evaluation  peak memory of a linear probe, retrieval and zero-shot, as the records grow
 losses    GLoRIA's and MGCA's losses against their originals in torch (no --config; needs torch)
 encoders  the towers at the papers' sizes against torch's (no --config; needs `make parity`)
 kernels   the CPU kernels in whole towers against XLA's own operations (no --config)
@@ -26,6 +27,7 @@ MAX_LOAD = 0.05  # share of all CPUs that other processes may use
 MIN_REPEATS = 10  # with fewer readings a median means little
 MEMORY_BATCHES = (16, 32, 64, 128)
 AGAINST_TORCH = ("losses", "encoders", "records")
+WITH_CONFIG = ("input", "step", "memory", "evaluation")
 WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels", "augment")
 
 
@@ -259,6 +261,13 @@ def measure_memory(args: argparse.Namespace, config: Any) -> None:
         previous = mib
 
 
+def measure_evaluation(args: argparse.Namespace, config: Any) -> None:
+    """Prints the peak memory of evaluations of a random model by number of records."""
+    import benchmark_evaluation
+
+    benchmark_evaluation.main(config.to_dict())
+
+
 def compare_with_torch(args: argparse.Namespace) -> None:
     """Compares losses or towers with torch's, on all cores of the CPU or in one thread."""
     threads = 1 if args.one_thread else os.cpu_count() or 1
@@ -310,7 +319,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("input", "step", "memory", *WITHOUT_CONFIG))
+    parser.add_argument("what", choices=(*WITH_CONFIG, *WITHOUT_CONFIG))
     parser.add_argument("--config", help="a config file; --config.field=value overrides a field")
     parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices (0: none)")
     parser.add_argument("--repeats", type=int, default=MIN_REPEATS, help="readings, at least 10")
@@ -322,7 +331,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     if unknown:
         parser.error(f"{unknown[0]} is not an option; see --help")
     if (args.config is None) != (args.what in WITHOUT_CONFIG):
-        parser.error("input, step and memory need --config FILE, the others take none")
+        parser.error(f"{', '.join(WITH_CONFIG)} need --config FILE, the others take none")
     return args, overrides
 
 
@@ -339,8 +348,13 @@ def main() -> None:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     from plan_jax.types import UserError
 
-    measurements = {"input": measure_input, "step": measure_step, "memory": measure_memory}
-    if args.what != "memory":  # memory is computed by the compiler, not measured
+    measurements = {
+        "input": measure_input,
+        "step": measure_step,
+        "memory": measure_memory,
+        "evaluation": measure_evaluation,
+    }
+    if args.what not in ("memory", "evaluation"):  # the load does not change memory
         require_quiet_machine(args.anyway)
     try:
         if args.what in AGAINST_TORCH:
