@@ -24,11 +24,12 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
+from plan_jax.command.arguments import ArgumentParser
 from plan_jax.types import Model, UserError
 
 if TYPE_CHECKING:  # JAX takes seconds
@@ -39,14 +40,6 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 TABLE_SUFFIXES = (".csv", ".json", ".npz")
 MAX_NAMED = 10  # failures that are printed
 SOME_FAILED = 1  # exit code
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser that raises its complaint as a UserError."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises the complaint."""
-        raise UserError(f"{message}; --help shows the usage")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -107,11 +100,7 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def _build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        "plan_jax.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser("plan_jax.predict", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run, one of its steps, a model folder, or a name")
     source = parser.add_mutually_exclusive_group(required=True)

@@ -16,20 +16,12 @@ from plan_jax import command
 if __name__ == "__main__":
     command.end_on_signals()  # before the imports, which take seconds
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from plan_jax.command.arguments import ArgumentParser
 from plan_jax.types import UserError
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser that raises its complaint as a UserError."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises the complaint."""
-        raise UserError(f"{message}; --help shows the usage")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -43,11 +35,7 @@ def run_command(argv: Sequence[str]) -> None:
     Raises:
       UserError: for a mistake of the user.
     """
-    parser = ArgumentParser(
-        "plan_jax.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser("plan_jax.prepare", __doc__)
     parser.add_argument("name", nargs="?", help="the dataset, as nih_cxr14")
     parser.add_argument("--list", action="store_true", help="list the datasets")
     parser.add_argument("--document", action="store_true", help="print docs/datasets.md")

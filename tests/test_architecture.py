@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "tasks": "tasks.* metrics types",
     "tasks.*": "metrics* tasks.grounding_targets heads* types",
     "config": "data* encoders* methods tasks parallel types",
-    "export.__main__": "model export* command types",
+    "export.__main__": "model export* command* types",
     "export.programs": "config data.tokenizer export.folder layers* model types",
     "export.reader": "",
     "export.image_tower": "encoders* types weights.torch_tower",
@@ -56,8 +56,8 @@ MAY_IMPORT = {
     "train": "config model evaluate state step data* parallel checkpoint* logger command types",
     "command.scripts": "command export.__main__ main predict prepare",
     "command*": "types",
-    "predict": "model prediction* data* parallel logger command types",
-    "prepare": "data.preparation data.public.document command types",
+    "predict": "model prediction* data* parallel logger command* types",
+    "prepare": "data.preparation data.public.document command* types",
     "main": "config train evaluate model export.sources checkpoint* data.processes parallel "
     "metrics tasks command command.config_files types",
 }

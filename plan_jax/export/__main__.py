@@ -16,21 +16,12 @@ from plan_jax import command
 if __name__ == "__main__":
     command.end_on_signals()  # before the imports, which take seconds
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from plan_jax.command.arguments import ArgumentParser
 from plan_jax.types import UserError
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser that raises its complaint as a UserError."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises the complaint."""
-        raise UserError(f"{message}; --help shows the usage")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -44,11 +35,7 @@ def run_command(argv: Sequence[str]) -> None:
     Raises:
       UserError: for a mistake of the user.
     """
-    parser = ArgumentParser(
-        "plan_jax.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser("plan_jax.export", __doc__)
     parser.add_argument("source", metavar="RUN", help="a run, one of its steps, or a saved model")
     parser.add_argument("--out", required=True, help="the folder to write; a model is replaced")
     parser.add_argument("--dtype", default="float32", help="float32, or float16 for half the size")
