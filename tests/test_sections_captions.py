@@ -1,5 +1,7 @@
 """Caption rules, each by literal sections."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -124,6 +126,14 @@ def test_a_report_without_text_has_no_caption(rule):
     for sections in ({}, {"last_paragraph": "Lungs are clear."}, {"impression": "\n"}):
         assert make_caption(rule, sections) == ""
         assert make_caption(rule, sections, np.random.default_rng(0)) == ""
+
+
+@pytest.mark.parametrize("text", ["1" * 100_000, "Dr. " * 25_000, "1. " * 33_000, "\n " * 50_000])
+def test_long_reports_are_read_in_linear_time(text):
+    start = time.process_time()
+    for rule in CAPTIONS:
+        make_caption(rule, {"findings": text, "impression": text, "report": text})
+    assert time.process_time() - start < 5
 
 
 def test_usable_rules_are_listed():

@@ -1,5 +1,7 @@
 """Left and right exchanged in a text."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +21,13 @@ from plan_jax.data.sections.sides import names_side, swap_sides
         ("Lt base, rt effusion", "Rt base, lt effusion"),
         ("Dextroscoliosis, levo-convex, levocardia", "Levoscoliosis, dextro-convex, dextrocardia"),
         ("left internal jugular line", "right internal jugular line"),
+        ("leftsided, left_lung, Right_rib", "rightsided, right_lung, Left_rib"),
+        ("RUQ clips, LUE PICC, RIJ line", "LUQ clips, RUE PICC, LIJ line"),
+        ("R\n effusion, R\u00a0base, L 5th rib", "L\n effusion, L\u00a0base, R 5th rib"),
+        ("R greater than L, worse on the L.", "L greater than R, worse on the R."),
+        ("effusion (R), tube on L", "effusion (L), tube on R"),
+        ("effusion on the right now larger", "effusion on the left now larger"),
+        ("derrame izquierdo, hemitorax derech", "derrame derecho, hemitorax izquierd"),
     ],
 )
 def test_sides_are_exchanged(text, swapped):
@@ -38,6 +47,9 @@ def test_sides_are_exchanged(text, swapped):
         "lingula and middle lobe",
         "RT for cancer, SVT, 5 &lt; 6",
         "l base",
+        "The patient left the hospital, left AMA",
+        "The tube was left in\n place. All right, right now.",
+        "based on R/O, on L-spine, on L1, (LV)",
         "",
     ],
 )
@@ -60,6 +72,15 @@ WORDS = [
     "levo-convex",
     "\n",
 ]
+
+
+@pytest.mark.parametrize(
+    "piece", ["L ", "L<", "left ", "was ", "all \n", "R greater ", "on ", "1st "]
+)
+def test_long_texts_are_read_in_linear_time(piece):
+    start = time.process_time()
+    swap_sides(piece * (100_000 // len(piece)))
+    assert time.process_time() - start < 2
 
 
 @given(st.lists(st.sampled_from([*WORDS, "dextroscoliosis", "L1", ".", "-sided", "lung"])))

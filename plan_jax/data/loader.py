@@ -135,7 +135,7 @@ def describe_augmentation(
         num_sided = sum(sides.names_side(dataset.read_text(index)) for index in indices)
         sentences.append(
             f"{augment.flip:.0%} of the images are mirrored; {num_sided} of {len(indices)} sampled "
-            "texts say left or right in English, which change places then"
+            "texts say left or right in English or Spanish, which change places then"
         )
     if dataset.region_names and augment.is_geometric:
         num_boxes = num_kept = 0

@@ -41,6 +41,7 @@ _NO_SENTENCE_END = re.compile(
     r"(?:(?:^|[\s(])(?:dr|mr|mrs|ms|prof|vs|cf|fig|approx|e\.g|i\.e|resp)\.|(?:^|:\s)\d{1,2}\.)$",
     re.IGNORECASE,
 )
+_NO_END_LENGTH = 16  # characters in which such an end and the one before it fit
 
 
 # Sentences --------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def split_sentences(text: str) -> list[str]:
     for gap in _SENTENCE_BREAK.finditer(text):
         sentence = text[start : gap.start()].strip()
         is_blank_line = gap.group().count("\n") >= 2
-        if not is_blank_line and _NO_SENTENCE_END.search(sentence):
+        if not is_blank_line and _NO_SENTENCE_END.search(sentence[-_NO_END_LENGTH:]):
             continue
         sentences.append(text[start : gap.start()])
         start = gap.end()

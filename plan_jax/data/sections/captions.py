@@ -27,7 +27,8 @@ CaptionRule = Callable[[Mapping[str, str], np.random.Generator | None], str]
 
 _SENTENCE_BREAK = "\n\n"
 # MGCA's and GLoRIA's sentences end at any full stop, also at one within a number.
-_FULL_STOP = re.compile(r"[0-9]*\.")
+# Without the look-behind, a long run of digits would be searched again from each of its digits.
+_FULL_STOP = re.compile(r"(?<![0-9])[0-9]+\.|\.")
 _MIN_SENTENCE_TOKENS = 2
 _MIN_REPORT_TOKENS = 3  # of MGCA
 # CheXzero's headers: in each row, only the first that occurs counts.
