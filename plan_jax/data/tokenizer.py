@@ -29,6 +29,7 @@ SAVED_BY = "plan_jax"
 
 # Share of unknown pieces of texts that are still in the language of a tokenizer.
 MAX_UNKNOWN = 0.3
+STACKED_TEXTS = 256  # texts that are tokenised before they are stacked
 
 # Where a sentence may end: after . ! or ? and a space; after a full stop between a small and a
 # capital letter ("effusion.Lungs", as de-identified reports have it); at a blank line; and before a
@@ -497,9 +498,12 @@ def check_known(tokenizer: Tokenizer, texts: Sequence[str], name: str, remedy: s
     Raises:
       UserError: if the share is more than `MAX_UNKNOWN`: then the texts are in another script.
     """
-    sentences = [sentence for text in texts for sentence in tokenizer.tokenize_sentences(text)]
-    tokens = np.concatenate([np.zeros(0, np.int32), *(sentence.tokens for sentence in sentences)])
-    share = float(np.mean(tokens == tokenizer.unknown_id)) if len(tokens) else 0.0
+    num_pieces = num_unknown = 0
+    for text in texts:
+        for sentence in tokenizer.tokenize_sentences(text):
+            num_pieces += len(sentence.tokens)
+            num_unknown += int(np.sum(sentence.tokens == tokenizer.unknown_id))
+    share = num_unknown / num_pieces if num_pieces else 0.0
     if share > MAX_UNKNOWN:
         raise UserError(
             f"{share:.0%} of the pieces of {name} are unknown to tokenizer {tokenizer.name!r}; "
@@ -520,14 +524,23 @@ def tokenize_batch(
         tokens: Any = np.zeros((0, max_tokens), np.int32)
         words: Any = np.zeros((0, max_words), np.int32)
         return TextBatch(tokens=tokens, word_index=tokens, word_id=words, sentence=words)
-    return stack_texts(
-        [
-            tokenize(
-                tokenizer, text, max_tokens=max_tokens, max_words=max_words, name=str(position)
-            )
-            for position, text in enumerate(texts)
-        ]
-    )
+    # Stacked in parts: tokenised texts hold much more than the arrays of a batch.
+    parts = [
+        stack_texts(
+            [
+                tokenize(
+                    tokenizer, text, max_tokens=max_tokens, max_words=max_words, name=str(position)
+                )
+                for position, text in enumerate(texts[start : start + STACKED_TEXTS], start)
+            ]
+        )
+        for start in range(0, len(texts), STACKED_TEXTS)
+    ]
+    names = [item.name for item in fields(TextBatch)]
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in names
+    }
+    return TextBatch(**arrays)
 
 
 def stack_texts(texts: Sequence[TokenizedText]) -> TextBatch:
