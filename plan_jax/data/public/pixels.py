@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from plan_jax.data import grey, transforms
 from plan_jax.data.grey import ImageError
@@ -35,7 +36,9 @@ def read_jsrt(path: Path, size: int) -> tuple[UInt8[np.ndarray, "Y X"], tuple[in
     density = np.frombuffer(data, ">u2").reshape(JSRT_SIDE, JSRT_SIDE)
     darkness = grey.clip_to_uint8(density, 0.0, JSRT_BLACK)
     shape = JSRT_SIDE, JSRT_SIDE
-    return transforms.resize_image(255 - darkness, *transforms.scale_shape(shape, size)), shape
+    new_shape = transforms.scale_shape(shape, size)
+    # The mean over an area, as of all public images.
+    return transforms.resize_image(255 - darkness, *new_shape, Image.Resampling.BOX), shape
 
 
 # Item.pixels -> the reader of its file.
