@@ -1,5 +1,7 @@
 """ReXGradient-160K: studies of three JSON files, with views and sections."""
 
+import json
+
 import pytest
 from miniatures import rexgradient as miniature
 
@@ -53,6 +55,35 @@ def test_studies_without_images_or_text_are_dropped(tmp_path):
         "a study has neither findings nor impression": ["S7"],
     }
     assert items.keys() == miniature.VIEWS.keys()
+
+
+def test_an_entry_may_be_no_list_or_no_object(tmp_path):
+    miniature.write(tmp_path)
+    path = tmp_path / "metadata/train_metadata_view_position.json"
+    image = "../deid_png/GRDN01/AS1/studies/S1/series/1/instances/1.1.png"
+    study = {"ImagePath": image, "ImageViewPosition": "PA", "Findings": "Clear."}
+    path.write_text(json.dumps({"S1": study, "S2": ["Clear."], "S3": None}))
+    source, items = read(tmp_path)
+    trained = [item for item in items.values() if item.split == "train"]
+    assert [(item.image_id, item.view, item.patient_id) for item in trained] == [
+        ("1.1", "PA", "GRDN01")
+    ]
+    assert source.has(trained[0].image)
+    assert source.dropped == {"a study is not an object of JSON": ["S2", "S3"]}
+
+
+def test_files_without_views_are_read_where_there_are_no_others(tmp_path):
+    miniature.write(tmp_path)
+    for split in ("train", "valid", "test"):
+        path = tmp_path / f"metadata/{split}_metadata_view_position.json"
+        content = json.loads(path.read_text())
+        for entry in content.values():
+            del entry["ImageViewPosition"]
+        path.unlink()
+        (tmp_path / f"metadata/{split}_metadata.json").write_text(json.dumps(content))
+    _, items = read(tmp_path)
+    assert items.keys() == miniature.VIEWS.keys()
+    assert {item.view for item in items.values()} == {""}
 
 
 @pytest.mark.parametrize("views", ["frontal", "all"])

@@ -17,6 +17,7 @@ from plan_jax.types import UserError
 OFFICIAL = "official"
 SPLITS = {"train": "train", "valid": "val", "test": "test"}  # their word -> ours
 SECTIONS = ("indication", "comparison", "findings", "impression")
+ENDINGS = ("_view_position.json", ".json")  # of the files of a split; the second has no views
 IMAGES = "deid_png"
 EMPTY = ("", "none", "n/a", "nan")
 VIEWS = {
@@ -37,8 +38,8 @@ FACTS = Facts(
     page="huggingface.co/datasets/rajpurkarlab/ReXGradient-160K",
     licence="non-commercial, with a form to accept",
     citation="Zhang et al., arXiv:2505.00228, 2025",
-    files="metadata/{train,valid,test}_metadata_view_position.json, and deid_png/, unpacked from "
-    "deid_png.part00 to part09",
+    files="metadata/{train,valid,test}_metadata_view_position.json (or _metadata.json, without "
+    "views), and deid_png/, unpacked from deid_png.part00 to part09",
     provides=("reports",),
     patients="the entry PatientID, which is also the first folder of an image",
     splits={OFFICIAL: "the three published files"},
@@ -61,8 +62,14 @@ class RexgradientConfig(PublicConfig):
 def read_items(source: SourceFolder, config: PublicConfig) -> Iterator[Item]:
     """Yields the films of the studies with their reports."""
     paths = {
-        split: source.require(f"metadata/{name}", name)
-        for split, name in ((word, f"{word}_metadata_view_position.json") for word in SPLITS)
+        word: source.require(
+            *(
+                f"{folder}{word}_metadata{ending}"
+                for ending in ENDINGS
+                for folder in ("metadata/", "")
+            )
+        )
+        for word in SPLITS
     }
     folder = source.find_folder(IMAGES)
     if not folder:
@@ -86,6 +93,9 @@ def _read_study(
     source: SourceFolder, folder: str, split: str, study_id: str, table: str, entry: Any
 ) -> Iterator[Item]:
     """Yields the films of a study."""
+    if not isinstance(entry, dict):
+        source.drop("a study is not an object of JSON", study_id)
+        return
     # Spellings like image_path occur beside ImagePath.
     fields = {re.sub("[^a-z]", "", key.lower()): value for key, value in entry.items()}
     if "imagepath" not in fields:
@@ -94,13 +104,14 @@ def _read_study(
             f"{', '.join(sorted(entry))}"
         )
     sections = {name: text for name in SECTIONS if (text := _read_text(fields, name))}
-    images = fields["imagepath"] or []
+    images = _list(fields["imagepath"])
     if not images:
         source.drop("a study has no image", study_id)
     elif not sections.keys() & {"findings", "impression"}:
         source.drop("a study has neither findings nor impression", study_id)
         return
-    views = fields.get("imageviewposition") or []
+    has_views = "imageviewposition" in fields
+    views = _list(fields.get("imageviewposition"))
     for index, image in enumerate(images):
         # Paths are those from the folder metadata: ../deid_png/<patient>/<study>/...
         below = str(image).replace("\\", "/").rpartition(f"{IMAGES}/")[2]
@@ -111,9 +122,14 @@ def _read_study(
             patient_id=str(fields.get("patientid") or below.partition("/")[0]),
             study_id=study_id,
             split=split,
-            view=VIEWS.get(view, "UNKNOWN"),
+            view=VIEWS.get(view, "UNKNOWN") if has_views else "",
             sections=sections,
         )
+
+
+def _list(value: Any) -> list[Any]:
+    """Returns an entry as a list: that of a study with one film may be no list."""
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def _read_text(fields: Mapping[str, Any], name: str) -> str:
