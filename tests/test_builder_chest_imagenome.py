@@ -43,9 +43,18 @@ def read(folder, images="", **fields):
     return source, {item.image_id: item for item in chest_imagenome.read_items(source, config)}
 
 
-@pytest.mark.parametrize("layout", ["folder", "nested", "zip"])
-def test_each_layout_has_the_same_regions(tmp_path, images, layout):
-    miniature.write(tmp_path, layout)
+@pytest.mark.parametrize(
+    ("layout", "below"),
+    [
+        ("folder", ""),
+        ("nested", ""),
+        ("zip", ""),
+        ("zip", "physionet.org/files/chest-imagenome/1.0.0"),
+        ("folder", "physionet.org/files/chest-imagenome/1.0.0"),
+    ],
+)
+def test_each_layout_has_the_same_regions(tmp_path, images, layout, below):
+    miniature.write(tmp_path, layout, below)
     source, items = read(tmp_path, images)
     assert list(items) == [FIRST, SECOND]
     for item in items.values():
@@ -105,6 +114,14 @@ def test_gold_patients_are_left_out_of_train_under_every_rule(tmp_path, images):
         assert source.dropped[GOLD] == [AVOIDED]
 
 
+def test_a_list_of_gold_patients_without_any_is_refused(tmp_path, images):
+    miniature.write(tmp_path)
+    table = tmp_path / "silver_dataset/splits/images_to_avoid.csv"
+    table.write_text(table.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match=r"images_to_avoid.csv in .* names no patient; download it"):
+        read(tmp_path, images)
+
+
 def test_patients_of_ms_cxr_are_left_out_of_train(tmp_path, images, monkeypatch):
     monkeypatch.setattr(
         ms_cxr_miniature, "BOXES", [(miniature.FIRST, *ms_cxr_miniature.BOXES[0][1:])]
@@ -134,8 +151,8 @@ def test_damaged_scene_graphs_are_dropped(tmp_path, images):
 @pytest.mark.parametrize(
     ("absent", "message"),
     [
-        ("splits/images_to_avoid.csv", "has no splits/images_to_avoid.csv"),
-        ("splits/valid.csv", "has no splits/valid.csv"),
+        ("splits/images_to_avoid.csv", "has no silver_dataset/splits/images_to_avoid.csv"),
+        ("splits/valid.csv", "has no silver_dataset/splits/valid.csv"),
         ("scene_graph.zip", "has no silver_dataset/scene_graph.zip or folder"),
     ],
 )

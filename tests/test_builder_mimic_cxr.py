@@ -214,8 +214,16 @@ def test_absent_lists_of_evaluation_sets_are_noted(tmp_path):
     source, _ = read(tmp_path)
     notes = [note for note in source.notes if "train may have patients of" in note]
     assert len(notes) == 2 and "physionet.org/content/ms-cxr" in notes[1]
-    with pytest.raises(UserError, match="has no splits/images_to_avoid.csv"):
+    with pytest.raises(UserError, match="has no silver_dataset/splits/images_to_avoid.csv"):
         read(tmp_path, chest_imagenome=str(tmp_path))
+
+
+def test_tables_of_evaluation_sets_that_name_no_patient_are_refused(tmp_path):
+    miniature.write(tmp_path)
+    path = tmp_path / "MS_CXR_Local_Alignment_v1.1.0.csv"
+    path.write_text(",".join(ms_cxr_miniature.HEADER) + "\n")
+    with pytest.raises(UserError, match=r"MS_CXR_Local_Alignment_v1.1.0.csv in .* names no pat"):
+        read(tmp_path)
 
 
 def test_the_rule_of_mgca_validates_on_the_test_split(tmp_path):

@@ -1,6 +1,7 @@
 """MS-CXR: both versions as CSV and as JSON, phrases of several boxes, films elsewhere."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -56,6 +57,15 @@ def test_each_version_has_the_same_phrases(tmp_path, images, version, suffix):
     assert first.shape == (mimic_miniature.ROWS, mimic_miniature.COLUMNS)
     assert first.labels == {"Edema": 1, "Lung Opacity": 1, "Cardiomegaly": 1}
     assert {item.split for item in items.values()} == {"test"}
+
+
+def test_a_packed_table_is_read(tmp_path, images):
+    miniature.write(tmp_path, "1.1.0", "json")
+    path = tmp_path / "MS_CXR_Local_Alignment_v1.1.0.json"
+    with zipfile.ZipFile(f"{path}.zip", "w") as archive:
+        archive.write(path, path.name)
+    path.unlink()
+    assert list(read(tmp_path, images)[1]) == [FIRST, SECOND, ABSENT]
 
 
 def test_films_lie_in_the_folder_of_mimic_cxr(tmp_path, images):

@@ -35,9 +35,15 @@ ATTRIBUTES = [
 ]
 
 
-def write(folder, layout="folder"):
-    """Writes lists and scene graphs: layout `folder`, `nested` or `zip`."""
-    silver = folder / "silver_dataset"
+def write(folder, layout="folder", below=""):
+    """Writes lists and scene graphs.
+
+    Args:
+      folder: where to.
+      layout: of the scene graphs: `folder`, `nested` or `zip`.
+      below: path of the dataset below the folder, as wget makes it.
+    """
+    silver = folder / below / "silver_dataset"
     (silver / "splits").mkdir(parents=True)
     header = ("subject_id", "study_id", "dicom_id", "path", "ViewPosition")
     for name, films in LISTS.items():

@@ -72,7 +72,10 @@ _KINDS = ("anatomicalfinding", "disease")  # of attributes; others are devices, 
 _EXISTENCE = {"yes": 1, "no": 0}
 _LISTS = {"train": "train", "valid": "val", "test": "test"}
 # All images of the patients with gold annotations.
-GOLD_TABLES = ("splits/images_to_avoid.csv", "images_to_avoid.csv")
+GOLD_TABLES = (
+    *("silver_dataset/splits/images_to_avoid.csv", "splits/images_to_avoid.csv"),
+    "images_to_avoid.csv",
+)
 _ORIGINAL = ("original_x1", "original_y1", "original_x2", "original_y2")
 GOLD = "patient of the gold annotations, left out of train and val"
 EVALUATED = "patient of MS-CXR, left out of train"
@@ -107,7 +110,10 @@ FACTS = Facts(
         "24 images are no radiographs and have no scene graph",
         "not every image has all 36 regions",
     ),
-    counts={"train": 166_521, "val": 23_953, "test": 47_393, "regions": 36},
+    counts={
+        **{"images": 237_867, "train": 166_521, "val": 23_953, "test": 47_393},
+        "regions": 36,
+    },
     findings=FINDINGS,
 )
 
@@ -144,7 +150,8 @@ def read_items(source: SourceFolder, config: ChestImagenomeConfig) -> Iterator[I
         mimic_tree.open_reports(source, images, config.reports) as reports,
     ):
         for name, split in _LISTS.items():
-            for row in source.read_csv(source.require(f"splits/{name}.csv"), columns):
+            table = source.require(f"silver_dataset/splits/{name}.csv", f"splits/{name}.csv")
+            for row in source.read_csv(table, columns):
                 subject_id, study_id, dicom_id, view = (row[column] for column in columns)
                 graph = _parse_graph(source, dicom_id, read_graph)
                 if graph is None:
@@ -191,7 +198,9 @@ def find_gold_patients(source: SourceFolder, path: str) -> frozenset[str]:
 
 
 def _read_gold_patients(source: SourceFolder, table: str) -> frozenset[str]:
-    return frozenset(row["subject_id"] for row in source.read_csv(table, ("subject_id",)))
+    patients = frozenset(row["subject_id"] for row in source.read_csv(table, ("subject_id",)))
+    mimic_tree.check_evaluated(source, table, patients)
+    return patients
 
 
 @contextlib.contextmanager

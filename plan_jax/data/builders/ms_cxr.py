@@ -1,6 +1,7 @@
 """MS-CXR: 1,162 phrases with 1,448 boxes on 1,047 films of MIMIC-CXR."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -110,7 +111,7 @@ def read_items(source: SourceFolder, config: MsCxrConfig) -> Iterator[Item]:
 
 def _read_rows(source: SourceFolder, table: str) -> Iterator[dict[str, str]]:
     """Yields one row a box, whether the table is CSV or the objects of COCO."""
-    if not table.endswith(".json") and not table.endswith(".json.gz"):
+    if ".json" not in os.path.basename(table):
         yield from source.read_csv(table, COLUMNS, optional=("split",))
         return
     content = source.read_json(table)
@@ -175,7 +176,9 @@ def find_patients(source: SourceFolder, path: str) -> frozenset[str]:
 
     def read(folder: SourceFolder, table: str) -> frozenset[str]:
         paths = (row["path"] for row in _read_rows(folder, table))
-        return frozenset(ids[0] for ids in map(mimic_tree.parse_image_path, paths) if ids)
+        patients = frozenset(ids[0] for ids in map(mimic_tree.parse_image_path, paths) if ids)
+        mimic_tree.check_evaluated(folder, table, patients)
+        return patients
 
     return mimic_tree.find_evaluated(source, path, FACTS, TABLES, read)
 

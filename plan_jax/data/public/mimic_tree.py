@@ -5,7 +5,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from plan_jax.data.public.config import PublicConfig
@@ -112,6 +112,15 @@ def find_evaluated(
         f"download it from {facts.page} and name its folder with data.builder.{facts.name}"
     )
     return frozenset()
+
+
+def check_evaluated(source: SourceFolder, table: str, patients: Collection[str]) -> None:
+    """Raises UserError if a table of patients who are left out of train names none.
+
+    Such a table would leave all of them in train, and nothing would say so.
+    """
+    if not patients:
+        raise UserError(f"{table} in {source.root} names no patient; download it again")
 
 
 class ImageFolder:
