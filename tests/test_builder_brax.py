@@ -42,12 +42,31 @@ def test_labels_keep_doubt_and_blanks_apart(tmp_path):
         BraxConfig(name="", label_blank=2)
 
 
-def test_dicom_files_are_read_where_there_is_no_png(tmp_path):
+@pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
+def test_dicom_files_are_read_where_there_is_no_png(tmp_path, version):
+    paths = miniature.write(tmp_path / "brax", version, dicom=True)
+    assert paths[0].endswith(".dcm") == (version == "1.1.0")
+    source, items = read(tmp_path / "brax")
+    assert [item.image for item in items] == paths[:5] and all(map(source.has, paths))
+    fields = {"source": str(tmp_path / "brax"), "size": 25, "views": "all"}
+    fields |= {"data_dir": str(tmp_path / "data"), "val_fraction": 0.0, "test_fraction": 0.0}
+    records = {record.record_id: record for record in open_dataset("brax", "train", **fields)}
+    for number, item in enumerate(items):
+        grey = records[item.image_id].image[..., 0]
+        rows, columns = miniature.draw(number).shape
+        assert grey.shape == (25 * rows // 50, 25 * columns // 50)
+        # The square is bright in an inverted film too.
+        assert grey[5:11, :3].min() == 255 and abs(int(grey[18, 10]) - 30 * number) <= 1
+
+
+def test_a_row_without_a_patient_is_dropped(tmp_path):
     miniature.write(tmp_path)
-    (tmp_path / "images").rename(tmp_path / "Anonymized_DICOMs")
-    _, items = read(tmp_path)
-    assert {item.image.partition("/")[0] for item in items} == {"Anonymized_DICOMs"}
-    assert items[0].image.endswith(".dcm")
+    table = tmp_path / "master_spreadsheet_update.csv"
+    table.write_text(table.read_text().replace(".png,400,", ".png,,"))
+    source, items = read(tmp_path)
+    assert [item.patient_id for item in items] == ["100", "100", "200", "300"]
+    (name,) = source.dropped["a row has no patient id"]
+    assert name.startswith("id_400/")
 
 
 def test_a_missing_table_or_column_is_named(tmp_path):

@@ -70,13 +70,20 @@ def read_items(source: SourceFolder, config: BraxConfig) -> Iterator[Item]:
     for row in source.read_csv(table, COLUMNS, optional=optional):
         path = row["PngPath"]
         name = os.path.splitext(path)[0].removeprefix("images/")
+        if not row["PatientID"]:
+            source.drop("a row has no patient id", name)
+            continue
         shape = parse_numbers((row["Rows"], row["Columns"]))
         if shape and max(shape) > MAX_ASPECT * min(shape):
             source.drop("an image is a strip", name)
             continue
         yield Item(
             image_id=name,
-            image=os.path.join(base, row["DicomPath"] if has_dicom_only else path),
+            image=(
+                _find_dicom(source, os.path.join(base, row["DicomPath"]))
+                if has_dicom_only
+                else os.path.join(base, path)
+            ),
             patient_id=row["PatientID"],
             study_id=f"{row['PatientID']}/{row['AccessionNumber']}",
             view=VIEWS.get(row["ViewPosition"], "OTHER"),
@@ -84,6 +91,12 @@ def read_items(source: SourceFolder, config: BraxConfig) -> Iterator[Item]:
                 zip(FINDINGS, read_labels(row, FINDINGS, config.label_blank, name), strict=True)
             ),
         )
+
+
+def _find_dicom(source: SourceFolder, path: str) -> str:
+    """Returns the path of a DICOM file, with or without the suffix that the table has."""
+    stem = path.removesuffix(".dcm")
+    return next(filter(source.has, (path, stem, f"{stem}.dcm")), path)
 
 
 class Brax(PublicBuilder):
