@@ -94,6 +94,37 @@ def test_montgomery_is_prepared(tmp_path):
             assert np.array_equal(mask, draw(record.geometry.shape, corners))
 
 
+@pytest.mark.parametrize("module", [montgomery, shenzhen])
+def test_films_may_have_a_suffix_in_capitals(tmp_path, module):
+    miniature = montgomery_miniature if module is montgomery else shenzhen_miniature
+    miniature.write(tmp_path)
+    for path in sorted(tmp_path.rglob("CXR_png/*.png")):
+        path.rename(path.with_suffix(".PNG"))
+    source, items = read(module, tmp_path)
+    assert list(items) == list(miniature.READINGS)
+    assert all(source.has(item.image) for item in items.values())
+    masked = [name for name, item in items.items() if item.anatomy]
+    assert masked == list(getattr(miniature, "MASKED", miniature.READINGS))
+
+
+@pytest.mark.parametrize(
+    ("text", "reading"),
+    [
+        ("male 45yrs\nnormal", "normal"),
+        ("Female, 28 yrs old; right PTB\nleft pleuritis", "right PTB\nleft pleuritis"),
+        ("male24yrs \r\n\r\nSTB\t", "STB"),
+        ("65yrs, male, normal", "normal"),
+        ("bilateral PTB", "bilateral PTB"),
+        ("female", ""),
+    ],
+)
+def test_a_reading_of_shenzhen_has_neither_sex_nor_age(tmp_path, text, reading):
+    shenzhen_miniature.write(tmp_path, "", findings=False)
+    (tmp_path / "ClinicalReadings/CHNCXR_0001_0.txt").write_bytes(text.encode())
+    _, items = read(shenzhen, tmp_path)
+    assert items["CHNCXR_0001_0"].sections.get("findings", "") == reading
+
+
 # Shenzhen -----------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from plan_jax.types import UserError
 
 TUBERCULOSIS = "Tuberculosis"
 MASK_FOLDERS = {"left lung": "ManualMask/leftMask", "right lung": "ManualMask/rightMask"}
-_NAME = re.compile(r"MCUCXR_\d+_(?P<label>[01])")
+_NAME = re.compile(r"MCUCXR_\d+_[01]")
 _PATIENT_LINE = re.compile(r"patient'?s (?:sex|age)", re.IGNORECASE)
 
 FACTS = Facts(
@@ -50,8 +50,9 @@ class MontgomeryConfig(PublicConfig):
 def read_items(source: SourceFolder) -> Iterator[Item]:
     """Yields the films with their readings and the masks of their lungs."""
     folder = source.find_folder("CXR_png", "images")
-    names = [name for name in source.list_names(folder) if name.endswith(".png")] if folder else []
-    if not any(map(_NAME.match, names)):
+    files = source.list_names(folder) if folder else []
+    films = {name: file for file in files if (name := _name_film(file))}
+    if not films:
         raise UserError(
             f"{source.root} has no folder CXR_png with films like MCUCXR_0001_0.png; download them "
             f"from {FACTS.page}"
@@ -59,30 +60,37 @@ def read_items(source: SourceFolder) -> Iterator[Item]:
     source.tables[folder] = None
     readings = source.find_folder("ClinicalReadings")
     masks = {
-        organ: (path, set(source.list_names(path)))
+        organ: {
+            stem: posixpath.join(path, file)
+            for file in source.list_names(path)
+            for stem, _ in (posixpath.splitext(file),)
+        }
         for organ, name in MASK_FOLDERS.items()
         for path in (source.find_folder(name),)
         if path
     }
     if len(masks) < len(MASK_FOLDERS):
         source.note("ManualMask is not there, so no film has masks of both lungs")
-    for file in names:
-        name = file.removesuffix(".png")
-        if not (match := _NAME.fullmatch(name)):
-            continue  # the films of Shenzhen, which some copies keep in the same folder
+    for name, file in films.items():
         reading = _read_reading(source, posixpath.join(readings, f"{name}.txt")) if readings else ""
         yield Item(
             image_id=name,
             image=posixpath.join(folder, file),
             patient_id=name,
-            labels={TUBERCULOSIS: int(match["label"])},
+            labels={TUBERCULOSIS: int(name[-1])},
             sections={"findings": reading} if reading else {},
             anatomy={
-                organ: [Shape("file", posixpath.join(path, file))]
-                for organ, (path, files) in masks.items()
-                if file in files
+                organ: [Shape("file", paths[name])]
+                for organ, paths in masks.items()
+                if name in paths
             },
         )
+
+
+def _name_film(file: str) -> str:
+    """Returns the name of a film; "" for others, as Shenzhen's, which copies keep beside them."""
+    stem, suffix = posixpath.splitext(file)
+    return stem if suffix.lower() == ".png" and _NAME.fullmatch(stem) else ""
 
 
 def _read_reading(source: SourceFolder, path: str) -> str:

@@ -18,9 +18,11 @@ TUBERCULOSIS = "Tuberculosis"
 LUNGS = "lungs"
 LUNG_FOLDERS = ("mask/mask", "mask", "masks")  # Kaggle's shcxr-lung-mask, and copies of it
 FINDING_FOLDER = "Annotations-2/masks"
-_NAME = re.compile(r"CHNCXR_\d+_(?P<label>[01])")
+_NAME = re.compile(r"CHNCXR_\d+_[01]")
 _FINDING_NAME = re.compile(r"(?P<film>CHNCXR_\d+_[01])_(?P<finding>.+?)_\d+")
-_PATIENT_LINE = re.compile(r"(?:fe)?male\b|\d+\s*(?:yrs?|years?|months?|days?)\b", re.IGNORECASE)
+_AGE = r"\d+\s*(?:y(?:ea)?rs?(?:\s+old)?|months?|days?|[ymd])\b"
+# Sex and age, which begin a reading, and what divides them from it.
+_PATIENT = re.compile(rf"\A(?:(?:(?:fe)?male(?![a-z])|{_AGE})[\s,.;:]*)+", re.IGNORECASE)
 
 FACTS = Facts(
     name="shenzhen",
@@ -55,8 +57,9 @@ class ShenzhenConfig(PublicConfig):
 def read_items(source: SourceFolder) -> Iterator[Item]:
     """Yields the films with their readings and masks."""
     folder = source.find_folder("CXR_png", "images")
-    names = [name for name in source.list_names(folder) if name.endswith(".png")] if folder else []
-    if not any(map(_NAME.match, names)):
+    files = source.list_names(folder) if folder else []
+    films = {name: file for file in files if (name := _name_film(file))}
+    if not films:
         raise UserError(
             f"{source.root} has no folder CXR_png with films like CHNCXR_0001_0.png; download them "
             f"from {FACTS.page}"
@@ -64,16 +67,13 @@ def read_items(source: SourceFolder) -> Iterator[Item]:
     source.tables[folder] = None
     readings = source.find_folder("ClinicalReadings")
     lungs, findings = _list_lungs(source), _list_findings(source)
-    for file in names:
-        name = file.removesuffix(".png")
-        if not (match := _NAME.fullmatch(name)):
-            continue  # the films of Montgomery, which some copies keep in the same folder
+    for name, file in films.items():
         reading = _read_reading(source, posixpath.join(readings, f"{name}.txt")) if readings else ""
         yield Item(
             image_id=name,
             image=posixpath.join(folder, file),
             patient_id=name,
-            labels={TUBERCULOSIS: int(match["label"])},
+            labels={TUBERCULOSIS: int(name[-1])},
             sections={"findings": reading} if reading else {},
             shapes=findings.get(name, []),
             anatomy={LUNGS: [Shape("file", lungs[name])]} if name in lungs else {},
@@ -103,15 +103,22 @@ def _list_findings(source: SourceFolder) -> dict[str, list[Shape]]:
     return shapes
 
 
+def _name_film(file: str) -> str:
+    """Returns the name of a film; "" for others, as Montgomery's, which copies keep beside them."""
+    stem, suffix = posixpath.splitext(file)
+    return stem if suffix.lower() == ".png" and _NAME.fullmatch(stem) else ""
+
+
 def _read_reading(source: SourceFolder, path: str) -> str:
-    """Returns a radiologist's reading, without the line of sex and age above it."""
+    """Returns a radiologist's reading, without the sex and age above it or before it."""
     try:
         lines = (source.read_text(path) or "").splitlines()
     except ValueError:
         source.drop("a reading is not UTF-8, so its film has no text", path)
         return ""
-    lines = [line.strip() for line in lines if line.strip()]
-    return "\n".join(lines[1:] if lines and _PATIENT_LINE.match(lines[0]) else lines)
+    lines = list(filter(None, map(str.strip, lines)))
+    lines[:1] = (_PATIENT.sub("", line) for line in lines[:1])
+    return "\n".join(filter(None, lines))
 
 
 class Shenzhen(PublicBuilder):
