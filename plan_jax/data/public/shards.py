@@ -139,7 +139,7 @@ def write_shards(
 
 def refresh_interval() -> float:
     """Returns the seconds between two pictures of a progress bar: fewer of them in a file."""
-    return 0.5 if sys.stderr.isatty() else 30
+    return 0.5 if sys.stderr.isatty() else 30.0
 
 
 def count_cores() -> int:
