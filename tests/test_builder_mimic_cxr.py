@@ -129,6 +129,17 @@ def test_labels_are_those_of_the_study(tmp_path):
     assert [name for name, value in labels["50000006"].items() if value] == ["Lung Opacity"]
 
 
+def test_studies_without_labels_are_counted(tmp_path):
+    miniature.write(tmp_path, packed=False)
+    source, _ = read(tmp_path)
+    assert "studies that the table of labels does not list: 1" in source.notes
+    table = tmp_path / "mimic-cxr-2.0.0-chexpert.csv"
+    table.write_text(table.read_text().splitlines()[0])
+    source, items = read(tmp_path)
+    assert f"{table.name} lists no study, so no image has labels" in source.notes
+    assert not any(item.labels for item in items.values())
+
+
 def test_options_out_of_range_are_refused(tmp_path):
     with pytest.raises(UserError, match="label_blank 1 of dataset mimic_cxr is not a label"):
         MimicCxrConfig(name="", label_blank=1)

@@ -128,12 +128,15 @@ def read_items(source: SourceFolder, config: MimicCxrConfig) -> Iterator[Item]:
     labels = _find_labels(source, config)
     splits = _Splits(source, config, metadata)
     columns = ("dicom_id", "subject_id", "study_id", "ViewPosition")
+    unlabelled: set[str] = set()
     opened = mimic_tree.open_reports(source, images, config.reports, config.hand_listed)
     with opened as reports:
         for row in source.read_csv(metadata, columns):
             dicom_id, subject_id, study_id, view = (row[column] for column in columns)
             if (split := splits.assign(dicom_id, subject_id, study_id)) is None:
                 continue
+            if study_id not in labels:
+                unlabelled.add(study_id)
             yield Item(
                 image_id=dicom_id,
                 image=images.locate(subject_id, study_id, dicom_id),
@@ -144,6 +147,8 @@ def read_items(source: SourceFolder, config: MimicCxrConfig) -> Iterator[Item]:
                 labels=dict(zip(FINDINGS, labels.get(study_id, ()), strict=False)),
                 sections=reports.read(subject_id, study_id),
             )
+    if labels and unlabelled:
+        source.note(f"studies that the table of labels does not list: {len(unlabelled)}")
     splits.report_rest()
 
 
@@ -157,7 +162,10 @@ def _find_labels(source: SourceFolder, config: MimicCxrConfig) -> dict[str, tupl
     is_radiologists = config.labeller == "radiologists"
     columns = [_RADIOLOGIST_NAMES.get(f, f) if is_radiologists else f for f in FINDINGS]
     blank = 0 if config.split_rule == "5x200" else config.label_blank
-    return _read_labels(source, table, columns, blank)
+    labels = _read_labels(source, table, columns, blank)
+    if not labels:
+        source.note(f"{table} lists no study, so no image has labels")
+    return labels
 
 
 class _Splits:
