@@ -92,6 +92,17 @@ def test_a_patient_in_both_lists_is_an_error(tmp_path):
         read(tmp_path)
 
 
+def test_a_film_in_both_lists_and_an_empty_list_are_errors(tmp_path):
+    miniature.write(tmp_path)
+    path = tmp_path / "train_val_list.txt"
+    path.write_text(f"{path.read_text()}\n00000001_000.png")
+    with pytest.raises(UserError, match="00000001_000.png is in both official lists of"):
+        read(tmp_path)
+    path.write_text("\n")
+    with pytest.raises(UserError, match=r"train_val_list.txt in .* is empty; download it again"):
+        read(tmp_path)
+
+
 def test_without_lists_patients_are_divided_by_hash(tmp_path):
     miniature.write(tmp_path, lists=False)
     source, items = read(tmp_path)

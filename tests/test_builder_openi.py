@@ -1,5 +1,6 @@
 """Open-I in the three layouts in which it is published, and all of the real reports."""
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -135,6 +136,18 @@ def test_r2gens_lists_divide_the_files_of_the_nlm(tmp_path):
     # Without the rule, a hash of the patient decides.
     _, items = read(tmp_path)
     assert {item.split for item in items.values()} == {""}
+
+
+def test_lists_of_r2gen_that_are_empty_or_share_a_report_are_refused(tmp_path):
+    miniature.write_r2gen(tmp_path)
+    path = tmp_path / "annotation.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"test": content["train"][:1]}))
+    with pytest.raises(UserError, match=r"report CXR1 is in two lists of annotation.json in "):
+        read(tmp_path, split="r2gen")
+    path.write_text(json.dumps(dict.fromkeys(content, [])))
+    with pytest.raises(UserError, match=r"annotation.json in .* lists no report; download it"):
+        read(tmp_path, split="r2gen")
 
 
 def open_split(folder, split, /, **fields):

@@ -98,7 +98,7 @@ def read_items(source: SourceFolder, config: PublicConfig) -> Iterator[Item]:
             image=place_of.get(name, f"images/{name}"),
             patient_id=patient_id,
             split=split,
-            view=view if (view := row["View Position"]) in VIEWS else "UNKNOWN",
+            view=view if (view := row["View Position"].upper()) in VIEWS else "UNKNOWN",
             labels={finding: int(finding in names) for finding in FINDINGS},
             boxes=boxes.pop(name, ()),
         )
@@ -139,7 +139,20 @@ def _read_lists(source: SourceFolder) -> dict[str, str]:
     if not all(paths.values()):
         source.note("the official lists are not there, so patients are divided by hash")
         return {}
-    return {name: split for split, path in paths.items() for name in source.read_lines(path)}
+    lists: dict[str, str] = {}
+    for split, path in paths.items():
+        names = list(source.read_lines(path))
+        if not names:
+            raise UserError(
+                f"{path} in {source.root} is empty; download it again from {FACTS.page}"
+            )
+        if both := next((name for name in names if name in lists), ""):
+            raise UserError(
+                f"{both} is in both official lists of {source.root}; download train_val_list.txt "
+                f"and test_list.txt again from {FACTS.page}"
+            )
+        lists |= dict.fromkeys(names, split)
+    return lists
 
 
 class NihCxr14(PublicBuilder):

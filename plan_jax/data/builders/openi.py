@@ -255,7 +255,16 @@ def _list_entries(source: SourceFolder, path: str) -> Iterator[_Entry]:
 def _read_splits(source: SourceFolder) -> dict[str, str]:
     """Returns the split of each report of R2Gen's lists."""
     path = source.require(ANNOTATION)
-    return {entry.uid: entry.split for entry in _list_entries(source, path)}
+    splits: dict[str, str] = {}
+    for entry in _list_entries(source, path):
+        if splits.setdefault(entry.uid, entry.split) != entry.split:
+            raise UserError(
+                f"report {entry.uid} is in two lists of {path} in {source.root}; download R2Gen's "
+                "annotation.json again"
+            )
+    if not splits:
+        raise UserError(f"{path} in {source.root} lists no report; download it again")
+    return splits
 
 
 def _read_views(source: SourceFolder) -> dict[str, str]:
@@ -264,7 +273,7 @@ def _read_views(source: SourceFolder) -> dict[str, str]:
     if not path:
         return {}
     return {
-        _name_image(row["filename"]): VIEWS.get(row["projection"], "UNKNOWN")
+        _name_image(row["filename"]): VIEWS.get(row["projection"].capitalize(), "UNKNOWN")
         for row in source.read_csv(path, ("filename", "projection"))
     }
 
