@@ -4,6 +4,7 @@ Each case states the arguments and the parts that the sentence must contain: the
 value, and the remedy.
 """
 
+import ast
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -331,3 +332,10 @@ def test_an_evaluation_config_is_valid(path, monkeypatch):
     run = Config.from_dict(main.load_config_file(str(ROOT / "configs/demo.py")))
     config = Config.from_dict(merge_evaluation(run.to_dict(), content))
     assert set(config.eval.tasks) <= set(config.eval.options)
+    usage = str(ast.get_docstring(ast.parse(path.read_text()))).split("\n\n")[1]
+    assert usage.startswith(f"plan-jax --config eval/{path.stem} ") and "--checkpoint" in usage
+    # A dataset is read from the folder that it was downloaded to.
+    name = config.data.name
+    if name not in ("pairs", "phantom"):
+        assert "--config.data.source=" in usage
+    assert name != "ms_cxr" or "--config.data.builder.images=" in usage

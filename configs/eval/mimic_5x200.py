@@ -1,6 +1,6 @@
 """MIMIC-CXR 5x200, image-text retrieval by class: precision at 1, 2, 5 and 10, both directions.
 
-plan-jax --config eval/mimic_5x200 --checkpoint runs/plan
+plan-jax --config eval/mimic_5x200 --config.data.source=mimic_cxr --checkpoint runs/plan
 
 The rule is that of CheXpert 5x200 on MIMIC-CXR's labels: 200 frontal images of each class in which
 one of the five labels is 1, and the other four and the eight others are 0 or blank; a doubt (-1)

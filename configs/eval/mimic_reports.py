@@ -1,6 +1,6 @@
 """MIMIC-CXR, report generation: R2Gen's protocol, at most 100 tokens, words that occur 10 times.
 
-plan-jax --config eval/mimic_reports --checkpoint runs/plan
+plan-jax --config eval/mimic_reports --config.data.source=mimic_cxr --checkpoint runs/plan
 
 The official splits of MIMIC-CXR, every view, the findings as the report. R2Gen counts 270,790 /
 2,130 / 3,858 images with findings; the metric `reports_empty` counts those without. Patients of

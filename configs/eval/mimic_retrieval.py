@@ -1,6 +1,6 @@
 """MIMIC-CXR, image-text retrieval: recall of the own report, precision by class both ways.
 
-plan-jax --config eval/mimic_retrieval --checkpoint runs/plan
+plan-jax --config eval/mimic_retrieval --config.data.source=mimic_cxr --checkpoint runs/plan
 
 The official test split of MIMIC-CXR: frontal images, impression and findings as the report. The
 classes are the eight of CheXpert 8x200, by the labels of CheXpert's labeller, where a blank is 0.

@@ -1,6 +1,7 @@
 """MS-CXR, phrase grounding: BioViL's protocol, CNR and mIoU, by category and macro.
 
-plan-jax --config eval/ms_cxr_grounding --checkpoint runs/plan
+plan-jax --config eval/ms_cxr_grounding --config.data.source=ms_cxr \
+  --config.data.builder.images=mimic_cxr --checkpoint runs/plan
 
 `ms_cxr_grounding.py:biovil_t` and `:afloc` crop as these two do. The metric `miou_afloc` is AFLoc's
 mIoU; the others name how a map is scaled.
