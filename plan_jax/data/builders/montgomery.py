@@ -32,7 +32,7 @@ FACTS = Facts(
     patients="the name of the film, as each is of another patient",
     splits={BY_HASH: "by a hash of the film"},
     defects=(
-        "4020 x 4892 pixels or the reverse",
+        "films have 4892 x 4020 pixels, or these turned by a right angle",
         "TBX11K has the same films in its folder extra",
     ),
     counts={"images": 138, "tuberculosis": 58},
