@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
+from plan_jax.types import UserError
+
 
 def assign_by_hash(patient_id: str, val_fraction: float, test_fraction: float) -> str:
     """Returns the split of a patient: uniform over patients, and the same in every run.
@@ -51,11 +53,20 @@ def hold_out(
       fraction: of the items that are held out, rounded up; or how many, as an int.
       seed: its `random_state`.
       classes: its `stratify`: the class of each item, of which the fraction is held out.
+
+    Raises:
+      UserError: there are too few items, as in a part of a dataset.
     """
     # Slow to import, and few splits need it.
     from sklearn.model_selection import train_test_split
 
-    kept, held_out = train_test_split(
-        range(num_items), test_size=fraction, random_state=seed, stratify=classes
-    )
+    try:
+        kept, held_out = train_test_split(
+            range(num_items), test_size=fraction, random_state=seed, stratify=classes
+        )
+    except ValueError:
+        raise UserError(
+            f"the tables have {num_items} rows, too few for a published split; complete them, or "
+            "use split hash"
+        ) from None
     return kept, held_out
