@@ -116,3 +116,14 @@ def test_records_have_films_and_sections(tmp_path, layout):
         np.testing.assert_allclose(image[20, [4, 40]], [200, 60], atol=1)
     texts = {record.record_id: record.sections for record in records}
     assert texts["train/patient00003/study3/view1_frontal"]["findings"] == "EDEMA."
+
+
+def test_a_report_in_another_column_is_not_shown(tmp_path):
+    miniature.write(tmp_path)
+    table = tmp_path / "df_chexpert_plus_240401.csv"
+    rows = list(csv.reader(table.open(newline="")))
+    rows[1][-1] = "SMALL LEFT EFFUSION IS SEEN."
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    with pytest.raises(UserError, match="split a text of 28 characters of"):
+        read(tmp_path)

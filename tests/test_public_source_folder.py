@@ -209,3 +209,16 @@ def test_patients_do_not_hide_the_folders_after_them(tmp_path, monkeypatch):
         (tmp_path / f"a/train/patient{number}").mkdir(parents=True)
     (tmp_path / "b/labels/test").mkdir(parents=True)
     assert SourceFolder(tmp_path).find_folder("test") == "b/labels/test"
+
+
+def test_tables_without_rows_are_named(tmp_path):
+    (tmp_path / "films.csv").write_text("\ufeffid,path\r\n\r\n")
+    (tmp_path / "list.txt").write_text("\n")
+    source = SourceFolder(tmp_path)
+    for _ in range(2):
+        assert list(source.read_csv("films.csv", ["id"])) == []
+        assert list(source.read_lines("list.txt")) == []
+    assert source.notes == ["films.csv has no rows", "list.txt has no rows"]
+    (tmp_path / "films.csv").write_text("")
+    with pytest.raises(UserError, match=r"films\.csv in .* is empty; download it again$"):
+        list(source.read_csv("films.csv", ["id"]))

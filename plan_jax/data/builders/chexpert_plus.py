@@ -90,8 +90,8 @@ def read_items(source: SourceFolder, config: ChexpertPlusConfig) -> Iterator[Ite
         path, study = row["path_to_image"], _name_study(row)
         if row["split"] not in SPLITS:
             raise UserError(
-                f"split {row['split']!r} of {path} in {table} is none of {', '.join(SPLITS)}; "
-                "correct it"
+                f"split {quoting.quote(row['split'])} of {quoting.quote_path(path)} in {table} is "
+                f"none of {', '.join(SPLITS)}; correct it"
             )
         split = "test" if row["split"] == "valid" else ""
         if config.split_rule == OFFICIAL and not split:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from plan_jax.data import quoting
 from plan_jax.data.public import mimic_tree
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
@@ -186,8 +187,9 @@ def _read_studies(source: SourceFolder) -> dict[str, dict[str, str]]:
     for row in source.read_csv(table, columns, optional=("Projection", "BitsStored_DICOM")):
         if row["split"] not in SPLITS:
             raise UserError(
-                f"split {row['split']!r} of study {row['StudyID']} in {table} is none of "
-                f"{', '.join(SPLITS)}; correct it"
+                f"split {quoting.quote(row['split'])} of study "
+                f"{quoting.quote_path(row['StudyID'])} in {table} is none of {', '.join(SPLITS)}; "
+                "correct it"
             )
         first = studies.setdefault(row["StudyID"], row)
         if first["split"] != row["split"]:

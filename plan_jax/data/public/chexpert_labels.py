@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from plan_jax.data import quoting
 from plan_jax.types import UserError
 
 # A blank cell is a finding that the report does not mention.
@@ -30,7 +31,8 @@ def read_labels(
         cell = row[finding]
         if cell and cell not in _VALUES:
             raise UserError(
-                f"label {cell!r} of {finding} in {place} is not 1, 0, -1 or blank; correct it"
+                f"label {quoting.quote(cell)} of {finding} in {place} is not 1, 0, -1 or blank; "
+                "correct it"
             )
         labels.append(_VALUES[cell] if cell else blank)
     return tuple(labels)

@@ -195,6 +195,11 @@ class SourceFolder:
             lines = _CountedQuotes(file)
             reader = csv.reader(lines, delimiter=delimiter)
             header = [name.strip() for name in next(reader, [])]
+            if not any(header):
+                raise UserError(
+                    f"table {path} in {self.root} is empty; download it again"
+                    f"{f' from {self.page}' if self.page else ''}"
+                )
             if missing := [name for name in columns if name not in header]:
                 raise UserError(
                     f"table {path} in {self.root} has no column {', '.join(map(repr, missing))}; "
@@ -205,10 +210,12 @@ class SourceFolder:
             extra_of = {name: header.index(name) for name in optional if name in header}
             num_required = max(place_of.values(), default=-1) + 1
             start = end = reader.line_num
+            is_empty = True
             for cells in reader:
                 start, end = end, reader.line_num
                 if not any(map(str.strip, cells)):
                     continue
+                is_empty = False
                 if len(cells) < num_required:
                     line = quoting.quote_path(f"{path}:{reader.line_num}")
                     if line not in self.dropped.get(CUT_OFF, ()):  # tables may be read again
@@ -221,6 +228,8 @@ class SourceFolder:
                 yield row
             if end - start > 1 and lines.count % 2:
                 raise csv.Error(f"the quotation mark in line {start + 1} or after it has no end")
+        if is_empty:
+            self._note_empty(path)
 
     def read_lines(self, path: str) -> Iterator[str]:
         """Yields the lines of a list that are not blank, without blanks around them.
@@ -229,10 +238,14 @@ class SourceFolder:
           UserError: the list cannot be read.
         """
         self.tables[path] = None
+        is_empty = True
         with self._name_damage(path), self._open(path) as lines:
             for line in lines:
                 if line.strip():
+                    is_empty = False
                     yield line.strip()
+        if is_empty:
+            self._note_empty(path)
 
     def read_json(self, path: str) -> Any:
         """Returns the content of a file of JSON.
@@ -327,6 +340,10 @@ class SourceFolder:
     def note(self, sentence: str) -> None:
         """Adds a sentence to the summary."""
         self.notes.append(sentence)
+
+    def _note_empty(self, path: str) -> None:
+        if (sentence := f"{path} has no rows") not in self.notes:  # it may be read again
+            self.note(sentence)
 
     def _open(self, path: str) -> io.TextIOWrapper:
         raw = self.resolve(path).open("rb")
