@@ -79,7 +79,7 @@ def test_without_the_tables_of_labels_annotations_give_them(tmp_path):
     items, source = read(tmp_path)
     assert list_present(items[ABNORMAL]) == {"Cardiomegaly", "Pneumonia"}
     assert list_present(items[TEST]) == {"Lung Opacity", "Other diseases"}
-    assert len(source.notes) == 2
+    assert sum("labels are those of the annotations" in note for note in source.notes) == 2
     readers = [(NORMAL, "R1", {"No finding"})]
     miniature.write_labels(tmp_path / "annotations/image_labels_train.csv", readers)
     items, source = read(tmp_path)
@@ -158,3 +158,46 @@ def test_records_show_films_of_every_encoding(tmp_path):
     (phrase,) = records[ABNORMAL].phrases
     boxes = records[ABNORMAL].geometry.to_original(np.asarray(phrase.boxes))
     np.testing.assert_allclose(boxes, [(11, 30, 41, 51), (44, 2, 54, 12)], atol=1)
+
+
+def test_boxes_that_too_few_readers_back_are_counted(tmp_path):
+    miniature.write_physionet(tmp_path, films=False)
+    source = read(tmp_path)[1]
+    sentence = "are left out, as fewer than 2 readers gave their finding"
+    assert source.notes == [f"2 of 5 boxes of train {sentence}"]
+    assert read(tmp_path, min_readers=1)[1].notes == []
+
+
+def test_the_films_of_train_need_their_readers(tmp_path):
+    miniature.write_physionet(tmp_path, films=False)
+    for table in ("annotations_train.csv", "image_labels_train.csv"):
+        path = tmp_path / "annotations" / table
+        content = path.read_text()
+        path.write_text(content.replace("rad_id", "rad_ID", 1))
+        with pytest.raises(UserError, match=f"{table} .*has no column 'rad_id'"):
+            read(tmp_path)
+        path.write_text(content)
+
+
+def test_a_label_that_is_not_0_or_1_is_an_error(tmp_path):
+    miniature.write_physionet(tmp_path, films=False)
+    path = tmp_path / "annotations/image_labels_test.csv"
+    path.write_text(path.read_text().replace(f"{TEST},0", f"{TEST},yes"))
+    with pytest.raises(UserError, match="label 'yes' of Aortic enlargement of 002a34c5"):
+        read(tmp_path)
+
+
+def test_no_film_of_train_is_tested_though_it_has_no_annotations(tmp_path):
+    miniature.write_physionet(tmp_path, films=False)
+    films = [(f"{index:032x}", reader, set()) for index in range(30) for reader in ("R1", "R2")]
+    miniature.write_labels(tmp_path / "annotations/image_labels_train.csv", films)
+    items, _ = read(tmp_path)
+    assert {item.split for name, item in items.items() if name != TEST} == {"train", "val"}
+
+
+def test_films_may_have_a_suffix_in_capitals(tmp_path):
+    miniature.write_physionet(tmp_path)
+    for path in [*tmp_path.rglob("*.dicom")]:
+        path.rename(path.with_suffix(".DICOM"))
+    items, source = read(tmp_path)
+    assert all(source.has(item.image) for item in items.values())

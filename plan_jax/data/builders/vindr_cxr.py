@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, TypeAlias
 
+from plan_jax.data import quoting
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import BY_HASH, Facts
@@ -29,6 +30,7 @@ KAGGLE_FINDINGS = (
 SPELLINGS = {"Other disease": "Other diseases"}  # of the table of test -> of the others
 CORNERS = ("x_min", "y_min", "x_max", "y_max")
 KAGGLE_TABLE = "train.csv"
+LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 MIN_IOU = 0.5  # of boxes that are fused
 NUM_TRAIN = 15_000
 
@@ -101,22 +103,31 @@ def read_items(source: SourceFolder, config: VindrCxrConfig) -> Iterator[Item]:
         source.note("Kaggle's films of test have no labels, so films are divided by hash")
     for part in ("train",) if is_kaggle else ("train", "test"):
         table = KAGGLE_TABLE if is_kaggle else f"annotations_{part}.csv"
-        drawn, boxes = _read_annotations(source, source.require(table))
-        listed = {} if is_kaggle else _read_labels(source, f"image_labels_{part}.csv")
+        # The readers of test agree on one opinion.
+        reader = ("rad_id",) if part == "train" else ()
+        drawn, boxes = _read_annotations(source, source.require(table), reader)
+        listed = {} if is_kaggle else _read_labels(source, f"image_labels_{part}.csv", reader)
         names = KAGGLE_FINDINGS if is_kaggle else FINDINGS
         readings = listed or drawn
         for image_id in sorted(drawn.keys() - readings.keys()):
             source.drop("annotations of a film that the table of labels does not have", image_id)
-        splits = {} if is_kaggle else _assign_splits(source, config, part, drawn)
+        splits = {} if is_kaggle else _assign_splits(source, config, part, readings, drawn)
         folder = source.find_folder(part) or part
         # Copies in other formats are reduced, and then the boxes are not theirs.
         place_of = {
             name.rpartition(".")[0]: name
             for name in source.list_names(folder)
-            if name.endswith((".dicom", ".dcm"))
+            if name.lower().endswith((".dicom", ".dcm"))
         }
+        num_boxes = 0
         for image_id in sorted(readings):
             labels = _count_readers(readings[image_id], names, config.min_readers)
+            marks = {
+                label: group
+                for label, group in boxes.get(image_id, {}).items()
+                if labels.get(label, 1) == 1
+            }
+            num_boxes += sum(map(len, marks.values()))
             yield Item(
                 image_id=image_id,
                 image=f"{folder}/{place_of.get(image_id, f'{image_id}.dicom')}",
@@ -125,26 +136,33 @@ def read_items(source: SourceFolder, config: VindrCxrConfig) -> Iterator[Item]:
                 labels=labels,
                 boxes=[
                     Box(corners, label)
-                    for label, group in boxes.get(image_id, {}).items()
-                    if labels.get(label, 1) == 1
+                    for label, group in marks.items()
                     for corners in (fuse(group) if config.fuse_boxes else group)
                 ],
+            )
+        total = sum(len(group) for groups in boxes.values() for group in groups.values())
+        if num_boxes < total:
+            source.note(
+                f"{total - num_boxes} of {total} boxes of {part} are left out, as fewer than "
+                f"{config.min_readers} readers gave their finding"
             )
 
 
 def _read_annotations(
-    source: SourceFolder, table: str
+    source: SourceFolder, table: str, reader: Sequence[str]
 ) -> tuple[Readings, dict[str, dict[str, list[Corners]]]]:
     """Returns the findings that each reader drew or noted, and the boxes of each finding."""
     readings: Readings = {}
     boxes: dict[str, dict[str, list[Corners]]] = {}
-    columns = ("image_id", "class_name", *CORNERS)
-    for row in source.read_csv(table, columns, optional=("rad_id",)):
+    columns = ("image_id", "class_name", *CORNERS, *reader)
+    for row in source.read_csv(table, columns):
         image_id = row["image_id"]
         label = SPELLINGS.get(row["class_name"], row["class_name"])
         if label not in FINDINGS:
-            raise UserError(f"class {label!r} of {image_id} in {table} is none of VinDr's findings")
-        readings.setdefault(image_id, {}).setdefault(row["rad_id"], set()).add(label)
+            raise UserError(
+                f"class {quoting.quote(label)} of {image_id} in {table} is none of VinDr's findings"
+            )
+        readings.setdefault(image_id, {}).setdefault(row.get("rad_id", ""), set()).add(label)
         cells = [row[column] for column in CORNERS]
         if not any(cells):  # without a finding, or one of the whole film
             continue
@@ -160,7 +178,7 @@ def _read_annotations(
     return readings, boxes
 
 
-def _read_labels(source: SourceFolder, name: str) -> Readings:
+def _read_labels(source: SourceFolder, name: str, reader: Sequence[str]) -> Readings:
     """Returns the findings by image and reader out of a table with a column for each finding."""
     table = source.find(name)
     if not table:
@@ -169,13 +187,17 @@ def _read_labels(source: SourceFolder, name: str) -> Readings:
     readings: Readings = {}
     columns = [finding for finding in FINDINGS if finding not in SPELLINGS.values()]
     spellings = [*SPELLINGS, *SPELLINGS.values()]
-    for row in source.read_csv(table, ["image_id", *columns], optional=["rad_id", *spellings]):
-        present = {
-            SPELLINGS.get(finding, finding)
-            for finding in (*columns, *spellings)
-            if row[finding] in ("1", "1.0")
-        }
-        readings.setdefault(row["image_id"], {})[row["rad_id"]] = present
+    for row in source.read_csv(table, ["image_id", *reader, *columns], optional=spellings):
+        present = set()
+        for finding in (*columns, *(name for name in spellings if row[name])):
+            if row[finding] not in LABELS:
+                raise UserError(
+                    f"label {quoting.quote(row[finding])} of {finding} of {row['image_id']} in "
+                    f"{table} is not 0 or 1; correct it"
+                )
+            if LABELS[row[finding]]:
+                present.add(SPELLINGS.get(finding, finding))
+        readings.setdefault(row["image_id"], {})[row.get("rad_id", "")] = present
     return readings
 
 
@@ -191,21 +213,22 @@ def _count_readers(
 
 
 def _assign_splits(
-    source: SourceFolder, config: VindrCxrConfig, part: str, readings: Readings
+    source: SourceFolder, config: VindrCxrConfig, part: str, names: Iterable[str], drawn: Readings
 ) -> dict[str, str]:
     """Returns the splits of the films of a part of PhysioNet."""
-    names = sorted(readings)
+    names = sorted(names)
     if part == "test":
         return dict.fromkeys(names, "test")
     if config.split_rule != "benchx":
         return {name: assign_by_hash(name, config.val_fraction, 0.0) for name in names}
     if len(names) != NUM_TRAIN:
         source.note(
-            f"benchx divides {NUM_TRAIN:,} films, and annotations_train.csv has {len(names):,}, so "
+            f"benchx divides {NUM_TRAIN:,} films, and the tables of train have {len(names):,}, so "
             "the splits are not the published ones"
         )
     has_finding = [
-        int(any(findings - {NO_FINDING} for findings in readings[name].values())) for name in names
+        int(any(findings - {NO_FINDING} for findings in drawn.get(name, {}).values()))
+        for name in names
     ]
     _, val = hold_out(len(names), len(names) // 5, 42, has_finding)
     return dict.fromkeys(names, "train") | {names[index]: "val" for index in val}
