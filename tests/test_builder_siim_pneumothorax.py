@@ -1,14 +1,19 @@
 """SIIM-ACR pneumothorax from miniatures of its three layouts."""
 
+import json
+
 import numpy as np
 import pytest
 from miniatures import siim_pneumothorax as miniature
+from PIL import Image
 
 from plan_jax.data.builders import siim_pneumothorax
 from plan_jax.data.builders.siim_pneumothorax import SiimPneumothoraxConfig, read_items
 from plan_jax.data.dataset import open_dataset
+from plan_jax.data.preparation import check_dataset
 from plan_jax.data.public.shapes import draw_mask
 from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.data.public.summary import SUMMARY_FILE
 from plan_jax.types import UserError
 
 SPLITS = ("train", "val", "test")
@@ -39,7 +44,6 @@ def check_truth(items, ids, source):
             np.testing.assert_array_equal(mask, miniature.draw_mask(name))
         elif item.shapes:
             assert source.has(item.shapes[0].content)
-        assert len(item.shapes) == bool(miniature.MASKS[name]) or item.shapes[0].kind == "runs"
     assert source.dropped == {}
 
 
@@ -66,7 +70,7 @@ def test_png_files_have_masks_of_their_own(tmp_path):
     for name, item in items.items():
         assert item.image.endswith(f"png_images/{miniature.png_name(name)}")
         paths = [f"siim-acr-pneumothorax/png_masks/{miniature.png_name(name)}"]
-        assert [part.content for part in item.shapes] == paths * bool(miniature.MASKS[name])
+        assert [part.content for part in item.shapes] == paths
 
 
 def test_what_contradicts_itself_is_dropped(tmp_path):
@@ -178,3 +182,54 @@ def test_records_have_the_masks_of_the_original(tmp_path, write):
         np.testing.assert_allclose(record.image[..., 0][covered == 0].mean(), 150, atol=2)
         if truth.any():
             np.testing.assert_allclose(record.image[..., 0][covered == 1].mean(), 60, atol=4)
+
+
+def test_the_summary_counts_the_test_images_that_are_in_train_too(tmp_path):
+    names = [f"u{index}" for index in range(60) for _ in range(3)]
+    write_table(tmp_path, *(f"{name},{row} 5" for row, name in enumerate(names)))
+    items, _ = read(tmp_path, split="mgca_compat")
+    films = {split: set[str]() for split in SPLITS}
+    for item in items.values():
+        films[item.split].add(item.patient_id)
+    lines = check_dataset("siim_pneumothorax", {"source": str(tmp_path), "split": "mgca_compat"})
+    for split in ("val", "test"):
+        count = len(films[split] & films["train"])
+        assert count > 10
+        assert (
+            f"leak: {count} of {len(films[split])} images of {split} are of patients whom train "
+            "has too"
+        ) in lines
+
+
+def test_mgca_on_the_table_of_today_is_said_to_differ(tmp_path):
+    miniature.write_flat(tmp_path)
+    _, source = read(tmp_path, split="mgca_compat")
+    assert source.notes[0].startswith("mgca_compat divides the rows of train-rle.csv; stage_2_")
+
+
+def test_films_of_dicom_may_have_a_suffix_in_capitals_and_missing_ones_their_folder(tmp_path):
+    miniature.write_flat(tmp_path)
+    first, *others = sorted(tmp_path.rglob("*.dcm"))
+    first.unlink()
+    for path in others:
+        path.rename(path.with_suffix(".DCM"))
+    items, source = read(tmp_path)
+    missing = [item.image for item in items.values() if not source.has(item.image)]
+    assert missing == [f"stage_2_images/{first.name}"]
+
+
+def test_a_mask_of_a_film_without_pneumothorax_is_noticed(tmp_path):
+    miniature.write_pngs(tmp_path / "source")
+    first, *_, last = miniature.MASKS
+    folder = tmp_path / "source/siim-acr-pneumothorax/png_masks"
+    mask = np.zeros((1024, 1024), np.uint8)
+    Image.fromarray(mask).save(folder / miniature.png_name(last))
+    mask[100:300, 100:300] = 255
+    Image.fromarray(mask).save(folder / miniature.png_name(first))
+    options = {"val_fraction": 0.0, "test_fraction": 0.0, "source": str(tmp_path / "source")}
+    dataset = open_dataset("siim_pneumothorax", "train", data_dir=str(tmp_path), size=64, **options)
+    content = json.loads((dataset.folder / SUMMARY_FILE).read_text())
+    assert content["faults"] == {
+        "a mask of a finding that its labels call absent": 1,
+        "a mask without a pixel": 1,
+    }

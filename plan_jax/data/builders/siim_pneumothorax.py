@@ -45,7 +45,7 @@ FACTS = Facts(
     },
     leaks={
         "mgca_compat": "154 of 1,903 test images are in train too, with other masks",
-        "benchx": "how many is unknown, since patients are",
+        "benchx": "how many is unknown, as patients are not told apart",
     },
     defects=(
         "a blank before the name of the second column, and before -1 in some copies",
@@ -88,8 +88,9 @@ def read_items(source: SourceFolder, config: PublicConfig) -> Iterator[Item]:
 
 def _read_runs(source: SourceFolder, rule: str) -> Iterator[Item]:
     """Yields the images of the table of runs; by `mgca_compat`, once for each split of an image."""
-    rows = list(source.read_csv(source.require(*RUN_TABLES), ("ImageId", "EncodedPixels")))
-    splits = _divide_rows(source, len(rows)) if rule == "mgca_compat" else [""] * len(rows)
+    table = source.require(*RUN_TABLES)
+    rows = list(source.read_csv(table, ("ImageId", "EncodedPixels")))
+    splits = _divide_rows(source, table, len(rows)) if rule == "mgca_compat" else [""] * len(rows)
     texts: dict[str, dict[str, list[str]]] = {}
     for row, split in zip(rows, splits, strict=True):
         texts.setdefault(row["ImageId"], {}).setdefault(split, []).append(row["EncodedPixels"])
@@ -98,7 +99,8 @@ def _read_runs(source: SourceFolder, rule: str) -> Iterator[Item]:
         if len({text == NO_MASK for part in parts.values() for text in part}) > 1:
             source.drop("an image with a mask and without one", name)
             continue
-        place = place_of.get(name, f"{TREES[0]}/{name}.dcm")
+        folder = TREES[0] if RUN_TABLES[0] in table else FOLDER
+        place = place_of.get(name, f"{folder}/{name}.dcm")
         for split, part in parts.items():
             try:
                 shapes = [_make_mask(text) for text in part if text != NO_MASK]
@@ -130,16 +132,21 @@ def _list_images(source: SourceFolder) -> dict[str, str]:
             below = []
             for folder in folders:
                 for entry in source.list_names(folder):
-                    if entry.endswith(".dcm"):
-                        places[entry.removesuffix(".dcm")] = f"{folder}/{entry}"
+                    if entry.lower().endswith(".dcm"):
+                        places[entry[: -len(".dcm")]] = f"{folder}/{entry}"
                     else:
                         below.append(f"{folder}/{entry}")
             folders = below
     return places
 
 
-def _divide_rows(source: SourceFolder, num_rows: int) -> list[str]:
+def _divide_rows(source: SourceFolder, table: str, num_rows: int) -> list[str]:
     """Returns the split of each row as MGCA's code divides them."""
+    if RUN_TABLES[0] not in table:
+        source.note(
+            f"mgca_compat divides the rows of {RUN_TABLES[0]}; {table} may have another order, and "
+            "then the splits are not the published ones"
+        )
     if num_rows != NUM_ROWS:
         source.note(
             f"the table of runs has {num_rows:,} rows, the copy known to us {NUM_ROWS:,}; MGCA's "
@@ -182,7 +189,8 @@ def _read_pngs(source: SourceFolder, rule: str) -> Iterator[Item]:
             patient_id=row["ImageId"],
             split=split_of.get(name, ""),
             labels={PNEUMOTHORAX: int(flag)},
-            shapes=[Shape("file", mask, PNEUMOTHORAX)] if flag == "1" else (),
+            # The mask of a film without a pneumothorax is black, or the labels contradict it.
+            shapes=[Shape("file", mask, PNEUMOTHORAX)] if masks and source.has(mask) else (),
         )
 
 

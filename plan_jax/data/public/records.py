@@ -24,6 +24,7 @@ NO_AREA = "a box without area"
 OUTSIDE = "a box outside of its image"
 TINY = "a box under a pixel after resizing"
 EMPTY_MASK = "a mask without a pixel"
+DENIED = "a mask of a finding that its labels call absent"
 # Part of a decoder's words that differs between all files with one fault.
 _UNREAD_BYTES = re.compile(r" \(\d+ bytes not processed\)?")
 
@@ -78,10 +79,8 @@ class Reader:
             phrase: self._draw(parts, shape, image.shape)
             for phrase, parts in _group(item.shapes).items()
         }
-        for phrase in [phrase for phrase, mask in masks.items() if not mask.any()]:
-            self.note_fault(EMPTY_MASK, item.image_id)
-            del masks[phrase]
         label_of = {shape.phrase or shape.label: shape.label for shape in item.shapes}
+        masks = self._check_masks(item, masks, label_of)
         return Record(
             image=image,
             text="",
@@ -97,6 +96,20 @@ class Reader:
             sections=dict(item.sections),
             geometry=Geometry(shape),
         )
+
+    def _check_masks(
+        self, item: Item, masks: Mapping[str, Bool[np.ndarray, "Y X"]], label_of: Mapping[str, str]
+    ) -> dict[str, Bool[np.ndarray, "Y X"]]:
+        """Returns the masks that have pixels; notes those that contradict the labels."""
+        drawn = {part.phrase or part.label for part in item.shapes if part.kind != "file"}
+        for phrase, mask in masks.items():
+            is_absent = item.labels.get(label_of[phrase]) == 0
+            if mask.any() and is_absent:
+                self.note_fault(DENIED, item.image_id)
+            # The file of an absent finding is black.
+            elif not mask.any() and not (is_absent and phrase not in drawn):
+                self.note_fault(EMPTY_MASK, item.image_id)
+        return {phrase: mask for phrase, mask in masks.items() if mask.any()}
 
     def _order_labels(self, item: Item) -> Int8[np.ndarray, " F"]:
         return np.asarray([item.labels.get(name, -1) for name in self.findings], np.int8)
