@@ -63,16 +63,18 @@ def test_what_cannot_be_used_is_listed(tmp_path):
         {"file_name": "1.png", "syms": ["Mass"], "boxes": [], "polygons": []},
         {"file_name": "2.png", "syms": ["Mass"], "boxes": [[5, 1, 5, 9]], "polygons": [square]},
         {"file_name": "3.png", "syms": ["Mass"], "boxes": [[5, 1, 9]], "polygons": [square[:2]]},
+        {"file_name": "4.png", "syms": ["Mass"], "boxes": [[5, 1, None, 9]], "polygons": [[1, 2]]},
+        {"file_name": "5.png", "syms": ["Mass"], "boxes": [7], "polygons": [[*square, [None, 1]]]},
     )
     items, source = read(tmp_path)
-    assert sorted(items) == ["2", "3"]
+    assert sorted(items) == ["2", "3", "4", "5"]
     assert items["2"].boxes == [] and len(items["2"].shapes) == 1
     assert items["3"].boxes == [] and items["3"].shapes == []
     assert source.dropped == {
         "lists of findings, boxes and outlines of different lengths": ["1.png"],
         "a box has no area": ["2.png"],
-        "a box has no four numbers": ["3.png"],
-        "an outline has no three points": ["3.png"],
+        "a box has no four numbers": ["3.png", "4.png", "5.png"],
+        "an outline has no three points": ["3.png", "4.png", "5.png"],
     }
 
 

@@ -265,3 +265,11 @@ def test_the_summary_says_whether_patients_are_known(tmp_path):
     summaries = [json.loads(path.read_text()) for path in paths]
     patients = {content["splits"]["train"]["patients"]: content for content in summaries}
     assert patients[5]["is_split_by_image"] and not patients[4]["is_split_by_image"]
+
+
+def test_rows_of_an_image_that_contradict_each_other_are_listed(tmp_path):
+    write_table(tmp_path, ["a,1,1,5,5,1", "a,,,,,0", "b,,,,,0", "b,1,1,5,5,1"])
+    items, source = read(tmp_path)
+    assert {name: item.labels["Pneumonia"] for name, item in items.items()} == {"a": 1, "b": 0}
+    assert (len(items["a"].boxes), len(items["b"].boxes)) == (1, 0)
+    assert source.dropped == {"a row that contradicts an earlier one of its image": ["a", "b"]}

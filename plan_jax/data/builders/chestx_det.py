@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+from plan_jax.data import quoting
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import Facts
 from plan_jax.data.public.items import Box, Item, Shape
-from plan_jax.data.public.source_folder import SourceFolder
+from plan_jax.data.public.source_folder import SourceFolder, parse_numbers
 from plan_jax.data.public.splits import assign_by_hash
 from plan_jax.data.tfds import tfds
 from plan_jax.types import UserError
@@ -116,7 +117,8 @@ def _read_entries(source: SourceFolder, table: str) -> list[dict[str, Any]]:
     for entry in entries:
         if unknown := [name for name in entry["syms"] if name not in FINDINGS]:
             raise UserError(
-                f"finding {unknown[0]!r} of {entry['file_name']} in {table} is none of ChestX-Det's"
+                f"finding {quoting.quote(unknown[0])} of {entry['file_name']} in {table} is none "
+                "of ChestX-Det's"
             )
     return entries
 
@@ -125,10 +127,11 @@ def _read_boxes(
     source: SourceFolder, name: str, labels: Sequence[str], boxes: Sequence[Any]
 ) -> Iterator[Box]:
     for label, box in zip(labels, boxes, strict=True):
-        if len(box) != 4:
+        corners = parse_numbers(map(str, box)) if isinstance(box, list) else None
+        if corners is None or len(corners) != 4:
             source.drop("a box has no four numbers", name)
             continue
-        x0, y0, x1, y1 = map(float, box)
+        x0, y0, x1, y1 = corners
         if x1 <= x0 or y1 <= y0:
             source.drop("a box has no area", name)
             continue
@@ -141,10 +144,14 @@ def _read_outlines(
     for label, points in zip(labels, outlines, strict=True):
         if points is None:
             continue
-        if len(points) < 3 or any(len(point) != 2 for point in points):
+        if not isinstance(points, list) or len(points) < 3 or not all(map(_is_point, points)):
             source.drop("an outline has no three points", name)
             continue
         yield Shape("polygons", [points], label)
+
+
+def _is_point(point: Any) -> bool:
+    return isinstance(point, list) and len(point) == 2 and bool(parse_numbers(map(str, point)))
 
 
 class ChestxDet(PublicBuilder):

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from plan_jax.data import quoting
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import BY_HASH, Facts
@@ -56,7 +57,7 @@ FACTS = Facts(
         "the table of classes repeats a row for each box",
         "of rsna.org's 30,000 images, 84 have administrative labels only",
         "names of rsna.org's labels end in blanks; opacities of low probability count as present",
-        "ages of 148 and more",
+        "ages of 148 years and more in the DICOM files",
     ),
     counts={"images": NUM_IMAGES, "patients": 11_439, "boxes": 9_555},
     findings=(PNEUMONIA, NORMAL),
@@ -100,8 +101,10 @@ def _read_kaggle(source: SourceFolder) -> list[Item]:
         if row["Target"] not in ("0", "1"):
             source.drop("Target is not 0 or 1", name)
             continue
-        targets[name] = int(row["Target"])
-        if targets[name]:
+        target = int(row["Target"])
+        if targets.setdefault(name, target) != target:
+            source.drop("a row that contradicts an earlier one of its image", name)
+        elif target:
             _add_box(source, boxes, name, [row[column] for column in CORNERS])
     classes = _read_classes(source, targets)
     folder = source.find_folder(FOLDER)
@@ -142,7 +145,9 @@ def _read_classes(source: SourceFolder, targets: Mapping[str, int]) -> dict[str,
         elif kind in (OPACITY, NORMAL, NOT_NORMAL):
             classes[name] = int(kind == NORMAL)
         else:
-            raise UserError(f"class {kind!r} of {name} in {table} is none of RSNA's classes")
+            raise UserError(
+                f"class {quoting.quote(kind)} of {name} in {table} is none of RSNA's classes"
+            )
     return classes
 
 
