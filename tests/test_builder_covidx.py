@@ -7,6 +7,7 @@ from miniatures import covidx as miniature
 from plan_jax.data.builders import covidx
 from plan_jax.data.builders.covidx import CovidxConfig, read_items
 from plan_jax.data.dataset import open_dataset
+from plan_jax.data.preparation import check_dataset
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.data.public.splits import count_leaks
 from plan_jax.types import UserError
@@ -114,6 +115,8 @@ def test_no_patient_of_test_is_trained_on(tmp_path):
     items, source = read(tmp_path)
     assert sorted(items) == ["c.png", "d.png"]
     assert source.dropped == {"a film of a patient of a later list": ["a.png", "b.png"]}
+    # A hash puts all films of a patient into one split, whatever the lists say.
+    assert sorted(read(tmp_path, split="hash")[0]) == ["a.png", "b.png", "c.png", "d.png"]
     train = [f"p{index // 3} {index}.png normal rsna" for index in range(300)]
     miniature.write_lists(tmp_path, "_COVIDx6", train=train, test=("q t.png normal rsna",))
     items, _ = read(tmp_path, val_fraction=0.3)
@@ -125,13 +128,18 @@ def test_no_patient_of_test_is_trained_on(tmp_path):
 def test_mgca_takes_a_fifth_of_the_films_for_validation(tmp_path):
     train = [f"p{index // 2} {index}.png normal rsna" for index in range(33)]
     miniature.write_lists(tmp_path, train=train, test=("q t.png normal rsna",))
-    items, _ = read(tmp_path, split="mgca_compat")
+    items, source = read(tmp_path, split="mgca_compat")
+    assert "has 33, so the splits are not the published ones" in source.notes[0]
     val = np.random.RandomState(0).permutation(33)[:7]  # 26 of 33 are trained on
     assert {name for name, item in items.items() if item.split == "val"} == {
         f"{index}.png" for index in val
     }
     assert items["t.png"].split == "test"
-    assert count_leaks([(item.patient_id, item.split) for item in items.values()])["val"] > 0
+    trained = {item.patient_id for item in items.values() if item.split == "train"}
+    leaks = sum(item.patient_id in trained for item in items.values() if item.split == "val")
+    assert leaks > 0
+    lines = check_dataset("covidx", {"source": str(tmp_path), "split": "mgca_compat"})
+    assert f"leak: {leaks} of 7 images of val are of patients whom train has too" in lines
 
 
 def test_records_have_labels_and_films_of_every_format(tmp_path):

@@ -49,6 +49,7 @@ def test_without_the_table_of_test_dev_is_test(tmp_path):
     assert splits["08001"] == splits["08002"] == "test"
     assert {splits[name] for name in miniature.BOXES if name < "08000"} == {"train", "val"}
     assert source.notes == ["there is no test.csv, so dev.csv is test"]
+    assert read(tmp_path, split="hash")[1].notes == []
 
 
 def test_mgca_takes_a_tenth_of_train_for_validation(tmp_path):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
-from plan_jax.data.public.facts import Facts
+from plan_jax.data.public.facts import BY_HASH, Facts
 from plan_jax.data.public.items import Item
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.data.public.splits import assign_by_hash, hold_out
@@ -26,6 +26,7 @@ LABELS: Mapping[str, Mapping[str, int]] = {
 # Versions of COVID-Net's lists; `kaggle` is train.txt, val.txt and test.txt of CXR-2 to CXR-4.
 VERSIONS = ("9A", "9B", "8A", "8B", "7A", "7B", "6", "5", "4", "3", "kaggle")
 SPLIT_LISTS = ("train", "val", "test")
+NUM_TRAIN = 30_130  # lines of train in 9A, which MGCA divides
 
 FACTS = Facts(
     name="covidx",
@@ -33,7 +34,7 @@ FACTS = Facts(
     content="30,530 films of 16,802 patients (9A): normal, pneumonia or COVID-19; or with and "
     "without COVID-19 (versions 6, B and CXR-2 to CXR-4)",
     page="kaggle.com/datasets/andyczhao/covidx-cxr2",
-    licence="that of each source; lists under the terms of COVID-Net",
+    licence="each source has its own; the lists are under the terms of COVID-Net",
     citation="Wang et al., Scientific Reports 2020",
     files="train/, test/ and val/ of films; train.txt, test.txt and val.txt, or "
     "train_COVIDx9A.txt and test_COVIDx9A.txt, or those of another version, of "
@@ -104,8 +105,10 @@ def read_items(source: SourceFolder, config: CovidxConfig) -> Iterator[Item]:
         for split, table in lists.items()
         for line in _read_list(source, table, split, folders, names)
     ]
-    if config.split_rule == "mgca_compat":
-        splits = _divide_train(lines)
+    if config.split_rule == BY_HASH:
+        splits = [line.split for line in lines]
+    elif config.split_rule == "mgca_compat":
+        splits = _divide_train(source, lines)
     else:
         splits = _keep_patients_apart(source, lines, config, has_val="val" in lists)
     for line, split in zip(lines, splits, strict=True):
@@ -200,10 +203,15 @@ def _keep_patients_apart(
     return splits
 
 
-def _divide_train(lines: list[_Line]) -> list[str]:
+def _divide_train(source: SourceFolder, lines: list[_Line]) -> list[str]:
     """Returns the split of each line as MGCA's code divides them."""
     splits = [line.split for line in lines]
     train = [index for index, split in enumerate(splits) if split == "train"]
+    if len(train) != NUM_TRAIN:
+        source.note(
+            f"mgca_compat divides the {NUM_TRAIN:,} films of train_COVIDx9A.txt, and the list of "
+            f"train has {len(train):,}, so the splits are not the published ones"
+        )
     _, val = hold_out(len(train), len(train) - math.floor(0.8 * len(train)), 0)
     for index in val:
         splits[train[index]] = "val"

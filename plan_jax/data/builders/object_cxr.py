@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
-from plan_jax.data.public.facts import Facts
+from plan_jax.data.public.facts import BY_HASH, Facts
 from plan_jax.data.public.items import UNUSED, Box, Item, Shape
 from plan_jax.data.public.source_folder import SourceFolder, parse_numbers
 from plan_jax.data.public.splits import assign_by_hash, hold_out
@@ -67,7 +67,7 @@ def read_items(source: SourceFolder, config: PublicConfig) -> Iterator[Item]:
         _, held_out = hold_out(len(train), 0.1, 0)
         val = {train[index] for index in held_out}
         split_of_table = {"train": "train", "dev": "test", "test": UNUSED}
-    elif not has_test:
+    elif not has_test and config.split_rule != BY_HASH:
         source.note("there is no test.csv, so dev.csv is test")
         val = {
             path for path in train if assign_by_hash(_name(path), config.val_fraction, 0.0) == "val"
