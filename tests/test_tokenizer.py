@@ -338,3 +338,19 @@ def test_texts_in_another_script_are_refused_by_their_share_of_unknown_pieces():
         with pytest.raises(UserError, match=f"; {remedy}"):
             measure("Effusion.", text)
         assert measure(*["There is a small effusion on the left."] * 9, text) < 0.2
+
+
+def test_many_texts_are_tokenised_in_parts_that_are_not_remembered(tokenizer, monkeypatch):
+    texts = [f"No effusion in zone {number}." for number in range(7)]
+    whole = tokenization.tokenize_batch(tokenizer, texts, 16, 12)
+    remembered = len(tokenizer._cache)
+    monkeypatch.setattr(tokenization, "STACKED_TEXTS", 3)
+    others = [text.replace("zone", "area") for text in texts]
+    assert tokenization.check_known(tokenizer, others, "texts", "") < 0.3
+    assert len(tokenization.tokenize_batch(tokenizer, others, 16, 12).tokens) == 7
+    assert len(tokenizer._cache) == remembered
+    parts = tokenization.tokenize_batch(tokenizer, texts, 16, 12)
+    for name in ("tokens", "word_index", "word_id", "sentence"):
+        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+    with pytest.raises(UserError, match="text 5 has no word"):
+        tokenization.tokenize_batch(tokenizer, [*texts[:5], "...", texts[6]], 16, 12)

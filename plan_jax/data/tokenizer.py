@@ -4,8 +4,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ SAVED_BY = "plan_jax"
 
 # Share of unknown pieces of texts that are still in the language of a tokenizer.
 MAX_UNKNOWN = 0.3
-STACKED_TEXTS = 256  # texts that are tokenised before they are stacked
+STACKED_TEXTS = 256  # texts that are held tokenised at once
 
 # Where a sentence may end: after . ! or ? and a space; after a full stop between a small and a
 # capital letter ("effusion.Lungs", as de-identified reports have it); at a blank line; and before a
@@ -499,10 +499,11 @@ def check_known(tokenizer: Tokenizer, texts: Sequence[str], name: str, remedy: s
       UserError: if the share is more than `MAX_UNKNOWN`: then the texts are in another script.
     """
     num_pieces = num_unknown = 0
-    for text in texts:
-        for sentence in tokenizer.tokenize_sentences(text):
-            num_pieces += len(sentence.tokens)
-            num_unknown += int(np.sum(sentence.tokens == tokenizer.unknown_id))
+    for part_tokenizer, _, part in _split_texts(tokenizer, texts):
+        for text in part:
+            for sentence in part_tokenizer.tokenize_sentences(text):
+                num_pieces += len(sentence.tokens)
+                num_unknown += int(np.sum(sentence.tokens == tokenizer.unknown_id))
     share = num_unknown / num_pieces if num_pieces else 0.0
     if share > MAX_UNKNOWN:
         raise UserError(
@@ -510,6 +511,21 @@ def check_known(tokenizer: Tokenizer, texts: Sequence[str], name: str, remedy: s
             f"{remedy}"
         )
     return share
+
+
+def _split_texts(
+    tokenizer: Tokenizer, texts: Sequence[str]
+) -> Iterator[tuple[Tokenizer, int, Sequence[str]]]:
+    """Yields a tokenizer, the position of the first text, and the texts, of each part of texts.
+
+    A tokenised text takes far more memory than its row of a batch. Many texts at once are those of
+    an evaluation, so they are not remembered beyond their part.
+    """
+    if len(texts) <= STACKED_TEXTS:
+        yield tokenizer, 0, texts
+        return
+    for start in range(0, len(texts), STACKED_TEXTS):
+        yield replace(tokenizer, _cache={}), start, texts[start : start + STACKED_TEXTS]
 
 
 def tokenize_batch(
@@ -524,17 +540,20 @@ def tokenize_batch(
         tokens: Any = np.zeros((0, max_tokens), np.int32)
         words: Any = np.zeros((0, max_words), np.int32)
         return TextBatch(tokens=tokens, word_index=tokens, word_id=words, sentence=words)
-    # Stacked in parts: tokenised texts hold much more than the arrays of a batch.
     parts = [
         stack_texts(
             [
                 tokenize(
-                    tokenizer, text, max_tokens=max_tokens, max_words=max_words, name=str(position)
+                    part_tokenizer,
+                    text,
+                    max_tokens=max_tokens,
+                    max_words=max_words,
+                    name=str(position),
                 )
-                for position, text in enumerate(texts[start : start + STACKED_TEXTS], start)
+                for position, text in enumerate(part, start)
             ]
         )
-        for start in range(0, len(texts), STACKED_TEXTS)
+        for part_tokenizer, start, part in _split_texts(tokenizer, texts)
     ]
     names = [item.name for item in fields(TextBatch)]
     arrays: dict[str, Any] = {
