@@ -471,3 +471,26 @@ def test_without_an_augmentation_images_are_shifted_as_before(make_batches, data
             for right in range(-2, 3)
         }
         assert batch.image[position].tobytes() in expected
+
+
+@pytest.mark.parametrize(
+    "names", [("left_lung", "Right lung"), ("LeftLung", "RightLung"), ("Lung_L", "Lung_R")]
+)
+def test_names_of_sides_are_told_in_each_spelling(names):
+    values = np.asarray([3, 5])
+    assert augmentation.have_sides(names, "regions")
+    np.testing.assert_array_equal(augmentation.exchange_sides(values, names, "regions"), [5, 3])
+    masks = np.zeros((2, 8, 8), bool)
+    masks[0, :, :3] = masks[1, :, 6:] = True
+    record = Record(
+        image=np.zeros((8, 8, 1), np.uint8),
+        text="",
+        patient_id="a",
+        labels=np.zeros(0, np.int8),
+        anatomy=dict(zip(names, masks, strict=True)),
+    )
+    mirror = Augmentation(flip=1.0, swap_sides=True)
+    moved = augmentation.augment_record(record, mirror, 8, make_rng(0), ())
+    assert list(moved.anatomy) == list(names)
+    np.testing.assert_array_equal(moved.anatomy[names[0]], masks[1, :, ::-1])
+    np.testing.assert_array_equal(moved.anatomy[names[1]], masks[0, :, ::-1])

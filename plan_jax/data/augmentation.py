@@ -8,6 +8,7 @@ Changes of brightness and contrast do nothing under `normalisation` image, excep
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -151,6 +152,7 @@ PRESETS = {name: replace(preset, name=name) for name, preset in PRESETS.items()}
 
 
 AS_STORED = Augmentation()
+_WORD_BREAK = re.compile(r"_|(?<=[a-z])(?=[A-Z])")  # within a name, as left_lung or LeftLung
 
 
 def preset_fields(name: str) -> dict[str, object]:
@@ -366,8 +368,7 @@ def have_sides(names: Sequence[str], option: str) -> bool:
 @cache  # once for a dataset, not once for an image
 def _mirror_order(names: tuple[str, ...], option: str) -> Int[np.ndarray, " N"]:
     """Returns where each name's counterpart on the other side is."""
-    # In `left_lung` no word begins after the underscore.
-    plain = [name.replace("_", " ").casefold() for name in names]
+    plain = [_spell_side(name) for name in names]
     places = {name: place for place, name in enumerate(plain)}
     counterparts = [sides.swap_sides(name) for name in plain]
     for name, counterpart in zip(plain, counterparts, strict=True):
@@ -377,6 +378,16 @@ def _mirror_order(names: tuple[str, ...], option: str) -> Int[np.ndarray, " N"]:
                 "can be mirrored; set config.data.augment.flip=0"
             )
     return np.asarray([places[name] for name in counterparts], np.int64)
+
+
+def _spell_side(name: str) -> str:
+    """Returns a name as small words, in which a single L or R is spelled out.
+
+    >>> [_spell_side(name) for name in ("LeftLung", "lung_R")]
+    ['left lung', 'lung right']
+    """
+    words = _WORD_BREAK.sub(" ", name).casefold().split()
+    return " ".join({"l": "left", "r": "right"}.get(word, word) for word in words)
 
 
 # Records ----------------------------------------------------------------------------------------
@@ -432,7 +443,11 @@ def _mirror_names(record: Record, findings: Sequence[str], region_names: Sequenc
     """Exchanges left and right in all words and names of a record."""
     swap = sides.swap_sides
     order = _mirror_order(tuple(findings), "findings")
-    anatomy = {swap(name): mask for name, mask in record.anatomy.items()}
+    spelt = {_spell_side(name): name for name in record.anatomy}
+    anatomy = {
+        spelt.get(swap(_spell_side(name)), swap(name)): mask
+        for name, mask in record.anatomy.items()
+    }
     phrases = tuple(
         replace(
             phrase,
