@@ -102,11 +102,13 @@ def check_requirements(task: str, data: EvalData, options: Any) -> None:
             values = read_column(data.test, field)
         else:
             values = (getattr(record, field) for record in read_annotations(data.test))
-        if not any(len(value) for value in values):
+        if not any(len(value.strip() if field == "text" else value) for value in values):
+            caption = data.caption if field == "text" and isinstance(data, DatasetEvalData) else ""
+            remedy = "choose another config.data.caption" if caption else "add them to the data"
             raise UserError(
                 f"task {task} needs {_DESCRIPTIONS[field]}, and no evaluated record of dataset "
-                f"{data.name} has any; add them to the data, or leave {task} out of "
-                "config.eval.tasks"
+                f"{data.name} has any{f' under caption rule {caption}' if caption else ''}; "
+                f"{remedy}, or leave {task} out of config.eval.tasks"
             )
 
 

@@ -122,7 +122,10 @@ def test_records_without_a_text_are_left_out(tmp_path):
     # The second time no record is read.
     again = make_dataset([b""] * 3, "findings").select_texts()
     assert again.source.indices.tolist() == [0, 1]
-    # A part of a split, or another number of records, is read anew.
+    # A broken list is read anew, and so is a part of a split, or another number of records.
+    for content in ("null", "[3, null]", '[3, {"a": 1}]', "[3"):
+        (tmp_path / "texts-train-findings-1.json").write_text(content)
+        assert len(make_dataset(source, "findings").select_texts()) == 2
     assert len(make_dataset(source[1:], "findings").select_texts()) == 1
     assert len(make_dataset(source, "findings", "train[:100%]").select_texts()) == 2
     assert len(list(tmp_path.iterdir())) == 2

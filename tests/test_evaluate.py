@@ -1,7 +1,7 @@
 """Evaluation: requirements, the random baseline, kept fits, and a task that is not built in."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -83,7 +83,7 @@ def test_a_head_is_also_fitted_to_random_weights_and_both_fits_are_kept(data_dir
 def images_only(monkeypatch):
     """Replaces every dataset by four images without any annotation."""
     image = np.zeros((32, 32, 1), np.uint8)
-    records = [Record(image=image, text="", patient_id=str(i)) for i in range(4)]
+    records = [Record(image=image, text=" ", patient_id=str(i)) for i in range(4)]
     dataset = Dataset([schema.serialize(record) for record in records], ("nodule",))
     monkeypatch.setattr(eval_data.DatasetEvalData, "open", lambda self, split: dataset)
 
@@ -103,6 +103,15 @@ def images_only(monkeypatch):
 def test_data_without_the_field_of_a_task_are_refused(task, field, images_only, data_dir):
     config = make_config(data_dir, tasks=(task,))
     with pytest.raises(UserError, match=rf"task {task} needs .*{field}.*; (add|give|leave)"):
+        evaluate.open_eval_data(config, "test")
+
+
+def test_reports_that_a_caption_rule_leaves_empty_are_refused(images_only, data_dir):
+    config = make_config(data_dir, tasks=("retrieval",))
+    config = replace(config, data=replace(config.data, caption="mgca"))
+    with pytest.raises(
+        UserError, match="any under caption rule mgca; choose another config.data.c"
+    ):
         evaluate.open_eval_data(config, "test")
 
 

@@ -164,7 +164,8 @@ class Dataset(Sequence):
         path = None
         if self.folder is not None and "[" not in self.split:
             path = self.folder / name_text_list(self.split, self.caption)
-            with contextlib.suppress(OSError, ValueError):
+            # A broken list is written again.
+            with contextlib.suppress(OSError, ValueError, TypeError):
                 count, left_out = json.loads(path.read_bytes())
                 if count == len(self):
                     return np.setdiff1d(np.arange(count), np.asarray(left_out, np.int64))

@@ -67,7 +67,7 @@ class DatasetEvalData(EvalData):
         self._location = {"data_dir": data_dir, **(builder or {})}
         self._cache = cache
         self._fingerprint = fingerprint
-        self._caption = caption
+        self.caption = caption
 
     def open(self, split: str) -> Dataset:
         """Returns a split of the dataset, which is prepared first if it is not on disk yet."""
@@ -76,7 +76,7 @@ class DatasetEvalData(EvalData):
             split,
             cache=self._cache,
             fingerprint=self._fingerprint,
-            caption=self._caption,
+            caption=self.caption,
             **self._location,
         )
 
