@@ -111,6 +111,12 @@ def test_too_many_missing_images_stop_the_preparation(tmp_path):
         plan_films(tmp_path, rows, max_bad=0.1)
     plan, _ = plan_films(tmp_path, rows, max_bad=0.2)
     assert len(plan) == 7
+    for path in (tmp_path / "source/films").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"no image .* can be used \(image is missing or empty: 8\)"
+    ):
+        plan_films(tmp_path, rows, max_bad=1.0)
 
 
 def test_nothing_usable_stops_the_preparation(tmp_path):

@@ -212,7 +212,7 @@ def _check_missing(
 ) -> None:
     total = num_found + len(missing) if needs_images else num_found
     place = f"of dataset {config.facts.name} in {config.image_root}"
-    if not total:
+    if not num_found and (not missing or len(missing) <= config.max_bad * total):
         reasons = ", ".join(f"{reason}: {len(names)}" for reason, names in source.dropped.items())
         raise UserError(f"no image {place} can be used ({reasons or 'the tables list none'})")
     if needs_images and len(missing) > config.max_bad * total:
