@@ -41,6 +41,17 @@ def test_films_masks_and_nodules(tmp_path, parted, merged):
     assert not items["JPCNN001"].boxes
 
 
+def test_films_that_are_not_there_are_listed(tmp_path):
+    miniature.write(tmp_path, ".png")
+    for name in ("JPCLN002", "JPCNN002"):
+        (tmp_path / f"All247images/{name}.png").unlink()
+    source, items = read(tmp_path)
+    assert len(items) == len(miniature.NAMES) - 2
+    assert source.dropped == {
+        "a film with masks or a nodule is not there": ["JPCLN002", "JPCNN002"]
+    }
+
+
 def test_scr_divides_by_number(tmp_path):
     miniature.write(tmp_path, ".png")
     _, items = read(tmp_path, split="scr", val_fraction=0.0)

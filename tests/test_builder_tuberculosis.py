@@ -107,6 +107,18 @@ def test_films_may_have_a_suffix_in_capitals(tmp_path, module):
     assert masked == list(getattr(miniature, "MASKED", miniature.READINGS))
 
 
+@pytest.mark.parametrize("module", [montgomery, shenzhen])
+def test_films_that_are_not_there_are_listed(tmp_path, module):
+    miniature = montgomery_miniature if module is montgomery else shenzhen_miniature
+    miniature.write(tmp_path)
+    absent = list(miniature.READINGS)[1:3]
+    for name in absent:
+        next(tmp_path.rglob(f"CXR_png/{name}.png")).unlink()
+    source, items = read(module, tmp_path)
+    assert list(items) == [name for name in miniature.READINGS if name not in absent]
+    assert source.dropped == {module.ABSENT: absent}
+
+
 @pytest.mark.parametrize(
     ("text", "reading"),
     [

@@ -75,6 +75,8 @@ def read_items(source: SourceFolder, config: PublicConfig) -> Iterator[Item]:
         )
     masks = _list_masks(source)
     nodules = _read_nodules(source)
+    for name in sorted({*masks, *nodules} - images.keys()):
+        source.drop("a film with masks or a nodule is not there", name)
     for name, path in images.items():
         has_nodule = LABEL_OF_KIND[name[:5]]
         box, is_malignant = nodules.get(name, (None, -1))

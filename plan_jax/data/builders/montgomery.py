@@ -16,6 +16,7 @@ from plan_jax.types import UserError
 
 TUBERCULOSIS = "Tuberculosis"
 MASK_FOLDERS = {"left lung": "ManualMask/leftMask", "right lung": "ManualMask/rightMask"}
+ABSENT = "a film with a reading or masks is not there"
 _NAME = re.compile(r"MCUCXR_\d+_[01]")
 _PATIENT_LINE = re.compile(r"patient'?s (?:sex|age)", re.IGNORECASE)
 
@@ -60,17 +61,18 @@ def read_items(source: SourceFolder) -> Iterator[Item]:
     source.tables[folder] = None
     readings = source.find_folder("ClinicalReadings")
     masks = {
-        organ: {
-            stem: posixpath.join(path, file)
-            for file in source.list_names(path)
-            for stem, _ in (posixpath.splitext(file),)
-        }
+        organ: _list_stems(source, path)
         for organ, name in MASK_FOLDERS.items()
         for path in (source.find_folder(name),)
         if path
     }
     if len(masks) < len(MASK_FOLDERS):
         source.note("ManualMask is not there, so no film has masks of both lungs")
+    described = list(masks.values())
+    described += [_list_stems(source, readings)] if readings else []
+    for name in sorted({name for names in described for name in names if _NAME.fullmatch(name)}):
+        if name not in films:
+            source.drop(ABSENT, name)
     for name, file in films.items():
         reading = _read_reading(source, posixpath.join(readings, f"{name}.txt")) if readings else ""
         yield Item(
@@ -85,6 +87,12 @@ def read_items(source: SourceFolder) -> Iterator[Item]:
                 if name in paths
             },
         )
+
+
+def _list_stems(source: SourceFolder, folder: str) -> dict[str, str]:
+    """Returns the path of each file of a folder by its name without a suffix."""
+    files = source.list_names(folder)
+    return {posixpath.splitext(file)[0]: posixpath.join(folder, file) for file in files}
 
 
 def _name_film(file: str) -> str:

@@ -18,6 +18,7 @@ TUBERCULOSIS = "Tuberculosis"
 LUNGS = "lungs"
 LUNG_FOLDERS = ("mask/mask", "mask", "masks")  # Kaggle's shcxr-lung-mask, and copies of it
 FINDING_FOLDER = "Annotations-2/masks"
+ABSENT = "a film with a reading or masks is not there"
 _NAME = re.compile(r"CHNCXR_\d+_[01]")
 _FINDING_NAME = re.compile(r"(?P<film>CHNCXR_\d+_[01])_(?P<finding>.+?)_\d+")
 _AGE = r"\d+\s*(?:y(?:ea)?rs?(?:\s+old)?|months?|days?|[ymd])\b"
@@ -67,6 +68,10 @@ def read_items(source: SourceFolder) -> Iterator[Item]:
     source.tables[folder] = None
     readings = source.find_folder("ClinicalReadings")
     lungs, findings = _list_lungs(source), _list_findings(source)
+    read = {posixpath.splitext(file)[0] for file in source.list_names(readings)} if readings else ()
+    for name in sorted({*read, *lungs, *findings}):
+        if _NAME.fullmatch(name) and name not in films:
+            source.drop(ABSENT, name)
     for name, file in films.items():
         reading = _read_reading(source, posixpath.join(readings, f"{name}.txt")) if readings else ""
         yield Item(
