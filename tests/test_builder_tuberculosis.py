@@ -244,6 +244,14 @@ def test_tbx11k_by_hash(tmp_path):
     assert {item.split for item in items.values()} == {""}
 
 
+def test_a_film_in_both_lists_of_tbx11k_is_an_error(tmp_path):
+    write_tbx11k(tmp_path, "whole")
+    path = tmp_path / "TBX11K/lists/TBX11K_val.txt"
+    path.write_text(f"{path.read_text()}\ntb/tb0005.png")
+    with pytest.raises(UserError, match=r"tb/tb0005.png is in both lists of .*; download them"):
+        read_tbx11k(tmp_path)
+
+
 def test_tbx11k_faults(tmp_path):
     with pytest.raises(UserError, match="neither a folder imgs nor Kaggle's data.csv; download"):
         read_tbx11k(tmp_path)

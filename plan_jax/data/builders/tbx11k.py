@@ -128,6 +128,11 @@ def _read_published(source: SourceFolder, folder: str) -> dict[str, _Film]:
                 source.drop(f"a film of {path} is not in {', '.join(GROUPS)}", place)
                 continue
             stem = _stem(place)
+            if stem in films and films[stem].source_list != source_list:
+                raise UserError(
+                    f"{quoting.quote_path(place)} is in both lists of {source.root}; download them "
+                    f"again from {FACTS.page}"
+                )
             films[stem] = _Film(posixpath.join(folder, place), source_list, group)
     whole, *parts = (_find_boxes(source, name) for name in BOX_FILES)
     paths = [whole] if whole else list(filter(None, parts))
