@@ -222,8 +222,13 @@ def test_the_summary_counts_the_test_images_of_trained_patients(tmp_path, rule):
         count = sum(patient in patients["train"] for patient in patients[split])
         assert count > 30
         assert f"leak: {count} of 36 images of {split} are of patients whom train has too" in lines
+    assert "of what was published: 240 of 26,684 images" in lines  # patients are in two splits
     lines = check_dataset("rsna_pneumonia", {"source": str(tmp_path)})
     assert not any(line.startswith("leak") for line in lines)
+    assert "of what was published: 240 of 26,684 images, 60 of 11,439 patients" in lines
+    path.unlink()
+    lines = check_dataset("rsna_pneumonia", {"source": str(tmp_path)})
+    assert "of what was published: 240 of 26,684 images" in lines  # patients are not known
 
 
 def test_published_rules_need_the_list_that_they_divide(tmp_path):

@@ -111,7 +111,7 @@ def describe(
     """
     lines = [
         *_describe_splits(summary["splits"]),
-        _compare(summary["splits"], summary["published"]),
+        _compare(summary),
         *_describe_labels(summary["labels"]),
         _join("views", summary["views"]) if set(summary["views"]) != {"not stated"} else "",
         _join("reports, by section", summary["sections"]),
@@ -172,12 +172,19 @@ def _describe_splits(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
     ]
 
 
-def _compare(sizes: Mapping[str, Mapping[str, int]], published: Mapping[str, int]) -> str:
-    """Returns how many of the published images, patients and studies there are here."""
-    parts = []
+def _compare(summary: Mapping[str, Any]) -> str:
+    """Returns how many of the published images, patients and studies there are here.
+
+    Patients are left out if images count as such, and what a rule has put into two splits, since it
+    counts twice.
+    """
+    published, parts = summary["published"], []
+    is_patient_known = not summary["is_split_by_image"] and not any(summary["leaks"].values())
     for name in ("images", "patients", "studies"):
-        if name in published:
-            found = sum(counts[name] for counts in sizes.values())
+        if name not in published or (name == "patients" and not is_patient_known):
+            continue
+        found = sum(counts[name] for counts in summary["splits"].values())
+        if found <= published[name]:
             parts.append(f"{found:,} of {published[name]:,} {name}")
     return f"of what was published: {', '.join(parts)}" if parts else ""
 
