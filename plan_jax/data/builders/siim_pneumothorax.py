@@ -149,8 +149,8 @@ def _divide_rows(source: SourceFolder, table: str, num_rows: int) -> list[str]:
         )
     if num_rows != NUM_ROWS:
         source.note(
-            f"the table of runs has {num_rows:,} rows, the copy known to us {NUM_ROWS:,}; MGCA's "
-            "splits depend on all of them"
+            f"mgca_compat divides {NUM_ROWS:,} rows, and the table of runs has {num_rows:,}, so "
+            "the splits are not the published ones"
         )
     _, rest = hold_out(num_rows, 0.3, 0)
     test, val = hold_out(len(rest), 0.5, 0)  # MGCA takes the first half as test
