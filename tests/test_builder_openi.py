@@ -176,6 +176,24 @@ def test_the_dataset_is_prepared(tmp_path, dicom):
         assert "findings" in record.sections or "impression" in record.sections
 
 
+def test_a_report_that_changes_is_noticed(tmp_path):
+    """Reports of the NLM are files of their own: another content, or a file more, is other data."""
+    (tmp_path / "source").mkdir()
+    miniature.write_nlm(tmp_path / "source")
+
+    def prepare():
+        fields = {"source": str(tmp_path / "source"), "size": 8, "val_fraction": 0.0, "workers": 1}
+        return open_dataset("openi", "train", data_dir=str(tmp_path / "data"), **fields).fingerprint
+
+    fingerprints = [prepare()]
+    report = tmp_path / "source" / openi.REPORTS / "2.xml"
+    report.write_text(report.read_text().replace("Large", "Small"))
+    fingerprints.append(prepare())
+    shutil.copy(report, report.with_name("77.xml"))
+    fingerprints += [prepare(), prepare()]
+    assert len(set(fingerprints[:3])) == 3 and fingerprints[2] == fingerprints[3]
+
+
 def test_r2gens_lists_are_prepared(tmp_path):
     (tmp_path / "source").mkdir()
     miniature.write_r2gen(tmp_path / "source")

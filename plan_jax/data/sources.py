@@ -101,7 +101,8 @@ class SourceFiles:
 
     The state of a file is its size, and the times of its last change in content and in attributes.
     Paths are relative to the folder, which is not stored. A file that does not exist has an empty
-    digest.
+    digest. A path that ends in a separator is a folder, of which the names count: its state is
+    their number and a hash of them.
     """
 
     def __init__(
@@ -132,6 +133,17 @@ class SourceFiles:
         digest = _hash_file(folder, name)
         with self._lock:
             self._files[name] = (state, digest)
+
+    def add_folder(self, root: Path, path: Path) -> None:
+        """Adds the names in a folder as they are now; the content of its files does not count.
+
+        Raises:
+          UserError: the folder may exist, and cannot be read.
+        """
+        # The separator at the end tells a folder whose names matter from a file.
+        name, folder = os.path.join(os.path.relpath(path, root), ""), os.path.join(root, "")
+        with self._lock:
+            self._files[name] = (_read_state(folder, name), _hash_file(folder, name))
 
     @property
     def states(self) -> list[tuple[int, ...]]:
@@ -248,11 +260,18 @@ def _read_state(folder: str, path: str) -> tuple[int, int, int]:
 
     Args:
       folder: the folder, with a separator at its end.
-      path: relative to the folder.
+      path: relative to the folder; with a separator at its end if it is a folder itself.
 
     Raises:
       UserError: the system does not say whether the file exists.
     """
+    if path.endswith(os.sep):
+        names = _list_names(folder, path)
+        # A negative time is none that a file was changed at.
+        digest = int.from_bytes(
+            hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).digest()[:7]
+        )
+        return (len(names), -digest, 0) if names else ABSENT
     # Strings: to join paths as objects costs more than to ask for the files.
     try:
         status = os.stat(folder + path)
@@ -271,6 +290,20 @@ def _read_state(folder: str, path: str) -> tuple[int, int, int]:
         for time_ns in (status.st_mtime_ns, status.st_ctime_ns)
     )
     return status.st_size, mtime, ctime
+
+
+def _list_names(folder: str, path: str) -> list[str]:
+    """Returns the names in a folder, sorted, without hidden ones; none if there is no folder.
+
+    Raises:
+      UserError: the folder may exist, and cannot be read.
+    """
+    try:
+        return sorted(name for name in os.listdir(folder + path) if not name.startswith("."))
+    except OSError as error:
+        if faults.is_passing(error):
+            raise faults.name_unreadable(error, folder, path) from None
+        return []
 
 
 def _read_states(folder: str, paths: Sequence[str]) -> Int64[np.ndarray, "N 3"]:
@@ -298,6 +331,13 @@ def _hash_file(folder: str, path: str) -> str:
     Raises:
       UserError: the file may exist, and cannot be read.
     """
+    if path.endswith(os.sep):
+        names = _list_names(folder, path)
+        return (
+            hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:32]
+            if names
+            else ""
+        )
     if _read_state(folder, path) == ABSENT:  # to open a pipe would wait for ever
         return ""
     try:

@@ -103,6 +103,7 @@ def _name_film(file: str) -> str:
 
 def _read_reading(source: SourceFolder, path: str) -> str:
     """Returns a radiologist's reading, without the lines of sex and age above it."""
+    source.tables[path] = None
     try:
         lines = (source.read_text(path) or "").splitlines()
     except ValueError:

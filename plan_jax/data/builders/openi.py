@@ -170,6 +170,7 @@ def _read_xml(source: SourceFolder) -> Iterator[tuple[str, bytes]]:
         if not name.endswith(".xml"):
             continue
         path = posixpath.join(folder, name)
+        source.tables[path] = None
         if (content := source.read_bytes(path)) is None:
             source.drop("a report cannot be read", path)
         else:

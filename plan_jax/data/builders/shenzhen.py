@@ -116,6 +116,7 @@ def _name_film(file: str) -> str:
 
 def _read_reading(source: SourceFolder, path: str) -> str:
     """Returns a radiologist's reading, without the sex and age above it or before it."""
+    source.tables[path] = None
     try:
         lines = (source.read_text(path) or "").splitlines()
     except ValueError:

@@ -203,8 +203,8 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
         for split, part in written.items():
             _list_textless(folder, split, part)
         files = SourceFiles()
-        for table in source.tables:
-            files.add(config.root, source.resolve(table))
+        for table in map(source.resolve, source.tables):
+            (files.add_folder if table.is_dir() else files.add)(config.root, table)
         broken = [path for part in written.values() for shard in part for path in shard.broken]
         for path in (*plan.missing, *broken):  # one that is mended must be noticed
             files.add(config.root, config.image_root / path)

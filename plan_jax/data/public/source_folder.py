@@ -47,7 +47,7 @@ class SourceFolder:
     Attributes:
       root: the folder.
       page: where the dataset is downloaded from, for messages.
-      tables: paths of the files that rows were read from.
+      tables: paths of the files that rows were read from, and of folders whose names are rows.
       dropped: reason -> names of the rows or images that cannot be used for it.
       notes: sentences for the summary.
     """
