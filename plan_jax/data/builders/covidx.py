@@ -34,7 +34,7 @@ FACTS = Facts(
     content="30,530 films of 16,802 patients (9A): normal, pneumonia or COVID-19; or with and "
     "without COVID-19 (versions 6, B and CXR-2 to CXR-4)",
     page="kaggle.com/datasets/andyczhao/covidx-cxr2",
-    licence="each source has its own; the lists are under the terms of COVID-Net",
+    licence="each source of films has its own licence; the lists have the terms of COVID-Net",
     citation="Wang et al., Scientific Reports 2020",
     files="train/, test/ and val/ of films; train.txt, test.txt and val.txt, or "
     "train_COVIDx9A.txt and test_COVIDx9A.txt, or those of another version, of "

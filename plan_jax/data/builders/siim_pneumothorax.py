@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
+from plan_jax.data import quoting
 from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import BY_HASH, Facts
@@ -174,15 +175,15 @@ def _read_pngs(source: SourceFolder, rule: str) -> Iterator[Item]:
     ]
     names = [row["new_filename"] for row in rows]
     split_of = _divide_names(source, names) if rule == "benchx" else {}
+    num_missing = 0
     for row in rows:
         name, flag = row["new_filename"], row["has_pneumo"].removesuffix(".0")
         mask = f"{masks or 'png_masks'}/{name}"
         if flag not in ("0", "1") or f"_{flag}_." not in name:
             source.drop("a label that contradicts the name of the file", name)
             continue
-        if flag == "1" and masks and not source.has(mask):
-            source.drop("a mask that is not there", name)
-            continue
+        has_mask = source.has(mask)
+        num_missing += flag == "1" and not has_mask
         yield Item(
             image_id=row["ImageId"],
             image=f"{images or 'png_images'}/{name}",
@@ -190,7 +191,12 @@ def _read_pngs(source: SourceFolder, rule: str) -> Iterator[Item]:
             split=split_of.get(name, ""),
             labels={PNEUMOTHORAX: int(flag)},
             # The mask of a film without a pneumothorax is black, or the labels contradict it.
-            shapes=[Shape("file", mask, PNEUMOTHORAX)] if masks and source.has(mask) else (),
+            shapes=[Shape("file", mask, PNEUMOTHORAX)] if has_mask or flag == "1" else (),
+        )
+    if num_missing:
+        source.note(
+            f"{quoting.count(num_missing, 'film')} with a pneumothorax cannot be used without a "
+            "mask; complete the download"
         )
 
 
