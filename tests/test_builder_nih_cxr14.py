@@ -103,6 +103,16 @@ def test_a_film_in_both_lists_and_an_empty_list_are_errors(tmp_path):
         read(tmp_path)
 
 
+def test_images_that_are_still_packed_are_noted(tmp_path):
+    miniature.write(tmp_path)
+    (tmp_path / "images/images_001.tar.gz").write_bytes(b"packed")
+    assert not read(tmp_path)[0].notes
+    for path in (tmp_path / "images").glob("*.png"):
+        path.unlink()
+    (note,) = read(tmp_path)[0].notes
+    assert note.startswith("the images are not unpacked; in the folder of images/images_001.tar.gz")
+
+
 def test_without_lists_patients_are_divided_by_hash(tmp_path):
     miniature.write(tmp_path, lists=False)
     source, items = read(tmp_path)

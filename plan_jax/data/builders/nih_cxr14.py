@@ -23,6 +23,7 @@ NO_FINDING = "No Finding"
 VIEWS = ("PA", "AP")
 BOX_NAMES = {"Infiltrate": "Infiltration"}  # spelling of the list of boxes -> of the labels
 IMAGE_FOLDERS = ("images", *(f"images_{number:03d}/images" for number in range(1, 13)))
+ARCHIVES = ("images_001.tar.gz", "images_01.tar.gz")  # the first of twelve
 BOX_COLUMNS = ("Bbox [x", "y", "w", "h]")
 
 FACTS = Facts(
@@ -68,7 +69,13 @@ def read_items(source: SourceFolder, config: PublicConfig) -> Iterator[Item]:
         for folder in folders
         for path in (source.find_folder(folder),)
         for name in source.list_names(path)
+        if name.endswith(".png")
     }
+    if not place_of and (archive := source.find(*ARCHIVES)):
+        source.note(
+            f"the images are not unpacked; in the folder of {archive}, run "
+            "for part in images_*.tar.gz; do tar -xzf $part; done"
+        )
     columns = ("Image Index", "Finding Labels", "Patient ID", "View Position")
     list_of: dict[str, str] = {}
     num_trained = 0
