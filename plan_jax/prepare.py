@@ -83,6 +83,7 @@ def _prepare(name: str, data_dir: str, fields: Mapping[str, Any]) -> None:
     from plan_jax.data import preparation
 
     preparation.expect_public(name)
+    command.describe_interruption("the same command goes on where it was")
     builder, fingerprint = preparation.prepare_dataset(name, data_dir, fields)
     print(f"{builder.data_dir}: records, summary.json, dropped.txt; fingerprint {fingerprint}")
 

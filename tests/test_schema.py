@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from records import ANATOMY_NAMES, make_record
 
 from plan_jax.data import schema
@@ -50,3 +51,13 @@ def test_a_pair_is_the_part_of_a_record_that_training_reads():
     np.testing.assert_array_equal(pair.labels, record.labels)
     np.testing.assert_array_equal(pair.regions, record.regions)
     assert pair.text == record.text
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (31, 40)])
+def test_a_stored_image_is_what_it_was(shape):
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    encoded = schema._encode_png(image)
+    with Image.open(encoded) as picture:
+        picture.verify()
+    with Image.open(encoded) as picture:
+        assert picture.mode == "L" and np.array_equal(np.asarray(picture), image)

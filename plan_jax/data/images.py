@@ -92,7 +92,9 @@ def read_image(
         shape = pixels.shape
     else:
         try:
-            pixels, shape, guessed_depth, is_turned = _decode_image(data, size, bit_depth)
+            pixels, shape, guessed_depth, is_turned = _decode_image(
+                data, size, bit_depth, resampling
+            )
         except Exception as error:  # decoders raise many kinds for a broken file
             if isinstance(error, UnidentifiedImageError) and path.suffix.lower() in DICOM_SUFFIXES:
                 error = ImageError("is not DICOM: it has no prefix DICM at byte 128")
@@ -216,9 +218,12 @@ def _count(names: Sequence[str], noun: str) -> str:
 
 
 def _decode_image(
-    data: bytes, size: int, bit_depth: int
+    data: bytes, size: int, bit_depth: int, resampling: Image.Resampling
 ) -> tuple[UInt8[np.ndarray, "Y X"], tuple[int, int], int, bool]:
-    """Returns grey, the upright shape in the file, the depth if guessed, and if it was turned."""
+    """Returns grey, the upright shape in the file, the depth if guessed, and if it was turned.
+
+    Grey of 8 bits that is upright has its new size already: a copy as an array would take time.
+    """
     guessed_depth = 0
     with _open(data) as image:
         _check_frames(image)
@@ -237,7 +242,11 @@ def _decode_image(
             if _is_white_zero(image):
                 pixels = 255 - pixels
         else:
-            pixels = _convert_to_grey(image)
+            picture = _convert_to_grey(image)
+            if not is_turned:
+                new_shape = transforms.scale_shape(shape, size)
+                picture = transforms.resize_picture(picture, *new_shape, resampling)
+            pixels = np.asarray(picture)
         return _turn_upright(pixels, image), shape, guessed_depth, is_turned
 
 
@@ -281,12 +290,12 @@ def _check_frames(image: Image.Image) -> None:
         )
 
 
-def _convert_to_grey(image: Image.Image) -> UInt8[np.ndarray, "Y X"]:
+def _convert_to_grey(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image)
-    return np.asarray(image if image.mode == "L" else image.convert("L"))
+    return image if image.mode == "L" else image.convert("L")
 
 
 def _is_white_zero(image: Image.Image) -> bool:

