@@ -163,7 +163,7 @@ def _encode_png(image: UInt8[np.ndarray, "Y X"]) -> io.BytesIO:
     # Radiographs repeat no patterns: a search for them takes time and makes files larger.
     packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
     header = struct.pack(">IIBBBBB", columns, rows, 8, 0, 0, 0, 0)  # 8 bits of grey
-    pixels = packer.compress(lines) + packer.flush()
+    pixels = packer.compress(lines.tobytes()) + packer.flush()
     chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
     return io.BytesIO(_PNG_SIGNATURE + b"".join(_frame_chunk(*chunk) for chunk in chunks))
 
