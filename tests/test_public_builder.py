@@ -100,6 +100,24 @@ def test_corners_that_are_not_numbers_are_counted(tmp_path):
     assert content["dropped"] == {"a mask has a corner that is not a number": 1}
 
 
+def test_a_reason_names_no_mask(tmp_path):
+    rows = [
+        make_row(number, shapes=f'[["file", "films/mask_{number}.png"]]', split="train")
+        for number in range(4)
+    ]
+    folder = tmp_path / "source/films"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 256, (40, 60)).astype(np.uint8)
+        Image.fromarray(noise).save(folder / f"mask_{number}.png")
+    draw_film((1, 1, 9, 9)).save(folder / "mask_3.png")
+    toy_films.write(tmp_path / "source", rows)
+    dataset = open_films(tmp_path)
+    content = json.loads((dataset.folder / summary.SUMMARY_FILE).read_text())
+    reason = "mask looks like an image, not a mask; save a mask of 0 and 255"
+    assert content["dropped"] == {reason: 3} and len(dataset) == 1
+
+
 def make_files():
     """Returns the content of films that can be read, and of some that cannot."""
     grey = np.arange(40 * 60, dtype=np.uint16).reshape(40, 60)

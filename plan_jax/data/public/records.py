@@ -26,7 +26,7 @@ TINY = "a box under a pixel after resizing"
 EMPTY_MASK = "a mask without a pixel"
 DENIED = "a mask of a finding that its labels call absent"
 # Part of a decoder's words that differs between all files with one fault.
-_UNREAD_BYTES = re.compile(r" \(\d+ bytes not processed\)?")
+_UNREAD_BYTES = re.compile(r" \(\d+( bytes not processed\)?| ?$)")
 
 
 @dataclass
@@ -234,7 +234,12 @@ class Reader:
         ratio = (own_shape[0] / own_shape[1]) / (shape[0] / shape[1])
         if abs(ratio - 1) > MAX_ASPECT_ERROR:
             raise ValueError("mask has another aspect than its image")
-        return images.read_mask(path, own_shape, rows, columns)
+        try:
+            return images.read_mask(path, own_shape, rows, columns)
+        except ValueError as error:  # a reason is the same for all masks, so it names none
+            raise ValueError(
+                str(error).replace(f" {quoting.quote_path(path.name)}", "", 1)
+            ) from None
 
 
 def _group(parts: Sequence[Shape]) -> dict[str, list[Shape]]:
