@@ -1,9 +1,13 @@
-"""Settings of the parity tests: torch's threads, and operators that torchvision expects."""
+"""Settings of the parity tests: XLA, torch's threads, and operators that torchvision expects."""
 
+import os
 from importlib import metadata
 
 import torch
 
+# ReLUs near their kink flip with the rounding, so fusions are lowered as for users.
+flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = flags
 torch.set_num_threads(2)
 try:
     binary = metadata.distribution("torchvision").locate_file("torchvision/_C.so")
