@@ -191,6 +191,8 @@ def test_a_mended_image_is_noticed_and_a_removed_source_is_not_needed(tmp_path):
     moved = open_films(tmp_path, source=str(tmp_path / "elsewhere"))
     assert moved.fingerprint == second.fingerprint
     with pytest.raises(UserError, match="toy_films is not prepared yet; download it from example"):
+        open_films(tmp_path / "new", source="", size=16)
+    with pytest.raises(UserError, match=r"1\.0\.0 with size \d+, not with size 16; set these"):
         open_films(tmp_path, source="", size=16)
 
 

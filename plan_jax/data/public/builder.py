@@ -123,12 +123,34 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
 
     def _open_source(self) -> SourceFolder:
         if not self.builder_config.source:
+            self._expect_no_others()
             raise UserError(
                 f"dataset {self.facts.name} is not prepared yet; download it from "
                 f"{self.facts.page} and name its folder with --config.data.source=DIR, or "
                 f"prepare it with python -m plan_jax.prepare {self.facts.name} --source DIR"
             )
         return SourceFolder(self.builder_config.root, self.facts.page)
+
+    def _expect_no_others(self) -> None:
+        """Raises UserError if the dataset is prepared with other options; names the nearest."""
+        wanted = json.loads(encode_json(self.builder_config.identity()))
+        others: list[tuple[dict[str, Any], Path]] = []
+        for path in sorted(Path(self.data_dir).parents[1].glob(f"*/*/{summary.SUMMARY_FILE}")):
+            with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+                options = json.loads(path.read_text("utf-8"))["options"]
+                found = {name: options.get(name) for name in wanted}
+                others.append(({k: v for k, v in found.items() if v != wanted[k]}, path.parent))
+        differing, folder = min(others, key=lambda other: len(other[0]), default=({}, Path()))
+        if differing:
+            there, here = (
+                ", ".join(_describe_option(name, values[name]) for name in differing)
+                for values in (differing, wanted)
+            )
+            raise UserError(
+                f"dataset {self.facts.name} is prepared in {folder} with {there}, not with {here}; "
+                "set these fields of config.data.builder, or name the downloaded folder with "
+                "--config.data.source=DIR"
+            )
 
     def _make_plan(self, source: SourceFolder, folder: Path, *, needs_images: bool = True) -> Plan:
         with tqdm(
@@ -239,6 +261,16 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
                 )
             )
         self.info.set_splits(tfds.core.splits.SplitDict(splits))
+
+
+def _describe_option(name: str, value: Any) -> str:
+    """Returns an option of prepared records as messages show it.
+
+    >>> _describe_option("size", 256), _describe_option("has_images", True)
+    ('size 256', 'images given')
+    """
+    field = name.removeprefix("has_")
+    return f"{name} {value!r}" if field == name else f"{field} {'given' if value else 'not given'}"
 
 
 def _list_textless(folder: Path, split: str, part: Sequence[shards.Shard]) -> None:
