@@ -1,6 +1,7 @@
 """Retrieval: the own report against known models, and precision by class against a literal loop."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,6 +46,20 @@ def test_an_oracle_retrieves_everything_and_its_opposite_nothing():
         assert example.rank == 1 and example.num_candidates == 40
         assert example.retrieved[0] == (example.text, 1.0, True) and len(example.retrieved) == 5
         assert not any(is_hit for _, _, is_hit in example.retrieved[1:])
+
+
+def test_images_are_compared_in_blocks_of_nearly_one_size(monkeypatch):
+    monkeypatch.setattr(retrieval, "IMAGE_BLOCK", 32)
+    images, sizes = np.arange(33.0), []
+
+    def similarity(block, texts):
+        sizes.append(len(block))
+        return {"global": np.outer(block, texts)}
+
+    tables = retrieval.SimilarityTables(SimpleNamespace(similarity=similarity), images, images[:2])
+    whole = np.concatenate([blocks["global"] for _, blocks in tables])
+    np.testing.assert_array_equal(whole, np.outer(images, images[:2]))
+    assert sizes == [17, 17], "a last block of few images was padded to a whole one"
 
 
 def test_any_report_with_the_same_words_is_a_hit():

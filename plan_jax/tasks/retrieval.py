@@ -227,7 +227,10 @@ class SimilarityTables:
 
     def _compute(self) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
         size = int(np.clip(BLOCK_ENTRIES // count_examples(self._texts), 32, IMAGE_BLOCK))
-        batches = list_batches(count_examples(self._images), size)
+        # Blocks of nearly one size: a last one of few images would be padded to a whole one.
+        count = count_examples(self._images)
+        size = -(-count // -(-count // size))
+        batches = list_batches(count, size)
         for indices in batches:
             block = read_examples(self._images, indices)
             if len(batches) > 1:  # for blocks of one size, which are compiled once
