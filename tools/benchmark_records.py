@@ -25,7 +25,7 @@ from plan_jax.data.dataset import Dataset, open_dataset
 from plan_jax.data.public.items import Item
 from plan_jax.data.public.records import Reader, open_folder
 
-NUM_FILMS = 16
+NUM_FILMS = 64
 STORED_SIZE, SIZE = 256, 224
 BATCH = 16
 MAX_TOKENS, MAX_WORDS = 96, 80
@@ -170,14 +170,15 @@ def compare_readers(folder: Path, kind: str, repeats: int, steps: int) -> None:
             "originals": iterate_jax(UnpreparedFilms(folder, rows), words, workers),
             "torch": iterate_torch(Originals(folder, rows, words), workers),
         }
-        # Each worker reads ahead, and so does the process that gathers their batches.
-        num_ahead = loader.PREFETCHED_BATCHES * (workers + 1) + 1
+        # Threads and processes read ahead, and their buffers add up; torch has two a worker.
+        num_ahead = dict.fromkeys(readers, 1 + loader.PREFETCHED_BATCHES * (1 + 4 * workers))
+        num_ahead["torch"] = 1 + 2 * workers
         for batches in readers.values():
             next(batches)
         rates: dict[str, list[float]] = {name: [] for name in readers}
         for _ in range(repeats):
             for name, batches in readers.items():
-                rates[name].append(measure_rate(batches, steps, num_ahead))
+                rates[name].append(measure_rate(batches, steps, num_ahead[name]))
         medians = {name: statistics.median(values) for name, values in rates.items()}
         cells = [f"{min(values):.0f} / {medians[name]:.0f}" for name, values in rates.items()]
         ratios = [medians[name] / medians["torch"] for name in ("records", "originals")]
