@@ -99,9 +99,9 @@ def test_the_window_of_mgca_is_a_crop_of_stored_pixels():
     image = make_rng(0).integers(0, 256, (256, 256, 1), dtype=np.uint8)
     corners = set()
     for seed in range(40):
-        drawn = augmentation.draw(PRESETS["mgca"], (256, 256), 224, make_rng(seed))
-        left, top = (-drawn.matrix[:, 2]).astype(int).tolist()
-        crop = augmentation.warp_image(image, drawn.matrix, 224)
+        sample = augmentation.draw(PRESETS["mgca"], (256, 256), 224, make_rng(seed))
+        left, top = (-sample.matrix[:, 2]).astype(int).tolist()
+        crop = augmentation.warp_image(image, sample.matrix, 224)
         np.testing.assert_array_equal(crop, image[top : top + 224, left : left + 224])
         corners |= {left, top}
     assert min(corners) >= 0 and max(corners) <= 32 and len(corners) > 20
@@ -116,12 +116,12 @@ def test_a_drawn_rectangle_is_where_its_box_says(name, shape):
     box, num_inside = (30, 40, 52, 66), 0
     image = make_rectangle(shape, box)
     for seed in range(8):
-        drawn = augmentation.draw(GEOMETRIC[name], shape, SIZE, make_rng(seed))
-        warped = augmentation.warp_image(image, drawn.matrix, SIZE)[..., 0]
-        (moved,) = augmentation.warp_boxes(np.asarray([box], np.float32), drawn.matrix, SIZE)
+        sample = augmentation.draw(GEOMETRIC[name], shape, SIZE, make_rng(seed))
+        warped = augmentation.warp_image(image, sample.matrix, SIZE)[..., 0]
+        (moved,) = augmentation.warp_boxes(np.asarray([box], np.float32), sample.matrix, SIZE)
         # Any light at all, because a sharp corner of a turned rectangle is faint.
         np.testing.assert_allclose(bounding_box(warped > 10), moved, atol=1.5)
-        mask = augmentation.warp_mask(image[..., 0] > 0, drawn.matrix, SIZE)
+        mask = augmentation.warp_mask(image[..., 0] > 0, sample.matrix, SIZE)
         np.testing.assert_array_equal(mask, warped >= 128)
         num_inside += bool((moved[:2] > 0).all() and (moved[2:] < SIZE).all())
     assert num_inside, "no rectangle was wholly inside, so nothing was compared"
@@ -218,19 +218,19 @@ def test_a_name_of_one_side_needs_its_counterpart():
 
 def test_brightness_and_contrast_follow_their_formulas():
     image = smooth_image(24, 24)
-    drawn = Draw(np.eye(2, 3), False, brightness=1.3, contrast=0.7, blur=0.0)
+    sample = Draw(np.eye(2, 3), False, brightness=1.3, contrast=0.7, blur=0.0)
     bright = np.clip(image * 1.3, 0, 255)
     expected = np.clip(bright.mean() + 0.7 * (bright - bright.mean()), 0, 255)
-    np.testing.assert_allclose(augmentation.change_grey(image, drawn), expected, atol=0.51)
-    as_it_was = drawn._replace(brightness=1.0, contrast=1.0)
+    np.testing.assert_allclose(augmentation.change_grey(image, sample), expected, atol=0.51)
+    as_it_was = sample._replace(brightness=1.0, contrast=1.0)
     assert augmentation.change_grey(image, as_it_was) is image
 
 
 def test_the_blur_has_the_standard_deviation_that_was_drawn():
     image = np.zeros((65, 65), np.uint8)
     image[28:37, 28:37] = 255
-    drawn = Draw(np.eye(2, 3), False, 1.0, 1.0, blur=3.0)
-    profile = augmentation.change_grey(image, drawn).astype(float).sum(0)
+    sample = Draw(np.eye(2, 3), False, 1.0, 1.0, blur=3.0)
+    profile = augmentation.change_grey(image, sample).astype(float).sum(0)
     offsets = np.arange(65) - 32
     variance = (profile * offsets**2).sum() / profile.sum() - (9**2 - 1) / 12
     assert math.sqrt(variance) == pytest.approx(3.0, rel=0.05)
@@ -240,13 +240,13 @@ def test_the_blur_has_the_standard_deviation_that_was_drawn():
 def test_draws_cover_the_ranges_of_a_preset(name):
     preset = PRESETS[name]
     draws = [augmentation.draw(preset, (256, 200), 224, make_rng(seed)) for seed in range(400)]
-    assert np.mean([drawn.is_mirrored for drawn in draws]) == pytest.approx(preset.flip, abs=0.08)
-    factors = np.asarray([[drawn.brightness, drawn.contrast] for drawn in draws]) - 1
+    assert np.mean([sample.is_mirrored for sample in draws]) == pytest.approx(preset.flip, abs=0.08)
+    factors = np.asarray([[sample.brightness, sample.contrast] for sample in draws]) - 1
     assert np.abs(factors).max() == pytest.approx(max(preset.brightness, 0), abs=0.02)
     has_jitter = (factors != 0).any(1).mean()
     expected = preset.jitter_probability if preset.brightness else 0
     assert has_jitter == pytest.approx(expected, abs=0.06)
-    blurs = np.asarray([drawn.blur for drawn in draws])
+    blurs = np.asarray([sample.blur for sample in draws])
     expected = preset.blur_probability if preset.blur[1] else 0
     assert (blurs > 0).mean() == pytest.approx(expected, abs=0.08)
     assert blurs.max() <= preset.blur[1] and (not expected or blurs[blurs > 0].min() >= 0.1)

@@ -56,7 +56,7 @@ def test_a_pair_is_the_part_of_a_record_that_training_reads():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (31, 40)])
 def test_a_stored_image_is_what_it_was(shape):
     image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    encoded = schema._encode_png(image)
+    encoded = schema.encode_png(image)
     with Image.open(encoded) as picture:
         picture.verify()
     with Image.open(encoded) as picture:

@@ -5,7 +5,6 @@ does. The same parts as a JAX program take a batch of decoded images at once. Al
 times, summed over threads.
 """
 
-import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image
 
-from plan_jax.data import augmentation, phantom, transforms
+from plan_jax.data import augmentation, phantom, schema, transforms
 from plan_jax.data.augmentation import PRESETS, Draw
 
 STORED_SIZE, SIZE = 256, 224
@@ -28,18 +26,6 @@ def draw_images(count: int) -> UInt8[np.ndarray, "B Y X"]:
     """Returns phantom images [B Y X] of the stored size."""
     studies = [phantom.draw_study(0, index, STORED_SIZE) for index in range(count)]
     return np.stack([study.image.reshape(STORED_SIZE, STORED_SIZE) for study in studies])
-
-
-def encode_png(image: UInt8[np.ndarray, "Y X"]) -> bytes:
-    """Returns an image [Y X] as it is stored."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "png", compress_level=1)
-    return buffer.getvalue()
-
-
-def decode_png(data: bytes) -> UInt8[np.ndarray, "Y X"]:
-    """Returns a stored image [Y X]."""
-    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def shift_randomly(
@@ -54,8 +40,8 @@ def augment_randomly(
     image: UInt8[np.ndarray, "Y X"], name: str, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "size size"]:
     """Returns what the loader makes of an image [Y X] with a preset."""
-    drawn = augmentation.draw(PRESETS[name], image.shape, SIZE, rng)
-    return augmentation.change_grey(augmentation.warp_image(image, drawn.matrix, SIZE), drawn)
+    sample = augmentation.draw(PRESETS[name], image.shape, SIZE, rng)
+    return augmentation.change_grey(augmentation.warp_image(image, sample.matrix, SIZE), sample)
 
 
 def warp_on_device(
@@ -94,9 +80,9 @@ def augment_on_device(
 
 def stack_draws(draws: Sequence[Draw]) -> tuple[Array, ...]:
     """Returns the arguments of `augment_on_device` for a batch, from [2 3] on."""
-    matrices = [np.vstack([drawn.matrix, [0, 0, 1]]) for drawn in draws]
+    matrices = [np.vstack([sample.matrix, [0, 0, 1]]) for sample in draws]
     inverses = np.linalg.inv(np.stack(matrices))[:, :2]
-    factors = [[drawn.brightness, drawn.contrast, drawn.blur] for drawn in draws]
+    factors = [[sample.brightness, sample.contrast, sample.blur] for sample in draws]
     columns = np.moveaxis(np.asarray(factors, np.float32), 1, 0)
     return jnp.asarray(inverses, jnp.float32), *map(jnp.asarray, columns)
 
@@ -116,10 +102,10 @@ def print_row(name: str, part: str, run: Callable[[], object], repeats: int) -> 
 def main(repeats: int) -> None:
     """Prints the table."""
     images = draw_images(BATCH)
-    files = [encode_png(image) for image in images]
+    files = [schema.encode_png(image).getvalue() for image in images]
     rng = np.random.default_rng(0)
     print(HEADER)
-    print_row("", "decode", lambda: [decode_png(data) for data in files], repeats)
+    print_row("", "decode", lambda: [schema.decode_png(data) for data in files], repeats)
     print_row("none", "shift", lambda: [shift_randomly(x, rng) for x in images], repeats)
     for name in PRESETS:
 

@@ -318,16 +318,16 @@ def _invert(matrix: Float[np.ndarray, "2 3"]) -> Float[np.ndarray, "2 3"]:
     return np.asarray([[a, b, -a * x - b * y], [c, d, -c * x - d * y]])
 
 
-def change_grey(image: UInt8[np.ndarray, "Y X *C"], drawn: Draw) -> UInt8[np.ndarray, "Y X *C"]:
+def change_grey(image: UInt8[np.ndarray, "Y X *C"], sample: Draw) -> UInt8[np.ndarray, "Y X *C"]:
     """Applies the brightness, the contrast and the blur of a draw, in this order."""
-    if drawn.brightness != 1 or drawn.contrast != 1:
-        levels = np.clip(np.arange(WHITE + 1) * drawn.brightness, 0, WHITE)
-        mean = levels.take(image).mean() if drawn.contrast != 1 else 0.0
-        levels = np.clip(mean + drawn.contrast * (levels - mean), 0, WHITE)
+    if sample.brightness != 1 or sample.contrast != 1:
+        levels = np.clip(np.arange(WHITE + 1) * sample.brightness, 0, WHITE)
+        mean = levels.take(image).mean() if sample.contrast != 1 else 0.0
+        levels = np.clip(mean + sample.contrast * (levels - mean), 0, WHITE)
         image = np.rint(levels).astype(np.uint8).take(image)
-    if drawn.blur > 0:
+    if sample.blur > 0:
         picture = Image.fromarray(image.reshape(image.shape[:2]))
-        blurred = picture.filter(ImageFilter.GaussianBlur(drawn.blur))
+        blurred = picture.filter(ImageFilter.GaussianBlur(sample.blur))
         image = np.asarray(blurred).reshape(image.shape)
     return image
 
@@ -414,17 +414,17 @@ def augment_record(
       findings: names of `record.labels`.
       region_names: names of `record.regions`.
     """
-    drawn = draw(augmentation, record.image.shape[:2], size, rng)
-    matrix = drawn.matrix
+    sample = draw(augmentation, record.image.shape[:2], size, rng)
+    matrix = sample.matrix
     moved = replace(
         record,
-        image=change_grey(warp_image(record.image, matrix, size), drawn),
+        image=change_grey(warp_image(record.image, matrix, size), sample),
         phrases=tuple(_move_phrase(phrase, matrix, size) for phrase in record.phrases),
         anatomy={name: warp_mask(mask, matrix, size) for name, mask in record.anatomy.items()},
         regions=warp_boxes(record.regions, matrix, size),
         geometry=None,  # no scale and offset describe a turn
     )
-    return _mirror_names(moved, findings, region_names) if drawn.is_mirrored else moved
+    return _mirror_names(moved, findings, region_names) if sample.is_mirrored else moved
 
 
 def _move_phrase(phrase: Phrase, matrix: Float[np.ndarray, "2 3"], size: int) -> Phrase:

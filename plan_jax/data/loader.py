@@ -142,10 +142,10 @@ def describe_augmentation(
         for index in indices:
             pair = dataset.read_pair(index)
             rng = np.random.default_rng((seed, index))
-            drawn = augmentation.draw(augment, pair.image.shape[:2], size, rng)
+            sample = augmentation.draw(augment, pair.image.shape[:2], size, rng)
             num_boxes += int((pair.regions[:, 2] > pair.regions[:, 0]).sum())
             num_kept += int(
-                augmentation.warp_boxes(pair.regions, drawn.matrix, size).any(axis=1).sum()
+                augmentation.warp_boxes(pair.regions, sample.matrix, size).any(axis=1).sum()
             )
         sentences.append(
             f"the augmentation moves {num_boxes - num_kept} of {num_boxes} sampled regions out of "
@@ -212,12 +212,12 @@ class _BatchSource:
         # The position seeds all that is random about an item, so that any step can be the first.
         rng = np.random.default_rng((self.seed, position))
         pair = self.dataset.read_pair(study, rng)
-        drawn = None
+        sample = None
         if self.augment != AS_STORED:
             # By a generator of its own, so that sentences do not depend on the augmentation.
             (child,) = rng.spawn(1)
-            drawn = augmentation.draw(self.augment, pair.image.shape[:2], self.size, child)
-            pair = self._exchange_sides(pair) if drawn.is_mirrored else pair
+            sample = augmentation.draw(self.augment, pair.image.shape[:2], self.size, child)
+            pair = self._exchange_sides(pair) if sample.is_mirrored else pair
         text = tokenization.tokenize(
             self.tokenizer,
             pair.text,
@@ -226,7 +226,7 @@ class _BatchSource:
             rng=rng,
             name=str(study),
         )
-        image, boxes = self._place(pair, drawn, rng)
+        image, boxes = self._place(pair, sample, rng)
         extra = {}
         if "labels" in self.extra:
             extra["labels"] = pair.labels
@@ -237,18 +237,18 @@ class _BatchSource:
         return image, text, extra
 
     def _place(
-        self, pair: Pair, drawn: Draw | None, rng: np.random.Generator
+        self, pair: Pair, sample: Draw | None, rng: np.random.Generator
     ) -> tuple[UInt8[np.ndarray, "Y X 1"], Float[np.ndarray, "R 4"]]:
         """Returns an image in the square that an encoder sees, and its regions, in pixels."""
-        if drawn and self.augment.is_geometric:
-            image = augmentation.warp_image(pair.image, drawn.matrix, self.size)
-            boxes = augmentation.warp_boxes(pair.regions, drawn.matrix, self.size)
+        if sample and self.augment.is_geometric:
+            image = augmentation.warp_image(pair.image, sample.matrix, self.size)
+            boxes = augmentation.warp_boxes(pair.regions, sample.matrix, self.size)
         else:
             down, right = transforms.draw_shift(rng, self.max_shift)
             image = transforms.shift_image(transforms.fit_image(pair.image, self.size), down, right)
             boxes = transforms.fit_boxes(pair.regions, pair.image.shape[:2], self.size)
             boxes = transforms.shift_boxes(boxes, down, right, self.size)
-        return augmentation.change_grey(image, drawn) if drawn else image, boxes
+        return augmentation.change_grey(image, sample) if sample else image, boxes
 
     def _exchange_sides(self, pair: Pair) -> Pair:
         """Returns the text, the labels and the regions of a mirrored image, those of `extra`."""

@@ -123,9 +123,9 @@ class AugmentedRecords(StoredRecords):
     def read_image(self, index: int) -> UInt8[np.ndarray, "Y X 1"]:
         """Returns the augmented image [Y X 1] of a record; decodes nothing else."""
         image = self.records.dataset.read_image(self._index(index))
-        drawn = self._draw(index, image.shape[:2])
+        sample = self._draw(index, image.shape[:2])
         return augmentation.change_grey(
-            augmentation.warp_image(image, drawn.matrix, self.records.size), drawn
+            augmentation.warp_image(image, sample.matrix, self.records.size), sample
         )
 
     def read_annotations(self, index: int) -> Record:

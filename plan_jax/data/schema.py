@@ -99,7 +99,7 @@ def to_example(record: Record) -> dict[str, Any]:
     if all(phrase.mask is None for phrase in record.phrases):
         masks = []
     return {
-        "image": _encode_png(record.image.reshape(rows, columns)),
+        "image": encode_png(record.image.reshape(rows, columns)),
         "text": record.text,
         "patient_id": record.patient_id,
         "labels": np.asarray(record.labels, np.int8),
@@ -147,7 +147,7 @@ def pack_masks(
     return np.packbits(np.stack(masks).astype(bool), axis=-1)
 
 
-def _encode_png(image: UInt8[np.ndarray, "Y X"]) -> io.BytesIO:
+def encode_png(image: UInt8[np.ndarray, "Y X"]) -> io.BytesIO:
     """Returns an image as PNG, in half of Pillow's time, which tries five filters for each row.
 
     The filter of all rows is Average: a pixel is stored as its difference from the mean of the
@@ -184,7 +184,7 @@ def from_example(
 
     Without `with_image` the image is not decoded: it is black, has its shape and takes no memory.
     """
-    image = _decode_png(example["image"]) if with_image else _blank_png(example["image"])
+    image = decode_png(example["image"]) if with_image else _blank_png(example["image"])
     width = image.shape[1]
     phrases = _transpose_columns(example["phrases"])
     masks_NYX = unpack_masks(example["masks"], width)
@@ -257,7 +257,7 @@ def deserialize_pair(data: bytes) -> Pair:
     """Returns the part of a serialised record that training reads; decodes nothing else."""
     example = _select_features(*Pair._fields).deserialize_example_np(data, decoders=_DECODERS)
     return Pair(
-        image=_decode_png(example["image"]),
+        image=decode_png(example["image"]),
         text=_decode_text(example["text"]),
         labels=example["labels"],
         regions=np.asarray(example["regions"], np.float32).reshape(-1, 4),
@@ -274,7 +274,7 @@ def deserialize_report(data: bytes) -> tuple[str, dict[str, str]]:
 def deserialize_image(data: bytes) -> UInt8[np.ndarray, "Y X 1"]:
     """Returns the image [Y X 1] of a serialised record; decodes nothing else."""
     features = _select_features("image")
-    return _decode_png(features.deserialize_example_np(data, decoders=_DECODERS)["image"])
+    return decode_png(features.deserialize_example_np(data, decoders=_DECODERS)["image"])
 
 
 def deserialize_field(data: bytes, name: str) -> Any:
@@ -308,7 +308,8 @@ def _select_features(*names: str) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict({name: features[name] for name in names})
 
 
-def _decode_png(encoded: bytes) -> UInt8[np.ndarray, "Y X 1"]:
+def decode_png(encoded: bytes) -> UInt8[np.ndarray, "Y X 1"]:
+    """Returns the image of a PNG."""
     with Image.open(io.BytesIO(encoded)) as image:
         return np.array(image, np.uint8)[..., None]
 

@@ -209,21 +209,21 @@ class SimilarityTables:
     def __init__(self, model: Model, images: Features, texts: Features) -> None:
         """Computes nothing yet."""
         self._model, self._images, self._texts = model, images, texts
-        self._kept: list[tuple[slice, dict[str, np.ndarray]]] = []
+        self._blocks: list[tuple[slice, dict[str, np.ndarray]]] = []
         self.primary = PRIMARY_KIND
 
     def __iter__(self) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
-        if self._kept:
-            yield from self._kept
+        if self._blocks:
+            yield from self._blocks
             return
-        kept = []
+        blocks = []
         bytes_per_image = 4 * count_examples(self._texts)
         for rows, tables in self._compute():
             self.primary = _primary_kind(tables)
             if len(tables) * bytes_per_image * count_examples(self._images) <= KEPT_BYTES:
-                kept.append((rows, tables))
+                blocks.append((rows, tables))
             yield rows, tables
-        self._kept = kept
+        self._blocks = blocks
 
     def _compute(self) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
         size = int(np.clip(BLOCK_ENTRIES // count_examples(self._texts), 32, IMAGE_BLOCK))

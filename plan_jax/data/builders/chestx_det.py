@@ -72,7 +72,7 @@ def read_items(source: SourceFolder, config: PublicConfig) -> Iterator[Item]:
         }
         entries = _read_entries(source, table)
         # ChestX-Det10 says nothing of the findings that were added later.
-        known = [
+        categories = [
             name
             for name in FINDINGS
             if name not in ADDED or any(entry["polygons"] is not None for entry in entries)
@@ -91,7 +91,7 @@ def read_items(source: SourceFolder, config: PublicConfig) -> Iterator[Item]:
                 image=place_of.get(name, f"{split}_data/{name}"),
                 patient_id=name.rpartition(".")[0],
                 split=assign_by_hash(name, config.val_fraction, 0.0) if split == "train" else split,
-                labels={finding: int(finding in labels) for finding in known},
+                labels={finding: int(finding in labels) for finding in categories},
                 boxes=list(_read_boxes(source, name, labels, boxes)),
                 shapes=list(_read_outlines(source, name, labels, outlines)),
             )

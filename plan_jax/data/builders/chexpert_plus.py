@@ -97,8 +97,8 @@ def read_items(source: SourceFolder, config: ChexpertPlusConfig) -> Iterator[Ite
         if config.split_rule == OFFICIAL and not split:
             split = assign_by_hash(row["deid_patient_id"], config.val_fraction, 0.0)
         sections = _read_sections(row)
-        chosen = sections_of.get(study, sections)
-        num_different += sections != chosen
+        first_sections = sections_of.get(study, sections)
+        num_different += sections != first_sections
         stem = path.rpartition(".")[0]
         yield Item(
             image_id=stem,
@@ -108,7 +108,7 @@ def read_items(source: SourceFolder, config: ChexpertPlusConfig) -> Iterator[Ite
             split=split if config.split_rule == OFFICIAL else "",
             view=name_view(row["ap_pa"], row["frontal_lateral"] or path),
             labels=dict(zip(FINDINGS, labels_of.pop(stem, ()), strict=False)),
-            sections=chosen,
+            sections=first_sections,
         )
     if num_different:
         source.note(

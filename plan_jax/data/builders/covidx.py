@@ -125,14 +125,15 @@ def read_items(source: SourceFolder, config: CovidxConfig) -> Iterator[Item]:
 def _find_lists(source: SourceFolder, version: str) -> dict[str, str]:
     """Returns the path of each list of the version that is there, or that is named."""
     stem_of = {name: "" if name == "kaggle" else f"_COVIDx{name}" for name in VERSIONS}
-    wanted = [version] if version else VERSIONS
-    found = [name for name in wanted if source.find(f"train{stem_of[name]}.txt")]
-    if len(found) > 1:
+    versions = [version] if version else VERSIONS
+    present_versions = [name for name in versions if source.find(f"train{stem_of[name]}.txt")]
+    if len(present_versions) > 1:
+        names = ", ".join(present_versions)
         raise UserError(
-            f"{source.root} has the lists of the versions {', '.join(found)}; choose one by the "
-            f"field lists, as lists={found[0]}"
+            f"{source.root} has the lists of the versions {names}; choose one by the field lists, "
+            f"as lists={present_versions[0]}"
         )
-    stem = stem_of[(found or wanted)[0]]
+    stem = stem_of[(present_versions or versions)[0]]
     lists = {split: source.require(f"{split}{stem}.txt") for split in ("train", "test")}
     # COVID-Net's own lists have no validation films.
     if val := source.find(f"val{stem}.txt"):

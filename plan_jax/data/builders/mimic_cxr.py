@@ -177,10 +177,10 @@ class _Splits:
         self._rule = config.split_rule
         needs_table = self._rule in ("official", "mgca_compat", "5x200")
         self._official = mimic_tree.read_splits(source) if needs_table else {}
-        self._drawn: dict[str, str] = {}
+        self._test_images: dict[str, str] = {}
         if self._rule == "5x200":
-            self._drawn = _draw_classes(source, metadata, self._official)
-        self._drawn_patients = frozenset(self._drawn.values())
+            self._test_images = _draw_classes(source, metadata, self._official)
+        self._test_patients = frozenset(self._test_images.values())
         self._left_out = frozenset[str]()
         if not config.keep_evaluated and not self._rule.endswith("_compat"):
             self._left_out = _find_left_out(source, config)
@@ -202,9 +202,9 @@ class _Splits:
                 return UNUSED
             return "train" if split == "train" else "val"
         if self._rule == "5x200":
-            if dicom_id in self._drawn:
+            if dicom_id in self._test_images:
                 return "test"
-            if split == "test" or subject_id in self._drawn_patients:
+            if split == "test" or subject_id in self._test_patients:
                 return UNUSED
         if split == "train" and subject_id in self._left_out:
             self._source.drop(EVALUATED, dicom_id)
@@ -236,7 +236,7 @@ def _draw_classes(
             continue
         if present[0] in CLASSES and values[present[0]] == 1:
             pools[present[0]].append((row["dicom_id"], row["subject_id"]))
-    drawn: dict[str, str] = {}
+    test_images: dict[str, str] = {}
     for name, pool in pools.items():
         pool.sort()
         count = min(PER_CLASS, len(pool))
@@ -244,8 +244,8 @@ def _draw_classes(
             source.note(f"5x200 has only {count} films of {name}")
         for index in np.random.RandomState(0).choice(len(pool), count, replace=False).tolist():
             dicom_id, subject_id = pool[index]
-            drawn[dicom_id] = subject_id
-    return drawn
+            test_images[dicom_id] = subject_id
+    return test_images
 
 
 def _find_left_out(source: SourceFolder, config: MimicCxrConfig) -> frozenset[str]:
@@ -259,11 +259,11 @@ def _read_labels(
 ) -> dict[str, tuple[int, ...]]:
     """Returns the labels of each study in the order of the columns."""
     labels: dict[str, tuple[int, ...]] = {}
-    known: dict[tuple[int, ...], tuple[int, ...]] = {}  # most studies share their labels
+    shared_values: dict[tuple[int, ...], tuple[int, ...]] = {}  # most studies share their labels
     for row in source.read_csv(table, ("study_id", *columns)):
         study_id = row["study_id"]
         values = read_labels(row, columns, blank, f"study {study_id} of {table}")
-        labels[study_id] = known.setdefault(values, values)
+        labels[study_id] = shared_values.setdefault(values, values)
     return labels
 
 

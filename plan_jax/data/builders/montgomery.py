@@ -10,13 +10,11 @@ from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import BY_HASH, Facts
 from plan_jax.data.public.items import Item, Shape
+from plan_jax.data.public.nlm_films import ABSENT, TUBERCULOSIS, list_films, read_reading
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.data.tfds import tfds
-from plan_jax.types import UserError
 
-TUBERCULOSIS = "Tuberculosis"
 MASK_FOLDERS = {"left lung": "ManualMask/leftMask", "right lung": "ManualMask/rightMask"}
-ABSENT = "a film with a reading or masks is not there"
 _NAME = re.compile(r"MCUCXR_\d+_[01]")
 _PATIENT_LINE = re.compile(r"patient'?s (?:sex|age)", re.IGNORECASE)
 
@@ -50,15 +48,7 @@ class MontgomeryConfig(PublicConfig):
 
 def read_items(source: SourceFolder) -> Iterator[Item]:
     """Yields the films with their readings and the masks of their lungs."""
-    folder = source.find_folder("CXR_png", "images")
-    files = source.list_names(folder) if folder else []
-    films = {name: file for file in files if (name := _name_film(file))}
-    if not films:
-        raise UserError(
-            f"{source.root} has no folder CXR_png with films like MCUCXR_0001_0.png; download them "
-            f"from {FACTS.page}"
-        )
-    source.tables[folder] = None
+    films = list_films(source, _NAME, "MCUCXR_0001_0.png", FACTS)
     readings = source.find_folder("ClinicalReadings")
     masks = {
         organ: _list_stems(source, path)
@@ -73,11 +63,11 @@ def read_items(source: SourceFolder) -> Iterator[Item]:
     for name in sorted({name for names in described for name in names if _NAME.fullmatch(name)}):
         if name not in films:
             source.drop(ABSENT, name)
-    for name, file in films.items():
+    for name, path in films.items():
         reading = _read_reading(source, posixpath.join(readings, f"{name}.txt")) if readings else ""
         yield Item(
             image_id=name,
-            image=posixpath.join(folder, file),
+            image=path,
             patient_id=name,
             labels={TUBERCULOSIS: int(name[-1])},
             sections={"findings": reading} if reading else {},
@@ -95,21 +85,10 @@ def _list_stems(source: SourceFolder, folder: str) -> dict[str, str]:
     return {posixpath.splitext(file)[0]: posixpath.join(folder, file) for file in files}
 
 
-def _name_film(file: str) -> str:
-    """Returns the name of a film; "" for others, as Shenzhen's, which copies keep beside them."""
-    stem, suffix = posixpath.splitext(file)
-    return stem if suffix.lower() == ".png" and _NAME.fullmatch(stem) else ""
-
-
 def _read_reading(source: SourceFolder, path: str) -> str:
     """Returns a radiologist's reading, without the lines of sex and age above it."""
-    source.tables[path] = None
-    try:
-        lines = (source.read_text(path) or "").splitlines()
-    except ValueError:
-        source.drop("a reading is not UTF-8, so its film has no text", path)
-        return ""
-    return "\n".join(filter(None, (line.strip() for line in lines if not _is_about_patient(line))))
+    lines = (line.strip() for line in read_reading(source, path) if not _is_about_patient(line))
+    return "\n".join(filter(None, lines))
 
 
 def _is_about_patient(line: str) -> bool:

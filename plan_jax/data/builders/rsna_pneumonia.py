@@ -180,10 +180,10 @@ def _read_rsna_org(source: SourceFolder, films: Sequence[Mapping[str, str]]) -> 
             _add_box(source, boxes, name, [str(corners.get(column)) for column in CORNERS])
     items = []
     for name, path in sorted(path_of.items()):
-        if not (known := kinds[name] - {""}):
+        if not (classes := kinds[name] - {""}):
             source.drop("an image with administrative labels only", name)
             continue
-        labels = {PNEUMONIA: int(OPACITY in known), NORMAL: int(known == {NORMAL})}
+        labels = {PNEUMONIA: int(OPACITY in classes), NORMAL: int(classes == {NORMAL})}
         items.append(
             Item(
                 image_id=name,

@@ -10,15 +10,13 @@ from plan_jax.data.public.builder import PublicBuilder
 from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import BY_HASH, Facts
 from plan_jax.data.public.items import Item, Shape
+from plan_jax.data.public.nlm_films import ABSENT, TUBERCULOSIS, list_films, read_reading
 from plan_jax.data.public.source_folder import SourceFolder
 from plan_jax.data.tfds import tfds
-from plan_jax.types import UserError
 
-TUBERCULOSIS = "Tuberculosis"
 LUNGS = "lungs"
 LUNG_FOLDERS = ("mask/mask", "mask", "masks")  # Kaggle's shcxr-lung-mask, and copies of it
 FINDING_FOLDER = "Annotations-2/masks"
-ABSENT = "a film with a reading or masks is not there"
 _NAME = re.compile(r"CHNCXR_\d+_[01]")
 _FINDING_NAME = re.compile(r"(?P<film>CHNCXR_\d+_[01])_(?P<finding>.+?)_\d+")
 _AGE = r"\d+\s*(?:y(?:ea)?rs?(?:\s+old)?|months?|days?|[ymd])\b"
@@ -57,26 +55,18 @@ class ShenzhenConfig(PublicConfig):
 
 def read_items(source: SourceFolder) -> Iterator[Item]:
     """Yields the films with their readings and masks."""
-    folder = source.find_folder("CXR_png", "images")
-    files = source.list_names(folder) if folder else []
-    films = {name: file for file in files if (name := _name_film(file))}
-    if not films:
-        raise UserError(
-            f"{source.root} has no folder CXR_png with films like CHNCXR_0001_0.png; download them "
-            f"from {FACTS.page}"
-        )
-    source.tables[folder] = None
+    films = list_films(source, _NAME, "CHNCXR_0001_0.png", FACTS)
     readings = source.find_folder("ClinicalReadings")
     lungs, findings = _list_lungs(source), _list_findings(source)
     read = {posixpath.splitext(file)[0] for file in source.list_names(readings)} if readings else ()
     for name in sorted({*read, *lungs, *findings}):
         if _NAME.fullmatch(name) and name not in films:
             source.drop(ABSENT, name)
-    for name, file in films.items():
+    for name, path in films.items():
         reading = _read_reading(source, posixpath.join(readings, f"{name}.txt")) if readings else ""
         yield Item(
             image_id=name,
-            image=posixpath.join(folder, file),
+            image=path,
             patient_id=name,
             labels={TUBERCULOSIS: int(name[-1])},
             sections={"findings": reading} if reading else {},
@@ -108,21 +98,9 @@ def _list_findings(source: SourceFolder) -> dict[str, list[Shape]]:
     return shapes
 
 
-def _name_film(file: str) -> str:
-    """Returns the name of a film; "" for others, as Montgomery's, which copies keep beside them."""
-    stem, suffix = posixpath.splitext(file)
-    return stem if suffix.lower() == ".png" and _NAME.fullmatch(stem) else ""
-
-
 def _read_reading(source: SourceFolder, path: str) -> str:
     """Returns a radiologist's reading, without the sex and age above it or before it."""
-    source.tables[path] = None
-    try:
-        lines = (source.read_text(path) or "").splitlines()
-    except ValueError:
-        source.drop("a reading is not UTF-8, so its film has no text", path)
-        return ""
-    lines = list(filter(None, map(str.strip, lines)))
+    lines = list(filter(None, map(str.strip, read_reading(source, path))))
     lines[:1] = (_PATIENT.sub("", line) for line in lines[:1])
     return "\n".join(filter(None, lines))
 

@@ -105,13 +105,15 @@ def read_items(source: SourceFolder, config: VindrCxrConfig) -> Iterator[Item]:
         table = KAGGLE_TABLE if is_kaggle else f"annotations_{part}.csv"
         # The readers of test agree on one opinion.
         reader = ("rad_id",) if part == "train" else ()
-        drawn, boxes = _read_annotations(source, source.require(table), reader)
-        listed = {} if is_kaggle else _read_labels(source, f"image_labels_{part}.csv", reader)
+        box_readings, boxes = _read_annotations(source, source.require(table), reader)
+        label_readings = (
+            {} if is_kaggle else _read_labels(source, f"image_labels_{part}.csv", reader)
+        )
         names = KAGGLE_FINDINGS if is_kaggle else FINDINGS
-        readings = listed or drawn
-        for image_id in sorted(drawn.keys() - readings.keys()):
+        readings = label_readings or box_readings
+        for image_id in sorted(box_readings.keys() - readings.keys()):
             source.drop("annotations of a film that the table of labels does not have", image_id)
-        splits = {} if is_kaggle else _assign_splits(source, config, part, readings, drawn)
+        splits = {} if is_kaggle else _assign_splits(source, config, part, readings, box_readings)
         folder = source.find_folder(part) or part
         # Copies in other formats are reduced, and then the boxes are not theirs.
         place_of = {
@@ -213,7 +215,11 @@ def _count_readers(
 
 
 def _assign_splits(
-    source: SourceFolder, config: VindrCxrConfig, part: str, names: Iterable[str], drawn: Readings
+    source: SourceFolder,
+    config: VindrCxrConfig,
+    part: str,
+    names: Iterable[str],
+    box_readings: Readings,
 ) -> dict[str, str]:
     """Returns the splits of the films of a part of PhysioNet."""
     names = sorted(names)
@@ -227,7 +233,7 @@ def _assign_splits(
             "the splits are not the published ones"
         )
     has_finding = [
-        int(any(findings - {NO_FINDING} for findings in drawn.get(name, {}).values()))
+        int(any(findings - {NO_FINDING} for findings in box_readings.get(name, {}).values()))
         for name in names
     ]
     _, val = hold_out(len(names), len(names) // 5, 42, has_finding)

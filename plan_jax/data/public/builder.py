@@ -133,18 +133,22 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
 
     def _expect_no_others(self) -> None:
         """Raises UserError if the dataset is prepared with other options; names the nearest."""
-        wanted = json.loads(encode_json(self.builder_config.identity()))
-        others: list[tuple[dict[str, Any], Path]] = []
+        options_now = json.loads(encode_json(self.builder_config.identity()))
+        candidates: list[tuple[dict[str, Any], Path]] = []
         for path in sorted(Path(self.data_dir).parents[1].glob(f"*/*/{summary.SUMMARY_FILE}")):
             with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
                 options = json.loads(path.read_text("utf-8"))["options"]
-                found = {name: options.get(name) for name in wanted}
-                others.append(({k: v for k, v in found.items() if v != wanted[k]}, path.parent))
-        differing, folder = min(others, key=lambda other: len(other[0]), default=({}, Path()))
+                stored_options = {name: options.get(name) for name in options_now}
+                candidates.append(
+                    ({k: v for k, v in stored_options.items() if v != options_now[k]}, path.parent)
+                )
+        differing, folder = min(
+            candidates, key=lambda candidate: len(candidate[0]), default=({}, Path())
+        )
         if differing:
             there, here = (
                 ", ".join(_describe_option(name, values[name]) for name in differing)
-                for values in (differing, wanted)
+                for values in (differing, options_now)
             )
             raise UserError(
                 f"dataset {self.facts.name} is prepared in {folder} with {there}, not with {here}; "
@@ -188,7 +192,7 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
                 "again or raise max_bad"
             )
         for split, part in written.items():
-            if not any(shard.kept for shard in part):
+            if not any(shard.record_places for shard in part):
                 reason, path = part[0].dropped[0]
                 raise UserError(
                     f"split {split!r} of dataset {self.facts.name} has no usable image, as {path} "
@@ -239,7 +243,7 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
         """
         splits = []
         for split, part in written.items():
-            full = [shard for shard in part if shard.kept]
+            full = [shard for shard in part if shard.record_places]
             template = tfds.core.ShardedFileTemplate(
                 data_dir=self.data_path,
                 dataset_name=self.name,
@@ -255,7 +259,7 @@ class PublicBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registrati
             splits.append(
                 tfds.core.splits.SplitInfo(
                     name=split,
-                    shard_lengths=[len(shard.kept) for shard in full],
+                    shard_lengths=[len(shard.record_places) for shard in full],
                     num_bytes=sum(shard.num_bytes for shard in full),
                     filename_template=template,
                 )
@@ -275,12 +279,12 @@ def _describe_option(name: str, value: Any) -> str:
 
 def _list_textless(folder: Path, split: str, part: Sequence[shards.Shard]) -> None:
     """Writes for each caption rule which records of a split have no text under it."""
-    total = sum(len(shard.kept) for shard in part)
+    total = sum(len(shard.record_places) for shard in part)
     for rule in ("", *CAPTIONS):
         start, places = 0, list[int]()
         for shard in part:
             places += [start + place for place in shard.textless[rule or DEFAULT_RULE]]
-            start += len(shard.kept)
+            start += len(shard.record_places)
         write_atomically(folder / name_text_list(split, rule), json.dumps([total, places]))
 
 
@@ -289,13 +293,13 @@ def _keep(
 ) -> Iterator[Item]:
     """Yields the items of a split that have become records."""
     start = 0
-    kept = set[int]()
+    record_places = set[int]()
     for shard in part:
-        kept.update(start + place for place in shard.kept)
-        start += len(shard.kept) + len(shard.dropped)
+        record_places.update(start + place for place in shard.record_places)
+        start += len(shard.record_places) + len(shard.dropped)
     assert start == len(offsets)
     for index, item in enumerate(items):
-        if index in kept:
+        if index in record_places:
             yield item
 
 

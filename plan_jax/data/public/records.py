@@ -101,13 +101,13 @@ class Reader:
         self, item: Item, masks: Mapping[str, Bool[np.ndarray, "Y X"]], label_of: Mapping[str, str]
     ) -> dict[str, Bool[np.ndarray, "Y X"]]:
         """Returns the masks that have pixels; notes those that contradict the labels."""
-        drawn = {part.phrase or part.label for part in item.shapes if part.kind != "file"}
+        vector_parts = {part.phrase or part.label for part in item.shapes if part.kind != "file"}
         for phrase, mask in masks.items():
             is_absent = item.labels.get(label_of[phrase]) == 0
             if mask.any() and is_absent:
                 self.note_fault(DENIED, item.image_id)
             # The file of an absent finding is black.
-            elif not mask.any() and not (is_absent and phrase not in drawn):
+            elif not mask.any() and not (is_absent and phrase not in vector_parts):
                 self.note_fault(EMPTY_MASK, item.image_id)
         return {phrase: mask for phrase, mask in masks.items() if mask.any()}
 
@@ -123,21 +123,21 @@ class Reader:
         new_shape: tuple[int, int],
     ) -> tuple[Phrase, ...]:
         """Returns phrases with their boxes and masks; boxes that cannot be are noted."""
-        found = []
+        box_fields = []
         for box in item.boxes:
             x0, y0, x1, y1 = map(float, box.corners)
             if box.is_normalised:
                 x0, y0, x1, y1 = x0 * shape[1], y0 * shape[0], x1 * shape[1], y1 * shape[0]
             if not self._has_area((x0, y0, x1, y1), item.image_id, shape, new_shape):
                 continue
-            found.append(
+            box_fields.append(
                 {
                     "box": (x0, y0, x1, y1),
                     "label": box.label,
                     "phrase": box.phrase or box.label,
                 }
             )
-        phrases = annotations.build_phrases(found, masks, self.findings, shape, new_shape)
+        phrases = annotations.build_phrases(box_fields, masks, self.findings, shape, new_shape)
         return tuple(self._name(phrase, label_of) for phrase in phrases)
 
     def _name(self, phrase: Phrase, label_of: Mapping[str, str]) -> Phrase:
@@ -211,9 +211,9 @@ class Reader:
         """Returns the union of shapes, resized like their image."""
         rows, columns = new_shape
         mask = np.zeros((rows, columns), bool)
-        drawn = [part for part in parts if part.kind != "file"]
-        if drawn:
-            mask |= shapes.draw_mask(drawn, shape, rows, columns)
+        vector_parts = [part for part in parts if part.kind != "file"]
+        if vector_parts:
+            mask |= shapes.draw_mask(vector_parts, shape, rows, columns)
         for part in parts:
             if part.kind == "file":
                 mask |= self._read_mask(part.content, shape, rows, columns)

@@ -56,7 +56,7 @@ class Shard:
     """
 
     path: Path
-    kept: Sequence[int]
+    record_places: Sequence[int]
     dropped: Sequence[tuple[str, str]]
     broken: Mapping[str, Sequence[int]]
     faults: Mapping[str, Sequence[str]]
@@ -201,7 +201,7 @@ class _ShardWriter:
         temporary = self.folder / f"{key}.{os.getpid()}"
         settings = self.settings | {"folder": open_folder(self.settings["folder"])}
         reader = Reader(**settings)
-        kept: list[int] = []
+        record_places: list[int] = []
         dropped: list[tuple[str, str]] = []
         broken: dict[str, list[int]] = {}
         textless: dict[str, list[int]] = {rule: [] for rule in CAPTIONS}
@@ -219,13 +219,13 @@ class _ShardWriter:
                     else:
                         writer.write(schema.serialize(record))
                         for rule in {*CAPTIONS} - {*list_usable(record.sections)}:
-                            textless[rule].append(len(kept))
-                        kept.append(place)
+                            textless[rule].append(len(record_places))
+                        record_places.append(place)
                     if place % REPORT_EVERY == REPORT_EVERY - 1:
                         advance(REPORT_EVERY)
             writer.close()
             # A writer of C++ may be silent about a full disk.
-            if _count_records(temporary) != len(kept):
+            if _count_records(temporary) != len(record_places):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         except BaseException:  # a full disk needs the space
             with suppress(Exception):
@@ -235,7 +235,7 @@ class _ShardWriter:
         os.replace(temporary, path)
         report = {
             "identity": self.identity,
-            "kept": kept,
+            "kept": record_places,
             "dropped": dropped,
             "broken": broken,
             "faults": reader.faults,
@@ -271,7 +271,7 @@ def load_shard(folder: Path, key: str, identity: str) -> Shard | None:
         return None
     return Shard(
         path=path,
-        kept=report["kept"],
+        record_places=report["kept"],
         dropped=[(reason, name) for reason, name in report["dropped"]],
         broken=report["broken"],
         faults=report["faults"],

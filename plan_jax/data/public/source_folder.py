@@ -146,11 +146,11 @@ class SourceFolder:
     @cached_property
     def _folders(self) -> list[str]:
         """Returns the folders that tables may be in, nearest first."""
-        found, level = [""], [""]
+        folders, level = [""], [""]
         for _ in range(MAX_DEPTH):
             below: list[str] = []
             for folder in level:
-                if len(found) + len(below) > MAX_FOLDERS:
+                if len(folders) + len(below) > MAX_FOLDERS:
                     break
                 try:
                     with os.scandir(self.root / folder) as entries:
@@ -160,9 +160,9 @@ class SourceFolder:
                 if len(names) > MAX_BRANCHES:
                     continue
                 below += [f"{folder}/{name}" if folder else name for name in sorted(names)]
-            found += below[: MAX_FOLDERS - len(found)]
+            folders += below[: MAX_FOLDERS - len(folders)]
             level = below
-        return found
+        return folders
 
     # Tables -----------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ def hold_out(
     from sklearn.model_selection import train_test_split
 
     try:
-        kept, held_out = train_test_split(
+        train_indices, test_indices = train_test_split(
             range(num_items), test_size=fraction, random_state=seed, stratify=classes
         )
     except ValueError:
@@ -69,4 +69,4 @@ def hold_out(
             f"the tables have {num_items} rows, too few for a published split; complete them, or "
             "use split hash"
         ) from None
-    return kept, held_out
+    return train_indices, test_indices

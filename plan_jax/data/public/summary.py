@@ -183,9 +183,9 @@ def _compare(summary: Mapping[str, Any]) -> str:
     for name in ("images", "patients", "studies"):
         if name not in published or (name == "patients" and not is_patient_known):
             continue
-        found = sum(counts[name] for counts in summary["splits"].values())
-        if found <= published[name]:
-            parts.append(f"{found:,} of {published[name]:,} {name}")
+        total = sum(counts[name] for counts in summary["splits"].values())
+        if total <= published[name]:
+            parts.append(f"{total:,} of {published[name]:,} {name}")
     return f"of what was published: {', '.join(parts)}" if parts else ""
 
 
