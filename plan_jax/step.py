@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from plan_jax import parallel
 from plan_jax.model import Components
 from plan_jax.state import State
-from plan_jax.types import Batch, Memory, Metrics, Params
+from plan_jax.types import Batch, Features, Memory, Metrics, Params
 
 FIRST_NONFINITE = "first_nonfinite"  # key of the metrics of `watch_numbers`
 
@@ -40,17 +40,23 @@ def make_step(
         dropout_key = parallel.device_key(jax.random.fold_in(key, 0), axis)
         method_key = jax.random.fold_in(key, 1)
 
-        def encode(params: Params) -> tuple[Any, PyTree]:
-            return encoder.apply(
+        def encode(params: Params) -> tuple[tuple[Features, Features], PyTree]:
+            output: Any = encoder.apply(
                 {"params": params["encoders"], "batch_stats": state.batch_stats},
                 batch,
                 True,
                 rngs={"dropout": dropout_key},
                 mutable=["batch_stats"],
             )
+            (images, texts), variables = output
+            features = (
+                images.select(method.IMAGE_FEATURES),
+                texts.select(method.TEXT_FEATURES),
+            )
+            return features, variables
 
         # The averaged model is a teacher: its features carry no gradient.
-        extra = dict(batch.extra)
+        extra: dict[str, Any] = dict(batch.extra)
         if state.ema_params:
             extra["teacher"] = lax.stop_gradient(encode(state.ema_params)[0])
 

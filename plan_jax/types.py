@@ -10,7 +10,7 @@ Masks are Bool and True means real.
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, get_args, get_origin, runtime_checkable
@@ -87,6 +87,12 @@ class Features:
     next_attention: Float[Array, "B N"] | None = None
     grid: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
     fine_grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
+
+    def select(self, names: Collection[str]) -> "Features":
+        """Returns the arrays of these names; all others are None."""
+        arrays = (item.name for item in dataclasses.fields(self) if "grid" not in item.name)
+        others: dict[str, Any] = {name: None for name in arrays if name not in names}
+        return dataclasses.replace(self, **others)
 
 
 @struct.dataclass
@@ -310,13 +316,17 @@ class Method(Protocol):
     """A pre-training method: a module with these names.
 
     `Hyper` is a frozen dataclass and the only home of the method's constants. `REQUIRES` names the
-    entries of `Batch.extra` that the loss reads. `axis` is the name of the mapped device axis, None
-    on one device. A method that needs features of the dataset's findings also has
-    `encode_tags(encode_names, findings)`, whose result becomes `MethodContext.tags`.
+    entries of `Batch.extra` that the loss reads, `IMAGE_FEATURES` and `TEXT_FEATURES` the fields of
+    `Features`. Training passes no others, so that none is stored or sent in vain. `axis` is the
+    name of the mapped device axis, None on one device. A method that needs features of the
+    dataset's findings also has `encode_tags(encode_names, findings)`, whose result becomes
+    `MethodContext.tags`.
     """
 
     PAPER: str
     REQUIRES: tuple[str, ...]
+    IMAGE_FEATURES: tuple[str, ...]
+    TEXT_FEATURES: tuple[str, ...]
     Hyper: type
 
     def init(self, key: PRNGKeyArray, context: MethodContext, hyper: Any) -> tuple[Params, Memory]:

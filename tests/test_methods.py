@@ -74,6 +74,27 @@ def test_loss_and_its_gradients_of_features_and_parameters_are_finite_and_not_ze
 
 
 @all_methods
+def test_the_loss_reads_the_features_that_the_method_names_and_no_others(name):
+    method, hyper, params, memory = initialise(name)
+    sides = features.draw_features()
+    extra = features.draw_extra(sides[1])
+    named = sides[0].select(method.IMAGE_FEATURES), sides[1].select(method.TEXT_FEATURES)
+    options = {"key": KEY, "step": jnp.array(9), "hyper": hyper}
+    expected, _ = method.loss(params, memory, *sides, extra, **options)
+    assert method.loss(params, memory, *named, extra, **options)[0] == expected
+    for side, names in ((0, method.IMAGE_FEATURES), (1, method.TEXT_FEATURES)):
+        for field in names:
+            if getattr(sides[side], field) is None or field == "next_attention":
+                continue
+            fewer = list(named)
+            fewer[side] = sides[side].select(set(names) - {field})
+            with pytest.raises((AttributeError, TypeError, ValueError)):
+                value, _ = method.loss(params, memory, *fewer, extra, **options)
+                if value != expected:  # an optional one, as a finer map
+                    raise ValueError(field)
+
+
+@all_methods
 def test_permuting_pairs_permutes_scores(name):
     _, hyper, params, memory = initialise(name)
     images, texts = features.draw_features()

@@ -51,6 +51,8 @@ PAPER = (
     "arXiv 2403.09294, github.com/ASGMVLP/ASGMVLP_CODE"
 )
 REQUIRES: tuple[str, ...] = ("labels", "regions", "region_words")
+IMAGE_FEATURES = ("pooled", "local", "raw")
+TEXT_FEATURES = ("pooled", "local")
 
 
 @dataclass(frozen=True)

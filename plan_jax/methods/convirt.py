@@ -23,6 +23,8 @@ PAPER = (
     "Text, arXiv 2010.00747"
 )
 REQUIRES: tuple[str, ...] = ()
+IMAGE_FEATURES = ("pooled",)
+TEXT_FEATURES = ("pooled",)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ PAPER = (
     "Label-efficient Medical Image Recognition, ICCV 2021, github.com/marshuang80/gloria"
 )
 REQUIRES: tuple[str, ...] = ()
+IMAGE_FEATURES = ("pooled", "local")
+TEXT_FEATURES = ("pooled", "local", "mask")
 
 
 @dataclass(frozen=True)

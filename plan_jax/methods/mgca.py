@@ -56,6 +56,8 @@ PAPER = (
     "Representation Learning, NeurIPS 2022, arXiv 2210.06044, github.com/HKU-MedAI/MGCA"
 )
 REQUIRES: tuple[str, ...] = ()
+IMAGE_FEATURES = ("pooled", "local", "mask", "attention")
+TEXT_FEATURES = ("pooled", "local", "mask", "attention", "next_attention")
 
 
 @dataclass(frozen=True)

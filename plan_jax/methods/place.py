@@ -53,6 +53,8 @@ PAPER = (
     "without the authors' code"
 )
 REQUIRES: tuple[str, ...] = ()
+IMAGE_FEATURES = ("pooled", "local", "raw")
+TEXT_FEATURES = ("pooled", "local", "mask", "sentence")
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ PAPER = (
     "2502.18047; reconstructed here from what is public, without the authors' code"
 )
 REQUIRES: tuple[str, ...] = ()
+IMAGE_FEATURES = ("pooled", "local", "fine")
+TEXT_FEATURES = ("pooled", "local", "word_id")
 MAX_LOGIT_SCALE = 50.0  # of the learned factor on cosines; CLIP's bound is 100
 
 
