@@ -58,6 +58,7 @@ MAY_IMPORT = {
     "command*": "types",
     "predict": "model prediction* data* parallel logger command* types",
     "prepare": "data.preparation data.public.document command* types",
+    "preflight*": "types",
     "main": "config train evaluate model export.sources checkpoint* data.processes parallel "
     "metrics tasks command command.config_files types",
 }
