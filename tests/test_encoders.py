@@ -125,6 +125,41 @@ def test_masked_words_do_not_enter_batch_statistics():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_scanned_blocks_of_a_resnet_change_neither_values_nor_statistics():
+    """A stage of three blocks, two of them equal, and one of four with dilations."""
+    options = {"widths": (4, 8), "depths": (3, 4), "local_stage": 0, "dilated": 1, "position": True}
+    plain = dual_encoder.make_image_tower("resnet_tiny", None, jnp.float32, **options)
+    other = dual_encoder.make_image_tower(
+        "resnet_tiny", None, jnp.float32, **options, scan=True, remat=True
+    )
+    x = jax.random.normal(KEY, (3, 32, 32, 1))
+    variables = plain.init(KEY, x)
+    shapes = jax.eval_shape(other.init, KEY, x)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
+    # Running statistics that differ between blocks.
+    stats, structure = jax.tree.flatten(variables["batch_stats"])
+    stats = [leaf + 0.1 * index for index, leaf in enumerate(stats)]
+    variables["batch_stats"] = jax.tree.unflatten(structure, stats)
+
+    def gradient(tower, train):
+        def total(params):
+            output, updated = tower.apply(
+                {**variables, "params": params}, x, train, mutable=["batch_stats"]
+            )
+            return (output.pooled**3).sum() + (output.local**2).sum(), (output.pooled, updated)
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(variables["params"])
+
+    for train in (True, False):
+        expected, found = gradient(plain, train), gradient(other, train)
+        assert jax.tree.structure(expected) == jax.tree.structure(found)
+        for a, b in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(a).max()))
+    # In evaluation no collection need be mutable.
+    for a, b in zip(plain.apply(variables, x)[:2], other.apply(variables, x)[:2], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
 def test_both_towers_meet_in_one_space():
     model = make_encoder()
     tokens, index, ids, sentence = draw_texts()

@@ -6,6 +6,7 @@ bottleneck has the stride; its padding; BatchNorm as torch has it).
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
@@ -122,8 +123,10 @@ class ResNet(nn.Module):
     `position` adds a learned map of positions to the local stage, and the pooling `mean_max`
     concatenates the mean and the maximum: both help small towers trained from scratch. `remat`
     recomputes the activations inside a block in the backward pass instead of storing them. With
-    `frozen_layers` above 0, the stem and that many stages are frozen: no gradient, and BatchNorm
-    as in evaluation.
+    `scan` the equal blocks of a stage, all but its first, are one `lax.scan` over their stacked
+    parameters: a program of one of them, which compiles in less time, for a copy of the
+    parameters. With `frozen_layers` above 0, the stem and that many stages are frozen: no gradient,
+    and BatchNorm as in evaluation.
     """
 
     widths: tuple[int, ...]
@@ -136,6 +139,7 @@ class ResNet(nn.Module):
     dilated: int = 0
     position: bool = False
     pool: Literal["mean", "mean_max"] = "mean"
+    scan: bool = False
     remat: bool = False
     frozen_layers: int = 0
     axis: str | None = None
@@ -174,27 +178,48 @@ class ResNet(nn.Module):
     ) -> Float[Array, "B V U E"]:
         """Applies the blocks of a stage."""
         block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        first_dilated = len(self.widths) - self.dilated
-        for index in range(self.depths[stage]):
-            stride = 2 if stage > 0 and index == 0 else 1
-            dilation = 1
-            if stage >= first_dilated:
-                # As in torchvision, the first block keeps the dilation of the stage before.
-                dilation = 2 ** (stage - first_dilated + (index > 0))
-                stride = 1
-            block = block_class(
-                self.widths[stage],
-                stride,
-                self.bottleneck,
-                self.axis,
-                self.dtype,
-                dilation,
-                name=f"layer{stage + 1}_{index}",
+        is_scanned = self.scan and self.depths[stage] > 2 and not self.is_initializing()
+        for index in range(1 if is_scanned else self.depths[stage]):
+            x = block_class(*self._options(stage, index), name=f"layer{stage + 1}_{index}")(
+                x, train
             )
-            x = block(x, train)
             if self.position and stage == self.local_stage and index == 0:
                 position = self.param("position", nn.initializers.normal(0.1), x.shape[1:])
                 x = x + position.astype(x.dtype)
+        return self._scan_blocks(stage, x, train) if is_scanned else x
+
+    def _options(self, stage: int, index: int) -> tuple[int, int, bool, str | None, Any, int]:
+        """Returns the fields of a `Block`, equal for all blocks of a stage but the first."""
+        first_dilated = len(self.widths) - self.dilated
+        stride = 2 if stage > 0 and index == 0 else 1
+        dilation = 1
+        if stage >= first_dilated:
+            # As in torchvision, the first block keeps the dilation of the stage before.
+            dilation = 2 ** (stage - first_dilated + (index > 0))
+            stride = 1
+        return self.widths[stage], stride, self.bottleneck, self.axis, self.dtype, dilation
+
+    def _scan_blocks(
+        self, stage: int, x: Float[Array, "B V U E"], train: bool
+    ) -> Float[Array, "B V U E"]:
+        """Applies all blocks of a stage but the first as one block over stacked parameters."""
+        block = Block(*self._options(stage, 1), parent=None)
+        names = [f"layer{stage + 1}_{index}" for index in range(1, self.depths[stage])]
+        variables = [
+            {kind: self.variables[kind][name] for kind in ("params", "batch_stats")}
+            for name in names
+        ]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variables)
+
+        def body(x: Array, variables: Any) -> tuple[Array, Any]:
+            y, updated = block.apply(variables, x, train, mutable=["batch_stats"])
+            return y, updated["batch_stats"]
+
+        x, stacked_stats = lax.scan(jax.checkpoint(body) if self.remat else body, x, stacked)
+        if train and self.is_mutable_collection("batch_stats"):
+            for index, name in enumerate(names):
+                stats = jax.tree.map(lambda leaf, n=index: leaf[n], stacked_stats)
+                self.put_variable("batch_stats", name, stats)
         return x
 
     def _stem(
