@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from plan_jax.encoders import ImageOutput
 from plan_jax.layers.batch_norm import BatchNorm
 from plan_jax.layers.cpu.convolution import conv2d
+from plan_jax.layers.pooling import max_pixel
 from plan_jax.layers.resize import resize_align_corners
 
 RESNETS = {
@@ -162,7 +163,7 @@ class ResNet(nn.Module):
             fine = x if stage == self.local_stage - 1 else fine
         pooled = x.mean((1, 2))
         if self.pool == "mean_max":
-            pooled = jnp.concatenate([pooled, x.max((1, 2))], -1)
+            pooled = jnp.concatenate([pooled, max_pixel(x)], -1)
         return ImageOutput(pooled, local, fine, stages=tuple(stages))
 
     def is_frozen(self, name: str) -> bool:
