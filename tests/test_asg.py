@@ -191,8 +191,9 @@ def test_dropout_differs_between_images_and_keys():
 
 def test_soft_targets_sum_to_one_and_follow_the_tags():
     labels = jnp.array([[1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, -1]], jnp.int8)
-    target = asg.soft_targets(labels, asg.Hyper())
+    target, transposed = asg.soft_targets(labels, asg.Hyper())
     np.testing.assert_allclose(target.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(transposed, target.T, rtol=1e-6)
     assert target[0, 1] > 1000 * target[0, 2]
     np.testing.assert_allclose(target[0, :2], [1 / 1.2, 0.2 / 1.2], rtol=1e-4)
     # A study without tags resembles no other study, not even another one without tags.

@@ -33,7 +33,7 @@ fits ViT only).
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class Hyper:
     """Constants of the code (main.py, irl_model.py); the paper's are the same, where given."""
 
     tau: float = 0.07
+    contrast: Literal["softmax", "sigmoid"] = "softmax"  # of (1); sigmoid: SigLIP's, without tau
     soft_share: float = 0.2  # share of tag similarity in the soft targets
     target_smoothing: float = 1e-6  # added to every soft target, whose logarithm is taken
     weight_region: float = 1.0
@@ -70,6 +71,7 @@ class Hyper:
     hidden_dim: int = 1024  # of the decoder's MLPs
     dropout_rate: float = 0.1
     aligned: bool = True  # RoIAlign with pixel centres at +1/2
+    tile_size: int = 16  # images at a time, in the tag decoder and for regions
 
     def __post_init__(self) -> None:
         check_hyper(
@@ -84,6 +86,7 @@ class Hyper:
             num_heads=COUNT,
             hidden_dim=Range(1, 2**16),
             dropout_rate=Range(0, 0.99),  # at 1, attention weights would be divided by 0
+            tile_size=COUNT,
         )
 
 
@@ -144,6 +147,8 @@ def encode_tags(
 def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
     """Returns the tag decoder's parameters; the memory holds the frozen tag features, [F E].
 
+    Parameters of the sigmoid loss are beside the decoder's, if it is chosen.
+
     Raises:
       UserError: the width of the tags is not divisible by the number of heads.
     """
@@ -155,7 +160,8 @@ def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Param
         )
     pixels = jnp.zeros((1, context.width))
     params = build_decoder(hyper).init(key, context.tags, pixels, False)["params"]
-    return {"decoder": params}, {"tags": context.tags}
+    params = {"decoder": params} | contrastive.init_sigmoid(hyper.contrast)
+    return params, {"tags": context.tags}
 
 
 def similarity(
@@ -243,19 +249,57 @@ def region_loss(
     return jnp.sum(jnp.where(real, total, 0.0)), real.sum().astype(jnp.float32)
 
 
-def soft_targets(labels: Int8[Array, "B F"], hyper: Hyper) -> Float[Array, "B B"]:
-    """Computes the targets Y of *equation 4* from the tags; -1 (unknown) counts as absent."""
+def region_losses(
+    images: Features,
+    texts: Features,
+    boxes: Float[Array, "b R 4"],
+    region_words: Bool[Array, "b R W"],
+    hyper: Hyper,
+) -> Float[Array, "2"]:
+    """Computes the sums of `region_loss` over the pairs, `tile_size` pairs at a time."""
+    pair_loss = functools.partial(region_loss, grid=images.grid, hyper=hyper)
+
+    def tile_losses(tile: tuple[Array, ...]) -> tuple[Array, Array]:
+        pixels, words, *regions = tile
+        sides = contrastive.l2_normalise(pixels), contrastive.l2_normalise(words)
+        return jax.vmap(pair_loss)(*sides, *regions)
+
+    items = images.local, texts.local, boxes, region_words
+    return jnp.stack(contrastive.map_tiles(tile_losses, items, hyper.tile_size)).sum(1)
+
+
+def soft_targets(
+    labels: Int8[Array, "b F"], hyper: Hyper, axis: str | None = None
+) -> tuple[Float[Array, "b B"], Float[Array, "b B"]]:
+    """Computes targets of *equation 4* from the tags; -1 (unknown) counts as absent.
+
+    Returns:
+      Y_ij for the texts j of all devices as targets of this device's images i, whose rows sum to 1,
+      and Y_ji for this device's images i as targets of all texts j.
+    """
+    labels_B = contrastive.all_gather(labels, axis)
     tags = contrastive.l2_normalise((labels > 0).astype(jnp.float32))
-    soft = hyper.soft_share * tags @ tags.T + hyper.target_smoothing
-    target = (1 - hyper.soft_share) * jnp.eye(len(tags)) + soft
-    return target / target.sum(-1, keepdims=True)
+    tags_B = contrastive.l2_normalise((labels_B > 0).astype(jnp.float32))
+    is_own = jax.nn.one_hot(contrastive.global_indices(len(tags), axis), len(tags_B))
+    soft = hyper.soft_share * tags @ tags_B.T + hyper.target_smoothing
+    target_bB = (1 - hyper.soft_share) * is_own + soft
+    # The table before scaling is symmetric. Its rows are linear in the tags, so that the sums of
+    # all of them need no table of the whole batch.
+    sums_B = (1 - hyper.soft_share) + hyper.soft_share * tags_B @ tags_B.sum(0)
+    sums_B += hyper.target_smoothing * len(tags_B)
+    return target_bB / target_bB.sum(-1, keepdims=True), target_bB / sums_B
 
 
-def soft_loss(logits: Float[Array, "B B"], target: Float[Array, "B B"]) -> Float[Array, ""]:
-    """Computes `(KL(Y||p) + KL(p||Y)) / 2` for each row, p its softmax: *equation 4*; the mean."""
+def soft_loss(
+    log_p: Float[Array, "b B"], target: Float[Array, "b B"], axis: str | None = None
+) -> Float[Array, ""]:
+    """Computes `(KL(Y||p) + KL(p||Y)) / 2` of each item of the batch: *equation 4*; the mean.
+
+    A device passes the part of its b images; the mean is over all B items.
+    """
     # Both divergences share one sum: KL(Y||p) + KL(p||Y) = sum (Y - p) (log Y - log p).
-    log_p, log_y = jax.nn.log_softmax(logits, -1), jnp.log(target)
-    return jnp.sum((target - jnp.exp(log_p)) * (log_y - log_p), -1).mean() / 2
+    terms_bB = (target - jnp.exp(log_p)) * (jnp.log(target) - log_p)
+    return contrastive.mean(jnp.sum(terms_bB, -1), axis) / 2
 
 
 def tag_losses(
@@ -267,7 +311,10 @@ def tag_losses(
     hyper: Hyper,
     axis: str | None,
 ) -> Float[Array, " b"]:
-    """Computes the tag loss of each image: *equation 3*, mean over tags; -1 counts as absent."""
+    """Computes the tag loss of each image: *equation 3*, mean over tags; -1 counts as absent.
+
+    The decoder runs on `tile_size` images at a time.
+    """
     decoder = build_decoder(hyper)
 
     def image_loss(pixels: Array, labels: Array, index: Array) -> Array:
@@ -276,7 +323,8 @@ def tag_losses(
         logits = decoder.apply({"params": params}, tags, pixels, True, rngs=rngs)
         return optax.sigmoid_binary_cross_entropy(logits, labels > 0).mean()
 
-    return jax.vmap(image_loss)(pixels, labels, contrastive.global_indices(len(pixels), axis))
+    items = pixels, labels, contrastive.global_indices(len(pixels), axis)
+    return contrastive.map_tiles(lambda tile: jax.vmap(image_loss)(*tile), items, hyper.tile_size)
 
 
 def loss(
@@ -291,27 +339,31 @@ def loss(
     hyper: Hyper,
     axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
-    """Computes the weighted sum of the four losses: *equations 1-4*, weights 1, 1, 5, 1."""
-    gathered = contrastive.all_gather((images.pooled, texts.pooled, extra["labels"]), axis)
-    image_pooled, text_pooled, labels = gathered
-    logits = contrastive.cosine_similarity(image_pooled, text_pooled) / hyper.tau
-    loss_global = sum(contrastive.info_nce(logits))
-    target = soft_targets(labels, hyper)
-    loss_soft = (soft_loss(logits, target) + soft_loss(logits.T, target)) / 2
-    pair_loss = functools.partial(region_loss, grid=images.grid, hyper=hyper)
-    region_sums = jax.vmap(pair_loss)(
-        contrastive.l2_normalise(images.local),
-        contrastive.l2_normalise(texts.local),
-        extra["regions"],
-        extra["region_words"],
-    )
-    # Images have different numbers of regions: sums are gathered, so that each region counts alike.
-    total, count = (sums.sum() for sums in contrastive.all_gather(region_sums, axis))
+    """Computes the weighted sum of the four losses: *equations 1-4*, weights 1, 1, 5, 1.
+
+    With `contrast="sigmoid"`, `contrastive.sigmoid_loss` replaces equation 1. Equation 4 stays, and
+    with it the softmax of `cosine / tau`.
+    """
+    text_pooled = contrastive.all_gather(texts.pooled, axis)
+    logits_bB = contrastive.cosine_similarity(images.pooled, text_pooled) / hyper.tau
+    by_image = jax.nn.log_softmax(logits_bB, 1)
+    by_text = logits_bB - contrastive.logsumexp_of_columns(logits_bB, axis)
+    if hyper.contrast == "sigmoid":
+        loss_global = contrastive.sigmoid_loss(images.pooled, texts.pooled, params, axis)
+    else:
+        own_log_p = contrastive.own_entries(by_image, axis) + contrastive.own_entries(by_text, axis)
+        loss_global = -contrastive.mean(own_log_p, axis)
+    image_targets, text_targets = soft_targets(extra["labels"], hyper, axis)
+    loss_soft = soft_loss(by_image, image_targets, axis) + soft_loss(by_text, text_targets, axis)
+    loss_soft /= 2
+    region_sums = region_losses(images, texts, extra["regions"], extra["region_words"], hyper)
+    # Images have different numbers of regions: sums are divided, so that each region counts alike.
+    total, count = contrastive.total(region_sums, axis)
     loss_region = total / jnp.maximum(count, 1.0)
     losses_b = tag_losses(
         params["decoder"], memory["tags"], images.raw, extra["labels"], key, hyper, axis
     )
-    loss_tags = contrastive.all_gather(losses_b, axis).mean()
+    loss_tags = contrastive.mean(losses_b, axis)
     value = loss_global + hyper.weight_region * loss_region
     value += hyper.weight_tags * loss_tags + hyper.weight_soft * loss_soft
     metrics = {

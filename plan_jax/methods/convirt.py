@@ -9,7 +9,7 @@ Deviation: negatives come from all devices, not from one.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -33,14 +33,15 @@ class Hyper:
 
     tau: float = 0.1
     image_to_text: float = 0.75  # lambda: weight of image to text; text to image has the rest
+    contrast: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: SigLIP's, without tau and lambda
 
     def __post_init__(self) -> None:
         check_hyper(self, tau=TEMPERATURE, image_to_text=FRACTION)
 
 
 def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
-    """Returns empty parameters and memory: ConVIRT has none of its own."""
-    return {}, {}
+    """Returns the parameters of the sigmoid loss, if chosen; ConVIRT has none of its own."""
+    return contrastive.init_sigmoid(hyper.contrast), {}
 
 
 def similarity(
@@ -80,10 +81,13 @@ def loss(
     """Computes the contrast of the pairs of the whole batch.
 
     *Paper eq. 2-4:* `lambda L_image_to_text + (1 - lambda) L_text_to_image`, each InfoNCE of the
-    cosines / tau.
+    cosines / tau. With `contrast="sigmoid"` it is `contrastive.sigmoid_loss` instead.
     """
-    images, texts = contrastive.all_gather((images, texts), axis)
-    cosines = similarity(params, memory, images, texts, hyper)["global"]
-    image_to_text, text_to_image = contrastive.info_nce(cosines / hyper.tau)
+    if hyper.contrast == "sigmoid":
+        value = contrastive.sigmoid_loss(images.pooled, texts.pooled, params, axis)
+        return value, ({"loss_global": value}, memory)
+    text_pooled = contrastive.all_gather(texts.pooled, axis)
+    cosines = contrastive.cosine_similarity(images.pooled, text_pooled)
+    image_to_text, text_to_image = contrastive.info_nce(cosines / hyper.tau, axis)
     value = hyper.image_to_text * image_to_text + (1 - hyper.image_to_text) * text_to_image
     return value, ({"loss_global": value}, memory)

@@ -44,6 +44,7 @@ class Hyper:
     weight_global: float = 1.0
     normalise_attention: bool = False
     retrieval_score: Literal["sum", "max"] = "sum"
+    contrast: Literal["softmax", "sigmoid"] = "softmax"  # of the cosines; sigmoid: SigLIP's
     tile_size: int = 0  # words at a time, at least those of a text; 0: what suits the device
 
     def __post_init__(self) -> None:
@@ -59,8 +60,8 @@ class Hyper:
 
 
 def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
-    """Returns empty parameters and memory: GLoRIA has none besides its projection heads."""
-    return {}, {}
+    """Returns the parameters of the sigmoid loss, if chosen; GLoRIA has only projection heads."""
+    return contrastive.init_sigmoid(hyper.contrast), {}
 
 
 def local_scores(
@@ -124,14 +125,17 @@ def loss(
     """Computes the contrast of the pairs of the whole batch, locally and globally.
 
     *Paper eq. 3, 8, 9:* both directions of InfoNCE on 10 x local score and on 10 x cosine, summed.
+    With `contrast="sigmoid"` the latter is `contrastive.sigmoid_loss`.
     """
-    texts = contrastive.all_gather(texts, axis)
-    image_pooled = contrastive.all_gather(images.pooled, axis)
-    cosines = contrastive.cosine_similarity(image_pooled, texts.pooled)
-    # Each device scores its own images with all texts, so only the table of scores is gathered.
-    local = local_scores(images.local, texts.local, texts.mask, hyper)
-    local = contrastive.all_gather(local, axis)
-    loss_local = jnp.add(*contrastive.info_nce(hyper.logit_scale * local))
-    loss_global = jnp.add(*contrastive.info_nce(hyper.logit_scale * cosines))
+    # Each device scores its own images with all texts, so only texts are gathered.
+    words, mask = contrastive.all_gather((texts.local, texts.mask), axis)
+    local = local_scores(images.local, words, mask, hyper)
+    loss_local = jnp.add(*contrastive.info_nce(hyper.logit_scale * local, axis))
+    if hyper.contrast == "sigmoid":
+        loss_global = contrastive.sigmoid_loss(images.pooled, texts.pooled, params, axis)
+    else:
+        text_pooled = contrastive.all_gather(texts.pooled, axis)
+        cosines = contrastive.cosine_similarity(images.pooled, text_pooled)
+        loss_global = jnp.add(*contrastive.info_nce(hyper.logit_scale * cosines, axis))
     value = hyper.weight_local * loss_local + hyper.weight_global * loss_global
     return value, ({"loss_local": loss_local, "loss_global": loss_global}, memory)

@@ -38,8 +38,8 @@ Deviation: the code's other attention, multi-head and off by default, is left ou
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,7 @@ class Hyper:
     weight_global: float = 1.0
     weight_token: float = 1.0
     weight_prototype: float = 1.0
+    contrast: Literal["softmax", "sigmoid"] = "softmax"  # of (1); sigmoid: SigLIP's, without tau
     per_device: bool = False
     padded_negatives: bool = False
     shift_word_weights: bool = False
@@ -98,9 +99,13 @@ class Hyper:
 
 
 def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
-    """Returns the prototypes, Float[K D], of unit length and in random directions."""
+    """Returns the prototypes, Float[K D], of unit length and in random directions.
+
+    Parameters of the sigmoid loss are beside them, if it is chosen.
+    """
     directions = jax.random.normal(key, (hyper.num_prototypes, context.dim))
-    return {"prototypes": contrastive.l2_normalise(directions)}, {}
+    params = {"prototypes": contrastive.l2_normalise(directions)}
+    return params | contrastive.init_sigmoid(hyper.contrast), {}
 
 
 def clip_attention(
@@ -242,41 +247,42 @@ def token_losses(images: Features, texts: Features, hyper: Hyper) -> Float[Array
     return pair_losses(pixels, contrastive.l2_normalise(texts.local), constants)
 
 
-def sinkhorn_codes(scores: Float[Array, "B K"], hyper: Hyper) -> Float[Array, "B K"]:
+def sinkhorn_codes(
+    scores: Float[Array, "b *S K"], hyper: Hyper, axis: str | None = None
+) -> Float[Array, "b *S K"]:
     """Computes soft assignments of items to prototypes, all prototypes used about equally.
 
     *Sinkhorn and Knopp's iteration on exp(scores / epsilon):* every prototype's share of the batch
-    is made equal, then every item's shares are made to sum to 1. There is no gradient.
+    is made equal, then every item's shares are made to sum to 1. The batch is that of all devices,
+    which exchange one sum for each prototype. There is no gradient.
     """
     # In logarithms, since exp(scores / epsilon) overflows for a small epsilon.
     log_codes = lax.stop_gradient(scores) / hyper.epsilon
     for _ in range(hyper.sinkhorn_iterations):
-        log_codes = jax.nn.log_softmax(jax.nn.log_softmax(log_codes, 0), 1)
+        shares = contrastive.logsumexp_over_devices(jax.nn.logsumexp(log_codes, 0), axis)
+        log_codes = jax.nn.log_softmax(log_codes - shares, -1)
     return jnp.exp(log_codes)
 
 
 def prototype_loss(
     prototypes: Float[Array, "K D"],
-    images: Float[Array, "B D"],
-    texts: Float[Array, "B D"],
+    images: Float[Array, "b D"],
+    texts: Float[Array, "b D"],
     step: Array,
     hyper: Hyper,
+    axis: str | None = None,
 ) -> Float[Array, ""]:
     """Computes the prediction of each side's codes from the other side: *equation 4*.
 
-    The result is the mean of both directions.
+    The result is the mean of both directions, over the pairs of all devices.
     """
     frozen = step < hyper.freeze_prototype_steps
     prototypes = jnp.where(frozen, lax.stop_gradient(prototypes), prototypes)
-    image_scores = contrastive.cosine_similarity(images, prototypes)
-    text_scores = contrastive.cosine_similarity(texts, prototypes)
-
-    def predict(scores: Array, target: Array) -> Array:
-        return optax.softmax_cross_entropy(scores / hyper.tau_prototype, target).mean()
-
-    text_loss = predict(text_scores, sinkhorn_codes(image_scores, hyper))
-    image_loss = predict(image_scores, sinkhorn_codes(text_scores, hyper))
-    return (text_loss + image_loss) / 2
+    # The codes of both sides are computed at once, so that each exchange carries both.
+    scores_b2K = contrastive.cosine_similarity(jnp.stack([images, texts], 1), prototypes)
+    targets_b2K = sinkhorn_codes(scores_b2K, hyper, axis)[:, ::-1]
+    losses_b2 = optax.softmax_cross_entropy(scores_b2K / hyper.tau_prototype, targets_b2K)
+    return contrastive.mean(losses_b2.mean(1), axis)
 
 
 def similarity(
@@ -310,19 +316,25 @@ def loss(
     hyper: Hyper,
     axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
-    """Computes the weighted sum of *equations 1, 2 + 3 and 4*."""
-    token = contrastive.all_gather(token_losses(images, texts, hyper), axis).mean()
-    # Without an axis nothing is gathered: each device then has its own negatives and codes.
+    """Computes the weighted sum of *equations 1, 2 + 3 and 4*.
+
+    With `contrast="sigmoid"`, `contrastive.sigmoid_loss` replaces equation 1; with `per_device` its
+    negatives are those of one device too.
+    """
+    token = contrastive.mean(token_losses(images, texts, hyper), axis)
+    # Without an axis nothing is exchanged: each device then has its own negatives and codes.
     group = None if hyper.per_device else axis
-    images, texts = (
-        replace(side, pooled=contrastive.all_gather(side.pooled, group)) for side in (images, texts)
+    if hyper.contrast == "sigmoid":
+        report = contrastive.sigmoid_loss(images.pooled, texts.pooled, params, group)
+    else:
+        text_pooled = contrastive.all_gather(texts.pooled, group)
+        cosines = contrastive.cosine_similarity(images.pooled, text_pooled)
+        report = jnp.add(*contrastive.info_nce(cosines / hyper.tau, group))
+    prototype = prototype_loss(
+        params["prototypes"], images.pooled, texts.pooled, step, hyper, group
     )
-    cosines = similarity(params, memory, images, texts, hyper)["global"]
-    report = sum(contrastive.info_nce(cosines / hyper.tau))
-    prototype = prototype_loss(params["prototypes"], images.pooled, texts.pooled, step, hyper)
     if hyper.per_device:
-        means = contrastive.all_gather(jnp.stack([report, prototype])[None], axis).mean(0)
-        report, prototype = means
+        report, prototype = contrastive.mean(jnp.stack([report, prototype])[None], axis)
     value = hyper.weight_global * report + hyper.weight_token * token
     value += hyper.weight_prototype * prototype
     metrics = {"loss_global": report, "loss_token": token, "loss_prototype": prototype}

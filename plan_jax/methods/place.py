@@ -38,7 +38,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -55,6 +54,7 @@ PAPER = (
 REQUIRES: tuple[str, ...] = ()
 IMAGE_FEATURES = ("pooled", "local", "raw")
 TEXT_FEATURES = ("pooled", "local", "mask", "sentence")
+IMAGE_TILE = 64  # images whose observations are extracted at a time
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Hyper:
     num_heads: int = 4  # of every attention; D has to be divisible by it
     max_sentences: int = 12  # of a report; later ones are left out
     match: Literal["max", "soft", "attn"] = "max"
+    contrast: Literal["softmax", "sigmoid"] = "softmax"  # of ITA; sigmoid: SigLIP's, without tau
     tau: float = 0.07  # of ITA
     tau_local: float = 0.07  # of PCMA
     tau_match: float = 0.1  # of "soft" and "attn", and of the weights of queries in the heat map
@@ -167,6 +168,8 @@ class Decoder(nn.Module):
 def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
     """Returns the parameters of extractor, sentence head and decoder, all of width D; no memory.
 
+    Parameters of the sigmoid loss are beside them, if it is chosen.
+
     Raises:
       UserError: D is not divisible by the number of heads.
     """
@@ -183,7 +186,8 @@ def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Param
         "sentence": nn.Dense(dim).init(keys[1], x),
         "decoder": Decoder(hyper).init(keys[2], x, mask, x, mask, x),
     }
-    return {name: module["params"] for name, module in variables.items()}, {}
+    params = {name: module["params"] for name, module in variables.items()}
+    return params | contrastive.init_sigmoid(hyper.contrast), {}
 
 
 def extract_observations(
@@ -248,23 +252,26 @@ def late_interaction(
 
 
 def contrast_sentences(
-    observations: Float[Array, "B K D"],
-    sentences: Float[Array, "B M D"],
-    real: Bool[Array, "B M"],
+    observations: Float[Array, "b K D"],
+    sentences: Float[Array, "b M D"],
+    real: Bool[Array, "b M"],
     hyper: Hyper,
+    axis: str | None = None,
 ) -> Float[Array, ""]:
     """Computes the contrast of all sentences of the batch for "attn": *equation 4*.
 
     A sentence is paired with the mixture of the observations of its own image, weighted by itself.
+    Each device compares the mixtures of its own b images with the sentences of all devices.
     """
     mixtures = query_weights(observations, sentences, hyper) @ observations
-    products = jnp.einsum("bmd,cnd->bmcn", sentences, contrastive.l2_normalise(mixtures))
-    logits = products.reshape(real.size, -1) / hyper.tau_local  # one row for each of B M sentences
-    target, candidates = jnp.arange(real.size), jnp.broadcast_to(real.ravel(), logits.shape)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-    losses = cross_entropy(logits, target, where=candidates)
-    losses += cross_entropy(logits.T, target, where=candidates)
-    return contrastive.masked_mean(losses, real.ravel())
+    mixtures = contrastive.l2_normalise(mixtures).reshape(real.size, -1)
+    items = sentences.reshape(real.size, -1), real.ravel()
+    all_sentences, all_real = contrastive.all_gather(items, axis)
+    losses = contrastive.pair_cross_entropies(
+        mixtures @ all_sentences.T / hyper.tau_local, axis, real.ravel(), all_real
+    )
+    total = contrastive.total(jnp.sum(jnp.add(*losses) * real.ravel()), axis)
+    return total / jnp.maximum(all_real.sum(), 1)
 
 
 def observation_overlap(observations: Float[Array, "B K D"]) -> Float[Array, " B"]:
@@ -347,7 +354,9 @@ def similarity(
     sentences, real = sentence_observations(params, texts, hyper)
     local = late_interaction(observations, sentences, real, hyper)
     cosines = contrastive.cosine_similarity(images.pooled, texts.pooled)
-    total = cosines / hyper.tau + local / hyper.tau_local
+    is_sigmoid = hyper.contrast == "sigmoid"
+    scale = jnp.exp(params["log_scale"]) if is_sigmoid else 1 / hyper.tau
+    total = scale * cosines + local / hyper.tau_local
     return {"global": cosines, "local": local, "both": total}
 
 
@@ -378,29 +387,31 @@ def loss(
     hyper: Hyper,
     axis: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Memory]]:
-    """Computes ITA, PCMA, CCE and variety over the whole batch, and their sum: *equation 10*."""
-    observations, _ = extract_observations(params, images.local, hyper)
+    """Computes ITA, PCMA, CCE and variety over the whole batch, and their sum: *equation 10*.
+
+    With `contrast="sigmoid"`, ITA is `contrastive.sigmoid_loss`.
+    """
+    observations = contrastive.map_tiles(
+        lambda pixels: extract_observations(params, pixels, hyper)[0], images.local, IMAGE_TILE
+    )
     sentences, real = sentence_observations(params, texts, hyper)
-    gathered = contrastive.all_gather((texts.pooled, sentences, real), axis)
-    text_pooled, sentences, real = gathered
-    image_pooled = contrastive.all_gather(images.pooled, axis)
-    cosines = contrastive.cosine_similarity(image_pooled, text_pooled)
-    ita = sum(contrastive.info_nce(cosines / hyper.tau))
-    if hyper.match == "attn":
-        all_observations = contrastive.all_gather(observations, axis)
-        pcma = contrast_sentences(all_observations, sentences, real, hyper)
+    if hyper.contrast == "sigmoid":
+        ita = contrastive.sigmoid_loss(images.pooled, texts.pooled, params, axis)
     else:
-        # Each device scores its own images with all texts; the table of scores is then gathered.
+        text_pooled = contrastive.all_gather(texts.pooled, axis)
+        cosines = contrastive.cosine_similarity(images.pooled, text_pooled)
+        ita = jnp.add(*contrastive.info_nce(cosines / hyper.tau, axis))
+    if hyper.match == "attn":
+        pcma = contrast_sentences(observations, sentences, real, hyper, axis)
+    else:
+        # Each device scores its own images with the sentences of all texts.
+        sentences, real = contrastive.all_gather((sentences, real), axis)
         local = late_interaction(observations, sentences, real, hyper)
-        logits = contrastive.all_gather(local, axis) / hyper.tau_local
-        pcma = jnp.add(*contrastive.info_nce(logits))
+        pcma = jnp.add(*contrastive.info_nce(local / hyper.tau_local, axis))
     batch, num_pixels = images.local.shape[:2]
     hidden = sample_patch_mask(key, batch, num_pixels, hyper, axis)
-    image_losses = (
-        observation_overlap(observations),
-        correlation_losses(params, images, texts, hidden, hyper),
-    )
-    variety, cce = (losses.mean() for losses in contrastive.all_gather(image_losses, axis))
+    variety = contrastive.mean(observation_overlap(observations), axis)
+    cce = contrastive.mean(correlation_losses(params, images, texts, hidden, hyper), axis)
     value = ita + hyper.weight_pcma * pcma + hyper.weight_cce * cce + hyper.weight_variety * variety
     metrics = {"loss_global": ita, "loss_pcma": pcma, "loss_cce": cce, "loss_variety": variety}
     return value, (metrics, memory)

@@ -62,6 +62,7 @@ class Hyper:
     rounds: int = 1  # T, of refinement; 0 is one soft attention
     refinement_start_step: int = 0  # step from which rounds >= 1 count in the loss
     tau: float = 0.1  # initial temperature of the global contrast; it is learned
+    contrast: Literal["softmax", "sigmoid"] = "softmax"  # global; sigmoid: SigLIP's, without tau
     tau_local: float = 0.1  # of the report and word contrasts (8), (9)
     tau_region: float = 0.1  # of the softmax over pixels (4)
     tau_importance: float = 0.1  # of the soft maxima (2), (3)
@@ -148,6 +149,8 @@ class Alignment(NamedTuple):
 def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Params, Memory]:
     """Returns the learned scale of the global contrast, and an empty history of words.
 
+    The sigmoid loss, if chosen, starts from its own scale and has a learned bias beside it.
+
     Raises:
       UserError: `progress` is "ema" and the run keeps no moving average.
     """
@@ -157,7 +160,8 @@ def init(key: PRNGKeyArray, context: MethodContext, hyper: Hyper) -> tuple[Param
         )
     # Two arrays, since the training step donates its buffers.
     memory = {name: jnp.zeros(hyper.history_size) for name in ("similarity_margin", "count")}
-    return {"log_scale": jnp.log(1 / hyper.tau)}, memory
+    params = {"log_scale": jnp.log(1 / hyper.tau)} | contrastive.init_sigmoid(hyper.contrast)
+    return params, memory
 
 
 # One pair: equations 1 to 6 ---------------------------------------------------------------------
@@ -379,7 +383,9 @@ def similarity(
     sides = TextSide(words, texts.word_id), weight
     local = contrastive.score_all_pairs(score, pixels, sides, hyper.tile_size)
     cosines = contrastive.cosine_similarity(images.pooled, texts.pooled)
-    total = logit_scale(params["log_scale"]) * cosines + local / hyper.tau_local
+    is_sigmoid = hyper.contrast == "sigmoid"
+    scale = (jnp.exp if is_sigmoid else logit_scale)(params["log_scale"])
+    total = scale * cosines + local / hyper.tau_local
     return {"global": cosines, "local": local, "both": total}
 
 
@@ -417,30 +423,33 @@ def loss(
         L = weight_global L_global
             + sum_t omega_t (weight_report L_report^t + weight_word L_word^t)
 
-    L_global is InfoNCE of the cosines times the learned scale, the mean of both directions; the
-    other two are equations 8 and 9 with the matches of round t; omega is that of `round_weights`.
+    L_global is InfoNCE of the cosines times the learned scale, the mean of both directions; with
+    `contrast="sigmoid"` it is `contrastive.sigmoid_loss`. The other two are equations 8 and 9 with
+    the matches of round t; omega is that of `round_weights`.
     """
-    # 1. Sample the words of each text by their history. The weights do not depend on the images: by
-    #    the importance (2), the selection alone would tell which image belongs to the text.
-    all_texts = contrastive.all_gather(texts, axis)
-    weight_TW = history_weights(memory, all_texts.word_id, hyper)
-    count = min(hyper.num_sampled_words, weight_TW.shape[1])
-    sample_TK = plan_contrast.sample_words(weight_TW, key, count)
-    normalised_weight = normalise_weights(jnp.take_along_axis(weight_TW, sample_TK, 1))
+    # 1. Sample words of this device's texts by their history. The weights do not depend on the
+    #    images: by the importance (2), the selection alone would tell which image belongs to the
+    #    text.
+    weight_bW = history_weights(memory, texts.word_id, hyper)
+    count = min(hyper.num_sampled_words, weight_bW.shape[1])
+    sample_bK = plan_contrast.sample_words(weight_bW, key, count, axis)
 
     # 2. Build the sides of the pairs: this device's images, and the sampled words of all texts.
+    #    Only sampled words travel between devices.
     image_sides = unit_image_sides(images)._replace(report_word_id=texts.word_id)
     text_sides = TextSide(
-        _take_words(contrastive.l2_normalise(all_texts.local), sample_TK),
-        jnp.take_along_axis(all_texts.word_id, sample_TK, 1),
+        _take_words(contrastive.l2_normalise(texts.local), sample_bK),
+        jnp.take_along_axis(texts.word_id, sample_bK, 1),
     )
     ema_share = jnp.zeros(())
     if hyper.progress == "ema":
         ema_images, ema_texts = extra["teacher"]
-        ema_words = contrastive.l2_normalise(contrastive.all_gather(ema_texts.local, axis))
+        ema_words = _take_words(contrastive.l2_normalise(ema_texts.local), sample_bK)
         image_sides = image_sides._replace(ema_pixels=contrastive.l2_normalise(ema_images.local))
-        text_sides = text_sides._replace(ema_words=_take_words(ema_words, sample_TK))
+        text_sides = text_sides._replace(ema_words=ema_words)
         ema_share = hyper.ema_share * jnp.minimum(step / hyper.ema_ramp_steps, 1.0)
+    text_sides = contrastive.all_gather(text_sides, axis)
+    normalised_weight = normalise_weights(history_weights(memory, text_sides.word_id, hyper))
 
     # 3. Contrast round 0 over all images, and later rounds over a few candidates each.
     omega = round_weights(step, hyper)
@@ -463,10 +472,13 @@ def loss(
     memory = update_history(memory, first.similarity_margin, text_sides.word_id, hyper)
 
     # 5. Contrast whole images and reports.
-    image_pooled = contrastive.all_gather(images.pooled, axis)
-    cosines = contrastive.cosine_similarity(image_pooled, all_texts.pooled)
-    logits = logit_scale(params["log_scale"]) * cosines
-    loss_global = jnp.add(*contrastive.info_nce(logits)) / 2
+    if hyper.contrast == "sigmoid":
+        loss_global = contrastive.sigmoid_loss(images.pooled, texts.pooled, params, axis)
+    else:
+        text_pooled = contrastive.all_gather(texts.pooled, axis)
+        cosines = contrastive.cosine_similarity(images.pooled, text_pooled)
+        logits = logit_scale(params["log_scale"]) * cosines
+        loss_global = jnp.add(*contrastive.info_nce(logits, axis)) / 2
     metrics["loss_global"] = loss_global
     return hyper.weight_global * loss_global + loss_local, (metrics, memory)
 

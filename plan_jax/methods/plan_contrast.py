@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from plan_jax.methods import contrastive
+
+IMAGE_TILE = 256  # images that a tile of texts is compared with at a time
 
 
 class PairScores(NamedTuple):
@@ -44,15 +45,21 @@ Score = Callable[[PyTree, PyTree], PairScores]
 
 
 def sample_words(
-    weight: Float[Array, "T W"], key: PRNGKeyArray, count: int
-) -> Int[Array, "T {count}"]:
+    weight: Float[Array, "b W"], key: PRNGKeyArray, count: int, axis: str | None = None
+) -> Int[Array, "b {count}"]:
     """Samples `count` words of each text without replacement, with probabilities ~ weight.
 
     By Gumbel's trick (*Kool et al., arXiv 1903.06059*): the largest of `log w_n + Gumbel noise`.
-    Words of weight 0 (padding) come last.
+    Words of weight 0 (padding) come last. A device samples those of its own b texts; they are the
+    same on any number of devices.
     """
+    num_texts, num_words = weight.shape
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(
+        contrastive.global_indices(num_texts, axis)
+    )
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (num_words,)))(keys)
     # Clamped only to avoid log 0; padding is masked below.
-    noisy = jnp.log(jnp.maximum(weight, 1e-9)) + jax.random.gumbel(key, weight.shape)
+    noisy = jnp.log(jnp.maximum(weight, 1e-9)) + noise
     return lax.top_k(jnp.where(weight > 0, noisy, contrastive.MASKED_LOGIT), count)[1]
 
 
@@ -94,8 +101,11 @@ def contrast_all_images(
 
     def contrast_tile(tile: tuple[PyTree, Array, Array]) -> tuple[Array, ...]:
         texts, text_index, weight_tK = tile
-        score_images = jax.vmap(score, (0, None))
-        matches_tbK, in_report_tbK = jax.vmap(score_images, (None, 0))(images, texts)
+        score_images = jax.vmap(jax.vmap(score, (0, None)), (None, 0), out_axes=1)
+        scores = contrastive.map_tiles(
+            lambda images: score_images(images, texts), images, IMAGE_TILE
+        )
+        matches_tbK, in_report_tbK = jax.tree.map(lambda x: x.swapaxes(0, 1), scores)
         is_own = (text_index[:, None] == image_index)[..., None]
         allowed = is_own | ~in_report_tbK | same_word_is_negative
         is_negative = allowed & ~is_own
@@ -104,21 +114,21 @@ def contrast_all_images(
             contrastive.masked_logsumexp(matches_tbK / tau, allowed, 1),
             jnp.sum(matches_tbK * is_own, 1),
             jnp.sum(matches_tbK * is_negative, 1),
-            jnp.sum(is_negative, 1),
+            jnp.sum(is_negative, 1, dtype=jnp.float32),
         )
 
     # The sums over images are taken tile by tile, so only [t b K] matches exist at a time.
     tiles = texts, jnp.arange(len(normalised_weight)), normalised_weight
-    scores_Tb, *sums = contrastive.map_tiles(contrast_tile, tiles, tile_size)
-    scores_IT = contrastive.all_gather(scores_Tb.T, axis)
-    # Each device has summed over its own images: the sums are joined as [devices T K].
-    sums = contrastive.all_gather([sums_TK[None] for sums_TK in sums], axis)
-    logsumexp, positives, negatives, num_negatives = sums
-    # Only the device that holds image j has added C_jjn; the other devices have added 0.
-    positives, logsumexp = positives.sum(0), jax.nn.logsumexp(logsumexp, 0)
-    word_loss = jnp.sum((logsumexp - positives / tau) * normalised_weight, -1).mean()
-    margin = positives - negatives.sum(0) / jnp.maximum(num_negatives.sum(0), 1)
-    return AllImagesContrast(jnp.add(*contrastive.info_nce(scores_IT / tau)), word_loss, margin)
+    scores_Tb, logsumexp, *sums = contrastive.map_tiles(contrast_tile, tiles, tile_size)
+    # Each device has summed over its own images; only the one with image j has added C_jjn.
+    logsumexp = contrastive.logsumexp_over_devices(logsumexp, axis)
+    positive = contrastive.total(jnp.sum(sums[0] * normalised_weight), axis)
+    word_loss = (jnp.sum(logsumexp * normalised_weight) - positive / tau) / len(logsumexp)
+    # The margins enter the history, which has no gradient.
+    sums = contrastive.total(lax.stop_gradient(jnp.stack(sums)), axis)
+    margin = sums[0] - sums[1] / jnp.maximum(sums[2], 1)
+    report_loss = jnp.add(*contrastive.info_nce(scores_Tb.T / tau, axis))
+    return AllImagesContrast(report_loss, word_loss, margin)
 
 
 def contrast_candidates(
@@ -138,7 +148,8 @@ def contrast_candidates(
     The equations are those of `contrast_all_images`, with i and j restricted to candidates of each
     other: image i and text j are candidates if (i - j) mod T < num_candidates. Batches are
     shuffled, so neighbours in the batch are random pairs, and each image and each text has exactly
-    `num_candidates`, its own among them.
+    `num_candidates`, its own among them. The candidates of an image are on its device. Those of a
+    text may lie on others, which exchange their log-sum-exps.
 
     Args:
       score: computes the matches [K N] of one image and one text in N rounds.
@@ -146,16 +157,38 @@ def contrast_candidates(
       num_candidates: at most T are used.
       tile_size: images at a time.
     """
-    num_candidates = min(num_candidates, len(normalised_weight))
+    num_texts = len(normalised_weight)
+    num_candidates = min(num_candidates, num_texts)
     num_images = jax.tree.leaves(images)[0].shape[0]
-    first = contrastive.global_indices(num_images, axis)[0]
+    image_index = contrastive.global_indices(num_images, axis)
     pairs_bC = score_nearby_pairs(
-        score, images, texts, num_candidates=num_candidates, first=first, tile_size=tile_size
+        score,
+        images,
+        texts,
+        num_candidates=num_candidates,
+        first=image_index[0],
+        tile_size=tile_size,
     )
-    pairs_TC = order_by_text(contrastive.all_gather(pairs_bC, axis))
-    is_own = (jnp.arange(num_candidates) == 0)[:, None]  # candidate 0 of a text is its own image
-    allowed = is_own | ~pairs_TC.in_report | same_word_is_negative
-    return candidate_losses(pairs_TC.matches / tau, allowed, normalised_weight)
+    # Candidate 0 of an image is its own text, and candidate 0 of a text is its own image.
+    text_index_bC = (image_index[:, None] - jnp.arange(num_candidates)) % num_texts
+    is_own = (jnp.arange(num_candidates) == 0)[:, None]
+    allowed_bCK = is_own | ~pairs_bC.in_report | same_word_is_negative
+    words_bCKN = pairs_bC.matches / tau
+    reports_bCN = jnp.einsum("bckn,bck->bcn", words_bCKN, normalised_weight[text_index_bC])
+    by_text = order_by_text((words_bCKN, allowed_bCK, reports_bCN), image_index[0], num_texts)
+    (words_TCKN, allowed_TCK, reports_TCN), is_here_TC = by_text
+
+    def combine(logits: Array, mask: Array) -> Array:
+        partial = contrastive.masked_logsumexp(logits, mask[..., None], 1)
+        return contrastive.logsumexp_over_devices(partial, axis)
+
+    image_losses = contrastive.mean(jax.nn.logsumexp(reports_bCN, 1), axis)
+    text_losses = combine(reports_TCN, is_here_TC).mean(0)
+    positives = contrastive.mean(reports_bCN[:, 0], axis)
+    logsumexp_TKN = combine(words_TCKN, allowed_TCK & is_here_TC[..., None])
+    word_losses = jnp.einsum("tkn,tk->n", logsumexp_TKN, normalised_weight) / num_texts
+    # The positives of the words, weighted and summed over the words, are those of the reports.
+    return CandidateContrast(image_losses + text_losses - 2 * positives, word_losses - positives)
 
 
 def score_nearby_pairs(
@@ -185,34 +218,25 @@ def score_nearby_pairs(
     return contrastive.map_tiles(score_tile, (images, index % num_texts), tile_size)
 
 
-def order_by_text(pairs: PyTree) -> PyTree:
+def order_by_text(
+    pairs: PyTree, first: Int[Array, ""] | int, num_texts: int
+) -> tuple[PyTree, Bool[Array, "T C"]]:
     """Reorders the pairs of `score_nearby_pairs`: entry [j, r] becomes text j with image j + r.
 
-    >>> order_by_text(jnp.array([[0, 2], [1, 0], [2, 1]])).tolist()  # entry [i, r]: text i - r
+    Args:
+      pairs: leaves [b C ...], whose images have indices from `first` on in the batch.
+      first: index of the first image.
+      num_texts: T.
+
+    Returns:
+      Leaves [T C ...], and which of their entries are pairs of these images; others have no
+      meaning.
+
+    >>> order_by_text(jnp.array([[0, 2], [1, 0], [2, 1]]), 0, 3)[0].tolist()  # [i, r]: text i - r
     [[0, 0], [1, 1], [2, 2]]
     """
-    size, num_candidates = jax.tree.leaves(pairs)[0].shape[:2]
-    text, offset = jnp.arange(size)[:, None], jnp.arange(num_candidates)[None, :]
-    return jax.tree.map(lambda x: x[(text + offset) % size, offset], pairs)
-
-
-def candidate_losses(
-    logits: Float[Array, "T C K N"],
-    allowed: Bool[Array, "T C K"],
-    normalised_weight: Float[Array, "T K"],
-) -> CandidateContrast:
-    """Computes the losses of `contrast_candidates` from the logits `C_ijn / tau` of N rounds.
-
-    Entry [j, r] is text j with image j + r (modulo T), so its own image is the first.
-    """
-    size, num_candidates = logits.shape[:2]
-    text_NTC = jnp.einsum("tckn,tk->ntc", logits, normalised_weight)
-    # The same scores by image: image i is candidate r of text i - r.
-    image, offset = jnp.arange(size)[:, None], jnp.arange(num_candidates)[None, :]
-    image_NIC = text_NTC[:, (image - offset) % size, offset]
-    labels = jnp.zeros(text_NTC.shape[:2], jnp.int32)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-    text_loss, image_loss = cross_entropy(text_NTC, labels), cross_entropy(image_NIC, labels)
-    logsumexp_TKN = contrastive.masked_logsumexp(logits, allowed[..., None], 1)
-    word_losses = jnp.einsum("tkn,tk->n", logsumexp_TKN - logits[:, 0], normalised_weight) / size
-    return CandidateContrast(text_loss.mean(1) + image_loss.mean(1), word_losses)
+    num_images, num_candidates = jax.tree.leaves(pairs)[0].shape[:2]
+    text, offset = jnp.arange(num_texts)[:, None], jnp.arange(num_candidates)[None, :]
+    image = (text + offset - first) % num_texts
+    is_here, image = image < num_images, jnp.minimum(image, num_images - 1)
+    return jax.tree.map(lambda x: x[image, offset], pairs), is_here
