@@ -77,12 +77,12 @@ def test_loss_and_gradients_are_the_literal_formula(devices, tile, monkeypatch):
     chex.assert_trees_all_close(gradients, expected[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_no_table_of_all_pairs_exists(devices):
-    pairs, dim = 4096, 128
+@pytest.mark.parametrize(("devices", "share"), [(1, 1 / 4), (8, 1 / 8)])
+def test_no_table_of_all_pairs_exists(devices, share):
+    pairs, dim = 4096, 128  # the unit vectors and their gradients take most of the memory
     compiled = compile_on(devices, pairs, dim)
-    table = pairs * pairs // devices * 4  # bytes of the device's rows
-    assert compiled.memory_analysis().temp_size_in_bytes < table / 2
+    table = pairs * pairs * 4  # bytes
+    assert compiled.memory_analysis().temp_size_in_bytes < share * table
     text = compiled.as_text()
     assert "all-gather" not in text
     assert ("collective-permute" in text) == (devices > 1)

@@ -8,6 +8,7 @@ losses    GLoRIA's and MGCA's losses against their originals in torch (no --conf
 encoders  the towers at the papers' sizes against torch's (no --config; needs `make parity`)
 kernels   the CPU kernels in whole towers against XLA's own operations (no --config)
 records   the loader from records and from films, and preparation, against torch (no --config)
+traffic   bytes that the losses exchange on 8 devices, against the least they need (no --config)
 augment   decoding and each preset of `data.augment`, against a compiled batch (no --config)
 
 Times are meaningful only on a quiet machine. The share of the CPUs that other processes use is read
@@ -28,7 +29,7 @@ MIN_REPEATS = 10  # with fewer readings a median means little
 MEMORY_BATCHES = (16, 32, 64, 128)
 AGAINST_TORCH = ("losses", "encoders", "records")
 WITH_CONFIG = ("input", "step", "memory", "evaluation")
-WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels", "augment")
+WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels", "augment", "traffic")
 
 
 # The load of other processes ---------------------------------------------------------------------
@@ -300,6 +301,14 @@ def measure_kernels(args: argparse.Namespace) -> None:
     meter.report()
 
 
+def count_traffic(overrides: list[str]) -> None:
+    """Prints the bytes that the methods' losses exchange; `--config.field=value` applies to all."""
+    import benchmark_traffic
+
+    fields = [override.removeprefix("--config.").partition("=") for override in overrides]
+    benchmark_traffic.main({name: value for name, _, value in fields})
+
+
 def measure_augmentation(args: argparse.Namespace) -> None:
     """Measures the presets of augmentation by one thread, and as a compiled batch."""
     import benchmark_augmentation
@@ -346,6 +355,11 @@ def main() -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.one_thread:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    if args.what == "traffic":  # its programs are compiled and never run
+        os.environ["XLA_FLAGS"] = (
+            "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+            " --xla_cpu_use_fusion_emitters=false"
+        )
     from plan_jax.types import UserError
 
     measurements = {
@@ -354,7 +368,7 @@ def main() -> None:
         "memory": measure_memory,
         "evaluation": measure_evaluation,
     }
-    if args.what not in ("memory", "evaluation"):  # the load does not change memory
+    if args.what not in ("memory", "evaluation", "traffic"):  # the load does not change memory
         require_quiet_machine(args.anyway)
     try:
         if args.what in AGAINST_TORCH:
@@ -363,6 +377,8 @@ def main() -> None:
             measure_kernels(args)
         elif args.what == "augment":
             measure_augmentation(args)
+        elif args.what == "traffic":
+            count_traffic(overrides)
         else:
             measurements[args.what](args, load_config(args.config, overrides))
     except UserError as error:
