@@ -25,6 +25,7 @@ HYPERS = {
 }
 VARIANTS = {
     **{name: (name, {}) for name in HYPERS},
+    "gloria_blocks": ("gloria", {"tile_size": 0}),
     "place_attn": ("place", {"match": "attn"}),
     "plan_ema": ("plan", {"progress": "ema", "ema_ramp_steps": 1}),
     **{f"{name}_sigmoid": (name, {"contrast": "sigmoid"}) for name in HYPERS},

@@ -14,10 +14,11 @@ shared space of 64 and BatchNorm in the heads, raw products saturate both of its
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from plan_jax.methods import contrastive, gloria_packed
@@ -79,12 +80,19 @@ def local_scores(
     """
     if hyper.normalise_attention:
         pixels, words = contrastive.l2_normalise(pixels), contrastive.l2_normalise(words)
+
+    def score_in_blocks(block_size: int, pixels: Array, words: Array, mask: Array) -> Array:
+        settings = gloria_packed.ScoreSettings(
+            hyper.attention_sharpness, hyper.word_sharpness, kind, block_size
+        )
+        return gloria_packed.word_region_scores(pixels, words, mask, settings)
+
+    if hyper.tile_size:
+        return score_in_blocks(hyper.tile_size, pixels, words, mask)
     # Small blocks stay in the caches of a CPU; large ones keep a GPU's or TPU's matrix units busy.
-    block_size = hyper.tile_size or (128 if jax.default_backend() == "cpu" else 2048)
-    settings = gloria_packed.ScoreSettings(
-        hyper.attention_sharpness, hyper.word_sharpness, kind, block_size
-    )
-    return gloria_packed.word_region_scores(pixels, words, mask, settings)
+    # The device is that for which the program is compiled, not that of the machine that compiles.
+    small, large = (partial(score_in_blocks, size) for size in (128, 2048))
+    return lax.platform_dependent(pixels, words, mask, cpu=small, default=large)
 
 
 def similarity(
