@@ -1,15 +1,18 @@
-"""The command line: trains a config, or evaluates a checkpoint.
+"""The command line: trains a config, evaluates a checkpoint, or says what training needs.
 
     plan-jax --config demo
     plan-jax --config demo --config.seed=1 --workdir runs/seed_1
     plan-jax --mode eval --checkpoint runs/demo --config.eval.split=val
     plan-jax --config eval/all_phantom --checkpoint runs/demo
+    plan-jax --config mgca --mode compile --topology v5e-8
 
 `python -m plan_jax.main` is the same command. A config is a file or the name of one of the package,
 and may have an argument, as `gloria:phantom`. `--config.field=value` overrides a field. Re-run the
-same command to resume an interrupted run. Ctrl-C, SIGTERM and a closed terminal save the state of a
-training run; a second Ctrl-C does not wait. SIGTERM exits with 0, signal n otherwise with 128 + n,
-and a mistake is one sentence on stderr and exit code 2.
+same command to resume an interrupted run. `--mode compile` compiles the training step, for this
+machine or for a TPU that need not be there, and prints its memory, traffic and time. Ctrl-C,
+SIGTERM and a closed terminal save the state of a training run; a second Ctrl-C does not wait.
+SIGTERM exits with 0, signal n otherwise with 128 + n, and a mistake is one sentence on stderr and
+exit code 2.
 """
 
 from plan_jax import command
@@ -63,13 +66,23 @@ def run_command(argv: Sequence[str]) -> None:
     from plan_jax import config, parallel
 
     is_evaluation = config.is_evaluation(content or {})
-    if values.mode == "train" and values.checkpoint and not is_evaluation:
+    if values.mode != "eval" and values.checkpoint and not is_evaluation:
         raise UserError("--checkpoint is for --mode eval; a run is resumed by its --workdir")
+    for name in ("topology", "batch", "effort"):
+        if values.mode != "compile" and values[name].present:
+            remedy = "; set --config.batch" if name == "batch" else ""
+            raise UserError(f"--{name} is for --mode compile{remedy}")
+    if values.mode == "compile" and is_evaluation:
+        raise UserError(f"{values.config} only evaluates; compile a config that trains")
     if is_evaluation and not values.checkpoint:
         raise UserError(f"{values.config} evaluates a checkpoint; pass its folder as --checkpoint")
     parallel.initialize()
     with parallel.report_lost_host():
-        if values.mode == "eval" or is_evaluation:
+        if values.mode == "compile":
+            if values.batch is not None:
+                overrides["batch"] = str(values.batch)
+            compile_step(content, overrides, values.topology, values.effort, values.workdir)
+        elif values.mode == "eval" or is_evaluation:
             folder = values.checkpoint or values.workdir or default_workdir(values.config)
             name = Path(default_workdir(values.config)).name if is_evaluation else ""
             evaluate(content, overrides, folder, name, values.workdir)
@@ -91,9 +104,19 @@ def define_flags() -> flags.FlagValues:
         "run's",
         **options,
     )
-    flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do", **options)
+    flags.DEFINE_enum("mode", "train", ["train", "eval", "compile"], "what to do", **options)
     flags.DEFINE_string(
         "checkpoint", None, "run, one of its steps, or a saved model, to evaluate", **options
+    )
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "TPUs to compile for, such as v5e-8 or v5e:2x4; without it, the machine at hand",
+        **options,
+    )
+    flags.DEFINE_integer("batch", None, "config.batch of --mode compile", **options)
+    flags.DEFINE_float(
+        "effort", 0.0, "of the compiler, -1 (soonest) to 1, in --mode compile", -1, 1, **options
     )
     flags.DEFINE_bool("help", False, "show this and exit", short_name="h", **options)
     return values
@@ -299,6 +322,55 @@ def evaluate(
     parallel.configure_backend(1, config.parallel.cache or programs)
     command.describe_interruption("no results were written")
     report_results(lambda: evaluate_checkpoint(config, source, out), out / "report.html")
+
+
+def compile_step(
+    content: Mapping[str, Any] | None,
+    overrides: Mapping[str, str],
+    topology: str | None,
+    effort: float,
+    workdir: str | None,
+) -> None:
+    """Compiles the training step of a config, and prints what it needs.
+
+    Args:
+      content: the config.
+      overrides: fields set on the command line.
+      topology: TPUs that need not be there; None for the devices of this machine.
+      effort: how much XLA tries to make the step fast.
+      workdir: the folder for `preflight.json`, the figures; None writes no file.
+
+    Raises:
+      UserError: for a mistake of the user.
+    """
+    if content is None:
+        raise UserError("--config is missing; pass --config demo, for example")
+    import jax
+
+    from plan_jax import config as configs
+    from plan_jax import parallel, preflight
+
+    config = configs.Config.from_dict(apply_overrides(content, overrides))
+    configs.check_image_size(config, is_training=True)
+    if workdir:
+        require_writable(Path(workdir), "workdir", "pass another --workdir")
+    if topology:
+        # Accelerators would be asked for, and this process does not run anything.
+        if command.owns_process() and "JAX_PLATFORMS" not in os.environ:
+            jax.config.update("jax_platforms", "cpu")
+        target = preflight.make_target(topology, config.parallel.devices)
+    else:
+        cache = config.parallel.cache or "programs"
+        parallel.configure_backend(config.parallel.cpu_devices, cache)
+        target = preflight.find_target(config.parallel.devices)
+    command.describe_interruption("nothing was written")
+    result = preflight.compile_step(config, target, effort)
+    if parallel.is_main():
+        print(preflight.format_report(result))
+        if workdir:
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+            path = Path(workdir) / "preflight.json"
+            path.write_text(json.dumps(preflight.to_dict(result), indent=2) + "\n")
 
 
 def report_results(compute_metrics: Callable[[], Mapping[str, Any]], page: Path) -> None:

@@ -58,9 +58,13 @@ MAY_IMPORT = {
     "command*": "types",
     "predict": "model prediction* data* parallel logger command* types",
     "prepare": "data.preparation data.public.document command* types",
-    "preflight*": "types",
+    "preflight": "preflight.*",
+    "preflight.hlo": "",
+    "preflight.shapes": "config data.phantom data.preparation data.public.builder model parallel "
+    "state types",
+    "preflight*": "preflight.* config parallel step types",
     "main": "config train evaluate model export.sources checkpoint* data.processes parallel "
-    "metrics tasks command command.config_files types",
+    "metrics tasks command command.config_files preflight types",
 }
 # The only files that may import these libraries.
 ONLY_IN = {

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from plan_jax.preflight.collectives import Collective, list_collectives, shape_bytes
+from plan_jax.preflight.collectives import Collective, list_collectives
+from plan_jax.preflight.hlo import shape_bytes
 
 AXIS = "devices"
 RING = [(i, (i + 1) % 4) for i in range(4)]
