@@ -72,6 +72,8 @@ ONLY_IN = {
     "torch": (
         "plan_jax/weights/sources.py",
         "tools/benchmark_losses.py",
+        "tools/benchmark_device.py",
+        "tools/benchmark_device_torch.py",
         "tools/benchmark_encoders.py",
         "tools/benchmark_records.py",
     ),
@@ -81,7 +83,11 @@ ONLY_IN = {
     "dill": (),
     "importlib.util": (),
     "importlib.import_module": ("plan_jax/tasks/__init__.py",),
-    "transformers": ("plan_jax/data/tokenizer.py", "tools/benchmark_encoders.py"),
+    "transformers": (
+        "plan_jax/data/tokenizer.py",
+        "tools/benchmark_device_torch.py",
+        "tools/benchmark_encoders.py",
+    ),
     "safetensors": (
         "plan_jax/export/folder.py",
         "plan_jax/export/reader.py",

@@ -10,6 +10,8 @@ kernels   the CPU kernels in whole towers against XLA's own operations (no --con
 records   the loader from records and from films, and preparation, against torch (no --config)
 traffic   bytes that the losses exchange on 8 devices, against the least they need (no --config)
 augment   decoding and each preset of `data.augment`, against a compiled batch (no --config)
+device    a training step of each method at paper size, against torch's (no --config; needs torch,
+          except with --sides jax); --config.field=value overrides a field of all methods
 
 Times are meaningful only on a quiet machine. The share of the CPUs that other processes use is read
 before and during a measurement; above 5 % nothing is measured, unless `--anyway` is given.
@@ -24,12 +26,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import benchmark_device
+
 MAX_LOAD = 0.05  # share of all CPUs that other processes may use
 MIN_REPEATS = 10  # with fewer readings a median means little
 MEMORY_BATCHES = (16, 32, 64, 128)
 AGAINST_TORCH = ("losses", "encoders", "records")
 WITH_CONFIG = ("input", "step", "memory", "evaluation")
-WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels", "augment", "traffic")
+WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels", "augment", "traffic", "device")
 
 
 # The load of other processes ---------------------------------------------------------------------
@@ -87,11 +91,14 @@ def load_config(path: str, overrides: list[str]) -> Any:
     from plan_jax import main
     from plan_jax.config import Config
 
-    fields = [override.removeprefix("--config.").partition("=") for override in overrides]
-    content = main.apply_overrides(
-        main.load_config_file(path), {name: value for name, _, value in fields}
-    )
+    content = main.apply_overrides(main.load_config_file(path), split_overrides(overrides))
     return Config.from_dict(content)
+
+
+def split_overrides(overrides: list[str]) -> dict[str, str]:
+    """Returns the fields and values of overrides such as `--config.batch=16`."""
+    fields = [override.removeprefix("--config.").partition("=") for override in overrides]
+    return {name: value for name, _, value in fields}
 
 
 def print_header() -> None:
@@ -318,6 +325,16 @@ def measure_augmentation(args: argparse.Namespace) -> None:
     meter.report()
 
 
+def measure_device(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Measures the whole step of each method on the device, against torch's."""
+    meter = LoadMeter()
+    try:
+        benchmark_device.main(args, split_overrides(overrides))
+    except ModuleNotFoundError as error:
+        sys.exit(f"device needs {error.name}; make parity, or measure JAX alone by --sides jax")
+    meter.report()
+
+
 # The command line --------------------------------------------------------------------------------
 
 
@@ -335,6 +352,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--steps", type=int, default=3, help="steps or batches per reading")
     parser.add_argument("--one-thread", action="store_true", help="without a config: CPU time")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too")
+    benchmark_device.add_arguments(parser)
     args, overrides = parser.parse_known_args()
     unknown = [override for override in overrides if not override.startswith("--config.")]
     if unknown:
@@ -351,7 +369,9 @@ def main() -> None:
     if args.devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
-    if args.what in WITHOUT_CONFIG:
+    if args.what == "device":
+        benchmark_device.prepare_environment(args)
+    elif args.what in WITHOUT_CONFIG:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.one_thread:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
@@ -379,6 +399,8 @@ def main() -> None:
             measure_augmentation(args)
         elif args.what == "traffic":
             count_traffic(overrides)
+        elif args.what == "device":
+            measure_device(args, overrides)
         else:
             measurements[args.what](args, load_config(args.config, overrides))
     except UserError as error:

@@ -81,7 +81,7 @@ def draw_features(
 
 def info_nce(logits: torch.Tensor) -> torch.Tensor:
     """Returns the sum of the cross-entropies of rows and columns of [B B]; pairs are diagonal."""
-    labels = torch.arange(len(logits))
+    labels = torch.arange(len(logits), device=logits.device)
     return functional.cross_entropy(logits, labels) + functional.cross_entropy(logits.T, labels)
 
 
@@ -132,7 +132,7 @@ def torch_context_contrast(
     """Computes MGCA's contrast of items [B N D] with their own contexts, weighted by [B N]."""
     num_pairs, count, _ = items.shape
     table = torch.bmm(items, functional.normalize(contexts, dim=-1).transpose(1, 2)) / 0.1
-    labels, total = torch.arange(count).repeat(num_pairs), 0.0
+    labels, total = torch.arange(count, device=items.device).repeat(num_pairs), 0.0
     for logits in (table, table.transpose(1, 2)):
         rows = logits.reshape(num_pairs * count, count)
         losses = functional.cross_entropy(rows, labels, reduction="none").view(num_pairs, count)
@@ -148,8 +148,12 @@ def torch_mgca(
     prototypes: torch.Tensor,
     padding: torch.Tensor,
     weight: torch.Tensor,
+    patch_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Computes MGCA's loss of [B D], [B D], [B P D], [B W D], [K D], [B W] and [B W]."""
+    """Computes MGCA's loss of [B D], [B D], [B P D], [B W D], [K D], [B W] and [B W].
+
+    `patch_weight` [B P] are the weights of patches; None weights all alike, as for a ResNet.
+    """
     image, text, patches, words, prototypes = (
         functional.normalize(x, dim=-1) for x in (image, text, patches, words, prototypes)
     )
@@ -158,8 +162,10 @@ def torch_mgca(
     token_loss = torch_context_contrast(words, torch.bmm(over_patches, patches), weight)
     logits = torch.bmm(patches, words.transpose(1, 2)) / 0.1
     over_words = functional.softmax(logits.masked_fill(padding[:, None], float("-inf")), -1)
-    uniform = torch.full(patches.shape[:2], 1 / patches.shape[1])
-    token_loss = token_loss + torch_context_contrast(patches, torch.bmm(over_words, words), uniform)
+    if patch_weight is None:
+        patch_weight = patches.new_full(patches.shape[:2], 1 / patches.shape[1])
+    contexts = torch.bmm(over_words, words)
+    token_loss = token_loss + torch_context_contrast(patches, contexts, patch_weight)
     sides, prototype_loss = (image @ prototypes.T, text @ prototypes.T), 0.0
     for source, predicted in (sides, sides[::-1]):
         log_softmax = functional.log_softmax(predicted / 0.2, 1)
