@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -159,6 +160,31 @@ def test_rows_compare_jax_with_each_side():
     assert theirs.endswith("| 100 | 100 | 80.0 | 3.00 | 25% | 3.0 | 0.50 | 0.60 | 1 |")
     assert "| compile | out of memory | - |" in failed
     assert failed.count("|") == ours.count("|")
+
+
+def test_each_method_is_a_process_and_a_failure_is_a_line(monkeypatch, capsys):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        method = command[-3]
+        if method == "plan":
+            return subprocess.CompletedProcess(command, 1, "jax 0.10.2\n", "progress\nno memory\n")
+        output = f"jax 0.10.2\n\n| method |\n|---|\n| {method} | float32 |\nother processes\n"
+        return subprocess.CompletedProcess(command, 0, output, "")
+
+    monkeypatch.setattr(benchmark_device.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["tools/benchmark.py", "device"])
+    parser = argparse.ArgumentParser()
+    benchmark_device.add_arguments(parser)
+    args = parser.parse_args(["--platform", "cpu", "--methods", "mgca", "plan", "asg"])
+    benchmark_device.main(args, {})
+    assert capsys.readouterr().out == (
+        "jax 0.10.2\n\n| method |\n|---|\n| mgca | float32 |\n"
+        "plan, float32: no memory\n| asg | float32 |\n"
+    )
+    assert [command[-4:] for command in commands][0] == ["--methods", "mgca", "--dtypes", "float32"]
+    assert all("--anyway" in command for command in commands)
 
 
 def test_a_missing_torch_is_one_sentence(monkeypatch):

@@ -8,6 +8,7 @@ agree: a side that computes less would be faster.
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,15 @@ import optax
 import pytest
 import torch
 
+from plan_jax.methods import plan
 from plan_jax.model import build_components
 from plan_jax.state import init_state
-from plan_jax.types import UserError
+from plan_jax.types import Features, MethodContext, UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import benchmark_device
-from benchmark_device_torch import Encoder, TorchStep
+from benchmark_device_torch import Encoder, PlanLoss, TorchStep, to_tensors
 
 BATCH, FINDINGS = 4, ("effusion", "opacity", "pneumothorax")
 COMMON = {
@@ -43,7 +45,7 @@ CASES = {
     "mgca": {"hyper.num_prototypes": "10"},
     "asg": {"hyper.num_layers": "2", "hyper.hidden_dim": "32", "hyper.dropout_rate": "0.0"},
     "place": {"hyper.mask_ratio": "1.0"},  # all patches are hidden
-    "plan": {"data.size": "64"},  # all words are drawn
+    "plan": {},  # all words are drawn
 }
 
 
@@ -51,8 +53,7 @@ def load_config(folder, method):
     vocabulary = benchmark_device.write_vocabulary(folder / "vocab.txt", 4000)
     overrides = {**COMMON, **CASES[method]}
     config = benchmark_device.load_paper_config(method, "float32", BATCH, vocabulary, overrides)
-    vision = {"name": "resnet18", "resize": 64} if method == "plan" else {"name": "vit_tiny"}
-    return dataclasses.replace(config, vision=vision)
+    return dataclasses.replace(config, vision={"name": "vit_tiny"}, fine_map=False)
 
 
 def to_array(tensor):
@@ -200,6 +201,83 @@ def test_the_first_losses_and_gradients_agree(name, tmp_path):
     print(f"\n{name}: losses {value:.6f} {torch_loss:.6f}, norms {norm:.6f} {torch_norm:.6f}")
     np.testing.assert_allclose(value, torch_loss.item(), rtol=1e-4)
     np.testing.assert_allclose(norm, torch_norm.item(), rtol=2e-3)
+
+
+def test_the_maps_of_a_resnet_agree(tmp_path):
+    config = load_config(tmp_path, "plan")
+    vision = {"name": "resnet18", "resize": 64}
+    config = dataclasses.replace(config, vision=vision, fine_map=True)
+    components = build_components(config)
+    batch = benchmark_device.draw_batch(config, 3, 5)
+    torch.manual_seed(0)
+    encoder = Encoder(config, components.tokenizer.vocab_size)
+    encoder.set_layout(torch.channels_last)
+    state, _ = init_state(components, save_towers(config, encoder, tmp_path), batch)
+    params = merge(state.params["encoders"], head_params(encoder))
+
+    @jax.jit
+    def run(params, image):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        options = {"mutable": ["batch_stats"], "method": "encode_image"}
+        images, _ = components.encoder.apply(variables, image, True, **options)
+        return {name: getattr(images, name) for name in components.method.IMAGE_FEATURES}
+
+    tensors = to_tensors(batch, "cpu")
+    words = tensors.word_id.shape[1]
+    expected, _ = encoder(tensors.image, tensors.tokens, tensors.word_index, words)
+    for name, actual in run(params, jnp.asarray(batch.image)).items():
+        # BatchNorm's statistics are over a few pixels, which amplifies the rounding.
+        value = expected[name].detach().numpy()
+        np.testing.assert_allclose(actual, value, atol=1e-2, err_msg=name)
+    assert expected["grids"] == ((4, 4), (8, 8))
+
+
+def test_the_loss_of_plan_with_a_finer_map():
+    hyper = plan.Hyper(rounds=2, eta=0.5, num_sampled_words=6, num_candidates=3)
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    word_id = rng.integers(1, 9, (5, 6)).astype(np.int32)
+    word_id[1, 4:] = 0
+    image = {"pooled": draw(5, 8), "local": draw(5, 6, 8), "fine": draw(5, 24, 8)}
+    text = {"pooled": draw(5, 8), "local": draw(5, 6, 8) * (word_id > 0)[..., None]}
+    loss = PlanLoss(hyper)
+    _, memory = plan.init(jax.random.key(0), MethodContext(8), hyper)
+
+    @jax.jit
+    def run(memory, learned, word_id):
+        def value(learned):
+            images = Features(
+                **learned[0], mask=jnp.ones((5, 6), bool), grid=(2, 3), fine_grid=(4, 6)
+            )
+            texts = Features(**learned[1], mask=word_id > 0, word_id=word_id)
+            params = {"log_scale": jnp.log(1 / hyper.tau)}
+            options = {"key": jax.random.key(0), "step": jnp.array(0), "hyper": hyper}
+            value, (_, new) = plan.loss(params, memory, images, texts, {}, **options)
+            return value, new
+
+        return jax.value_and_grad(value, has_aux=True)(learned)
+
+    tensors = [
+        {name: torch.tensor(x, requires_grad=True) for name, x in side.items()}
+        for side in (image, text)
+    ]
+    batch = SimpleNamespace(word_id=torch.tensor(word_id.astype(np.int64)))
+    learned = jax.tree.map(jnp.asarray, (image, text))
+    for _ in range(2):  # the second step reads the history of the first
+        (value, memory), grads = run(memory, learned, jnp.asarray(word_id))
+        for tensor in (*tensors[0].values(), *tensors[1].values()):
+            tensor.grad = None
+        torch_value = loss(tensors[0] | {"grids": ((2, 3), (4, 6))}, tensors[1], batch)
+        torch_value.backward()
+        np.testing.assert_allclose(value, torch_value.item(), rtol=1e-5)
+        for actual, expected in zip(grads, tensors, strict=True):
+            for name, grad in actual.items():
+                np.testing.assert_allclose(grad, expected[name].grad, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(memory["similarity_margin"], loss.margin, atol=1e-5)
+        np.testing.assert_allclose(memory["count"], loss.count)
 
 
 def test_sides_are_measured_in_turns(tmp_path):
