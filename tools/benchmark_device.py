@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,42 +105,6 @@ def peak_flops(device_name: str, dtype: str) -> float:
     return 1e12 * peaks.get(name, float("nan"))
 
 
-def count_flops(jaxpr: Any) -> int:
-    """Returns the floating-point operations of the products and convolutions in a jaxpr.
-
-    Loops count as often as they run, and of the branches of a condition the largest one.
-    """
-    total = 0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            depth = 1
-            for axis in contracted:
-                depth *= shape[axis]
-            total += 2 * equation.outvars[0].aval.size * depth
-        elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            num_outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * equation.outvars[0].aval.size * kernel.size // num_outputs
-        elif name == "cond":
-            total += max(count_flops(branch.jaxpr) for branch in params["branches"])
-        else:
-            repeats = params["length"] if name == "scan" else 1
-            total += repeats * sum(map(count_flops, find_jaxprs(params)))
-    return total
-
-
-def find_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
-    """Yields the jaxprs among the parameters of an equation."""
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)  # of a closed one
-            if hasattr(item, "eqns"):
-                yield item
-
-
 def count_step_flops(components: Any, state: Any, batch: Any) -> int:
     """Returns three times the FLOPs of the forward pass of towers, heads and loss.
 
@@ -150,6 +114,7 @@ def count_step_flops(components: Any, state: Any, batch: Any) -> int:
     import jax
 
     from plan_jax.layers.cpu import use_xla_only
+    from plan_jax.preflight.flops import count_jaxpr_flops
 
     encoder = components.encoder.clone(axis=None)
     method, hyper = components.method, components.hyper
@@ -171,7 +136,7 @@ def count_step_flops(components: Any, state: Any, batch: Any) -> int:
 
     with use_xla_only():  # the kernels of a CPU need fewer products for a convolution
         jaxpr = jax.make_jaxpr(loss)(state, batch)
-    return 3 * count_flops(remove_unread(jaxpr))
+    return 3 * int(count_jaxpr_flops(remove_unread(jaxpr)))
 
 
 def remove_unread(closed: Any) -> Any:
