@@ -45,7 +45,7 @@ PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     ("L40S", {"bfloat16": 362.0, "tf32": 183.0, "float32": 91.6}),
     ("L4", {"bfloat16": 121.0, "tf32": 60.0, "float32": 30.3}),
     ("V100", {"float32": 15.7}),  # V100 SXM2
-    ("P100", {"float32": 10.6}),  # P100 SXM2
+    ("P100", {"float32": 9.3}),  # P100 PCIe, as of Kaggle
     ("T4", {"float32": 8.1}),
     ("RTX 4090", {"bfloat16": 165.2, "tf32": 82.6, "float32": 82.6}),
     ("RTX 3090", {"bfloat16": 71.0, "tf32": 35.6, "float32": 35.6}),
