@@ -3,12 +3,13 @@
 import importlib.metadata
 import json
 import sys
+import types
 
 import jax
 import pytest
 
 from configs import testing
-from plan_jax import main, preflight
+from plan_jax import main, parallel, preflight
 from plan_jax.command.config_files import load_config_file
 from plan_jax.config import Config
 from plan_jax.data import phantom
@@ -238,6 +239,25 @@ def test_fewer_devices_of_a_slice_can_be_used():
     assert topology._make_mesh(devices, 2, "v5e-8").size == 2
     with pytest.raises(UserError, match="parallel.devices is 9 but topology v5e-8 has 8"):
         topology._make_mesh(devices, 9, "v5e-8")
+
+
+@pytest.mark.parametrize(("effort", "has_axis"), [(-1.0, False), (0.0, True)])
+def test_with_less_effort_one_device_has_no_collectives(effort, has_axis, monkeypatch):
+    """XLA's compiler for TPUs would end the process at collectives of one device."""
+    traced = []
+
+    def stop(step, mesh):
+        def trace(carry, batch):
+            jaxpr = jax.make_jaxpr(step, axis_env=[(parallel.AXIS, 1)])(carry, batch)
+            traced.append("psum" in str(jaxpr) or "all_gather" in str(jaxpr))
+            raise UserError("traced")
+
+        return types.SimpleNamespace(trace=trace)
+
+    monkeypatch.setattr(parallel, "parallelise", stop)
+    with pytest.raises(UserError, match="traced"):
+        compile_step(make_config(), preflight.find_target(1), effort)
+    assert traced == [has_axis]
 
 
 def test_progress_is_printed_while_a_step_compiles(monkeypatch, capsys):

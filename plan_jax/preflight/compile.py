@@ -100,12 +100,15 @@ def compile_step(config: Config, target: Target, effort: float = 0.0) -> Preflig
         raise UserError(
             f"config.dtype is bfloat16, which a {chip.name} cannot compute in; use float32"
         )
-    shapes = make_shapes(config)
+    # The collectives of one device do nothing, and XLA removes them. With less effort it does not,
+    # and its compiler for TPUs ends the process at them.
+    axis = None if devices == 1 and effort < 0 else parallel.AXIS
+    shapes = make_shapes(config, axis)
     config, components = shapes.config, shapes.components
     options: dict[str, Any] = {}
     if microbatch := getattr(config, "microbatch", 0):
         options["microbatch"] = microbatch
-    step = make_step(components, shapes.optimiser, config.ema_decay, parallel.AXIS, **options)
+    step = make_step(components, shapes.optimiser, config.ema_decay, axis, **options)
     # pmap computes the same; only shard_map can be lowered for devices that are not there.
     parallel_step: Any = parallel.parallelise(watch_numbers(step), target.mesh)
     # XLA takes the number as a float only, and of some platforms not at all.

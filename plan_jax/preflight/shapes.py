@@ -56,8 +56,8 @@ class Shapes:
     assumptions: tuple[str, ...]
 
 
-def make_shapes(config: Config) -> Shapes:
-    """Returns the shapes of the training step of a config.
+def make_shapes(config: Config, axis: str | None = parallel.AXIS) -> Shapes:
+    """Returns the shapes of the training step of a config, written for the device axis `axis`.
 
     Raises:
       UserError: the tokenizer is not on this machine and its size is not known, the dataset lacks
@@ -67,7 +67,7 @@ def make_shapes(config: Config) -> Shapes:
     if config.normalisation == BY_WEIGHTS:  # all of them cost the same
         config = dataclasses.replace(config, normalisation="fixed")
     config = dataclasses.replace(config, weights=WeightsConfig())
-    components, size = _build_components(config)
+    components, size = _build_components(config, axis)
     if size:
         assumptions.append(
             f"tokenizer {config.data.tokenizer} is taken to have {size} pieces, without fetching it"
@@ -99,14 +99,14 @@ def local_batch(batch: Batch, devices: int) -> Batch:
     )
 
 
-def _build_components(config: Config) -> tuple[Components, int]:
+def _build_components(config: Config, axis: str | None) -> tuple[Components, int]:
     """Returns the components, and the assumed number of pieces of a tokenizer or 0."""
     size = VOCABULARIES.get(config.data.tokenizer, 0)
     if not size:
-        return build_components(config, parallel.AXIS), 0
+        return build_components(config, axis), 0
     # Names of findings become tokens of the small vocabulary, whose ids are among the others.
     data = dataclasses.replace(config.data, tokenizer="phantom")
-    components = build_components(dataclasses.replace(config, data=data), parallel.AXIS)
+    components = build_components(dataclasses.replace(config, data=data), axis)
     encoder = components.encoder.clone(vocab_size=size)
     tokenizer = dataclasses.replace(components.tokenizer, vocab_size=size)
     return components._replace(encoder=encoder, tokenizer=tokenizer), size
