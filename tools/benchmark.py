@@ -12,6 +12,8 @@ traffic   bytes that the losses exchange on 8 devices, against the least they ne
 augment   decoding and each preset of `data.augment`, against a compiled batch (no --config)
 device    a training step of each method at paper size, against torch's (no --config; needs torch,
           except with --sides jax); --config.field=value overrides a field of all methods
+scale     memory, traffic and compile time of the methods at paper size on slices of TPUs that need
+          not be there (no --config); --config.field=value overrides a field of all methods
 
 Times are meaningful only on a quiet machine. The share of the CPUs that other processes use is read
 before and during a measurement; above 5 % nothing is measured, unless `--anyway` is given.
@@ -33,7 +35,8 @@ MIN_REPEATS = 10  # with fewer readings a median means little
 MEMORY_BATCHES = (16, 32, 64, 128)
 AGAINST_TORCH = ("losses", "encoders", "records")
 WITH_CONFIG = ("input", "step", "memory", "evaluation")
-WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels", "augment", "traffic", "device")
+WITHOUT_CONFIG = (*AGAINST_TORCH, "kernels", "augment", "traffic", "device", "scale")
+WITHOUT_TIMES = ("memory", "evaluation", "traffic", "scale")  # the load changes no result
 
 
 # The load of other processes ---------------------------------------------------------------------
@@ -335,6 +338,20 @@ def measure_device(args: argparse.Namespace, overrides: list[str]) -> None:
     meter.report()
 
 
+def measure_scale(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Compiles the methods for slices of TPUs, and prints what they need."""
+    import benchmark_scale
+
+    benchmark_scale.main(
+        Path(args.results),
+        methods=args.methods,
+        topologies=args.topologies,
+        effort=args.effort,
+        overrides=split_overrides(overrides),
+        is_compiling=not args.print_only,
+    )
+
+
 # The command line --------------------------------------------------------------------------------
 
 
@@ -353,6 +370,12 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--one-thread", action="store_true", help="without a config: CPU time")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too")
     benchmark_device.add_arguments(parser)
+    scale = parser.add_argument_group("scale")
+    scale.add_argument("--results", default="runs/scale.jsonl", help="file of what was compiled")
+    slices = ("v5e-8", "v5e-1", "v6e-1", "v4-32", "v5e-256")
+    scale.add_argument("--topologies", nargs="+", choices=slices, default=slices)
+    scale.add_argument("--effort", type=float, default=0.0, help="of the compiler, -1 is soonest")
+    scale.add_argument("--print-only", action="store_true", help="compile nothing")
     args, overrides = parser.parse_known_args()
     unknown = [override for override in overrides if not override.startswith("--config.")]
     if unknown:
@@ -388,7 +411,7 @@ def main() -> None:
         "memory": measure_memory,
         "evaluation": measure_evaluation,
     }
-    if args.what not in ("memory", "evaluation", "traffic"):  # the load does not change memory
+    if args.what not in WITHOUT_TIMES:
         require_quiet_machine(args.anyway)
     try:
         if args.what in AGAINST_TORCH:
@@ -401,6 +424,8 @@ def main() -> None:
             count_traffic(overrides)
         elif args.what == "device":
             measure_device(args, overrides)
+        elif args.what == "scale":
+            measure_scale(args, overrides)
         else:
             measurements[args.what](args, load_config(args.config, overrides))
     except UserError as error:
