@@ -5,18 +5,19 @@ BIN := .venv/bin
 PIP := -m pip install --disable-pip-version-check --quiet --no-compile
 INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 
-.PHONY: help demo model test soak parity notebooks lint package bench clean
+.PHONY: help demo model test matrix soak parity notebooks lint package bench clean
 help:
 	@echo "make demo    train configs/demo.py on phantoms and write runs/demo/report.html"
 	@echo "make model   save runs/demo as plan_jax/models/phantom-plan, the model of the package"
 	@echo "make test    run unit tests and doctests"
 	@echo "make lint    check format, rules and types"
+	@echo "make matrix  lint and run quick tests with the lowest and highest versions, on 3 Pythons"
 	@echo "make soak    run slow tests: killed runs, two hosts, eight devices"
 	@echo "make parity  compare encoders with torch, torchvision, timm and MiniLM"
 	@echo "make notebooks  write colab/*.ipynb and run them with the versions of Colab"
 	@echo "make package build the wheel and try it in an empty environment"
 	@echo "make bench   measure speed and memory"
-	@echo "make clean   remove caches; keeps .venv, .venv-notebooks, data and runs"
+	@echo "make clean   remove caches; keeps .venv, .venv-*, data and runs"
 
 # Each stamp is touched last, so an interrupted installation is repeated.
 .venv/.package: pyproject.toml constraints.txt
@@ -44,6 +45,15 @@ model: demo
 test: .venv/.test
 	@echo "== running tests and doctests in 2 processes"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+.venv/.matrix: .venv/.test
+	@$(INSTALL) -e '.[matrix]'
+	@touch $@
+
+# PYTHON311, PYTHON312 and PYTHON313, pyenv's, or python3.11 and so on; MATRIX="--python 3.11" for one.
+matrix: .venv/.matrix
+	@echo "== testing the lowest and the highest versions of each Python (1.3 GB each)"
+	@$(BIN)/python tools/check_versions.py $(MATRIX)
 
 soak: .venv/.test
 	@echo "== running slow tests: killed runs, two hosts, eight devices"
@@ -107,6 +117,6 @@ bench: .venv/.package
 	@$(BIN)/python tools/benchmark.py memory --config configs/demo.py
 
 clean:
-	@echo "== removing caches and build products; .venv, .venv-notebooks, data and runs stay"
+	@echo "== removing caches and build products; .venv, .venv-*, data and runs stay"
 	@rm -rf .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	@find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
