@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +37,7 @@ LOST_HOST = (
     "command on all hosts to resume from the last checkpoint"
 )
 _CONNECTION = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|DEADLINE_EX", re.I)
+BFLOAT16_CAPABILITY = 8.0  # of NVIDIA's Ampere, the first with units for it
 NO_GPU = "JAX sees no NVIDIA GPU, or its CUDA plugin is not installed"
 
 # How an array lies on a mesh: a copy on every device, or its first axis divided among them.
@@ -294,6 +295,22 @@ def make_mesh(count: int | None = None) -> Mesh:
     # Auto: the compiler places arrays inside a step. Explicit axes would put the sharding into the
     # types, and the step would have to state it at each operation.
     return Mesh(np.asarray(devices[:count]), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def require_dtype(dtype: str, devices: Iterable[Any]) -> None:
+    """Checks that devices compute in `dtype`: NVIDIA's do in bfloat16 from capability 8.0 on.
+
+    Raises:
+      UserError: `dtype` is bfloat16, and a device is an older card, such as a T4 or V100.
+    """
+    for device in devices if dtype == "bfloat16" else ():
+        # TPUs and CPUs have no such attribute, and AMD's cards have a name in it.
+        capability = str(getattr(device, "compute_capability", ""))
+        if re.fullmatch(r"\d+\.\d+", capability) and float(capability) < BFLOAT16_CAPABILITY:
+            raise UserError(
+                f"config.dtype is bfloat16, which {device.device_kind} (compute capability"
+                f" {capability}) does not have; use config.dtype=float32"
+            )
 
 
 def split_batch(batch: int, devices: int) -> int:

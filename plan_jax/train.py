@@ -66,13 +66,14 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     Returns {} if the run was stopped by a signal; its state is saved.
 
     Raises:
-      UserError: the batch is not divisible by the devices, another run holds `workdir`, the dataset
-        cannot be read or lacks what a task needs, a checkpoint does not fit, the loss is not
-        finite, and other mistakes of the user.
+      UserError: the batch is not divisible by the devices, one of them has no bfloat16, another run
+        holds `workdir`, the dataset cannot be read or lacks what a task needs, a checkpoint does
+        not fit, the loss is not finite, and other mistakes of the user.
     """
     workdir = Path(workdir)
     config = choose_normalisation(config)
     mesh = parallel.make_mesh(config.parallel.devices or None)
+    parallel.require_dtype(config.dtype, mesh.devices.flat)
     parallel.split_batch(config.batch, mesh.size)
     components = build_components(config, parallel.AXIS)
     # Missing annotations should end a run before it trains, not after.

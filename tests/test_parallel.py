@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -16,7 +17,10 @@ import pytest
 from flax import linen as nn
 from jax._src import monitoring
 
+from configs import testing
 from plan_jax import parallel
+from plan_jax.config import Config
+from plan_jax.train import train as train_config
 from plan_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -348,3 +352,24 @@ def test_a_process_whose_host_is_lost_ends_with_a_sentence(victim, state):
     _, error = runs[1 - victim].communicate(timeout=60)
     runs[victim].communicate()
     assert (runs[1 - victim].returncode, error.strip()) == (2, parallel.LOST_HOST)
+
+
+def test_bfloat16_needs_a_card_that_has_it(tmp_path, monkeypatch):
+    def device(**attributes):
+        return SimpleNamespace(device_kind="Tesla T4", **attributes)
+
+    t4 = device(compute_capability="7.5")
+    with pytest.raises(UserError, match=r"Tesla T4 .*7\.5.* use config.dtype=float32"):
+        parallel.require_dtype("bfloat16", [device(compute_capability="8.0"), t4])
+    parallel.require_dtype("float32", [t4])
+    for capability in ("8.0", "8.9", "9.0", "10.0", "12.1", "gfx90a"):
+        parallel.require_dtype("bfloat16", [device(compute_capability=capability)])
+    parallel.require_dtype("bfloat16", [device(), *jax.devices()])  # TPUs and CPUs
+
+    # A run stops before it opens any data or writes anything.
+    mesh = SimpleNamespace(devices=np.array([t4]), size=1)
+    monkeypatch.setattr(parallel, "make_mesh", lambda count=None: mesh)
+    config = Config.from_dict(testing.get_config().to_dict() | {"dtype": "bfloat16"})
+    with pytest.raises(UserError, match="does not have"):
+        train_config(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

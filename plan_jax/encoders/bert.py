@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from plan_jax.encoders import TextOutput
+from plan_jax.layers.dense import Dense
 from plan_jax.layers.transformer import (
     MASKED_LOGIT,
     dropout,
@@ -137,12 +138,13 @@ class Bert(nn.Module):
         word_attentions = sum_pieces(attentions, word_index, num_words)
         word_attention, next_attention = word_attentions[..., 0], word_attentions[..., 1]
         if self.pool == "mean":
-            weights = (is_real / is_real.sum(1, keepdims=True)).astype(pieces.dtype)
+            weights = is_real / is_real.sum(1, keepdims=True)
             pooled = jnp.einsum("ble,bl->be", pieces, weights)
             return TextOutput(pooled, words, word_attention, next_attention)
         pooled = pieces[:, 0]
         if self.pool == "pooler":
-            pooled = nn.tanh(nn.Dense(self.width, dtype=self.dtype, name="pooler")(pooled))
+            pooled = Dense(self.width, dtype=self.dtype, name="pooler")(pooled)
+            pooled = nn.tanh(pooled.astype(jnp.float32))
             if self.frozen_layers >= self.depth:
                 pooled = lax.stop_gradient(pooled)
         return TextOutput(pooled, words, word_attention, next_attention)

@@ -17,6 +17,7 @@ from plan_jax.encoders.bert import EPSILON as BERT_EPSILON
 from plan_jax.encoders.resnet import RESNETS, ResNet
 from plan_jax.encoders.vit import VITS, ViT
 from plan_jax.layers.batch_norm import BatchNorm
+from plan_jax.layers.dense import Dense
 from plan_jax.layers.resize import resize_bilinear
 from plan_jax.layers.transformer import exact_gelu
 from plan_jax.types import Batch, Features, Stages, TextBatch
@@ -85,14 +86,14 @@ class ProjectionHead(nn.Module):
         if self.kind.startswith("mlp"):
             # BatchNorm subtracts the mean, so a bias before it would have no effect.
             has_bias = self.kind in ("mlp_relu", "mlp_ln")
-            x = nn.Dense(self.hidden_dim, use_bias=has_bias, dtype=self.dtype, name="fc1")(x)
+            x = Dense(self.hidden_dim, use_bias=has_bias, dtype=self.dtype, name="fc1")(x)
             if self.kind == "mlp_ln":
                 x = nn.LayerNorm(BERT_EPSILON, name="norm1")(exact_gelu(x))
             elif self.kind == "mlp_relu":
                 x = nn.relu(x)
             else:
                 x = nn.relu(BatchNorm(self.axis, name="norm1")(x, train, mask))
-        x = nn.Dense(self.embed_dim, dtype=self.dtype, name="fc2")(x).astype(jnp.float32)
+        x = Dense(self.embed_dim, dtype=self.dtype, name="fc2")(x).astype(jnp.float32)
         if self.kind not in ("norm", "mlp"):
             return x
         return BatchNorm(self.axis, affine=False, name="norm2")(x, train, mask)
@@ -113,11 +114,11 @@ class FineHead(nn.Module):
         self, fine: Float[Array, "B V U C"], coarse: Float[Array, "B Y X E"], train: bool
     ) -> Float[Array, "B V U D"]:
         """Returns the projected pixels of the finer map."""
-        lateral = nn.Dense(self.embed_dim, dtype=self.dtype, name="lateral")(fine)
+        lateral = Dense(self.embed_dim, dtype=self.dtype, name="lateral")(fine)
         # One bias is enough for the sum of two projections.
-        top = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="top")(coarse)
-        top = resize_bilinear(top, (fine.shape[1], fine.shape[2]))
-        pixels = (lateral + top).astype(jnp.float32)
+        top = Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="top")(coarse)
+        top = resize_bilinear(top.astype(jnp.float32), (fine.shape[1], fine.shape[2]))
+        pixels = lateral.astype(jnp.float32) + top
         return BatchNorm(self.axis, affine=False, name="norm")(pixels, train)
 
 
@@ -250,4 +251,4 @@ class DualEncoder(nn.Module):
         else:
             mean, std = map(jnp.asarray, MEAN_AND_STD[self.normalisation])
             pixels = (pixels - mean) / std
-        return pixels.astype(self.dtype)
+        return pixels  # in float32: a tower may resize them before it rounds them

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from plan_jax.encoders import ImageOutput
 from plan_jax.layers.batch_norm import BatchNorm
 from plan_jax.layers.cpu.convolution import conv2d
+from plan_jax.layers.dense import add_parameter
 from plan_jax.layers.pooling import max_pixel
 from plan_jax.layers.resize import resize_align_corners
 
@@ -161,7 +162,7 @@ class ResNet(nn.Module):
             stages.append(x)
             local = x if stage == self.local_stage else local
             fine = x if stage == self.local_stage - 1 else fine
-        pooled = x.mean((1, 2))
+        pooled = x.astype(jnp.float32).mean((1, 2))
         if self.pool == "mean_max":
             pooled = jnp.concatenate([pooled, max_pixel(x)], -1)
         return ImageOutput(pooled, local, fine, stages=tuple(stages))
@@ -186,7 +187,7 @@ class ResNet(nn.Module):
             )
             if self.position and stage == self.local_stage and index == 0:
                 position = self.param("position", nn.initializers.normal(0.1), x.shape[1:])
-                x = x + position.astype(x.dtype)
+                x = add_parameter(x, position)
         return self._scan_blocks(stage, x, train) if is_scanned else x
 
     def _options(self, stage: int, index: int) -> tuple[int, int, bool, str | None, Any, int]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from plan_jax.encoders import ImageOutput
 from plan_jax.encoders.resnet import Conv
+from plan_jax.layers.dense import add_parameter
 from plan_jax.layers.resize import resize_bicubic
 from plan_jax.layers.transformer import exact_gelu, is_frozen_layer, run_layers, swiglu
 from plan_jax.types import UserError
@@ -87,12 +88,12 @@ class ViT(nn.Module):
         # A convolution whose stride is its size is one linear layer on every patch.
         patches = Conv(self.width, self.patch, self.patch, dtype=self.dtype, name="embed")(image)
         bias = self.param("embed_bias", nn.initializers.zeros, (self.width,))
-        patches = patches + bias.astype(patches.dtype)
+        patches = add_parameter(patches, bias)
         grid = patches.shape[1], patches.shape[2]
         tokens = rearrange(patches, "b y x c -> b (y x) c")
         if self.class_token:
             tokens = jnp.concatenate([self._repeat_token("token", 1, tokens), tokens], 1)
-        tokens = tokens + self._positions(grid).astype(tokens.dtype)
+        tokens = add_parameter(tokens, self._positions(grid))
         if self.registers:
             registers = self._repeat_token("registers", self.registers, tokens)
             first = int(self.class_token)
@@ -123,8 +124,9 @@ class ViT(nn.Module):
     ) -> Float[Array, "B {count} E"]:
         """Returns `count` learned tokens for each image, in the type of `tokens`."""
         shape = (1, count, self.width)
-        token = self.param(name, nn.initializers.normal(0.02), shape).astype(tokens.dtype)
-        return jnp.repeat(token, tokens.shape[0], 0)  # `len` would refuse a symbol
+        token = self.param(name, nn.initializers.normal(0.02), shape)
+        # Repeated before the cast, so that the gradient is summed over images in float32.
+        return jnp.repeat(token, tokens.shape[0], 0).astype(tokens.dtype)  # `len` refuses a symbol
 
     def _positions(self, grid: tuple[int, int]) -> Float[Array, "1 N E"]:
         """Returns the positions of the class token and of a grid of patches.

@@ -36,7 +36,7 @@ def resize_nearest(x: Float[Array, "B y x C"], size: tuple[int, int]) -> Float[A
 def resize_align_corners(
     x: Float[Array, "B y x C"], size: tuple[int, int]
 ) -> Float[Array, "B Y X C"]:
-    """Resizes maps bilinearly to `size` (Y, X); corner pixels stay corners (align_corners=True).
+    """Resizes maps bilinearly to `size` (Y, X), in float32; corner pixels stay corners.
 
     >>> maps = jnp.arange(2.0).reshape(1, 2, 1, 1)
     >>> resize_align_corners(maps, (3, 1)).ravel().tolist()
@@ -45,10 +45,10 @@ def resize_align_corners(
 
     def interpolation_matrix(old: int, new: int) -> Float[Array, "{new} {old}"]:
         positions = jnp.linspace(0, old - 1, new)[:, None]
-        return jnp.maximum(0, 1 - abs(positions - jnp.arange(old))).astype(x.dtype)
+        return jnp.maximum(0, 1 - abs(positions - jnp.arange(old)))
 
     rows, columns = (interpolation_matrix(*pair) for pair in zip(x.shape[1:3], size, strict=True))
-    return jnp.einsum("Yy,Xx,byxc->bYXc", rows, columns, x)
+    return jnp.einsum("Yy,Xx,byxc->bYXc", rows, columns, x).astype(x.dtype)
 
 
 def double_align_corners(x: Float[Array, "B y x C"]) -> Float[Array, "B Y X C"]:

@@ -6,6 +6,7 @@ and Gimpel, arXiv 1606.08415; LayerScale: Touvron et al., arXiv 2103.17239; SwiG
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from plan_jax.layers.cpu.attention import attend
+from plan_jax.layers.dense import Dense, scale_by_parameter
 
 # Logits of masked keys: exp(-1e9 - max) is 0 in float32, and no infinity enters a
 # gradient where a query may attend to nothing.
@@ -60,8 +62,8 @@ def attention_weights(
     mask: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*B H N M"]:
     """Computes `softmax_m(q_n . k_m / sqrt(C))` for each head, in float32, where mask is True."""
-    logits = jnp.einsum("...nhc,...mhc->...hnm", query, key).astype(jnp.float32)
-    logits = logits / query.shape[-1] ** 0.5
+    multiply = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = multiply("...nhc,...mhc->...hnm", query, key) / query.shape[-1] ** 0.5
     logits = logits if mask is None else jnp.where(mask, logits, MASKED_LOGIT)
     return jax.nn.softmax(logits, -1)
 
@@ -87,7 +89,7 @@ class Attention(nn.Module):
     def setup(self) -> None:
         """Builds the four projections."""
         self.query, self.key, self.value, self.out = (
-            nn.Dense(self.width, self.use_bias, dtype=self.dtype, kernel_init=self.kernel_init)
+            Dense(self.width, self.use_bias, dtype=self.dtype, kernel_init=self.kernel_init)
             for _ in range(4)
         )
 
@@ -180,7 +182,7 @@ class TransformerLayer(nn.Module):
         if self.cross_attention:
             self.cross, self.norm_cross = attention(), nn.LayerNorm(self.epsilon)
         self.fc1, self.fc2 = (
-            nn.Dense(width, dtype=self.dtype, kernel_init=self.kernel_init)
+            Dense(width, dtype=self.dtype, kernel_init=self.kernel_init)
             for width in (self.hidden, self.width)
         )
         if self.layer_scale:
@@ -227,7 +229,7 @@ class TransformerLayer(nn.Module):
                 )
             )
         y, attended = self.attention(y, key_value, mask, weights_key)
-        y = y * self.scale1.astype(y.dtype) if self.layer_scale else y
+        y = scale_by_parameter(y, self.scale1) if self.layer_scale else y
         x = self._after(self.norm1, x + dropout(y, self.dropout, self_key))
 
         cross = None
@@ -239,7 +241,7 @@ class TransformerLayer(nn.Module):
 
         y = self.activation(self.fc1(self._before(self.norm2, x)))
         y = self.fc2(dropout(y, self.hidden_dropout, hidden_key))
-        y = y * self.scale2.astype(y.dtype) if self.layer_scale else y
+        y = scale_by_parameter(y, self.scale2) if self.layer_scale else y
         x = self._after(self.norm2, x + dropout(y, self.dropout, mlp_key))
         return LayerOutput(x, attended, cross)
 

@@ -100,6 +100,7 @@ def compile_step(config: Config, target: Target, effort: float = 0.0) -> Preflig
         raise UserError(
             f"config.dtype is bfloat16, which a {chip.name} cannot compute in; use float32"
         )
+    parallel.require_dtype(config.dtype, target.mesh.devices.flat)
     # The collectives of one device do nothing, and XLA removes them. With less effort it does not,
     # and its compiler for TPUs ends the process at them.
     axis = None if devices == 1 and effort < 0 else parallel.AXIS
