@@ -55,9 +55,17 @@ matrix: .venv/.matrix
 	@echo "== testing the lowest and the highest versions of each Python (1.3 GB each)"
 	@$(BIN)/python tools/check_versions.py $(MATRIX)
 
-soak: .venv/.test
-	@echo "== running slow tests: killed runs, two hosts, eight devices"
-	@$(BIN)/python -m pytest -n 2 --dist worksteal --override-ini addopts= tests/soak
+# The compiler for TPUs, which needs no TPU. In a folder of its own: in the environment itself, JAX
+# would look for a TPU at each start. The version is that of the extra `tpu` with this JAX.
+.venv/.tpu: .venv/.test
+	@echo "== installing libtpu, the compiler for TPUs (700 MB)"
+	@$(BIN)/python $(PIP) --no-deps --target .venv/libtpu 'libtpu==0.0.42.*'
+	@touch $@
+
+soak: .venv/.tpu
+	@echo "== running slow tests: killed runs, two hosts, eight devices, TPUs that are not there"
+	@PYTHONPATH=$(CURDIR)/.venv/libtpu \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal --override-ini addopts= tests/soak
 
 .venv/.parity: .venv/.test
 	@echo "== installing torch, torchvision, timm and MiniLM (1 GB)"
