@@ -21,6 +21,7 @@ package = "plan_jax"  # @param {type:"string"}
 config = "compare:plan"  # @param {type:"string"}
 steps = 800  # @param {type:"integer"}
 batch = 64  # @param {type:"integer"}
+microbatch = 0  # @param {type:"integer"}
 dtype = "bfloat16"  # @param ["bfloat16", "float32"]
 platform = "tpu"  # @param ["tpu", "gpu", "cpu"]
 copies = "plan_jax/tpu"  # @param {type:"string"}
@@ -69,12 +70,17 @@ print("newest step:", restore_steps(storage / copies, run))
 # The batch is divided among the devices, and every device sees the negatives of all. `bfloat16`
 # halves the memory of the encoders; losses, norms and softmax stay in float32. A T4 has no units
 # for bfloat16: use float32 there.
+#
+# A batch that does not fit still trains with its whole loss if each device encodes `microbatch`
+# pairs at a time; 0 encodes its whole part at once. The number must divide the batch of a device.
+# Before you take a TPU, this tells on any computer whether a batch fits its memory:
+# `plan-jax --config compare:plan --mode compile --topology v5e-1 --batch 512 --config.microbatch=64`.
 
 # %%
 from plan_jax import main
 
 arguments = ["--config", config, f"--config.batch={batch}", f"--config.steps={steps}"]
-arguments += [f"--config.dtype={dtype}", *options.split()]
+arguments += [f"--config.microbatch={microbatch}", f"--config.dtype={dtype}", *options.split()]
 with copy_repeatedly(run, storage / copies):
     assert main.run([*arguments, "--workdir", run]) == 0
 

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.steps = 3000  # updates of the parameters; 0 evaluates what `weights` loads
     config.batch = 32  # pairs per step over all devices; they are each other's negatives
+    config.microbatch = 0  # pairs that one device encodes at a time; 0: all. docs/devices.md
     config.dtype = "float32"  # bfloat16 halves the memory of the encoders on a TPU or GPU
     config.log_every = 20  # steps
     config.method = "convirt"

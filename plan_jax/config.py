@@ -257,6 +257,7 @@ class Config(Section):
     seed: int = 0
     steps: int = 3000  # updates of the parameters; 0 evaluates what `weights` loads
     batch: int = 32  # pairs per step, over all devices and hosts; they are each other's negatives
+    microbatch: int = 0  # pairs that one device encodes at a time, to save memory; 0: all
     dtype: str = "float32"  # or bfloat16: what the encoders compute in
     log_every: int = 20  # steps
     method: str = "convirt"
@@ -279,7 +280,7 @@ class Config(Section):
 
     def __post_init__(self) -> None:
         self.between(0, 2**31 - 1, "seed")
-        self.at_least(0, "steps")
+        self.at_least(0, "steps", "microbatch")
         self.at_least(2, "batch")
         self.at_least(1, "log_every", "embed_dim", "head_hidden_dim")
         self.between(1, 3, "channels")

@@ -469,6 +469,10 @@ def step_key(key: Array, step: Array | int) -> Array:
     return jax.random.fold_in(key, step)
 
 
-def device_key(key: Array, axis: str | None = AXIS) -> Array:
-    """Returns this device's own random key, inside a step; that of device 0 if `axis` is None."""
-    return jax.random.fold_in(key, 0 if axis is None else jax.lax.axis_index(axis))
+def example_indices(count: int, axis: str | None = AXIS) -> Array:
+    """Returns the places of this device's `count` examples in the whole batch, inside a step.
+
+    >>> example_indices(3, None).tolist()
+    [0, 1, 2]
+    """
+    return jnp.arange(count) + (0 if axis is None else jax.lax.axis_index(axis) * count)

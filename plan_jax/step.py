@@ -1,7 +1,23 @@
-"""The training step: a pure function of the state and one batch."""
+"""The training step: a pure function of the state and one batch, whole or in microbatches.
+
+In microbatches, a device holds the activations of a few pairs at a time, while the loss compares
+all pairs of all devices. *Gao et al., arXiv 2101.06983 (GradCache):*
+
+    (1)  f_i = encode(theta, x_i)                        of each microbatch i, without gradients
+    (2)  L = loss(phi, f_1 ... f_n),  c_i = dL/df_i,  dL/dphi      of the whole batch
+    (3)  dL/dtheta = sum_i (df_i/dtheta)^T c_i           encodes each microbatch once more
+
+theta are the parameters of the encoders, phi those of the method. By the chain rule this is the
+gradient of the whole batch, of any loss. Only the features that the method reads grow with the
+batch.
+
+Deviation: BatchNorm normalises by the statistics of a microbatch (of all devices), not of the whole
+batch, and its running statistics become the mean of those that the microbatches lead to. So the
+gradient is exactly that of the whole batch only for encoders without BatchNorm.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +28,25 @@ from jaxtyping import Array, PyTree
 from plan_jax import parallel
 from plan_jax.model import Components
 from plan_jax.state import State
-from plan_jax.types import Batch, Features, Memory, Metrics, Params
+from plan_jax.types import Batch, Features, Memory, Metrics, Params, UserError
 
 FIRST_NONFINITE = "first_nonfinite"  # key of the metrics of `watch_numbers`
+
+Sides = tuple[Features, Features]
+# Variables of the encoders, and B inputs -> features of B pairs, and the new `batch_stats`.
+Encode = Callable[[dict[str, PyTree], PyTree], tuple[Sides, PyTree]]
+# Parameters of the method, and the features of all pairs -> the loss, and what comes with it.
+ComputeLoss = Callable[[Params, Sides], tuple[Array, tuple[Metrics, Memory]]]
+
+
+class Gradients(NamedTuple):
+    """The loss of a batch, what comes with it, and the gradients of all parameters."""
+
+    loss: Array
+    metrics: Metrics
+    memory: Memory
+    batch_stats: PyTree
+    params: Params
 
 
 def make_step(
@@ -22,6 +54,7 @@ def make_step(
     optimiser: optax.GradientTransformation,
     ema_decay: float,
     axis: str | None,
+    microbatch: int = 0,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """Returns the training step of one device.
 
@@ -30,54 +63,63 @@ def make_step(
       optimiser: the optimiser whose state is in the `State`.
       ema_decay: decay of the moving average of the parameters, if the state keeps one.
       axis: name of the mapped device axis; None on one device.
+      microbatch: pairs that the device encodes at a time; 0: all of its batch.
+
+    Raises:
+      UserError: when the step is called with a batch that `microbatch` does not divide.
     """
     encoder, method, hyper, _ = components
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = parallel.step_key(jax.random.wrap_key_data(state.key), state.step)
-        # Dropout differs between devices; what the method draws is the same on all of them, since
-        # it draws for the whole batch.
-        dropout_key = parallel.device_key(jax.random.fold_in(key, 0), axis)
-        method_key = jax.random.fold_in(key, 1)
+        # Both are the same on all devices: the method draws for the whole batch, and dropout of an
+        # example depends on its place in the whole batch.
+        dropout_key, method_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+        count = len(batch.image)
+        inputs = batch.image, batch.text, parallel.example_indices(count, axis)
+        size = split_microbatches(count, microbatch)
 
-        def encode(params: Params) -> tuple[tuple[Features, Features], PyTree]:
+        def encode(variables: dict[str, PyTree], inputs: PyTree) -> tuple[Sides, PyTree]:
+            image, text, index = inputs
             output: Any = encoder.apply(
-                {"params": params["encoders"], "batch_stats": state.batch_stats},
-                batch,
+                variables,
+                Batch(image, text),
                 True,
+                index,
                 rngs={"dropout": dropout_key},
                 mutable=["batch_stats"],
             )
-            (images, texts), variables = output
+            (images, texts), updated = output
             features = (
                 images.select(method.IMAGE_FEATURES),
                 texts.select(method.TEXT_FEATURES),
             )
-            return features, variables
+            return features, updated.get("batch_stats", {})
 
         # The averaged model is a teacher: its features carry no gradient.
         extra: dict[str, Any] = dict(batch.extra)
         if state.ema_params:
-            extra["teacher"] = lax.stop_gradient(encode(state.ema_params)[0])
+            averaged = {"params": state.ema_params["encoders"], "batch_stats": state.batch_stats}
+            extra["teacher"] = lax.stop_gradient(encode_parts(encode, averaged, inputs, size)[0])
 
-        def compute_loss(params: Params) -> tuple[Array, tuple[Metrics, Memory, PyTree]]:
-            (images, texts), updated = encode(params)
-            loss, (metrics, memory) = method.loss(
-                params["method"],
+        def compute_loss(params: Params, features: Sides) -> tuple[Array, tuple[Metrics, Memory]]:
+            return method.loss(
+                params,
                 state.memory,
-                images,
-                texts,
+                *features,
                 extra,
                 key=method_key,
                 step=state.step,
                 hyper=hyper,
                 axis=axis,
             )
-            return loss, (metrics, memory, updated.get("batch_stats", {}))
 
-        loss_and_grad = jax.value_and_grad(compute_loss, has_aux=True)
-        (loss, (metrics, memory, batch_stats)), grads = loss_and_grad(state.params)
-        grads, batch_stats = parallel.mean((grads, batch_stats), axis)
+        compute_gradients = gradients_at_once if size == count else gradients_in_parts
+        computed = compute_gradients(
+            encode, compute_loss, state.params, state.batch_stats, inputs, size
+        )
+        # BatchNorm's statistics are those of all devices already.
+        grads = parallel.mean(computed.params, axis)
 
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -85,19 +127,137 @@ def make_step(
         if ema_params:
             ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
 
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **metrics}
+        metrics = {"loss": computed.loss, "gradient_norm": optax.tree.norm(grads)}
         state = State(
             step=state.step + 1,
             key=state.key,
             params=params,
-            batch_stats=batch_stats,
+            batch_stats=computed.batch_stats,
             opt_state=opt_state,
-            memory=memory,
+            memory=computed.memory,
             ema_params=ema_params,
         )
-        return state, parallel.mean(metrics, axis)
+        return state, parallel.mean(metrics | computed.metrics, axis)
 
     return step
+
+
+# Gradients --------------------------------------------------------------------------------------
+
+
+def split_microbatches(count: int, microbatch: int) -> int:
+    """Returns the number of pairs that a device encodes at a time, of its `count` pairs.
+
+    >>> split_microbatches(64, 16), split_microbatches(64, 0)
+    (16, 64)
+    >>> split_microbatches(64, 24)
+    Traceback (most recent call last):
+    plan_jax.types.UserError: config.microbatch is 24, which does not divide the 64 pairs of each \
+device; use 16 or 32
+
+    Raises:
+      UserError: `microbatch` does not divide `count`; the sentence names the neighbours that do.
+    """
+    size = microbatch or count
+    if count % size:
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
+        below, above = ([n for n in divisors if (n < size) == is_less] for is_less in (True, False))
+        remedy = " or ".join(str(n) for n in (*below[-1:], *above[:1]))
+        raise UserError(
+            f"config.microbatch is {microbatch}, which does not divide the {count} pairs of each"
+            f" device; use {remedy}"
+        )
+    return size
+
+
+def gradients_at_once(
+    encode: Encode,
+    compute_loss: ComputeLoss,
+    params: Params,
+    batch_stats: PyTree,
+    inputs: PyTree,
+    size: int,
+) -> Gradients:
+    """Computes loss and gradients of the whole batch of `size` pairs."""
+
+    def compute(params: Params) -> tuple[Array, tuple[tuple[Metrics, Memory], PyTree]]:
+        variables = {"params": params["encoders"], "batch_stats": batch_stats}
+        features, updated = encode(variables, inputs)
+        loss, outputs = compute_loss(params["method"], features)
+        return loss, (outputs, updated)
+
+    loss_and_grad = jax.value_and_grad(compute, has_aux=True)
+    (loss, ((metrics, memory), updated)), grads = loss_and_grad(params)
+    return Gradients(loss, metrics, memory, updated, grads)
+
+
+def gradients_in_parts(
+    encode: Encode,
+    compute_loss: ComputeLoss,
+    params: Params,
+    batch_stats: PyTree,
+    inputs: PyTree,
+    size: int,
+) -> Gradients:
+    """Computes what `gradients_at_once` does, `size` pairs at a time: *equations 1 to 3*."""
+    variables = {"params": params["encoders"], "batch_stats": batch_stats}
+    features, updated = encode_parts(encode, variables, inputs, size)
+
+    # Word ids and masks are ints and bools, whose gradients have type float0.
+    loss_and_grads = jax.value_and_grad(compute_loss, (0, 1), has_aux=True, allow_int=True)
+    (loss, (metrics, memory)), (method_grads, cotangents) = loss_and_grads(
+        params["method"], features
+    )
+
+    def add_part(total: Params, part: tuple[PyTree, list[Array]]) -> tuple[Params, None]:
+        inputs, cotangents = part
+
+        def encode_floats(encoder_params: Params) -> list[Array]:
+            return float_leaves(encode(variables | {"params": encoder_params}, inputs)[0])
+
+        _, pull_back = jax.vjp(encode_floats, params["encoders"])
+        return jax.tree.map(jnp.add, total, pull_back(cotangents)[0]), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params["encoders"])
+    parts = split_leaves((inputs, float_leaves(cotangents)), size)
+    encoder_grads, _ = lax.scan(add_part, zeros, parts)
+    grads = {"encoders": encoder_grads, "method": method_grads}
+    return Gradients(loss, metrics, memory, updated, grads)
+
+
+def encode_parts(
+    encode: Encode, variables: dict[str, PyTree], inputs: PyTree, size: int
+) -> tuple[Sides, PyTree]:
+    """Encodes `size` pairs at a time: *equation 1*.
+
+    Returns:
+      The features of all pairs, and the mean of the new `batch_stats` over the microbatches.
+    """
+    parts = split_leaves(inputs, size)
+    count = len(jax.tree.leaves(parts)[0])
+    if count == 1:
+        return encode(variables, inputs)
+
+    def encode_part(total: PyTree, part: PyTree) -> tuple[PyTree, Sides]:
+        features, updated = encode(variables, part)
+        return jax.tree.map(lambda x, y: x + y / count, total, updated), features
+
+    zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+    updated, features = lax.scan(encode_part, zeros, parts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), features), updated
+
+
+def split_leaves(tree: PyTree, size: int) -> PyTree:
+    """Returns every leaf [B ...] as [B / size, size, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
+
+
+def float_leaves(tree: PyTree) -> list[Array]:
+    """Returns the leaves of floating-point numbers."""
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+# The numbers of a run ---------------------------------------------------------------------------
 
 
 def watch_numbers(

@@ -26,7 +26,7 @@ from plan_jax.data.preparation import open_once
 from plan_jax.logger import Logger
 from plan_jax.model import Components, build_components, make_model
 from plan_jax.state import State, choose_normalisation, init_state
-from plan_jax.step import FIRST_NONFINITE, make_step, watch_numbers
+from plan_jax.step import FIRST_NONFINITE, make_step, split_microbatches, watch_numbers
 from plan_jax.types import Batch, Metrics, Model, UserError
 
 # Steps after which the run looks for NaN and infinity, if it does not log or save before.
@@ -66,15 +66,16 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     Returns {} if the run was stopped by a signal; its state is saved.
 
     Raises:
-      UserError: the batch is not divisible by the devices, one of them has no bfloat16, another run
-        holds `workdir`, the dataset cannot be read or lacks what a task needs, a checkpoint does
-        not fit, the loss is not finite, and other mistakes of the user.
+      UserError: the batch is not divisible by the devices, or its part on one device by
+        `microbatch`; a device has no bfloat16, another run holds `workdir`, the dataset cannot be
+        read or lacks what a task needs, a checkpoint does not fit, the loss is not finite, and
+        other mistakes of the user.
     """
     workdir = Path(workdir)
     config = choose_normalisation(config)
     mesh = parallel.make_mesh(config.parallel.devices or None)
     parallel.require_dtype(config.dtype, mesh.devices.flat)
-    parallel.split_batch(config.batch, mesh.size)
+    split_microbatches(parallel.split_batch(config.batch, mesh.size), config.microbatch)
     components = build_components(config, parallel.AXIS)
     # Missing annotations should end a run before it trains, not after.
     evaluate.open_eval_data(config, config.eval.split)
@@ -114,7 +115,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         require_finite_start(state, config, folder, start)
 
         step = parallel.parallelise(
-            watch_numbers(make_step(components, optimiser, config.ema_decay, parallel.AXIS)),
+            watch_numbers(
+                make_step(components, optimiser, config.ema_decay, parallel.AXIS, config.microbatch)
+            ),
             mesh,
             implementation=config.parallel.implementation,
         )

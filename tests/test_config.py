@@ -68,6 +68,7 @@ def test_ints_become_floats_and_lists_tuples(content):
         ("text", "pool", 3, "use one of cls, mean, attention"),
         ("", "ema_decay", 1.0, "below 1"),
         ("", "batch", 1, "use at least 2"),
+        ("", "microbatch", -1, "use at least 0"),
         ("", "channels", 4, "use 1 to 3"),
         (
             "",
@@ -127,6 +128,9 @@ def test_difference_names_the_first_field_that_matters(content):
     new = Config.from_dict(content)
     assert configs.difference(old, new) == "config.optim.b1 0.9, not 0.5"
     assert configs.difference(old, new, ("optim",)) == ""
+    # With BatchNorm it changes the statistics that normalise.
+    content["optim"]["b1"], content["microbatch"] = old.optim.b1, 4
+    assert configs.difference(old, Config.from_dict(content)) == "config.microbatch 0, not 4"
 
 
 def pairs_config(**data):

@@ -309,3 +309,19 @@ def test_pooled_weights_of_words_have_no_piece_after_them():
     tokens, index, _, sentence = draw_texts()
     variables = tower.init(KEY, tokens, index, sentence)
     assert tower.apply(variables, tokens, index, sentence).next_attention is None
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_dropout_of_a_text_depends_on_its_place_in_the_whole_batch_alone(scan):
+    options = {"depth": 3, "dropout": 0.3, "scan": scan}
+    tower = dual_encoder.make_text_tower("bert_tiny", 30, jnp.float32, **options)
+    tokens, index, _, sentence = (jnp.tile(x[:1], (4, 1)) for x in draw_texts())
+    variables = tower.init(KEY, tokens, index, sentence)
+
+    def encode(rows):
+        inputs = tokens[rows], index[rows], sentence[rows], True, rows
+        return tower.apply(variables, *inputs, rngs={"dropout": KEY}).words
+
+    whole, part = encode(jnp.arange(4)), encode(jnp.array([2, 1]))
+    assert min(np.abs(whole[n] - whole[m]).max() for n in range(4) for m in range(n)) > 0.01
+    np.testing.assert_allclose(part, whole[jnp.array([2, 1])], atol=1e-6)

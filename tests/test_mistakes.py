@@ -121,6 +121,10 @@ TRAIN = {
         ["config.parallel.implementation is 'xmap'", "use one of shard_map, pmap"],
     ),
     "indivisible batch": ("config.batch=30", ["batch 30", "8 devices", "use 24 or 32"]),
+    "indivisible microbatches": (
+        "config.batch=64 --config.microbatch=3",
+        ["config.microbatch is 3", "the 8 pairs of each device", "use 2 or 4"],
+    ),
     "devices": ("config.parallel.devices=9", ["parallel.devices is 9", "use 1 to 8"]),
     "huge batch": (
         "config.batch=4096",

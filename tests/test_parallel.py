@@ -155,21 +155,20 @@ def test_steps_are_compiled_once():
     assert parallel_step._cache_size() == 1
 
 
-def test_keys():
+def test_the_key_of_a_step_is_the_same_everywhere_and_an_index_belongs_to_one_example():
     key = jax.random.key(1)
 
     def random_numbers(state, batch):
         same = jax.random.uniform(parallel.step_key(state, 3))
-        different = jax.random.uniform(parallel.device_key(parallel.step_key(state, 3)))
-        return state, {"same": same, "different": jax.lax.all_gather(different, parallel.AXIS)}
+        index = parallel.example_indices(len(batch))
+        return state, {"same": same, "index": jax.lax.all_gather(index, parallel.AXIS)}
 
     metrics = parallel.parallelise(random_numbers)(
-        parallel.replicate(key), parallel.shard(np.ones(8))
+        parallel.replicate(key), parallel.shard(np.ones(16))
     )[1]
     assert metrics["same"] == jax.random.uniform(parallel.step_key(key, 3))
-    assert len(set(metrics["different"].tolist())) == 8
-    without_axis = jax.random.uniform(parallel.device_key(parallel.step_key(key, 3), None))
-    assert without_axis == metrics["different"][0]
+    assert metrics["index"].tolist() == np.arange(16).reshape(8, 2).tolist()
+    assert parallel.example_indices(16, None).tolist() == list(range(16))
     assert (parallel.step_key(key, 3) != parallel.step_key(key, 4)).all()
 
 

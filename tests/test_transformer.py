@@ -15,6 +15,7 @@ from plan_jax.layers.transformer import (
     attention_weights,
     dropout,
     exact_gelu,
+    fold_in,
     swiglu,
 )
 
@@ -174,3 +175,21 @@ def test_dropout_keeps_the_mean():
     output = dropout(jnp.ones((200, 200)), 0.25, KEY)
     assert set(np.unique(np.asarray(output).round(5))) == {0.0, np.float32(1 / 0.75).round(5)}
     assert float(output.mean()) == pytest.approx(1, abs=0.02)
+
+
+def test_dropout_with_a_key_for_each_row_belongs_to_the_row():
+    """In a layer with all rates, and in `dropout` itself."""
+    rates = {name: 0.4 for name in ("dropout", "hidden_dropout", "attention_dropout")}
+    layer = TransformerLayer(8, 2, 8, **rates)
+    x = jnp.tile(draw_normal(1, 4, 8), (5, 1, 1))
+    variables = layer.init(KEY, x)
+    keys = fold_in(KEY, jnp.arange(5))
+    output = layer.apply(variables, x, None, keys).x
+    assert min(np.abs(output[n] - output[m]).max() for n in range(5) for m in range(n)) > 0.01
+    rows = jnp.array([3, 1])
+    part = layer.apply(variables, x[rows], None, keys[rows]).x
+    np.testing.assert_allclose(part, output[rows], atol=1e-6)
+    dropped = dropout(jnp.ones((5, 300)), 0.25, keys)
+    for n in range(5):
+        np.testing.assert_array_equal(dropped[n], dropout(jnp.ones(300), 0.25, keys[n]))
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.05)

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from plan_jax.encoders import TextOutput
 from plan_jax.layers.dense import Dense
 from plan_jax.layers.transformer import (
     MASKED_LOGIT,
     dropout,
+    fold_in,
     is_frozen_layer,
     run_layers,
 )
@@ -108,11 +109,17 @@ class Bert(nn.Module):
         word_index: Int[Array, "B L"],
         sentence: Int[Array, "B W"],
         train: bool = False,
+        index: Int[Array, " B"] | None = None,
     ) -> TextOutput:
-        """Encodes B texts; token 0 is padding."""
+        """Encodes B texts; token 0 is padding.
+
+        With `index`, the place of each text in the whole batch, dropout of a text depends on its
+        place and the key alone, and not on the part of the batch that is encoded at a time.
+        """
         is_real = tokens > 0
         num_words = sentence.shape[1]
         key = self.make_rng("dropout") if train and self.dropout else None
+        key = key if key is None or index is None else fold_in(key, index)
         # Frozen layers run as in evaluation, so they have no dropout either.
         embeddings = self._embed(tokens, None if self.frozen_layers else key)
         mask = attention_mask(word_index, sentence, is_real, self.block_diagonal)
@@ -149,7 +156,9 @@ class Bert(nn.Module):
                 pooled = lax.stop_gradient(pooled)
         return TextOutput(pooled, words, word_attention, next_attention)
 
-    def _embed(self, tokens: Int[Array, "B L"], key: PRNGKeyArray | None) -> Float[Array, "B L E"]:
+    def _embed(
+        self, tokens: Int[Array, "B L"], key: Key[Array, "*R"] | None
+    ) -> Float[Array, "B L E"]:
         """Returns the normalised sum of the embeddings of piece, position and type."""
         initializer = nn.initializers.normal(0.02)
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=initializer, name="token")
@@ -159,5 +168,5 @@ class Bert(nn.Module):
         embeddings = embed(tokens) + position[: tokens.shape[1]] + token_type[0]
         embeddings = nn.LayerNorm(EPSILON, name="norm")(embeddings)
         # Layer n folds n < depth into the key, so depth itself is free.
-        key = None if key is None else jax.random.fold_in(key, self.depth)
+        key = None if key is None else fold_in(key, self.depth)
         return dropout(embeddings, self.dropout, key).astype(self.dtype)

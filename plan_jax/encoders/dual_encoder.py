@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from plan_jax.encoders.bert import BERTS, Bert
 from plan_jax.encoders.bert import EPSILON as BERT_EPSILON
@@ -215,10 +215,15 @@ class DualEncoder(nn.Module):
             fine_grid=fine_grid,
         )
 
-    def encode_text(self, text: TextBatch, train: bool = False) -> Features:
-        """Encodes texts; vectors and attention of padded words are 0."""
+    def encode_text(
+        self, text: TextBatch, train: bool = False, index: Int[Array, " B"] | None = None
+    ) -> Features:
+        """Encodes texts; vectors and attention of padded words are 0.
+
+        `index` is the place of each text in the whole batch, to which its dropout belongs.
+        """
         mask = text.word_id > 0
-        output = self.text_tower(text.tokens, text.word_index, text.sentence, train)
+        output = self.text_tower(text.tokens, text.word_index, text.sentence, train, index)
         pooled, local = output.pooled.astype(jnp.float32), output.words.astype(jnp.float32)
         if self.heads["text_global"] != "none":
             pooled = self.text_global_head(output.pooled, train)
@@ -238,9 +243,11 @@ class DualEncoder(nn.Module):
             next_attention=None if next_attention is None else next_attention * mask,
         )
 
-    def __call__(self, batch: Batch, train: bool = False) -> tuple[Features, Features]:
-        """Encodes both sides of a batch."""
-        return self.encode_image(batch.image, train), self.encode_text(batch.text, train)
+    def __call__(
+        self, batch: Batch, train: bool = False, index: Int[Array, " B"] | None = None
+    ) -> tuple[Features, Features]:
+        """Encodes both sides of a batch; `index` is that of `encode_text`."""
+        return self.encode_image(batch.image, train), self.encode_text(batch.text, train, index)
 
     def _normalise(self, image: UInt8[Array, "B Y X 1"]) -> Float[Array, "B Y X C"]:
         pixels = jnp.repeat(image.astype(jnp.float32) / 255, self.channels, -1)

@@ -5,6 +5,7 @@ and Gimpel, arXiv 1606.08415; LayerScale: Touvron et al., arXiv 2103.17239; SwiG
 2002.05202.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from plan_jax.layers.cpu.attention import attend
 from plan_jax.layers.dense import Dense, scale_by_parameter
@@ -49,11 +50,40 @@ def swiglu(x: Float[Array, "*B N E"]) -> Float[Array, "*B N F"]:
     return (jax.nn.silu(gate) * value).astype(x.dtype)
 
 
-def dropout(x: Float[Array, "*B E"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*B E"]:
-    """Zeroes a fraction `rate` of the entries and scales the rest up; no key, no dropout."""
+def fold_in(key: Key[Array, "..."], number: int | Int[Array, "..."]) -> Key[Array, "..."]:
+    """Returns `jax.random.fold_in` of a key and a number; of rows of either, one for each row.
+
+    >>> key = jax.random.key(0)
+    >>> fold_in(key, jnp.arange(3)).shape, fold_in(fold_in(key, jnp.arange(3)), 7).shape
+    ((3,), (3,))
+    """
+    return jnp.vectorize(jax.random.fold_in)(key, number)
+
+
+def dropout(
+    x: Float[Array, "*B E"], rate: float, key: Key[Array, "*R"] | None
+) -> Float[Array, "*B E"]:
+    """Zeroes a fraction `rate` of the entries and scales the rest up; no key, no dropout.
+
+    With one key for each row, the mask of a row does not depend on the batch that it is in.
+    """
     if key is None or not rate:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    if key.ndim:
+        mask = jax.vmap(lambda row: jax.random.bernoulli(row, 1 - rate, x.shape[1:]))(key)
+    else:
+        mask = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(mask, x / (1 - rate), 0)
+
+
+def split_keys(key: Key[Array, "*R"], count: int) -> Key[Array, "{count} *R"]:
+    """Returns `count` keys, or `count` for each row.
+
+    >>> split_keys(fold_in(jax.random.key(0), jnp.arange(3)), 6).shape
+    (6, 3)
+    """
+    split = functools.partial(jax.random.split, num=count)
+    return jnp.moveaxis(jnp.vectorize(split, signature="()->(n)")(key), -1, 0)
 
 
 def attention_weights(
@@ -102,7 +132,7 @@ class Attention(nn.Module):
         x: Float[Array, "*B N E"],
         memory: KeyValue,
         mask: Bool[Array, "..."] | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Key[Array, "*R"] | None = None,
     ) -> tuple[Float[Array, "*B N E"], Attended]:
         """Returns `out(softmax(q k' / sqrt(C)) v)` and what it was computed from.
 
@@ -199,7 +229,7 @@ class TransformerLayer(nn.Module):
         self,
         x: Float[Array, "*B N E"],
         mask: Bool[Array, "..."] | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Key[Array, "*R"] | None = None,
         memory: KeyValue | None = None,
         memory_mask: Bool[Array, "..."] | None = None,
         cache: KeyValue | None = None,
@@ -209,14 +239,14 @@ class TransformerLayer(nn.Module):
 
         Args:
           mask: which token attends to which, broadcast to [*B H N N]; None: all to all.
-          key: of dropout; None: no dropout.
+          key: of dropout, or one for each of the B rows; None: no dropout.
           memory: what `project_memory` returned, for the cross-attention.
           memory_mask: which token attends to which item of the memory, broadcast to [*B H N M].
           cache: keys and values of a whole sequence, in which x stands from `position` on. The
             output's `attention` holds the cache with the new tokens entered.
         """
         # The order is part of the random numbers: new branches are appended.
-        keys = [None] * 6 if key is None else jax.random.split(key, 6)
+        keys = [None] * 6 if key is None else split_keys(key, 6)
         self_key, mlp_key, cross_key, hidden_key, weights_key, cross_weights_key = keys
 
         y = self._before(self.norm1, x)
@@ -273,7 +303,7 @@ def run_layers(
     options: Mapping[str, Any],
     x: Float[Array, "B N E"],
     mask: Bool[Array, "B 1 N N"] | None = None,
-    key: PRNGKeyArray | None = None,
+    key: Key[Array, "*R"] | None = None,
     sum_last_layers: int = 1,
 ) -> tuple[Float[Array, "B N E"], Float[Array, "B N"]]:
     """Applies the `depth` layers of a tower, which is a compact module that calls this.
@@ -289,16 +319,14 @@ def run_layers(
       tower: the module with `depth`, `scan`, `remat` and `frozen_layers`.
       options: fields of the tower's `TransformerLayer`.
       mask: which token attends to which.
-      key: of dropout; a layer gets the same key whichever way it runs.
+      key: of dropout, or one for each text; a layer gets the same key whichever way it runs.
       sum_last_layers: how many of the last layers' outputs are summed (1: the last alone).
 
     Returns:
       That sum, and the attention of the first token in the last layer, averaged over heads.
     """
     depth, num_frozen = tower.depth, min(tower.frozen_layers, tower.depth)
-    keys = [
-        None if key is None or n < num_frozen else jax.random.fold_in(key, n) for n in range(depth)
-    ]
+    keys = [None if key is None or n < num_frozen else fold_in(key, n) for n in range(depth)]
     layer_class = nn.remat(TransformerLayer) if tower.remat else TransformerLayer
     # Layers whose output is not summed may be scanned. Frozen and trained ones are scanned apart,
     # because only the trained ones have keys of dropout.
@@ -325,7 +353,7 @@ def _scan_layers(
     options: Mapping[str, Any],
     x: Float[Array, "B N E"],
     mask: Bool[Array, "B 1 N N"] | None,
-    keys: list[PRNGKeyArray | None],
+    keys: list[Key[Array, "*R"] | None],
     start: int,
     stop: int,
 ) -> Float[Array, "B N E"]:

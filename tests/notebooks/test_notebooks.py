@@ -74,7 +74,7 @@ def test_compare(tmp_path):
 def test_tpu(tmp_path):
     """On Colab, with two devices in place of a TPU's."""
     drive = tmp_path / "drive"
-    parameters = {"config": "testing", "batch": 8, "steps": 4, "platform": "cpu"}
+    parameters = {"config": "testing", "batch": 8, "microbatch": 2, "steps": 4, "platform": "cpu"}
     shown = run("tpu", tmp_path / "machine", drive=drive, **parameters)
     assert "2 cpu" in shown.text and "newest step: None" in shown.text
     assert re.search(r"\| 2 devices \| 1 \| .*\n\| 1 device \| 1 \| ", shown.markdown)
@@ -83,7 +83,7 @@ def test_tpu(tmp_path):
     assert {"run.zip", "step-4.zip"} <= copies
     assert (drive / "calls.txt").read_text().split() == ["mount", "flush_and_unmount"]
     config = json.loads((tmp_path / "machine/runs/tpu/config.json").read_text())
-    assert config["dtype"] == "bfloat16"
+    assert config["dtype"] == "bfloat16" and config["microbatch"] == 2
 
 
 def write_study(folder):
