@@ -73,8 +73,9 @@ print("newest step:", restore_steps(storage / copies, run))
 #
 # A batch that does not fit still trains with its whole loss if each device encodes `microbatch`
 # pairs at a time; 0 encodes its whole part at once. The number must divide the batch of a device.
-# Before you take a TPU, this tells on any computer whether a batch fits its memory:
-# `plan-jax --config compare:plan --mode compile --topology v5e-1 --batch 512 --config.microbatch=64`.
+# Before you take a TPU, `--mode compile` tells on any computer whether a batch fits its memory:
+#
+#     plan-jax --config compare:plan --mode compile --topology v5e-1 --batch 512
 
 # %%
 from plan_jax import main
