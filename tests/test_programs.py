@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -32,7 +33,7 @@ from plan_jax.export.programs import (
 )
 from plan_jax.export.reader import Reader, check_jax
 from plan_jax.layers import cpu
-from plan_jax.layers.cpu import attention, convolution
+from plan_jax.layers.cpu import attention, convolution, product
 from plan_jax.methods import METHODS
 from plan_jax.types import UserError
 from plan_jax.weights import load_tower
@@ -176,9 +177,12 @@ def traced():
         patch.setattr(attention, "MIN_TABLE_SIZE", 1)
         patch.setattr(attention, "_cpu_forward", fail)
         patch.setattr(convolution, "_cpu_conv", fail)
+        patch.setattr(product, "_multiply", fail)
         # Each kernel would be traced, were it not for the switch.
         x, kernel = np.zeros((2, 8, 8, 32), np.float32), np.zeros((3, 3, 32, 32), np.float32)
-        for function, inputs in ((convolution.conv2d, (x, kernel)), (attention.attend, (x, x, x))):
+        multiply = partial(product.dot_general, dimension_numbers=(((3,), (0,)), ((), ())))
+        calls = (convolution.conv2d, (x, kernel)), (attention.attend, (x, x, x))
+        for function, inputs in (*calls, (multiply, (x, kernel[0, 0]))):
             with pytest.raises(AssertionError, match="kernel"):
                 export.export(jax.jit(function), platforms=DEFAULT_PLATFORMS)(*inputs)
         return trace_programs(components, config, weights, DEFAULT_PLATFORMS)

@@ -15,21 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from plan_jax.encoders.dual_encoder import make_image_tower, make_text_tower
-from plan_jax.layers.cpu import attention, convolution
+from plan_jax.layers.cpu import attention, convolution, layer_norm, product
 
 # Kernel -> the module, the name of its switch, and the value that switches the kernel off.
 SWITCHES: dict[str, tuple[Any, str, Any]] = {
     "attention": (attention, "is_enabled", lambda: False),
     "convolution": (convolution, "is_enabled", lambda: False),
+    "layer_norm": (layer_norm, "is_enabled", lambda: False),
+    "product": (product, "is_enabled", lambda: False),
     "winograd": (convolution, "MIN_WINOGRAD_CHANNELS", float("inf")),
 }
+TRANSFORMER = ("layer_norm", "product")
 # Tower -> batch, pixels of an image's side or pieces of a text, the kernels that the tower uses.
 TOWERS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "resnet50": (8, 224, ("convolution", "winograd")),
-    "vit_s16": (8, 224, ("attention", "convolution")),
-    "bert_base_6": (8, 112, ("attention",)),
+    "vit_s16": (8, 224, ("attention", "convolution", *TRANSFORMER)),
+    "bert_base_6": (8, 112, ("attention", *TRANSFORMER)),
     "resnet_small": (32, 96, ("convolution", "winograd")),
-    "vit_small": (32, 96, ("attention", "convolution")),
+    "vit_small": (32, 96, ("attention", "convolution", *TRANSFORMER)),
+    "bert_small": (32, 64, TRANSFORMER),
 }
 HEADER = (
     "| tower | kernels | min ms | median ms | min ratio | median ratio |\n|---|---|---|---|---|---|"

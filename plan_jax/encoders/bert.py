@@ -18,6 +18,7 @@ from plan_jax.encoders import TextOutput
 from plan_jax.layers.dense import Dense
 from plan_jax.layers.transformer import (
     MASKED_LOGIT,
+    LayerNorm,
     dropout,
     fold_in,
     is_frozen_layer,
@@ -166,7 +167,7 @@ class Bert(nn.Module):
         # Published models have two types, for pairs of texts. A report is a single text, of type 0.
         token_type = self.param("type", initializer, (2, self.width))
         embeddings = embed(tokens) + position[: tokens.shape[1]] + token_type[0]
-        embeddings = nn.LayerNorm(EPSILON, name="norm")(embeddings)
+        embeddings = LayerNorm(EPSILON, name="norm")(embeddings)
         # Layer n folds n < depth into the key, so depth itself is free.
         key = None if key is None else fold_in(key, self.depth)
         return dropout(embeddings, self.dropout, key).astype(self.dtype)

@@ -19,7 +19,13 @@ from plan_jax.encoders import ImageOutput
 from plan_jax.encoders.resnet import Conv
 from plan_jax.layers.dense import add_parameter
 from plan_jax.layers.resize import resize_bicubic
-from plan_jax.layers.transformer import exact_gelu, is_frozen_layer, run_layers, swiglu
+from plan_jax.layers.transformer import (
+    LayerNorm,
+    exact_gelu,
+    is_frozen_layer,
+    run_layers,
+    swiglu,
+)
 from plan_jax.types import UserError
 
 VITS: dict[str, dict[str, Any]] = {
@@ -108,7 +114,7 @@ class ViT(nn.Module):
             "dtype": self.dtype,
         }
         tokens, attention = run_layers(self, options, tokens)
-        tokens = nn.LayerNorm(EPSILON, name="norm")(tokens)
+        tokens = LayerNorm(EPSILON, name="norm")(tokens)
         if self.frozen_layers >= self.depth:
             tokens = lax.stop_gradient(tokens)
         num_other = int(self.class_token) + self.registers

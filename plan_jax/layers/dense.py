@@ -11,8 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import lax
 from jaxtyping import Array, Float
+
+from plan_jax.layers.cpu.product import dot_general
 
 
 def add_parameter(
@@ -46,7 +47,7 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         last, first = (x.ndim - 1,), (0,)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = lax.dot_general(x, kernel, ((last, first), ((), ())))
+        y = dot_general(x, kernel, ((last, first), ((), ())))
         if not self.use_bias:
             return y
         return add_parameter(y, self.param("bias", nn.initializers.zeros, (self.features,)))

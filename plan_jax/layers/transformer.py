@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from plan_jax.layers.cpu.attention import attend
+from plan_jax.layers.cpu.layer_norm import normalise
 from plan_jax.layers.dense import Dense, scale_by_parameter
 
 # Logits of masked keys: exp(-1e9 - max) is 0 in float32, and no infinity enters a
@@ -104,6 +105,19 @@ def first_token_attention(
     """Returns the attention of the first token to all tokens, averaged over heads."""
     mask = None if mask is None else mask[:, :, :1]
     return attention_weights(attended.query[:, :1], attended.key, mask).mean(1)[:, 0]
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, with the parameters of flax's; the output is float32."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+        """Returns `(x - mean) / sqrt(variance + epsilon) * scale + bias`."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return normalise(x, scale, bias, self.epsilon)
 
 
 class Attention(nn.Module):
@@ -207,10 +221,10 @@ class TransformerLayer(nn.Module):
                 self.dtype,
             )
 
-        self.norm1, self.norm2 = nn.LayerNorm(self.epsilon), nn.LayerNorm(self.epsilon)
+        self.norm1, self.norm2 = LayerNorm(self.epsilon), LayerNorm(self.epsilon)
         self.attention = attention()
         if self.cross_attention:
-            self.cross, self.norm_cross = attention(), nn.LayerNorm(self.epsilon)
+            self.cross, self.norm_cross = attention(), LayerNorm(self.epsilon)
         self.fc1, self.fc2 = (
             Dense(width, dtype=self.dtype, kernel_init=self.kernel_init)
             for width in (self.hidden, self.width)
@@ -275,10 +289,10 @@ class TransformerLayer(nn.Module):
         x = self._after(self.norm2, x + dropout(y, self.dropout, mlp_key))
         return LayerOutput(x, attended, cross)
 
-    def _before(self, norm: nn.LayerNorm, x: Float[Array, "*B N E"]) -> Float[Array, "*B N E"]:
+    def _before(self, norm: LayerNorm, x: Float[Array, "*B N E"]) -> Float[Array, "*B N E"]:
         return norm(x).astype(self.dtype) if self.pre_norm else x
 
-    def _after(self, norm: nn.LayerNorm, x: Float[Array, "*B N E"]) -> Float[Array, "*B N E"]:
+    def _after(self, norm: LayerNorm, x: Float[Array, "*B N E"]) -> Float[Array, "*B N E"]:
         return x if self.pre_norm else norm(x).astype(self.dtype)
 
 

@@ -20,7 +20,7 @@ from plan_jax.data.phantom import draw_study
 from plan_jax.encoders.dual_encoder import DualEncoder, make_image_tower, make_text_tower
 from plan_jax.layers import cpu
 from plan_jax.layers.batch_norm import BatchNorm
-from plan_jax.layers.cpu import attention, convolution
+from plan_jax.layers.cpu import attention, convolution, layer_norm, product
 from plan_jax.methods import gloria, mgca
 from plan_jax.types import Batch, MethodContext, TextBatch
 
@@ -41,7 +41,7 @@ VOCABULARY = 200
 
 def disable_kernels(monkeypatch):
     """Does what PLAN_JAX_CPU_KERNELS=0 does."""
-    for module in (cpu, attention, convolution):
+    for module in (cpu, attention, convolution, layer_norm, product):
         monkeypatch.setattr(module, "is_enabled", lambda: False)
 
 
@@ -54,6 +54,8 @@ def differentiate_by_xla(monkeypatch):
 
     monkeypatch.setattr(attention, "_cpu_backward", attention_gradients)
     monkeypatch.setattr(convolution, "_cpu_gradients", convolution._xla_gradients)
+    monkeypatch.setattr(product, "_cpu_gradients", product._xla_gradients)
+    monkeypatch.setattr(layer_norm, "_cpu_gradients", layer_norm._xla_gradients)
 
 
 def draw_images(count, size):
