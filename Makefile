@@ -85,7 +85,7 @@ soak: .venv/.tpu
 
 parity: .venv/.parity .cache/public_tables/.done
 	@echo "== comparing encoders with torch, torchvision, timm and MiniLM"
-	@$(BIN)/python -m pytest -s --override-ini addopts= tests/parity
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -rP --override-ini addopts= tests/parity
 
 # Python 3.13 as on Colab: PYTHON313, pyenv's or python3.13. The versions are those of Colab's runtime
 # without an accelerator, but for tensorflow-metadata, which plan_jax replaces.

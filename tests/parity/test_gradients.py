@@ -108,7 +108,7 @@ def relative_errors(actual, expected):
     return errors
 
 
-def compare_gradients(compute, params, arguments, monkeypatch, plain_functions, capsys):
+def compare_gradients(compute, params, arguments, monkeypatch, plain_functions):
     """Compares value and gradients of `compute(params, ...)` with those of XLA's operations.
 
     First with the gradients of XLA for the same values, then without any kernel. `compute` returns
@@ -130,8 +130,7 @@ def compare_gradients(compute, params, arguments, monkeypatch, plain_functions, 
 
     def tell(comparison, errors):
         worst = max(errors, key=errors.__getitem__)
-        with capsys.disabled():
-            print(f"\n{comparison}: {errors[worst]:.1e} of {worst} at most, of {len(errors)}")
+        print(f"{comparison}: {errors[worst]:.1e} of {worst} at most, of {len(errors)}")
 
     outputs, actual = make_run()(params)
     for setting in plain_functions:
@@ -172,7 +171,7 @@ def test_max_pooling_passes_the_gradient_of_every_window():
         ("vit_small", 104, {"depth": 2}),  # 170 tokens: attention by the kernel
     ],
 )
-def test_image_towers(name, size, options, monkeypatch, capsys):
+def test_image_towers(name, size, options, monkeypatch):
     tower = make_image_tower(name, None, jnp.float32, **options)
     x = jnp.asarray(draw_images(3, size), jnp.float32) / 255
     variables = jax.jit(tower.init)(KEY, x)
@@ -187,11 +186,11 @@ def test_image_towers(name, size, options, monkeypatch, capsys):
         return total, (output.pooled, updated)
 
     params = shift_parameters(variables["params"])
-    compare_gradients(compute, params, (x,), monkeypatch, [], capsys)
+    compare_gradients(compute, params, (x,), monkeypatch, [])
 
 
 @pytest.mark.parametrize("block_diagonal", [False, True])
-def test_text_towers(block_diagonal, monkeypatch, capsys):
+def test_text_towers(block_diagonal, monkeypatch):
     options = {"width": 96, "heads": 4, "depth": 2, "block_diagonal": block_diagonal}
     tower = make_text_tower("bert_small", VOCABULARY, jnp.float32, **options)
     text = draw_text(3, 111)
@@ -205,7 +204,7 @@ def test_text_towers(block_diagonal, monkeypatch, capsys):
         return jnp.vdot(output.words, weights) + jnp.sum(output.pooled**3), output
 
     params = shift_parameters(variables["params"])
-    compare_gradients(compute, params, inputs, monkeypatch, [], capsys)
+    compare_gradients(compute, params, inputs, monkeypatch, [])
 
 
 def make_step(method, hyper, encoder, batch):
@@ -255,20 +254,20 @@ def plain_token_losses(images, texts, hyper):
     return jax.vmap(pair_loss)(unit(images.local), unit(texts.local), texts.mask, *weights)
 
 
-def test_a_step_of_mgca_with_resnet50_at_299_pixels(monkeypatch, capsys):
+def test_a_step_of_mgca_with_resnet50_at_299_pixels(monkeypatch):
     batch = Batch(image=draw_images(6, 224), text=draw_text(6, 112), extra={})
     encoder = make_encoder({"name": "resnet50", "resize": 299})
     compute, params = make_step(mgca, mgca.Hyper(), encoder, batch)
     plain = [(mgca, "token_losses", plain_token_losses)]
-    compare_gradients(compute, params, (batch,), monkeypatch, plain, capsys)
+    compare_gradients(compute, params, (batch,), monkeypatch, plain)
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-def test_a_step_of_gloria(normalise, monkeypatch, capsys):
+def test_a_step_of_gloria(normalise, monkeypatch):
     batch = Batch(image=draw_images(5, 76), text=draw_text(5, 40), extra={})
     vision = {"name": "resnet_small", "pool": "mean_max"}
     encoder = make_encoder(vision, normalisation="image", channels=1, embed_dim=24)
     hyper = gloria.Hyper(normalise_attention=normalise)
     compute, params = make_step(gloria, hyper, encoder, batch)
     plain = [(gloria, "local_scores", dense_scores)]
-    compare_gradients(compute, params, (batch,), monkeypatch, plain, capsys)
+    compare_gradients(compute, params, (batch,), monkeypatch, plain)
