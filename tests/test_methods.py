@@ -88,7 +88,7 @@ def test_the_loss_reads_the_features_that_the_method_names_and_no_others(name):
                 continue
             fewer = list(named)
             fewer[side] = sides[side].select(set(names) - {field})
-            with pytest.raises((AttributeError, TypeError, ValueError)):
+            with pytest.raises((AttributeError, IndexError, TypeError, ValueError)):
                 value, _ = method.loss(params, memory, *fewer, extra, **options)
                 if value != expected:  # an optional one, as a finer map
                     raise ValueError(field)
