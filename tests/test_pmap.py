@@ -13,12 +13,12 @@ from plan_jax.step import make_step
 STEPS = 3
 
 
-def train(implementation, **changes):
+def train(implementation, microbatch):
     """Returns the losses of a few steps, and the states after the first and the last of them."""
-    config, mesh = make_config(**changes), parallel.make_mesh(8)
+    config, mesh = make_config(), parallel.make_mesh(8)
     components = build_components(config, parallel.AXIS)
     state, optimiser = init_state(components, config, random_batch(32))
-    step = make_step(components, optimiser, config.ema_decay, parallel.AXIS)
+    step = make_step(components, optimiser, 0.0, parallel.AXIS, microbatch)
     step = parallel.parallelise(step, mesh, implementation=implementation)
     state, losses, states = parallel.replicate(state, mesh), [], []
     for seed in range(STEPS):
@@ -40,9 +40,10 @@ def first_moments(state):
     return [leaf for path, leaf in leaves if "mu" in str(path)]
 
 
-@pytest.fixture(scope="module")
-def runs():
-    return {name: train(name) for name in parallel.IMPLEMENTATIONS}
+@pytest.fixture(scope="module", params=[0, 2], ids=["whole", "microbatches"])
+def runs(request):
+    """Returns what `train` does for each implementation; a device has four pairs."""
+    return {name: train(name, request.param) for name in parallel.IMPLEMENTATIONS}
 
 
 def test_losses_agree(runs):
