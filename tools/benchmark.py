@@ -315,8 +315,7 @@ def count_traffic(overrides: list[str]) -> None:
     """Prints the bytes that the methods' losses exchange; `--config.field=value` applies to all."""
     import benchmark_traffic
 
-    fields = [override.removeprefix("--config.").partition("=") for override in overrides]
-    benchmark_traffic.main({name: value for name, _, value in fields})
+    benchmark_traffic.main(split_overrides(overrides))
 
 
 def measure_augmentation(args: argparse.Namespace) -> None:

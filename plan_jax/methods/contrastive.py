@@ -186,7 +186,8 @@ def sigmoid_loss(
 
     *Section 3.3:* texts travel around the ring of devices. Each device compares its own images with
     the texts of one device at a time, `SIGMOID_TILE` of them at once. The backward pass recomputes
-    these tables, so none of all pairs exists on any device, nor do the texts of all devices meet.
+    these tables, so none of all pairs exists on any device. For it, a device stores the texts that
+    have passed, B D numbers in all.
     """
     images, texts = l2_normalise(images), l2_normalise(texts)
     scale, bias = jnp.exp(params["log_scale"]), params["bias"]
