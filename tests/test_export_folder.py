@@ -27,6 +27,7 @@ FIELDS = {"hyper": {}, "fine_map": False}
 METHODS = {
     "plan": {},
     "convirt": FIELDS | {"method": "convirt"},
+    "convirt_sigmoid": FIELDS | {"method": "convirt", "hyper": {"contrast": "sigmoid"}},
     "gloria": FIELDS | {"method": "gloria"},
     "mgca": FIELDS | {"method": "mgca"},
     "asg": FIELDS | {"method": "asg"},
@@ -62,7 +63,7 @@ def test_the_parameters_of_each_method_are_saved(method, tmp_path):
         leaves = (jax.tree.leaves(tree), jax.tree.leaves(loaded[name]))
         for expected, actual in zip(*leaves, strict=True):
             np.testing.assert_array_equal(actual, expected, strict=True)
-    assert loaded["config"].hyper == config.hyper and loaded["config"].method == method
+    assert loaded["config"].hyper == config.hyper and loaded["config"].method == config.method
     checksums = json.loads((tmp_path / "saved/checksums.json").read_text())
     assert checksums["params_sha256"] == fingerprint(variables["params"])
 
