@@ -5,7 +5,6 @@ and Gimpel, arXiv 1606.08415; LayerScale: Touvron et al., arXiv 2103.17239; SwiG
 2002.05202.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -83,7 +82,7 @@ def split_keys(key: Key[Array, "*R"], count: int) -> Key[Array, "{count} *R"]:
     >>> split_keys(fold_in(jax.random.key(0), jnp.arange(3)), 6).shape
     (6, 3)
     """
-    split = functools.partial(jax.random.split, num=count)
+    split = partial(jax.random.split, num=count)
     return jnp.moveaxis(jnp.vectorize(split, signature="()->(n)")(key), -1, 0)
 
 
