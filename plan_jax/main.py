@@ -354,7 +354,7 @@ def compile_step(
     configs.check_image_size(config, is_training=True)
     if workdir:
         require_writable(Path(workdir), "workdir", "pass another --workdir")
-    if topology:
+    if topology is not None:
         # Accelerators would be asked for, and this process does not run anything.
         if command.owns_process() and "JAX_PLATFORMS" not in os.environ:
             jax.config.update("jax_platforms", "cpu")
@@ -368,9 +368,14 @@ def compile_step(
     if parallel.is_main():
         print(preflight.format_report(result))
         if workdir:
-            Path(workdir).mkdir(parents=True, exist_ok=True)
             path = Path(workdir) / "preflight.json"
-            path.write_text(json.dumps(preflight.to_dict(result), indent=2) + "\n")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(preflight.to_dict(result), indent=2) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot be written ({error.strerror}); pass another --workdir"
+                ) from None
 
 
 def report_results(compute_metrics: Callable[[], Mapping[str, Any]], page: Path) -> None:

@@ -1,11 +1,13 @@
 """The command `--mode compile` at test size, its report, and mistakes in a sentence."""
 
+import dataclasses
 import importlib.metadata
 import json
 import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from configs import testing
@@ -186,11 +188,13 @@ def test_the_cache_of_programs_is_back_after_a_failure():
     ("arguments", "parts"),
     [
         (["--topology=v5e-9"], ("topology 'v5e-9' is unknown", "v5e-8", "v4-32", "v5e:2x4")),
+        (["--topology="], ("topology '' is unknown", "v5e-8")),
         (["--topology=v5e:3x5"], ("topology 'v5e:3x5'", "not a shape")),
         (["--checkpoint=runs/x"], ("--checkpoint is for --mode eval",)),
         (["--effort=2"], ("effort", "2")),
         (["--batch=x"], ("batch", "x")),
         (["--batch=9", "--config.parallel.devices=2"], ("9 is not divisible by 2", "8 or 10")),
+        (["--config.microbatch=3", "--config.parallel.devices=2"], ("the 4 pairs", "use 2 or 4")),
         (["--config.parallel.devices=99"], ("parallel.devices is 99", "8")),
         (["--workdir=file/x"], ("workdir file/x is inside", "a file")),
     ],
@@ -226,12 +230,12 @@ def test_a_missing_compiler_is_a_sentence(monkeypatch, capsys):
     assert "pip install 'plan_jax[tpu]'" in capsys.readouterr().err
 
 
-def test_bfloat16_on_a_card_without_it_is_a_sentence():
+def test_the_preflight_checks_the_dtype_as_training_does():
     target = preflight.find_target(1)
-    card = topology.CHIPS["Tesla T4"]
-    target = topology.Target("a T4", target.mesh, card, card.memory, (1,), is_here=True)
-    with pytest.raises(UserError, match="a T4 cannot compute in; use float32"):
-        compile_step(make_config(dtype="bfloat16"), target)
+    card = types.SimpleNamespace(device_kind="Tesla T4", compute_capability="7.5")
+    mesh = types.SimpleNamespace(size=1, devices=np.array([card]))
+    with pytest.raises(UserError, match="Tesla T4 .* does not have; use config.dtype=float32"):
+        compile_step(make_config(dtype="bfloat16"), dataclasses.replace(target, mesh=mesh))
 
 
 def test_fewer_devices_of_a_slice_can_be_used():

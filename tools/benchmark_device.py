@@ -13,7 +13,6 @@ all sides; the utilisation is FLOPs over time over the peak of the device's data
 
 import argparse
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -32,23 +31,6 @@ HEADER = (
     "| method | type | batch | side | ms, min | median | images/s | TFLOP | utilisation | peak GB"
     " | JAX : this, min | median | first step s |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-)
-# Part of a device's name -> dense peaks in TFLOP/s of the data sheets of NVIDIA (bfloat16 with sums
-# in float32; TF32, in which float32 is multiplied where there is one; float32). Names that contain
-# others come first.
-PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
-    ("H200", {"bfloat16": 989.4, "tf32": 494.7, "float32": 66.9}),  # H200 SXM
-    ("H100 PCIe", {"bfloat16": 756.0, "tf32": 378.0, "float32": 51.0}),
-    ("H100", {"bfloat16": 989.4, "tf32": 494.7, "float32": 66.9}),  # H100 SXM
-    ("A100", {"bfloat16": 312.0, "tf32": 156.0, "float32": 19.5}),
-    ("A10G?", {"bfloat16": 125.0, "tf32": 62.5, "float32": 31.2}),  # A10; A10G has no data sheet
-    ("L40S", {"bfloat16": 362.0, "tf32": 183.0, "float32": 91.6}),
-    ("L4", {"bfloat16": 121.0, "tf32": 60.0, "float32": 30.3}),
-    ("V100", {"float32": 15.7}),  # V100 SXM2
-    ("P100", {"float32": 9.3}),  # P100 PCIe, as of Kaggle
-    ("T4", {"float32": 8.1}),
-    ("RTX 4090", {"bfloat16": 165.2, "tf32": 82.6, "float32": 82.6}),
-    ("RTX 3090", {"bfloat16": 71.0, "tf32": 35.6, "float32": 35.6}),
 )
 
 
@@ -78,31 +60,24 @@ class Row(NamedTuple):
 # Peaks and FLOPs ---------------------------------------------------------------------------------
 
 
-def find_peaks(device_name: str) -> dict[str, float]:
-    """Returns the peaks of a device in TFLOP/s by type; {} for one that is not in the table.
-
-    >>> find_peaks("NVIDIA A100-SXM4-40GB")["bfloat16"], find_peaks("Tesla T4"), find_peaks("cpu")
-    (312.0, {'float32': 8.1}, {})
-    """
-    for pattern, peaks in PEAKS:
-        if re.search(rf"\b{pattern}\b", device_name):
-            return peaks
-    return {}
-
-
 def peak_flops(device_name: str, dtype: str) -> float:
     """Returns the peak of a device in FLOP/s for a type of the towers; nan if it is unknown.
+
+    >>> peak_flops("NVIDIA A100-SXM4-40GB", "bfloat16"), peak_flops("cpu", "float32")
+    (312000000000000.0, nan)
 
     Raises:
       UserError: the device is known, and has no units for the type.
     """
+    from plan_jax.preflight.topology import find_chip
     from plan_jax.types import UserError
 
-    peaks = find_peaks(device_name)
-    if peaks and dtype == "bfloat16" and dtype not in peaks:
+    chip = find_chip(device_name)
+    if not chip:
+        return float("nan")
+    if dtype == "bfloat16" and not chip.flops:
         raise UserError(f"{device_name} does not compute in bfloat16; use --dtypes float32")
-    name = "tf32" if dtype == "float32" and "tf32" in peaks else dtype
-    return 1e12 * peaks.get(name, float("nan"))
+    return chip.flops if dtype == "bfloat16" else chip.float32_flops
 
 
 def count_step_flops(components: Any, state: Any, batch: Any) -> int:

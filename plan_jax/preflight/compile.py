@@ -24,8 +24,7 @@ from plan_jax.preflight.roofline import Roofline, estimate
 from plan_jax.preflight.shapes import local_batch, make_shapes
 from plan_jax.preflight.topology import Target
 from plan_jax.preflight.traffic import count_traffic
-from plan_jax.step import make_step, watch_numbers
-from plan_jax.types import UserError
+from plan_jax.step import make_step, split_microbatches, watch_numbers
 
 # What XLA says of a program that does not fit, as "(40.25G) exceeds available HBM (15.75G)" or
 # "Used 20.93G of 15.75G hbm".
@@ -91,25 +90,20 @@ def compile_step(config: Config, target: Target, effort: float = 0.0) -> Preflig
         training uses.
 
     Raises:
-      UserError: the batch is not divisible by the devices, the dtype is not one of the chip, or
-        the shapes cannot be known; see `shapes.make_shapes`.
+      UserError: the batch is not divisible by the devices, or a device's part of it by
+        `config.microbatch`; the dtype is not one of the chip; or the shapes cannot be known, see
+        `shapes.make_shapes`.
     """
-    chip, devices = target.chip, target.mesh.size
+    devices = target.mesh.size
     pairs = parallel.split_batch(config.batch, devices)
-    if config.dtype == "bfloat16" and chip and not chip.has_bfloat16:
-        raise UserError(
-            f"config.dtype is bfloat16, which a {chip.name} cannot compute in; use float32"
-        )
+    split_microbatches(pairs, config.microbatch)
     parallel.require_dtype(config.dtype, target.mesh.devices.flat)
     # The collectives of one device do nothing, and XLA removes them. With less effort it does not,
     # and its compiler for TPUs ends the process at them.
     axis = None if devices == 1 and effort < 0 else parallel.AXIS
     shapes = make_shapes(config, axis)
     config, components = shapes.config, shapes.components
-    options: dict[str, Any] = {}
-    if microbatch := getattr(config, "microbatch", 0):
-        options["microbatch"] = microbatch
-    step = make_step(components, shapes.optimiser, config.ema_decay, axis, **options)
+    step = make_step(components, shapes.optimiser, config.ema_decay, axis, config.microbatch)
     # pmap computes the same; only shard_map can be lowered for devices that are not there.
     parallel_step: Any = parallel.parallelise(watch_numbers(step), target.mesh)
     # XLA takes the number as a float only, and of some platforms not at all.

@@ -10,9 +10,9 @@ from jaxtyping import PyTree
 
 from plan_jax.config import Config
 
-# Shares of the temporaries that remain with each remedy, for estimates. A bfloat16 has half of the
-# bytes, and losses, norms and softmax stay in float32. With `remat` the inputs of the layers remain
-# instead of all that is inside of them.
+# Shares of the temporaries that remain with each remedy: assumptions, not measured. A bfloat16 has
+# half of the bytes, and losses, norms and softmax stay in float32. With `remat` the inputs of the
+# layers remain instead of all that is inside of them.
 BFLOAT16_SHARE = 0.6
 REMAT_SHARE = 0.4
 
@@ -113,7 +113,7 @@ def suggest_remedies(memory: Memory, config: Config, pairs: int) -> list[str]:
             " config.optim.freeze, or a chip with more memory"
         ]
     remedies = []
-    microbatch = getattr(config, "microbatch", 0) or pairs
+    microbatch = config.microbatch or pairs
     per_pair = memory.temporaries / microbatch
     fitting = [m for m in divisors(pairs) if m < microbatch and m * per_pair <= room]
     if fitting:
@@ -129,12 +129,18 @@ def suggest_remedies(memory: Memory, config: Config, pairs: int) -> list[str]:
     if sides:
         flags = " and ".join(f"config.{side}.remat=True" for side in sides)
         total = fixed + REMAT_SHARE * memory.temporaries
-        remedies.append(f"{flags}: about {format_bytes(total)}, for a third more computation")
+        remedies.append(
+            f"{flags}: about {format_bytes(total)} if {REMAT_SHARE:.0%} of the temporaries remain,"
+            " for a third more computation"
+        )
     if config.dtype == "float32":
         total = fixed + BFLOAT16_SHARE * memory.temporaries
-        remedies.append(f"config.dtype=bfloat16: about {format_bytes(total)}")
+        remedies.append(
+            f"config.dtype=bfloat16: about {format_bytes(total)} if {BFLOAT16_SHARE:.0%} of the"
+            " temporaries remain"
+        )
     smaller = int(room / (memory.temporaries / pairs))
-    if smaller >= 1:
+    if smaller >= 1 and microbatch == pairs:  # otherwise the microbatch decides
         remedies.append(f"a batch of at most {smaller} pairs on each device, with fewer negatives")
     return remedies
 

@@ -37,7 +37,7 @@ def to_dict(result: Preflight) -> dict[str, Any]:
         "devices": result.target.mesh.size,
         "batch": result.config.batch,
         "pairs_per_device": result.pairs,
-        "microbatch": getattr(result.config, "microbatch", 0),
+        "microbatch": result.config.microbatch,
         "dtype": result.config.dtype,
         "memory": dict(result.memory.kinds),
         "memory_total": result.memory.total,
@@ -67,8 +67,7 @@ def to_dict(result: Preflight) -> dict[str, Any]:
 def _title(result: Preflight) -> Iterator[str]:
     config, devices = result.config, result.target.mesh.size
     share = f"{result.pairs} of them" if devices > 1 else "all"
-    microbatch = getattr(config, "microbatch", 0)
-    parts = f", {microbatch} at a time" if microbatch else ""
+    parts = f", {config.microbatch} at a time" if config.microbatch else ""
     yield (
         f"{config.method} on {result.target.name}: {config.batch} pairs, {share} on each device"
         f"{parts}, {config.dtype}"
@@ -99,7 +98,7 @@ def _memory_lines(result: Preflight) -> Iterator[str]:
     verdict = "it fits" if fits else "it does NOT fit"
     yield f"{verdict}: {share:.0%} of the {format_bytes(memory.limit)} {owner}"
     if not fits:
-        yield "what would make it fit (estimates):"
+        yield "what would make it fit (rough estimates; compile again with what you choose):"
         for remedy in suggest_remedies(memory, result.config, result.pairs):
             yield f"  {remedy}"
 
@@ -174,6 +173,8 @@ def _assumption_lines(result: Preflight) -> Iterator[str]:
             "compute, memory and interconnect run side by side; reading images is left out"
         )
         chip = result.target.chip
+        if result.target.mesh.size > 1 and "interconnect" not in result.roofline.seconds:
+            sentences.append("the interconnect takes no time: its rate is not known")
         if result.config.dtype == "float32" and chip and chip.name.startswith("TPU"):
             sentences.append("a float32 product is one pass of bfloat16, JAX's default on a TPU")
     if sentences:

@@ -1,7 +1,7 @@
 """Chips, their peak rates, and the slices of TPUs that XLA can compile for without one.
 
-The figures of TPUs are those of docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, and those of
-GPUs are of NVIDIA's data sheets (dense, without sparsity).
+The figures of TPUs are those of docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e. Those of GPUs
+are of NVIDIA's data sheets (dense, without sparsity), or of its white papers for GeForce cards.
 """
 
 import importlib.metadata
@@ -30,12 +30,11 @@ class Chip:
     Attributes:
       name: the name in messages.
       memory: bytes that a program may use; on a TPU a part of the memory is reserved.
-      flops: FLOP/s of matrix products of bfloat16 (float16 where there is no bfloat16).
+      flops: FLOP/s of matrix products of bfloat16, with sums in float32; 0 where there are none.
       float32_flops: FLOP/s of those of float32 at JAX's default precision: on a TPU they are one
         pass of bfloat16, on NVIDIA's cards since Ampere TF32.
       bandwidth: bytes/s between the memory and the cores.
       link: bytes/s that one chip sends to the others, over all its links; 0 if not known.
-      has_bfloat16: whether the matrix units compute in bfloat16.
     """
 
     name: str
@@ -44,25 +43,35 @@ class Chip:
     float32_flops: float
     bandwidth: float
     link: float = 0.0
-    has_bfloat16: bool = True
 
 
-# By what JAX calls the device. `memory` of TPUs is what XLA's message "exceeds available HBM" says;
-# the pages say 16, 32, 95 and 32 GB. Their interconnect is the rate in both directions, of which
-# half is sent: 400 and 800 GB/s; that of a v5p is 4800 Gbit/s in one direction; that of a v4 is the
-# all-reduce bandwidth of a pod, 1.1 PB/s, divided by its 4096 chips.
-CHIPS = {
+# A pattern of what JAX calls the device -> the chip. Names that contain others come first.
+# `memory` of TPUs is what XLA's message "exceeds available HBM" says; the pages say 32, 16, 95 and
+# 32 GB. That of GPUs is of the data sheet, for devices that do not tell. The interconnect of v5e
+# and v6e is the rate in both directions, of which half is sent: 400 and 800 GB/s; that of a v5p is
+# 4800 Gbit/s in one direction; that of a v4 is the all-reduce bandwidth of a pod, 1.1 PB/s, divided
+# by its 4096 chips. Of NVLink, too, half is sent: 900 GB/s of an H100, 600 of an A100, 300 of a
+# V100.
+CHIPS: dict[str, Chip] = {
     "TPU v4": Chip("TPU v4", 30.75 * GIB, 275e12, 275e12, 1200e9, 268e9),
     "TPU v5 lite": Chip("TPU v5e", 15.75 * GIB, 197e12, 197e12, 819e9, 200e9),
-    "TPU v5": Chip("TPU v5p", 95.74 * GIB, 459e12, 459e12, 2765e9, 600e9),
+    "TPU v5p?": Chip("TPU v5p", 95.74 * GIB, 459e12, 459e12, 2765e9, 600e9),
     "TPU v6 lite": Chip("TPU v6e", 31.25 * GIB, 918e12, 918e12, 1638e9, 400e9),
-    "Tesla T4": Chip("T4", 15 * GIB, 65e12, 8.1e12, 320e9, has_bfloat16=False),
-    "Tesla V100-SXM2-16GB": Chip("V100", 16 * GIB, 125e12, 15.7e12, 900e9, has_bfloat16=False),
-    "NVIDIA L4": Chip("L4", 22 * GIB, 121e12, 60e12, 300e9),
-    "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 40 * GIB, 312e12, 156e12, 1555e9, 300e9),
-    "NVIDIA A100-SXM4-80GB": Chip("A100 80 GB", 80 * GIB, 312e12, 156e12, 2039e9, 300e9),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 80 * GIB, 989e12, 495e12, 3350e9, 450e9),
-    "NVIDIA H200": Chip("H200", 140 * GIB, 989e12, 495e12, 4800e9, 450e9),
+    "H200": Chip("H200", 141e9, 989.4e12, 494.7e12, 4800e9, 450e9),
+    "H100 PCIe": Chip("H100 PCIe", 80e9, 756e12, 378e12, 2000e9),
+    "H100": Chip("H100", 80e9, 989.4e12, 494.7e12, 3350e9, 450e9),
+    "A100-SXM4-80GB": Chip("A100 80 GB", 80e9, 312e12, 156e12, 2039e9, 300e9),
+    "A100-SXM4-40GB": Chip("A100 40 GB", 40e9, 312e12, 156e12, 1555e9, 300e9),
+    "A100 80GB PCIe": Chip("A100 PCIe 80 GB", 80e9, 312e12, 156e12, 1935e9),
+    "A100": Chip("A100 PCIe 40 GB", 40e9, 312e12, 156e12, 1555e9),
+    "A10G?": Chip("A10", 24e9, 125e12, 62.5e12, 600e9),  # an A10G has no data sheet
+    "L40S": Chip("L40S", 48e9, 362e12, 183e12, 864e9),
+    "L4": Chip("L4", 24e9, 121e12, 60e12, 300e9),
+    "V100": Chip("V100", 16e9, 0, 15.7e12, 900e9, 150e9),
+    "P100": Chip("P100", 16e9, 0, 9.3e12, 732e9),  # on PCIe, as of Kaggle
+    "T4": Chip("T4", 16e9, 0, 8.1e12, 320e9),
+    "RTX 4090": Chip("RTX 4090", 24e9, 165.2e12, 82.6e12, 1008e9),
+    "RTX 3090": Chip("RTX 3090", 24e9, 71e12, 35.6e12, 936e9),
 }
 
 # Slices by the names that clouds and notebooks give them. The number behind v4 and v5p is that of
@@ -116,6 +125,18 @@ class Target:
     is_here: bool
 
 
+def find_chip(device_kind: str) -> Chip | None:
+    """Returns what is known of a device by its name in JAX or torch; None if it is not in `CHIPS`.
+
+    >>> find_chip("NVIDIA A100-SXM4-40GB").name, find_chip("Tesla T4").name, find_chip("cpu")
+    ('A100 40 GB', 'T4', None)
+    """
+    for pattern, chip in CHIPS.items():
+        if re.search(rf"\b{pattern}\b(?! Laptop)", device_kind):
+            return chip
+    return None
+
+
 def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     """Returns the generation of TPU and the shape of the slice that a name stands for.
 
@@ -165,7 +186,7 @@ def make_target(topology: str, devices: int = 0) -> Target:
         reason = str(error).splitlines()[0]
         raise UserError(f"topology {topology!r} cannot be compiled for ({reason})") from None
     mesh = _make_mesh(description.devices, devices, topology)
-    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    chip = find_chip(mesh.devices.flat[0].device_kind)
     name = topology if topology == layout else f"{topology} ({layout})"
     return Target(name, mesh, chip, chip.memory if chip else 0.0, shape, is_here=False)
 
@@ -181,7 +202,7 @@ def find_target(devices: int = 0) -> Target:
     """
     mesh = parallel.make_mesh(devices or None)
     device = mesh.devices.flat[0]
-    chip = CHIPS.get(device.device_kind)
+    chip = find_chip(device.device_kind)
     memory = chip.memory if chip else 0.0
     if device.platform == "cpu":
         memory = _host_memory() / mesh.size
