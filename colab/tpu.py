@@ -75,7 +75,8 @@ print("newest step:", restore_steps(storage / copies, run))
 # pairs at a time; 0 encodes its whole part at once. The number must divide the batch of a device.
 # Before you take a TPU, `--mode compile` tells on any computer whether a batch fits its memory:
 #
-#     plan-jax --config compare:plan --mode compile --topology v5e-1 --batch 512
+#     plan-jax --config compare:plan --mode compile --topology v5e-1 --batch 512 \
+#       --config.dtype=bfloat16
 
 # %%
 from plan_jax import main
