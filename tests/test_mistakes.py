@@ -50,7 +50,7 @@ FILES = {
 TRAIN = {
     "no arguments": ("", ["--config is missing", "pass --config demo"]),
     "unknown flag": ("--confg x.py", ["'confg'", "config", "--help shows the flags"]),
-    "unknown mode": ("--mode trian", ["--mode=trian", "<train|eval>"]),
+    "unknown mode": ("--mode trian", ["--mode=trian", "<train|eval|compile>"]),
     "no flag": ("configs/demo.py", ["argument 'configs/demo.py'", "did you mean --config?"]),
     "evaluation without a checkpoint": (
         "--config configs/eval/kermany.py",
