@@ -46,7 +46,7 @@ class Dense(nn.Module):
         """Returns the layer's output in `dtype`."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         last, first = (x.ndim - 1,), (0,)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x, kernel = (jnp.asarray(leaf, self.dtype) for leaf in (x, kernel))
         y = dot_general(x, kernel, ((last, first), ((), ())))
         if not self.use_bias:
             return y
