@@ -467,12 +467,3 @@ def mean(tree: PyTree, axis: str | None = AXIS) -> PyTree:
 def step_key(key: Array, step: Array | int) -> Array:
     """Returns the random key of a step, the same on every device."""
     return jax.random.fold_in(key, step)
-
-
-def example_indices(count: int, axis: str | None = AXIS) -> Array:
-    """Returns the places of this device's `count` examples in the whole batch, inside a step.
-
-    >>> example_indices(3, None).tolist()
-    [0, 1, 2]
-    """
-    return jnp.arange(count) + (0 if axis is None else jax.lax.axis_index(axis) * count)

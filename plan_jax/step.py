@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from plan_jax import parallel
+from plan_jax.methods.contrastive import global_indices
 from plan_jax.model import Components
 from plan_jax.state import State
 from plan_jax.types import Batch, Features, Memory, Metrics, Params, UserError
@@ -76,7 +77,7 @@ def make_step(
         # example depends on its place in the whole batch.
         dropout_key, method_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         count = len(batch.image)
-        inputs = batch.image, batch.text, parallel.example_indices(count, axis)
+        inputs = batch.image, batch.text, global_indices(count, axis)
         size = split_microbatches(count, microbatch)
 
         def encode(variables: dict[str, PyTree], inputs: PyTree) -> tuple[Sides, PyTree]:

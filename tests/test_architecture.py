@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "model": "config encoders* methods data* export* heads* checkpoint* prediction types",
     "prediction*": "prediction* data* metrics* page.figures logger types",
     "state": "config model encoders* data* weights* optim parallel types",
-    "step": "model state parallel types",
+    "step": "methods.contrastive model state parallel types",
     "evaluate": "config model tasks data* checkpoint* logger page metrics* types",
     "train": "config model evaluate state step data* parallel checkpoint* logger command types",
     "command.scripts": "command export.__main__ main predict prepare",

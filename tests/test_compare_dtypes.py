@@ -27,8 +27,8 @@ def test_each_kind_of_run_is_a_column(tmp_path):
 
 def test_a_failed_run_is_named_and_a_finished_one_is_kept(tmp_path):
     kind = compare_dtypes.KINDS[0]
-    outcome = compare_dtypes.train(tmp_path / "a", "convirt", kind, ["--config.no_field=1"])
+    outcome = compare_dtypes.train(tmp_path / "a", "convirt", ["--config.no_field=1"])
     assert "exit code 2" in outcome and str(tmp_path / "a") in outcome
     write_run(tmp_path, kind, [1.0], 0.5)
     folder = compare_dtypes.run_folder(tmp_path, "convirt", kind)
-    assert compare_dtypes.train(folder, "convirt", kind, []) == "finished earlier"
+    assert compare_dtypes.train(folder, "convirt", []) == "finished earlier"

@@ -20,6 +20,7 @@ from jax._src import monitoring
 from configs import testing
 from plan_jax import parallel
 from plan_jax.config import Config
+from plan_jax.methods.contrastive import global_indices
 from plan_jax.train import train as train_config
 from plan_jax.types import UserError
 
@@ -160,7 +161,7 @@ def test_the_key_of_a_step_is_the_same_everywhere_and_an_index_belongs_to_one_ex
 
     def random_numbers(state, batch):
         same = jax.random.uniform(parallel.step_key(state, 3))
-        index = parallel.example_indices(len(batch))
+        index = global_indices(len(batch), parallel.AXIS)
         return state, {"same": same, "index": jax.lax.all_gather(index, parallel.AXIS)}
 
     metrics = parallel.parallelise(random_numbers)(
@@ -168,7 +169,7 @@ def test_the_key_of_a_step_is_the_same_everywhere_and_an_index_belongs_to_one_ex
     )[1]
     assert metrics["same"] == jax.random.uniform(parallel.step_key(key, 3))
     assert metrics["index"].tolist() == np.arange(16).reshape(8, 2).tolist()
-    assert parallel.example_indices(16, None).tolist() == list(range(16))
+    assert global_indices(16, None).tolist() == list(range(16))
     assert (parallel.step_key(key, 3) != parallel.step_key(key, 4)).all()
 
 

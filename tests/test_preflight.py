@@ -52,13 +52,11 @@ def test_figures_of_a_step_on_four_devices(result):
     assert kinds["batch"] == tree_bytes(shapes.batch) // 4
     assert kinds["temporaries"] > 0 and result.memory.fits
     assert result.flops > 0 and result.traffic > kinds["parameters"]
-    # The gradients of nearly all parameters are averaged (XLA reduces 0.4 % less than there are),
-    # and every device receives all texts.
-    assert result.collectives["all-reduce"].bytes >= 0.99 * kinds["parameters"]
+    # The gradients of parameters are averaged, and every device receives all texts.
     assert result.collectives["all-gather"].bytes >= 2 * result.config.embed_dim * 4
     assert result.compile_seconds > 0 < result.compile_cpu_seconds and not result.refusal
     for kind, size in result.minimum.items():
-        assert size <= 1.05 * result.collectives[kind].bytes
+        assert 0.9 * result.collectives[kind].bytes <= size <= result.collectives[kind].bytes
 
 
 def test_the_report_names_all_of_it(result):

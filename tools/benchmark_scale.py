@@ -198,13 +198,13 @@ def cpu_seconds(figures: Mapping[str, Any]) -> float:
 
 def format_traffic(figures: Mapping[str, Any]) -> tuple[str, str]:
     """Returns the megabytes that one chip sends in collectives, and the least that it must send."""
-    from plan_jax.preflight.roofline import sent_bytes
+    from plan_jax.preflight.roofline import total_sent
 
     devices, collectives = figures["devices"], figures["collectives"]
     if devices == 1 or collectives is None:
         return "-", "-"
-    sent = sum(sent_bytes(kind, item["bytes"], devices) for kind, item in collectives.items())
-    least = sum(sent_bytes(kind, size, devices) for kind, size in figures["minimum"].items())
+    sent = total_sent({kind: item["bytes"] for kind, item in collectives.items()}, devices)
+    least = total_sent(figures["minimum"], devices)
     return f"{sent / 1e6:.1f}", f"{least / 1e6:.1f}" if least else "-"
 
 

@@ -16,43 +16,17 @@ from plan_jax import main as plan_jax_main
 from plan_jax import parallel
 from plan_jax.config import Config
 from plan_jax.methods import METHODS
-from plan_jax.model import build_components
 from plan_jax.preflight import minimum
 from plan_jax.preflight.collectives import KINDS, list_collectives
-from plan_jax.state import init_state
-from plan_jax.types import Batch, TextBatch
+from plan_jax.preflight.shapes import Shapes, make_shapes
 
 DEVICES = 8
-NUM_TAGS, NUM_REGIONS = 14, 29  # of the records of ASG
-RANDOM_WEIGHTS = {"data.tokenizer": "phantom", "weights.vision": "", "weights.text": ""}
 
 
-def make_shapes(config: Config, requires: tuple[str, ...], pairs: int) -> Batch:
-    """Returns the shapes of a batch of `pairs` pairs."""
-    data = config.data
-    shape = jax.ShapeDtypeStruct
-    pieces = shape((pairs, data.max_tokens), jnp.int32)
-    words = shape((pairs, data.max_words), jnp.int32)
-    extra = {
-        "labels": shape((pairs, NUM_TAGS), jnp.int8),
-        "regions": shape((pairs, NUM_REGIONS, 4), jnp.float32),
-        "region_words": shape((pairs, NUM_REGIONS, data.max_words), bool),
-    }
-    text = TextBatch(tokens=pieces, word_index=pieces, word_id=words, sentence=words)
-    image = shape((pairs, data.size, data.size, 1), jnp.uint8)
-    return Batch(image, text, {name: extra[name] for name in requires})
-
-
-def compile_loss(config: Config) -> tuple[str, Any]:
-    """Returns the text of the compiled loss and gradient of a config, and its state's shapes."""
-    components = build_components(config, parallel.AXIS)
-    encoder, method, hyper, _ = components
-    findings = [f"finding {n}" for n in range(NUM_TAGS)]
-    batch = make_shapes(config, method.REQUIRES, 2)
-    state = jax.eval_shape(
-        lambda batch: init_state(components, config, batch, findings, load_weights=False)[0], batch
-    )
-    batch = make_shapes(config, method.REQUIRES, config.batch)
+def compile_loss(shapes: Shapes) -> str:
+    """Returns the text of the compiled loss and gradient of a config."""
+    state, batch = shapes.state, shapes.batch
+    encoder, method, hyper, _ = shapes.components
     variables = {"params": state.params["encoders"], "batch_stats": state.batch_stats}
     images, texts = jax.eval_shape(encoder.apply, variables, batch)
     sides = images.select(method.IMAGE_FEATURES), texts.select(method.TEXT_FEATURES)
@@ -78,7 +52,7 @@ def compile_loss(config: Config) -> tuple[str, Any]:
     )
     step = jax.ShapeDtypeStruct((), jnp.int32)
     arguments = state.params["method"], sides, batch.extra, state.memory, step
-    return jax.jit(mapped).lower(*arguments).compile().as_text(), state
+    return jax.jit(mapped).lower(*arguments).compile().as_text()
 
 
 def main(overrides: dict[str, str]) -> None:
@@ -88,12 +62,10 @@ def main(overrides: dict[str, str]) -> None:
     print("|---|" + "---|" * (len(kinds) + 3))
     for name in sorted(METHODS):
         content = plan_jax_main.load_config_file(name)
-        config = Config.from_dict(
-            plan_jax_main.apply_overrides(content, RANDOM_WEIGHTS | overrides)
-        )
-        text, state = compile_loss(config)
-        collectives = list_collectives(text)
-        sizes = minimum.read_sizes(config, state, DEVICES)
+        config = Config.from_dict(plan_jax_main.apply_overrides(content, overrides))
+        shapes = make_shapes(config)
+        collectives = list_collectives(compile_loss(shapes))
+        sizes = minimum.read_sizes(config, shapes.components, shapes.state, DEVICES)
         needed = sum(minimum.loss_bytes(config.method, config.hyper, sizes).values())
         step = sum(minimum.minimum_bytes(config.method, config.hyper, sizes).values())
         counts = [collectives[kind].bytes if kind in collectives else 0 for kind in kinds]

@@ -29,7 +29,7 @@ from plan_jax.tasks import CATALOGUE  # noqa: E402
 MAX_SEEDS = 99
 
 
-def train(folder: Path, variant: str, seed: int, data: str, core: int | None) -> str:
+def train(folder: Path, variant: str, overrides: Sequence[str], core: int | None = None) -> str:
     """Trains and evaluates one variant in its own process; returns how that ended."""
     if (folder / "metrics.json").exists():
         return "finished earlier"
@@ -40,8 +40,7 @@ def train(folder: Path, variant: str, seed: int, data: str, core: int | None) ->
         "plan_jax.main",
         "--config",
         f"configs/compare.py:{variant}",
-        f"--config.seed={seed}",
-        f"--config.data.dir={data}",
+        *overrides,
         "--workdir",
         str(folder),
     ]
@@ -86,7 +85,8 @@ def main() -> None:
         seed, variant = job
         core = free_cores.pop() if flags.jobs > 1 else None
         workdir = (folder / f"{variant}-{seed}").absolute()
-        outcome = train(workdir, variant, seed, str(Path(flags.data).absolute()), core)
+        overrides = [f"--config.seed={seed}", f"--config.data.dir={Path(flags.data).absolute()}"]
+        outcome = train(workdir, variant, overrides, core)
         print(f"{variant}, seed {seed}: {outcome}", file=sys.stderr, flush=True)
         if core is not None:
             free_cores.append(core)

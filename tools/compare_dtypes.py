@@ -9,7 +9,6 @@ runs follow each other. Finished ones are kept: re-run the same command to resum
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from plan_jax.logger import read_rows  # noqa: E402
 from plan_jax.metrics import headlines, is_number  # noqa: E402
 from plan_jax.page.comparison import format_significant, to_markdown  # noqa: E402
 from plan_jax.tasks import CATALOGUE  # noqa: E402
+from tools.compare import train  # noqa: E402
 
 DIGITS = 3
 NUM_LAST_ROWS = 5  # of the log; the loss of a single batch varies
@@ -42,28 +42,6 @@ class Kind(NamedTuple):
 
 # Float32 first: only the last column depends on what the encoders compute in bfloat16.
 KINDS = (Kind("float32", 0), Kind("float32", 1), Kind("bfloat16", 0))
-
-
-def train(folder: Path, method: str, kind: Kind, overrides: Sequence[str]) -> str:
-    """Trains and evaluates one run in a process of its own; returns how that ended."""
-    if (folder / "metrics.json").exists():
-        return "finished earlier"
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "plan_jax.main",
-        f"--config=configs/compare.py:{method}",
-        f"--config.seed={kind.seed}",
-        f"--config.dtype={kind.dtype}",
-        *overrides,
-        f"--workdir={folder}",
-    ]
-    with (folder / "log.txt").open("a") as log:
-        process = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log)
-    if process.returncode:
-        return f"failed with exit code {process.returncode}, see {folder / 'log.txt'}"
-    return "finished"
 
 
 def read_losses(folder: Path) -> dict[str, float]:
@@ -134,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     for kind in KINDS:
         for method in methods:
-            outcome = train(run_folder(folder, method, kind), method, kind, overrides)
+            of_kind = [f"--config.seed={kind.seed}", f"--config.dtype={kind.dtype}"]
+            outcome = train(run_folder(folder, method, kind), method, [*of_kind, *overrides])
             print(f"{method}, {kind.label}: {outcome}", file=sys.stderr, flush=True)
     losses, metrics = read_tables(folder, methods)
     print(f"Means over the last {NUM_LAST_ROWS} logged steps of {flags.steps}:\n\n{losses}")

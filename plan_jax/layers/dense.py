@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from plan_jax.layers.cpu.product import dot_general
+from plan_jax.layers.cpu.product import multiply
 
 
 def add_parameter(
@@ -45,9 +45,8 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B E"]:
         """Returns the layer's output in `dtype`."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        last, first = (x.ndim - 1,), (0,)
         x, kernel = (jnp.asarray(leaf, self.dtype) for leaf in (x, kernel))
-        y = dot_general(x, kernel, ((last, first), ((), ())))
+        y = multiply(x, kernel)
         if not self.use_bias:
             return y
         return add_parameter(y, self.param("bias", nn.initializers.zeros, (self.features,)))

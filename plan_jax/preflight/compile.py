@@ -124,7 +124,7 @@ def compile_step(config: Config, target: Target, effort: float = 0.0) -> Preflig
         compile_cpu_seconds = time.process_time() - cpu_start
 
     batch = local_batch(shapes.batch, devices)
-    sizes = read_sizes(config, shapes.state, devices)
+    sizes = read_sizes(config, components, shapes.state, devices)
     result = Preflight(
         config=config,
         target=target,

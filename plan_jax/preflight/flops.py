@@ -59,8 +59,8 @@ def _inner_jaxprs(parameters: dict[str, Any]) -> list[Any]:
 
 
 def _count_product(equation: Any) -> float:
-    (left, _), _ = equation.params["dimension_numbers"]
-    summed = math.prod(equation.invars[0].aval.shape[axis] for axis in left)
+    (summed_axes, _), _ = equation.params["dimension_numbers"]
+    summed = math.prod(equation.invars[0].aval.shape[axis] for axis in summed_axes)
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * summed
 
 

@@ -97,8 +97,8 @@ class Module:
         """Returns how often the body of a loop runs; 1 for what is not a loop."""
         if instruction.opcode != "while":
             return 1
-        if known := _TRIP_COUNT.search(instruction.attributes):
-            return int(known.group(1))
+        if count := _TRIP_COUNT.search(instruction.attributes):
+            return int(count.group(1))
         # A scan of JAX counts from 0 in steps of 1 as long as `counter < constant`.
         condition = _CONDITION.search(instruction.attributes)
         instructions = self.computations.get(condition.group(1), ()) if condition else ()

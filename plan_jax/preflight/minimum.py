@@ -2,7 +2,7 @@
 
 Of the step, on each of N devices with b = B / N pairs (a number is a float32 of 4 bytes):
 
-    all-reduce   every number of the parameters, for the gradients' mean
+    all-reduce   every number of the trained parameters, for the gradients' mean
                  4 numbers for each channel of a BatchNorm: sum and squared deviation, and their
                  gradients; 2 more where an averaged model encodes the batch too
 
@@ -51,26 +51,52 @@ class Sizes:
     batch: int  # B, over all devices
     dim: int  # D, of the shared space
     max_words: int  # W
-    num_parameters: int  # numbers in all parameters, whose gradients are averaged
+    num_parameters: int  # numbers in the trained parameters, whose gradients are averaged
     num_channels: int = 0  # of all BatchNorms together
     num_tags: int = 0  # F, of ASG
     has_teacher: bool = False  # whether an averaged model encodes the batch too
 
 
-def read_sizes(config: Any, state: Any, devices: int) -> Sizes:
-    """Returns the sizes of a run from its `Config` and its `State`, or the state's shapes."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.batch_stats)
+def read_sizes(config: Any, components: Any, state: Any, devices: int) -> Sizes:
+    """Returns the sizes of a run from its `Config`, its `Components` and its `State`.
+
+    Of the state only the shapes are read. Parameters without a gradient are left out: those that
+    `optim.freeze` freezes, and heads whose features the method does not read.
+    """
+    unread = _unread_heads(components)
+    encoders = _named_leaves(state.params["encoders"], unread)
+    stats = _named_leaves(state.batch_stats, unread)
+    trained = [leaf for name, leaf in encoders if not components.encoder.is_frozen(name)]
     tags = state.memory.get("tags")
     return Sizes(
         devices=devices,
         batch=config.batch,
         dim=config.embed_dim,
         max_words=config.data.max_words,
-        num_parameters=_count(state.params),
-        num_channels=sum(leaf.size for path, leaf in leaves if path[-1].key == "mean"),
+        num_parameters=_count([trained, state.params["method"]]),
+        num_channels=_count([leaf for name, leaf in stats if name.endswith("/mean")]),
         num_tags=0 if tags is None else tags.shape[0],
         has_teacher=getattr(config.hyper, "progress", "") == "ema",
     )
+
+
+def _unread_heads(components: Any) -> set[str]:
+    """Returns the names of the heads whose features the method's loss does not read."""
+    method, heads = components.method, components.encoder.heads
+    reads_local = "local" in method.IMAGE_FEATURES or heads["image_global"] == "mean"
+    is_read = {
+        "image_local_head": reads_local,
+        "image_fine_head": "fine" in method.IMAGE_FEATURES,
+        "text_local_head": "local" in method.TEXT_FEATURES,
+    }
+    return {name for name, is_needed in is_read.items() if not is_needed}
+
+
+def _named_leaves(tree: PyTree, unread: set[str]) -> list[tuple[str, Any]]:
+    """Returns the leaves of the encoders' variables by path, without those of unread heads."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = [("/".join(str(key.key) for key in path), leaf) for path, leaf in leaves]
+    return [(name, leaf) for name, leaf in named if name.partition("/")[0] not in unread]
 
 
 def _count(tree: PyTree) -> int:

@@ -128,13 +128,10 @@ def _collective_lines(result: Preflight) -> Iterator[str]:
         least = format_bytes(result.minimum[kind]) if kind in result.minimum else "-"
         yield _row(kind, format_bytes(item.bytes), f"{least:>12}{item.count:>8}")
     devices = result.target.mesh.size
-    sent = sum(
-        roofline.sent_bytes(kind, item.bytes, devices) for kind, item in result.collectives.items()
-    )
-    least_sent = sum(
-        roofline.sent_bytes(kind, size, devices) for kind, size in result.minimum.items()
-    )
-    least = format_bytes(least_sent) if result.minimum else "-"
+    sizes = {kind: item.bytes for kind, item in result.collectives.items()}
+    sent = roofline.total_sent(sizes, devices)
+    minimum = roofline.total_sent(result.minimum, devices)
+    least = format_bytes(minimum) if result.minimum else "-"
     yield _row("sent around a ring", format_bytes(sent), f"{least:>12}")
 
 

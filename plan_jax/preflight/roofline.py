@@ -72,7 +72,7 @@ def estimate(
     shares = {"compute": FLOPS_SHARE, "memory": BANDWIDTH_SHARE}
     seconds = {name: best[name] / shares[name] for name in best}
     if devices > 1 and chip.link:
-        sent = sum(sent_bytes(kind, item.bytes, devices) for kind, item in collectives.items())
+        sent = total_sent({kind: item.bytes for kind, item in collectives.items()}, devices)
         # A ring along each dimension in turn; an all-reduce goes round twice.
         hops = sum(extent - 1 for extent in shape)
         rounds = {kind: 2 if kind == "all-reduce" else 1 for kind in collectives}
@@ -83,6 +83,11 @@ def estimate(
         best["interconnect"] = sent / chip.link
         seconds["interconnect"] = best["interconnect"] / LINK_SHARE + latency
     return Roofline(seconds, best, images)
+
+
+def total_sent(sizes: Mapping[str, float | int], devices: int) -> float:
+    """Returns the bytes that one device sends around a ring, of operands' bytes by kind."""
+    return sum((sent_bytes(kind, size, devices) for kind, size in sizes.items()), 0.0)
 
 
 def sent_bytes(kind: str, size: float | int, devices: int) -> float:

@@ -147,9 +147,9 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
       UserError: there is no such slice.
     """
     match = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d{1,2}(?:x\d{1,2})+)", SLICES.get(name, name))
-    known = f"use one of {', '.join(SLICES)}, or a shape such as v5e:2x4 or v4:2x2x4"
+    remedy = f"use one of {', '.join(SLICES)}, or a shape such as v5e:2x4 or v4:2x2x4"
     if not match:
-        raise UserError(f"topology {name!r} is unknown; {known}")
+        raise UserError(f"topology {name!r} is unknown; {remedy}")
     kind, shape = match.group(1), tuple(map(int, match.group(2).split("x")))
     limits = _LIMITS[kind]
     # Hosts have 2 x 2 chips; only a single chip is less.
@@ -157,7 +157,7 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
         1 <= n <= m for n, m in zip(shape, limits, strict=True)
     )
     if not fits or (np.prod(shape) > 1 and (shape[0] % 2 or shape[1] % 2)):
-        raise UserError(f"topology {name!r} is not a shape of slices of {kind}; {known}")
+        raise UserError(f"topology {name!r} is not a shape of slices of {kind}; {remedy}")
     return kind, shape
 
 

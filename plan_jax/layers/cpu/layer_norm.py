@@ -44,35 +44,23 @@ def _forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array
 
 def _backward(epsilon: float, residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array]:
     functions = (partial(gradients, epsilon) for gradients in (_cpu_gradients, _xla_gradients))
-    return dispatch(*functions, *residuals, cotangent)
+    return dispatch(*functions, residuals, cotangent)
 
 
 _normalise.defvjp(_forward, _backward)
 
 
 def _xla_gradients(
-    epsilon: float,
-    x: Array,
-    scale: Array,
-    bias: Array,
-    mean: Array,
-    inverse: Array,
-    cotangent: Array,
+    epsilon: float, residuals: tuple, cotangent: Array
 ) -> tuple[Array, Array, Array]:
-    normalise = partial(_xla_normalise, epsilon=epsilon)
-    return jax.vjp(normalise, x, scale, bias)[1](cotangent)
+    return jax.vjp(partial(_xla_normalise, epsilon=epsilon), *residuals[:3])[1](cotangent)
 
 
 def _cpu_gradients(
-    epsilon: float,
-    x: Array,
-    scale: Array,
-    bias: Array,
-    mean: Array,
-    inverse: Array,
-    cotangent: Array,
+    epsilon: float, residuals: tuple, cotangent: Array
 ) -> tuple[Array, Array, Array]:
     """Returns the gradients of x, the scale and the bias."""
+    x, scale, _, mean, inverse = residuals
     normal = (x - mean) * inverse
     slopes = cotangent * scale
     along = (slopes * normal).mean(-1, keepdims=True)
