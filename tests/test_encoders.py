@@ -55,6 +55,18 @@ def test_towers_give_a_map_and_a_vector(name, grid, fine, width):
     assert (output.fine is None) if fine is None else output.fine.shape[1:3] == fine
 
 
+@pytest.mark.parametrize("name", ["resnet_tiny", "vit_tiny"])
+def test_parameters_read_from_a_file_may_be_numpy_arrays(name):
+    model = make_encoder(vision={"name": name}, fine_map=False)
+    tokens, index, ids, sentence = draw_texts()
+    texts = TextBatch(tokens, index, ids, sentence)
+    for method, inputs in (("encode_image", draw_images()), ("encode_text", texts)):
+        variables = model.init(KEY, inputs, method=method)
+        expected = model.apply(variables, inputs, method=method)
+        actual = model.apply(jax.tree.map(np.asarray, variables), inputs, method=method)
+        np.testing.assert_allclose(actual.pooled, expected.pooled, rtol=1e-6)
+
+
 def test_paper_sizes_have_the_published_numbers_of_parameters():
     """Those of ResNet-50 and ViT-B/16 without classifier, of BERT-base without pooler."""
 

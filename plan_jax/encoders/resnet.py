@@ -77,7 +77,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", initializer, shape)
         # Parameters stay in float32; only the computation is in `dtype`.
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x, kernel = (jnp.asarray(leaf, self.dtype) for leaf in (x, kernel))
         return conv2d(x, kernel, self.stride, self.padding, self.dilation)
 
 

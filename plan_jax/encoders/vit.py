@@ -148,7 +148,7 @@ class ViT(nn.Module):
                 )
             shape = (1, num_class + grid[0] * grid[1], self.width)
             return self.param("position", nn.initializers.normal(0.02), shape)
-        position: Array = self.get_variable("params", "position")
+        position = jnp.asarray(self.get_variable("params", "position"))
         side = math.isqrt(position.shape[1] - num_class)
         if grid == (side, side):
             return position

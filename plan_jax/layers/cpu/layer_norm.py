@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -14,10 +15,13 @@ from plan_jax.layers.cpu import dispatch, is_enabled
 
 
 def normalise(
-    x: Float[Array, "*B E"], scale: Float[Array, " E"], bias: Float[Array, " E"], epsilon: float
+    x: Float[Array, "*B E"],
+    scale: Float[Array | np.ndarray, " E"],
+    bias: Float[Array | np.ndarray, " E"],
+    epsilon: float,
 ) -> Float[Array, "*B E"]:
     """Scales each row to mean 0 and variance 1, then by `scale`, and adds `bias`, in float32."""
-    x = x.astype(jnp.float32)
+    x, scale, bias = (jnp.asarray(leaf, jnp.float32) for leaf in (x, scale, bias))
     return (_normalise if is_enabled() else _xla_normalise)(x, scale, bias, epsilon)
 
 
