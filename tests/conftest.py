@@ -53,6 +53,12 @@ SLOW_FILES = (
     "test_weights.py",
     "test_evaluate.py",
     "test_segmentation.py",
+    "test_microbatch.py",
+    "test_method_devices.py",
+    "test_pmap.py",
+    "test_programs.py",
+    "test_preflight.py",
+    "test_vit.py",
 )
 
 
