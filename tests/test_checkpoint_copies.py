@@ -22,9 +22,13 @@ from plan_jax.types import UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def make_config(seed=0):
+    return CONFIG | {"seed": seed, "data": {"fingerprint": "f00d", "dir": "data"}}
+
+
 def make_run(folder, steps=(1, 2, 3), seed=0):
     """Writes a run as training leaves it: checkpoints, config, metrics, TensorBoard, a lock."""
-    config = CONFIG | {"seed": seed, "data": {"fingerprint": "f00d", "dir": "data"}}
+    config = make_config(seed)
     save_run(folder / "checkpoints", steps, config)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in steps))
@@ -355,7 +359,7 @@ def test_steps_are_copied_while_a_run_trains(tmp_path):
             time.sleep(0.02)
         assert (drive / "step-1.zip").exists()
         manager = checkpoint.open_manager(run / "checkpoints")
-        checkpoint.save(manager, 2, make_state(2), {"next": 2}, CONFIG)
+        checkpoint.save(manager, 2, make_state(2), {"next": 2}, make_config())
         checkpoint.close(manager)
     assert sorted(copies._list_archives(drive)) == [1, 2]
 

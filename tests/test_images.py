@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, TiffImagePlugin
 from radiographs import draw_picture, make_dicom, make_png, make_tiff, save_with_orientation
 
 from plan_jax.data import dicom, images
@@ -187,9 +187,11 @@ def test_a_format_that_runs_a_program_is_not_opened(tmp_path, monkeypatch):
 
 
 def test_a_reduced_copy_in_a_tiff_is_no_frame(tmp_path):
-    copy = Image.fromarray(GREY).resize((16, 24))
-    copy.encoderinfo = {"tiffinfo": {254: 1}}
-    Image.fromarray(GREY).save(tmp_path / "film.tif", save_all=True, append_images=[copy])
+    image = Image.fromarray(GREY)
+    with TiffImagePlugin.AppendingTiffWriter(tmp_path / "film.tif") as file:
+        image.save(file, "TIFF")
+        file.newFrame()
+        image.resize((16, 24)).save(file, "TIFF", tiffinfo={254: 1})
     np.testing.assert_array_equal(read(tmp_path / "film.tif"), GREY)
 
 

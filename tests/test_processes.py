@@ -71,6 +71,12 @@ def start(tmp_path, text, *, from_stdin=False):
     )
 
 
+def remove_notices(err):
+    """Returns standard error without what grain 0.2.17 says about the version of jaxlib."""
+    lines = err.splitlines(keepends=True)
+    return "".join(x for x in lines if "Grain multiprocess worker profiling requires" not in x)
+
+
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
@@ -99,7 +105,7 @@ def test_ctrl_c_shows_nothing_of_the_readers(tmp_path):
     os.killpg(parent.pid, signal.SIGINT)
     out, err = parent.communicate(timeout=60)
     assert out.startswith("stopped:") and parent.returncode == 0
-    assert err == ""
+    assert remove_notices(err) == ""
 
 
 def test_a_reader_that_is_killed_is_one_sentence():
@@ -128,7 +134,7 @@ def test_a_script_without_a_main_guard_is_one_sentence(tmp_path):
     last = out.splitlines()[-1]
     assert last.startswith("stopped: config.data.workers is 2") and "main" in last
     assert '`if __name__ == "__main__":`' in last and last.endswith("config.data.workers=0")
-    assert err == "" and parent.returncode == 0
+    assert remove_notices(err) == "" and parent.returncode == 0
 
 
 def test_a_script_that_is_no_file_is_one_sentence(tmp_path):
@@ -136,7 +142,7 @@ def test_a_script_that_is_no_file_is_one_sentence(tmp_path):
     out, err = parent.communicate(timeout=120)
     last = out.splitlines()[-1]
     assert last.startswith("stopped: config.data.workers is 2") and "<stdin> is not a file" in last
-    assert err == "" and parent.returncode == 0
+    assert remove_notices(err) == "" and parent.returncode == 0
 
 
 def test_other_errors_are_not_explained():

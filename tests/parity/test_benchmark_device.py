@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import benchmark_device
 from benchmark_device_torch import Encoder, PlanLoss, TorchStep, to_tensors
 
-BATCH, FINDINGS = 4, ("effusion", "opacity", "pneumothorax")
+BATCH, FINDINGS = 16, ("effusion", "opacity", "pneumothorax")
 COMMON = {
     "data.size": "32",
     "data.max_tokens": "24",
