@@ -59,6 +59,18 @@ SLOW_FILES = (
     "test_programs.py",
     "test_preflight.py",
     "test_vit.py",
+    "test_command.py",
+    "test_config.py",
+    "test_public_builder.py",
+    "test_preparation.py",
+    "test_bfloat16.py",
+    "test_checkpoint_copies.py",
+    "test_published.py",
+    "test_builder_phantom.py",
+    "test_builder_nih_cxr14.py",
+    "test_asg.py",
+    "test_place.py",
+    "test_gloria_packed.py",
 )
 
 

@@ -58,8 +58,8 @@ def test_literals_of_python_are_read_as_json_is(cell, content):
     [
         ("['a' 'b']", "a list without commas, as numpy writes it"),
         ("array(['a'], dtype=object)", "an array as numpy writes it"),
-        ("[" * 6000 + "]" * 6000, "nested too deep"),
-        ("['a', " + "[" * 6000 + "]" * 6000, "is not JSON"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deep"),
+        ("['a', " + "[" * 100_000 + "]" * 100_000, "is not JSON"),
         ("[" + "9" * 5000 + "]", "a number too long"),
         ("[" + "-" * 50000 + "1]", "is not JSON"),
         ("[__import__('os').getcwd()]", "is not JSON"),

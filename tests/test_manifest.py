@@ -37,7 +37,11 @@ def test_a_manifest_of_any_kind_is_read(tmp_path, name):
             b'{\n "train": [\n {"image": "a.png"}],\n "val": []\n}',
             "it is an object with lists of rows .train, val.; write one list, with .* `split`",
         ),
-        ("m.jsonl", b'{"a": ' + b"[" * 6000 + b"]" * 6000 + b"}", "line 1 is nested too deep"),
+        (
+            "m.jsonl",
+            b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+            "line 1 is nested too deep",
+        ),
         ("m.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: Exceeds the limit"),
         ("m.json", b"[1]", "item 1 is not a JSON object"),
         ("m.jsonl", b'{"image": 1}\n{', "line 2 is not JSON: .*; fix the file"),
