@@ -46,7 +46,7 @@ def test_the_gradient_is_finite_where_the_compiler_rounds_differently():
     gradient = jax.jit(jax.grad(loss, (0, 1))).lower(*maps)
     # With these, XLA's CPU backend computes the maps in two loops, which round apart.
     options = {"xla_backend_optimization_level": 0}
-    if jax.__version_info__ < (0, 11):  # later ones have nothing but these emitters
+    if jax.__version_info__ < (0, 11):  # 0.10 has the option, 0.12 does not
         options["xla_cpu_use_fusion_emitters"] = True
     gradient = gradient.compile(compiler_options=options)
     assert all(np.isfinite(leaf).all() for leaf in gradient(*maps))
