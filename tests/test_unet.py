@@ -49,6 +49,13 @@ def test_unet_uses_the_last_map_of_a_size_and_the_last_widths():
         parameter_shapes(unet.UNet(1, (32, 32), (8, 4)), maps)
 
 
+def test_parameters_may_be_numpy_arrays():
+    maps, decoder = random_maps((8, 4), (4, 6)), unet.UNet(1, (16, 16), (6, 4))
+    variables = jax.jit(decoder.init)(jax.random.key(0), maps)
+    actual = decoder.apply(jax.tree.map(np.asarray, variables), maps)
+    np.testing.assert_allclose(actual, decoder.apply(variables, maps), rtol=1e-6, atol=1e-6)
+
+
 def test_the_last_map_of_each_size_is_read():
     maps = random_maps((8, 3), (8, 4), (4, 6))
     decoder = unet.UNet(1, (16, 16), (6, 4))

@@ -94,7 +94,7 @@ class UpsampleBlock(nn.Module):
         for n in (1, 2):
             skip_width = 0 if n == 2 or skip is None else skip.shape[-1]
             shape = (3, 3, x.shape[-1] + skip_width, self.width)
-            kernel = self.param(f"kernel{n}", nn.initializers.he_uniform(), shape)
+            kernel = jnp.asarray(self.param(f"kernel{n}", nn.initializers.he_uniform(), shape))
             x = convolve_upsampled(x, skip, kernel, size) if n == 1 else convolve(x, kernel)
             x = nn.relu(BatchNorm(None, name=f"norm{n}")(x, train))
         return x
