@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Python compiles a module when it is first imported, and most never are.
 PIP := -m pip install --disable-pip-version-check --quiet --no-compile
+# `make soak SHORT='-m "not slow"'` omits the slowest tests of soak and parity, as .ci/run does.
+SHORT :=
 INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 
 .PHONY: help demo model test matrix soak parity notebooks lint package bench clean
@@ -65,7 +67,7 @@ matrix: .venv/.matrix
 soak: .venv/.tpu
 	@echo "== running slow tests: killed runs, two hosts, eight devices, TPUs that are not there"
 	@PYTHONPATH=$(CURDIR)/.venv/libtpu \
-	  $(BIN)/python -m pytest -n 2 --dist worksteal --override-ini addopts= tests/soak
+	  $(BIN)/python -m pytest -n 2 --dist worksteal --override-ini addopts= $(SHORT) tests/soak
 
 .venv/.parity: .venv/.test
 	@echo "== installing torch, torchvision, timm and MiniLM (1 GB)"
@@ -85,7 +87,7 @@ soak: .venv/.tpu
 
 parity: .venv/.parity .cache/public_tables/.done
 	@echo "== comparing encoders with torch, torchvision, timm and MiniLM"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -rP --override-ini addopts= tests/parity
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -rP --override-ini addopts= $(SHORT) tests/parity
 
 # Python 3.13 as on Colab: PYTHON313, pyenv's or python3.13. The versions are those of Colab's runtime
 # without an accelerator, but for tensorflow-metadata, which plan_jax replaces.

@@ -73,6 +73,11 @@ def get_config() -> ConfigDict:
     config.optim.freeze = ()  # `vision`, `text`, `text:6` (first layers), or paths of parameters
     config.ema_decay = 0.0  # of a moving average of the parameters; 0 keeps none
 
+    config.hard_negatives = ConfigDict()  # false variants of the reports as further negatives
+    config.hard_negatives.kinds = ()  # some of laterality, negation, severity, region
+    config.hard_negatives.weight = 1.0
+    config.hard_negatives.tau = 0.1
+
     config.parallel = ConfigDict()
     config.parallel.implementation = "shard_map"  # or pmap; both give the same numbers
     config.parallel.devices = 0  # 0 is all

@@ -27,7 +27,7 @@ from plan_jax.encoders.resnet import RESNETS, ResNet
 from plan_jax.encoders.vit import VITS, ViT, check_patches
 from plan_jax.methods import METHODS
 from plan_jax.tasks import TASKS
-from plan_jax.types import UserError
+from plan_jax.types import VARIANT_KINDS, UserError
 
 SPLITS = ("train", "val", "test")
 # The kinds of heads without parameters that each head may have.
@@ -191,6 +191,24 @@ class OptimConfig(Section):
 
 
 @dataclass(frozen=True)
+class HardNegativesConfig(Section):
+    """A loss against false variants of the reports, see `methods.hard_negatives`."""
+
+    PREFIX: ClassVar[str] = "hard_negatives."
+
+    kinds: tuple[str, ...] = ()  # of variants, one drawn for each report; () has none
+    weight: float = 1.0  # of the loss
+    tau: float = 0.1  # temperature of the similarities
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.kinds if name not in VARIANT_KINDS]
+        remedy = f"use some of {listed(VARIANT_KINDS)}"
+        check_that(not unknown, "hard_negatives.kinds", self.kinds, remedy)
+        self.between(0, 1e4, "weight")
+        self.between(1e-3, 100, "tau")
+
+
+@dataclass(frozen=True)
 class ParallelConfig(Section):
     """Devices, and the folder of compiled programs."""
 
@@ -274,6 +292,7 @@ class Config(Section):
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema_decay: float = 0.0  # of a moving average of the parameters, used in evaluation; 0 has none
+    hard_negatives: HardNegativesConfig = field(default_factory=HardNegativesConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -409,6 +428,7 @@ SECTIONS: dict[str, type] = {
     "heads": HeadsConfig,
     "weights": WeightsConfig,
     "optim": OptimConfig,
+    "hard_negatives": HardNegativesConfig,
     "parallel": ParallelConfig,
     "checkpoint": CheckpointConfig,
     "eval": EvalConfig,

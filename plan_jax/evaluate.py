@@ -8,6 +8,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from plan_jax.config import Config
 from plan_jax.data.dataset import Dataset, open_dataset
 from plan_jax.data.eval_data import DatasetEvalData, report_labeller
 from plan_jax.data.preparation import open_once
+from plan_jax.data.report_parser import rewriting
 from plan_jax.logger import encode_json, read_rows, write_atomically
 from plan_jax.tasks import CATALOGUE, TASKS, TITLES
 from plan_jax.types import (
@@ -134,6 +136,7 @@ def evaluate_model(
         seed=config.seed,
         folder=folder and folder / "fits",
         label_report=report_labeller(data.findings),
+        find_variants=partial(rewriting.find_variants, findings=tuple(data.findings)),
         check_stop=check_stop,
     )
     metrics: dict[str, float] = {}

@@ -26,14 +26,18 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from plan_jax import parallel
+from plan_jax.config import HardNegativesConfig
 from plan_jax.methods.contrastive import global_indices
+from plan_jax.methods.hard_negatives import variant_loss
 from plan_jax.model import Components
 from plan_jax.state import State
 from plan_jax.types import Batch, Features, Memory, Metrics, Params, UserError
 
 FIRST_NONFINITE = "first_nonfinite"  # key of the metrics of `watch_numbers`
 
-Sides = tuple[Features, Features]
+NO_HARD_NEGATIVES = HardNegativesConfig()
+
+Sides = tuple[Features, ...]  # of the images, of the texts, and of their variants, if any
 # Variables of the encoders, and B inputs -> features of B pairs, and the new `batch_stats`.
 Encode = Callable[[dict[str, PyTree], PyTree], tuple[Sides, PyTree]]
 # Parameters of the method, and the features of all pairs -> the loss, and what comes with it.
@@ -56,6 +60,7 @@ def make_step(
     ema_decay: float,
     axis: str | None,
     microbatch: int = 0,
+    hard_negatives: HardNegativesConfig = NO_HARD_NEGATIVES,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """Returns the training step of one device.
 
@@ -65,6 +70,7 @@ def make_step(
       ema_decay: decay of the moving average of the parameters, if the state keeps one.
       axis: name of the mapped device axis; None on one device.
       microbatch: pairs that the device encodes at a time; 0: all of its batch.
+      hard_negatives: the weight and the temperature of the loss against `Batch.variant`.
 
     Raises:
       UserError: when the step is called with a batch that `microbatch` does not divide.
@@ -77,11 +83,15 @@ def make_step(
         # example depends on its place in the whole batch.
         dropout_key, method_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         count = len(batch.image)
-        inputs = batch.image, batch.text, global_indices(count, axis)
+        inputs = batch.image, batch.text, batch.variant, global_indices(count, axis)
         size = split_microbatches(count, microbatch)
 
         def encode(variables: dict[str, PyTree], inputs: PyTree) -> tuple[Sides, PyTree]:
-            image, text, index = inputs
+            image, text, variant, index = inputs
+            if variant is not None:
+                # One pass for both, and the same dropout: what differs is the text alone.
+                text = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), text, variant)
+                index = jnp.concatenate([index, index])
             output: Any = encoder.apply(
                 variables,
                 Batch(image, text),
@@ -91,29 +101,48 @@ def make_step(
                 mutable=["batch_stats"],
             )
             (images, texts), updated = output
-            features = (
-                images.select(method.IMAGE_FEATURES),
-                texts.select(method.TEXT_FEATURES),
-            )
+            images, texts = images.select(method.IMAGE_FEATURES), texts.select(method.TEXT_FEATURES)
+            features = images, *split_texts(texts, len(image))
             return features, updated.get("batch_stats", {})
 
         # The averaged model is a teacher: its features carry no gradient.
         extra: dict[str, Any] = dict(batch.extra)
         if state.ema_params:
             averaged = {"params": state.ema_params["encoders"], "batch_stats": state.batch_stats}
-            extra["teacher"] = lax.stop_gradient(encode_parts(encode, averaged, inputs, size)[0])
+            image, text, _, index = inputs  # a teacher is not asked about variants
+            sides, _ = encode_parts(encode, averaged, (image, text, None, index), size)
+            extra["teacher"] = lax.stop_gradient(sides)
 
         def compute_loss(params: Params, features: Sides) -> tuple[Array, tuple[Metrics, Memory]]:
-            return method.loss(
+            images, texts, *variants = features
+            loss, (metrics, memory) = method.loss(
                 params,
                 state.memory,
-                *features,
+                images,
+                texts,
                 extra,
                 key=method_key,
                 step=state.step,
                 hyper=hyper,
                 axis=axis,
             )
+            if batch.variant is None:
+                return loss, (metrics, memory)
+            differs = (batch.variant.tokens != batch.text.tokens).any(-1)
+            penalty, accuracy = variant_loss(
+                method,
+                params,
+                state.memory,
+                images,
+                texts,
+                variants[0],
+                differs,
+                hyper,
+                hard_negatives.tau,
+                axis,
+            )
+            metrics = metrics | {"loss_variant": penalty, "variant_accuracy": accuracy}
+            return loss + hard_negatives.weight * penalty, (metrics, memory)
 
         compute_gradients = gradients_at_once if size == count else gradients_in_parts
         computed = compute_gradients(
@@ -246,6 +275,15 @@ def encode_parts(
     zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
     updated, features = lax.scan(encode_part, zeros, parts)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), features), updated
+
+
+def split_texts(texts: Features, count: int) -> list[Features]:
+    """Returns the features of `count` texts, and those of their variants if there are more."""
+    total = len(jax.tree.leaves(texts)[0])
+    return [
+        jax.tree.map(lambda leaf, start=start: leaf[start : start + count], texts)
+        for start in range(0, total, count)
+    ]
 
 
 def split_leaves(tree: PyTree, size: int) -> PyTree:

@@ -85,6 +85,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     data = dataclasses.replace(config.data, fingerprint=dataset.fingerprint)
     config = dataclasses.replace(config, data=data)
     unknown_share = loader.check_texts(dataset, components.tokenizer)
+    about_variants = loader.describe_variants(dataset, config.hard_negatives.kinds)
     batches = iterate_batches(config, components, dataset)
     example = read_example(batches)
 
@@ -116,7 +117,14 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
         step = parallel.parallelise(
             watch_numbers(
-                make_step(components, optimiser, config.ema_decay, parallel.AXIS, config.microbatch)
+                make_step(
+                    components,
+                    optimiser,
+                    config.ema_decay,
+                    parallel.AXIS,
+                    config.microbatch,
+                    config.hard_negatives,
+                )
             ),
             mesh,
             implementation=config.parallel.implementation,
@@ -128,7 +136,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                 logger.info(
                     f"{unknown_share:.1%} of the texts' pieces are unknown to tokenizer {name}"
                 )
-            for sentence in loader.describe_augmentation(dataset, data.augment, data.size):
+            about_images = loader.describe_augmentation(dataset, data.augment, data.size)
+            for sentence in (*about_images, *about_variants):
                 logger.info(sentence)
             if left_out := len(all_pairs) - len(dataset):
                 rule = f" under caption rule {config.data.caption}" if config.data.caption else ""
@@ -177,6 +186,7 @@ def iterate_batches(
         workers=data.workers,
         shard=(jax.process_index(), num_processes),
         extra=components.method.REQUIRES,
+        variants=config.hard_negatives.kinds,
     )
 
 

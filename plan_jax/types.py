@@ -13,7 +13,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, get_args, get_origin, runtime_checkable
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    get_args,
+    get_origin,
+    runtime_checkable,
+)
 
 import numpy as np
 from flax import struct
@@ -56,12 +65,14 @@ class Batch:
     `extra` holds what a method names in its REQUIRES: `labels` Int8[B F] in {-1, 0, 1} (-1:
     unknown), `regions` Float[B R 4] (x0, y0, x1, y1 as fractions of the image, after augmentation;
     a box without area where a region is absent) and `region_words` Bool[B R W], the words of the
-    sentences about each region.
+    sentences about each region. `variant` holds a false variant of each text, or the text itself
+    where it has none; None unless `config.hard_negatives` asks for it.
     """
 
     image: UInt8[Array, "B Y X 1"]
     text: TextBatch
     extra: Mapping[str, Array] = struct.field(default_factory=dict)
+    variant: TextBatch | None = None
 
 
 @struct.dataclass
@@ -70,10 +81,11 @@ class Features:
 
     For images `local` holds the P pixels of the feature map, row-major over `grid`; for texts the
     W words, with their `word_id` and `sentence`. `mask` is True where a local item is real. `fine`
-    holds the Q pixels of a finer map over `fine_grid`, or is None. `raw` holds the local items
-    before projection, and `attention` how much the encoder's summary token attends to each of them
-    (mean over heads, summed over the pieces of a word; None for a ResNet). `next_attention` is the
-    attention to the pieces that follow those of each word, or None.
+    holds the Q pixels of a finer map over `fine_grid`, or is None. `guide` then holds the mean and
+    the deviation of the image's grey values in each of them, on a scale of the image's own. `raw`
+    holds the local items before projection, and `attention` how much the encoder's summary token
+    attends to each of them (mean over heads, summed over the pieces of a word; None for a ResNet).
+    `next_attention` is the attention to the pieces that follow those of each word, or None.
     """
 
     pooled: Float[Array, "B D"]
@@ -85,6 +97,7 @@ class Features:
     raw: Float[Array, "B N E"] | None = None
     attention: Float[Array, "B N"] | None = None
     next_attention: Float[Array, "B N"] | None = None
+    guide: Float[Array, "B Q 2"] | None = None
     grid: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
     fine_grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
 
@@ -370,6 +383,20 @@ class Method(Protocol):
 
 # Tasks ------------------------------------------------------------------------------------------
 
+VARIANT_KINDS = ("laterality", "negation", "severity", "region")
+
+
+class ReportVariant(NamedTuple):
+    """A report that contradicts the original in one claim, and the findings about which it does.
+
+    `part` is `stated` or `denied` for a negation, after what the report says, and else the kind, a
+    member of `VARIANT_KINDS`.
+    """
+
+    text: str
+    part: str
+    findings: tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -422,15 +449,17 @@ class EvalData:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """Facts about the run: the seed, the folder for fitted heads, and a report labeller.
+    """Facts about the run: the seed, the folder for fitted heads, and readers of reports.
 
-    `label_report` maps a report to the findings it states (1) or denies (0). `check_stop` raises an
-    exception if the run has to stop; fits call it after each epoch.
+    `label_report` maps a report to the findings it states (1) or denies (0), and `find_variants` a
+    report and a kind of `VARIANT_KINDS` to false variants of it. `check_stop` raises an exception
+    if the run has to stop; fits call it after each epoch.
     """
 
     seed: int = 0
     folder: Path | None = None
     label_report: Callable[[str], Mapping[str, int]] | None = None
+    find_variants: Callable[[str, str], Sequence[ReportVariant]] | None = None
     check_stop: Callable[[], None] = lambda: None
 
 

@@ -71,6 +71,7 @@ SLOW_FILES = (
     "test_asg.py",
     "test_place.py",
     "test_gloria_packed.py",
+    "test_hard_negatives.py",
 )
 
 

@@ -3,10 +3,13 @@
 from plan_jax.types import EvalData, TaskContext
 
 
-def run_task(task, model, splits, options, *, findings=(), seed=0, folder=None, label_report=None):
-    """Returns metrics and examples; `splits` are fields of `EvalData`, as `test`."""
+def run_task(task, model, splits, options, *, findings=(), **context):
+    """Returns metrics and examples.
+
+    `splits` are fields of `EvalData`, as `test`; `context` are fields of `TaskContext`.
+    """
     data = EvalData(name="records", findings=tuple(findings), **splits)
-    context = TaskContext(seed=seed, folder=folder, label_report=label_report)
+    context = TaskContext(**context)
     result = task.evaluate(model, data, options, context)
     return result.metrics, result.rows
 

@@ -478,3 +478,53 @@ def test_maps_that_are_not_finite_give_nan_through_boxes_and_smoothing():
 def test_options_out_of_range_are_refused(option, value, remedy):
     with pytest.raises(UserError, match=f"config.eval.grounding.{option} is {value}; {remedy}"):
         grounding.Options(**{option: value})
+
+
+# Boxes, tolerance and sides ----------------------------------------------------------------------
+
+
+def evaluate_one(phrases, peak, **options):
+    """Returns the metrics of one image [32 32], on whose map [8 8] a single cell is hot."""
+    heat = np.zeros(GRID, np.float32)
+    heat[peak] = 1
+    record = Record(np.zeros((SIZE, SIZE, 1), np.uint8), "", phrases=phrases)
+    model = make_model(lambda *_: heat)
+    options = grounding.Options(**{"bootstrap_samples": 2} | options)
+    return grounding.score_phrases(model, [record], FINDINGS, options=options)[0]
+
+
+def frame():
+    """Returns a square ring of 12 pixels, whose middle is not part of it."""
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[2:14, 2:14] = True
+    mask[4:12, 4:12] = False
+    return mask
+
+
+def test_a_peak_inside_the_box_but_not_the_mask_is_a_hit_of_the_box_only():
+    phrase = Phrase("right nodule", 0, "nodule|right", "nodule", mask=frame())
+    metrics = evaluate_one((phrase,), (1, 1), tolerance=0.0)  # pixels 4 to 7
+    assert (metrics["pointing"], metrics["pointing_box"], metrics["pointing_near"]) == (0, 1, 0)
+    assert evaluate_one((phrase,), (1, 1), tolerance=3 / 32)["pointing_near"] == 1
+    boxed = dataclasses.replace(phrase, boxes=((20.0, 20.0, 30.0, 30.0),))
+    assert evaluate_one((boxed,), (1, 1))["pointing_box"] == 0, "the phrase names its own box"
+
+
+def test_any_box_of_a_phrase_counts():
+    boxes = ((0.0, 0.0, 8.0, 8.0), (24.0, 24.0, 32.0, 32.0))
+    phrase = Phrase("nodule", 0, "nodule", "nodule", boxes=boxes)
+    for peak, hit in (((0, 0), 1), ((7, 7), 1), ((0, 7), 0)):
+        assert evaluate_one((phrase,), peak)["pointing_box"] == hit
+
+
+def test_the_wrong_side_is_that_without_the_truth():
+    phrase = Phrase("right nodule", 0, "nodule|right", "nodule", mask=frame())
+    assert evaluate_one((phrase,), (1, 1))["wrong_side"] == 0
+    assert evaluate_one((phrase,), (1, 6))["wrong_side"] == 1
+    middle = np.zeros((SIZE, SIZE), bool)
+    middle[10:20, 10:22] = True
+    both = dataclasses.replace(phrase, mask=middle, finding=1)
+    assert "wrong_side" not in evaluate_one((both,), (1, 1))
+    metrics = evaluate_one((phrase, both), (1, 6))
+    assert metrics["wrong_side"] == metrics["nodule/wrong_side"] == 1
+    assert "pleural_effusion/wrong_side" not in metrics

@@ -216,3 +216,78 @@ def test_a_map_without_contrast_is_left_out_of_the_overlap_of_afloc(value):
     maps = np.full((1, 8), value)
     maps[0, 0] = 0.0 if np.isinf(value) else value
     assert np.isnan(grounding_metrics.afloc_ious(maps, np.arange(8)[None] < 3)).all()
+
+
+# Pointing with a tolerance, and the wrong side ---------------------------------------------------
+
+
+def loop_pointing_near(values, truth, radius):
+    peak = max(values.values())
+    hits = [
+        any(math.dist(place, inside) <= radius for inside in truth)
+        for place, value in values.items()
+        if value == peak
+    ]
+    return sum(hits) / len(hits)
+
+
+def make_planes(seed, count=8, size=(9, 12)):
+    random = np.random.default_rng(seed)
+    truth = np.zeros((count, *size), bool)
+    for mask in truth:
+        y, x = random.integers(size[0] - 2), random.integers(size[1] - 2)
+        mask[y : y + 2, x : x + 2] = True
+    # Few values, so that several pixels share the maximum.
+    return random.integers(0, 9, (count, *size)).astype(np.float32), truth
+
+
+@pytest.mark.parametrize("radius", [0.0, 1.0, 1.5, 4.0, 30.0])
+def test_pointing_near_equals_a_loop_over_pixels(radius):
+    maps, truth = make_planes(1)
+    maps[-1] = 3.0  # constant: every pixel is a peak
+    values = grounding_metrics.pointing_near(maps, truth, radius)
+    for value, plane, mask in zip(values, maps, truth, strict=True):
+        expected = loop_pointing_near(
+            dict(np.ndenumerate(plane)), list(zip(*np.nonzero(mask), strict=True)), radius
+        )
+        assert value == pytest.approx(expected)
+    if radius == 0:
+        flat = grounding_metrics.pointing(maps.reshape(8, -1), truth.reshape(8, -1))
+        np.testing.assert_allclose(values, flat)
+
+
+def test_pointing_near_of_no_truth_is_zero_and_of_nan_is_nan():
+    maps, truth = make_planes(2, count=2)
+    truth[0], maps[1, 0, 0] = False, np.nan
+    values = grounding_metrics.pointing_near(maps, truth, 3.0)
+    assert values[0] == 0 and np.isnan(values[1])
+
+
+@pytest.mark.parametrize("width", [11, 12])
+def test_wrong_side_equals_a_loop_over_pixels(width):
+    maps, truth = make_planes(3, count=30, size=(5, width))
+    values = grounding_metrics.wrong_side(maps, truth)
+    num_defined = 0
+    for value, plane, mask in zip(values, maps, truth, strict=True):
+        # Of an odd width the middle column belongs to the right half.
+        halves = {"left" if x + 0.5 < width / 2 else "right" for x in np.nonzero(mask)[1]}
+        if len(halves) == 2:
+            assert np.isnan(value)
+            continue
+        num_defined += 1
+        mean = sum(v for _, v in np.ndenumerate(plane)) / plane.size
+        mass = {"left": 0.0, "right": 0.0}
+        for (_, x), level in np.ndenumerate(plane):
+            mass["left" if x + 0.5 < width / 2 else "right"] += max(level - mean, 0)
+        (half,) = halves
+        assert value == pytest.approx(1 - mass[half] / sum(mass.values()), abs=1e-5)
+    assert num_defined > 10
+
+
+def test_the_wrong_side_of_a_constant_map_is_half_and_of_nan_is_nan():
+    truth = np.zeros((3, 4, 6), bool)
+    truth[:, 1, 1] = True
+    maps = np.zeros((3, 4, 6), np.float32)
+    maps[1, 1, 1], maps[2, 0, 0] = 1, np.nan
+    values = grounding_metrics.wrong_side(maps, truth)
+    assert values[:2].tolist() == [0.5, 0] and np.isnan(values[2])

@@ -263,3 +263,101 @@ def test_gate_is_a_standardised_sigmoid():
     np.testing.assert_allclose(actual[mask], expected, rtol=1e-4)
     assert (actual[~mask] == 0).all()
     np.testing.assert_allclose(plan.gate(x, mask, 1e9)[mask], 0.5, atol=1e-6)
+
+
+# Hidden pixels and guided maps -------------------------------------------------------------------
+
+
+def literal_guide(maps, pixels, guide, grid, hyper):
+    """Computes equation 11, cell by cell."""
+    radius = int(np.ceil(2 * hyper.guide_sigma))
+    cells = [(y, x) for y in range(grid[0]) for x in range(grid[1])]
+    for _ in range(hyper.guide_steps):
+        smoothed = np.zeros_like(maps)
+        for p, (y, x) in enumerate(cells):
+            total = 0.0
+            for q, (v, u) in enumerate(cells):
+                if max(abs(v - y), abs(u - x)) > radius:
+                    continue
+                distance = sum((pixels[p] - pixels[q]) ** 2) / hyper.tau_guide
+                distance += sum((guide[p] - guide[q]) ** 2) / hyper.tau_grey
+                distance += ((v - y) ** 2 + (u - x) ** 2) / (2 * hyper.guide_sigma**2)
+                smoothed[:, p] += np.exp(-distance) * maps[:, q]
+                total += np.exp(-distance)
+            smoothed[:, p] /= total
+        maps = smoothed
+    return maps
+
+
+@pytest.mark.parametrize(("steps", "sigma"), [(1, 0.5), (3, 0.9), (1, 2.5)])
+def test_guided_maps_are_the_literal_loop(steps, sigma):
+    grid = (4, 5)
+    maps = jnp.asarray(RNG.normal(size=(3, 20)), jnp.float32)
+    pixels, guide = draw_unit_vectors(20, 6), jnp.asarray(RNG.normal(size=(20, 2)), jnp.float32)
+    hyper = plan.Hyper(guide_steps=steps, guide_sigma=sigma, tau_grey=1.0)
+    actual = jax.jit(plan.guide_maps, static_argnums=(3, 4))(maps, pixels, guide, grid, hyper)
+    expected = literal_guide(*map(np.asarray, (maps, pixels, guide)), grid, hyper)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_keeps_constant_maps_and_can_be_turned_off():
+    pixels, guide = draw_unit_vectors(9, 6), jnp.zeros((9, 2))
+    flat = jnp.full((2, 9), 0.3)
+    np.testing.assert_allclose(plan.guide_maps(flat, pixels, guide, (3, 3), HYPER), flat, rtol=1e-5)
+    maps = jnp.asarray(RNG.normal(size=(2, 9)), jnp.float32)
+    off = plan.Hyper(guide_steps=0)
+    np.testing.assert_array_equal(plan.guide_maps(maps, pixels, guide, (3, 3), off), maps)
+
+
+def test_heat_does_not_cross_an_edge_of_the_image():
+    """Two halves of another grey: the heat of one cell stays in its half."""
+    grid, pixels = (4, 6), jnp.ones((24, 1))
+    half = jnp.tile(jnp.repeat(jnp.array([-2.0, 2.0]), 3), 4)
+    maps = jnp.zeros((1, 24)).at[0, 8].set(1.0)
+    smoothed = plan.guide_maps(maps, pixels, jnp.stack([half, half], -1), grid, HYPER)
+    np.testing.assert_allclose(smoothed[0, half > 0], 0, atol=1e-6)
+    assert (smoothed[0, half < 0] > 0.02).all()
+
+
+def test_hidden_pixels_have_no_share_in_a_region():
+    pixels, words, ids = draw_unit_vectors(9, 6), draw_unit_vectors(3, 6), jnp.array([1, 2, 3])
+    kept = jnp.arange(9) != 4
+    image, text = plan.ImageSide(pixels, is_kept=kept), plan.TextSide(words, ids)
+
+    def matches(pixels):
+        return plan.align(image._replace(pixels=pixels), text, (), HYPER, 2).matches.sum()
+
+    gradient = jax.grad(matches)(pixels)
+    # A hidden pixel counts in the gates, which have no gradient, and nowhere else.
+    assert not gradient[4].any() and all(gradient[p].any() for p in range(9) if p != 4)
+
+
+def test_hidden_pixels_are_the_same_on_any_number_of_devices():
+    images = plan.ImageSide(jnp.zeros((8, 50, 4)), jnp.zeros((8, 200, 4)))
+    hyper, key = plan.Hyper(pixel_dropout=0.4), jax.random.key(5)
+    whole = plan.hide_pixels(images, key, hyper, None)
+    parts = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), images)
+    split = jax.vmap(
+        lambda part: plan.hide_pixels(part, key, hyper, "devices"), axis_name="devices"
+    )
+    for name in ("is_kept", "is_fine_kept"):
+        kept = getattr(whole, name)
+        np.testing.assert_array_equal(kept, getattr(split(parts), name).reshape(kept.shape))
+        assert 0.5 < kept.mean() < 0.7 and not (kept[0] == kept[1]).all()
+
+
+def test_the_loss_with_hidden_pixels_differs_and_is_a_function_of_the_key():
+    images, texts = features.draw_features(pairs=4)
+    hyper = plan.Hyper(num_sampled_words=4, tile_size=4, num_candidates=3, pixel_dropout=0.5)
+    key = jax.random.key(3)
+    params, memory = plan.init(key, MethodContext(8), hyper)
+    options = {"key": key, "step": jnp.array(0)}
+    losses = [
+        LOSS(params, memory, images, texts, {}, hyper=constants, **options)[0]
+        for constants in (
+            hyper,
+            hyper,
+            plan.Hyper(num_sampled_words=4, tile_size=4, num_candidates=3),
+        )
+    ]
+    assert losses[0] == losses[1] != losses[2] and np.isfinite(losses).all()

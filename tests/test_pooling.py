@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from plan_jax.layers.batch_norm import batch_statistics
-from plan_jax.layers.pooling import max_pixel
+from plan_jax.layers.pooling import max_pixel, mean_cells
 
 
 def literal_max(x):
@@ -50,3 +50,12 @@ def test_the_gradient_is_finite_where_the_compiler_rounds_differently():
         options["xla_cpu_use_fusion_emitters"] = True
     gradient = gradient.compile(compiler_options=options)
     assert all(np.isfinite(leaf).all() for leaf in gradient(*maps))
+
+
+@pytest.mark.parametrize(("size", "grid"), [((6, 4), (3, 2)), ((5, 7), (2, 3)), ((3, 3), (3, 3))])
+def test_the_mean_of_cells_is_that_of_their_pixels_by_share(size, grid):
+    x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+    # Each pixel as many small ones, of which a whole number lies in each cell.
+    small = x.repeat(grid[0], 1).repeat(grid[1], 2)
+    expected = small.reshape(2, grid[0], size[0], grid[1], size[1], 3).mean((2, 4))
+    np.testing.assert_allclose(mean_cells(jnp.asarray(x), grid), expected, rtol=1e-5, atol=1e-6)

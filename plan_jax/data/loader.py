@@ -1,8 +1,9 @@
 """Batches for training, as a pure function of (seed, step)."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import grain
@@ -13,6 +14,7 @@ from plan_jax.data import augmentation, processes, report_parser, transforms
 from plan_jax.data import tokenizer as tokenization
 from plan_jax.data.augmentation import AS_STORED, Augmentation, Draw
 from plan_jax.data.dataset import Dataset
+from plan_jax.data.report_parser import rewriting
 from plan_jax.data.schema import Pair
 from plan_jax.data.sections import sides
 from plan_jax.types import Batch, UserError
@@ -37,6 +39,7 @@ def train_batches(
     extra: Sequence[str] = (),
     max_shift: int | None = None,
     augment: Augmentation = AS_STORED,
+    variants: Sequence[str] = (),
 ) -> "BatchIterator":
     """Returns an endless iterator over this process's part of shuffled batches.
 
@@ -64,6 +67,8 @@ def train_batches(
       max_shift: largest shift of an image, in pixels (None: size / 16). It applies only where
         `augment` has no geometric part.
       augment: what else is drawn for each image; regions and texts follow it.
+      variants: kinds of false variants, see `rewriting`. Each text gets one of the first kind, in
+        random order, of which it has any, with its sentences in the order of the text.
 
     Raises:
       UserError: if the global batch is larger than the dataset, if the dataset lacks a field of
@@ -103,6 +108,7 @@ def train_batches(
         extra=tuple(extra),
         max_shift=size // 16 if max_shift is None else max_shift,
         augment=augment,
+        variants=tuple(variants),
     )
     order = {"seed": seed, "batch": global_batch, "examples": len(dataset)}
     return BatchIterator(grain.MapDataset.source(source), workers, order)
@@ -154,6 +160,31 @@ def describe_augmentation(
     return sentences
 
 
+def describe_variants(dataset: Dataset, kinds: Sequence[str]) -> list[str]:
+    """Returns how many texts of a sample have a false variant of some kinds, in a sentence.
+
+    Raises:
+      UserError: no text of the sample has one.
+    """
+    if not kinds:
+        return []
+    stride = max(1, len(dataset) // CHECKED_TEXTS)
+    texts = [dataset.read_text(index) for index in range(0, len(dataset), stride)]
+    findings = tuple(dataset.findings)
+    count = sum(
+        any(rewriting.find_variants(text, kind, findings) for kind in kinds) for text in texts
+    )
+    if not count:
+        raise UserError(
+            f"no text of {len(texts)} sampled ones has a variant of hard_negatives.kinds "
+            f"{', '.join(kinds)}; the rules know findings in English: set it to ()"
+        )
+    return [
+        f"{count} of {len(texts)} sampled texts have a false variant of {', '.join(kinds)}, which "
+        "is a hard negative"
+    ]
+
+
 def _check_extra(dataset: Dataset, extra: Sequence[str]) -> None:
     """Raises UserError if a batch cannot have these additional fields."""
     for name in extra:
@@ -185,6 +216,12 @@ class _BatchSource:
     extra: tuple[str, ...]
     max_shift: int
     augment: Augmentation
+    variants: tuple[str, ...]
+
+    @cached_property
+    def findings(self) -> tuple[str, ...]:
+        """Returns the names of the dataset's findings."""
+        return tuple(self.dataset.findings)
 
     def __len__(self) -> int:
         return 2**60  # grain needs a length; no run reaches this one
@@ -193,18 +230,24 @@ class _BatchSource:
         # As a Python int: an int64 of numpy overflows silently.
         first = int(step) * self.global_batch
         items = [self._load_item(first + int(offset)) for offset in self.offsets]
-        images, texts, extras = zip(*items, strict=True)
+        images, texts, variants, extras = zip(*items, strict=True)
         # Numpy arrays, until the batch is put on a device.
         image: Any = np.stack(images)
         extra: dict[str, Any] = {
             name: np.stack([fields[name] for fields in extras]) for name in self.extra
         }
-        return Batch(image=image, text=tokenization.stack_texts(texts), extra=extra)
+        variant = tokenization.stack_texts(variants) if self.variants else None
+        return Batch(image, tokenization.stack_texts(texts), extra, variant)
 
     def _load_item(
         self, position: int
-    ) -> tuple[np.ndarray, tokenization.TokenizedText, dict[str, np.ndarray]]:
-        """Returns image [Y X 1], text and extra fields at a position of the endless sequence."""
+    ) -> tuple[
+        np.ndarray,
+        tokenization.TokenizedText,
+        tokenization.TokenizedText | None,
+        dict[str, np.ndarray],
+    ]:
+        """Returns image [Y X 1], text, its variant and extra fields at an endless position."""
         count = len(self.dataset)
         epoch_length = count // self.global_batch * self.global_batch
         epoch, index = divmod(position, epoch_length)
@@ -218,14 +261,16 @@ class _BatchSource:
             (child,) = rng.spawn(1)
             sample = augmentation.draw(self.augment, pair.image.shape[:2], self.size, child)
             pair = self._exchange_sides(pair) if sample.is_mirrored else pair
-        text = tokenization.tokenize(
-            self.tokenizer,
-            pair.text,
-            max_tokens=self.max_tokens,
-            max_words=self.max_words,
-            rng=rng,
-            name=str(study),
-        )
+        variant = None
+        if self.variants:
+            # By a copy, so that both texts have their sentences in one order.
+            whole = self.dataset.read_text(study)
+            if sample and sample.is_mirrored:
+                whole = sides.swap_sides(whole)
+            own = np.random.default_rng((position, self.seed))
+            false_text = self._draw_variant(pair.text, whole, own)
+            variant = self._tokenize(false_text, copy.deepcopy(rng), study)
+        text = self._tokenize(pair.text, rng, study)
         image, boxes = self._place(pair, sample, rng)
         extra = {}
         if "labels" in self.extra:
@@ -234,7 +279,31 @@ class _BatchSource:
             extra["regions"] = boxes / self.size
         if "region_words" in self.extra:
             extra["region_words"] = self._mark_region_words(text)
-        return image, text, extra
+        return image, text, variant, extra
+
+    def _tokenize(
+        self, text: str, rng: np.random.Generator, study: int
+    ) -> tokenization.TokenizedText:
+        return tokenization.tokenize(
+            self.tokenizer,
+            text,
+            max_tokens=self.max_tokens,
+            max_words=self.max_words,
+            rng=rng,
+            name=str(study),
+        )
+
+    def _draw_variant(self, text: str, report: str, rng: np.random.Generator) -> str:
+        """Returns a false variant of a text, or the text itself if it has none of these kinds.
+
+        A caption rule may have drawn the text from a report, whose other claims are true as well.
+        """
+        for index in rng.permutation(len(self.variants)):
+            kind = self.variants[index]
+            found = rewriting.find_variants(text, kind, self.findings, report)
+            if found:
+                return found[rng.integers(len(found))].text
+        return text
 
     def _place(
         self, pair: Pair, sample: Draw | None, rng: np.random.Generator

@@ -18,6 +18,7 @@ from plan_jax.encoders.resnet import RESNETS, ResNet
 from plan_jax.encoders.vit import VITS, ViT
 from plan_jax.layers.batch_norm import BatchNorm
 from plan_jax.layers.dense import Dense
+from plan_jax.layers.pooling import mean_cells
 from plan_jax.layers.resize import resize_bilinear
 from plan_jax.layers.transformer import exact_gelu
 from plan_jax.types import Batch, Features, Stages, TextBatch
@@ -97,6 +98,22 @@ class ProjectionHead(nn.Module):
         if self.kind not in ("norm", "mlp"):
             return x
         return BatchNorm(self.axis, affine=False, name="norm2")(x, train, mask)
+
+
+def describe_grey(image: UInt8[Array, "B Y X 1"], grid: tuple[int, int]) -> Float[Array, "B Q 2"]:
+    """Returns the mean and the standard deviation of grey values in each cell of a grid.
+
+    Both are scaled to mean 0 and variance 1 over the image, so that they do not depend on its
+    exposure; an image of one grey value has 0 everywhere.
+    """
+    grey = image.astype(jnp.float32) / 255
+    # Around the mean, or the difference of squares would be of rounding errors.
+    grey = grey - grey.mean((1, 2), keepdims=True)
+    mean = mean_cells(grey, grid)
+    deviation = jnp.sqrt(jnp.maximum(mean_cells(grey**2, grid) - mean**2, 0))
+    values = jnp.concatenate([mean, deviation], -1).reshape(len(image), -1, 2)
+    values = values - values.mean(1, keepdims=True)
+    return values / (values.std(1, keepdims=True) + 1e-3)
 
 
 class FineHead(nn.Module):
@@ -197,12 +214,13 @@ class DualEncoder(nn.Module):
         else:
             pooled = self.image_global_head(output.pooled, train)
         batch, *grid = local.shape[:3]
-        fine, fine_grid = None, None
+        fine = guide = fine_grid = None
         if self.fine_map:
             assert output.fine is not None, "fine_map needs an image tower with a finer map"
             fine = self.image_fine_head(output.fine, output.local, train)
             fine_grid = fine.shape[1], fine.shape[2]
             fine = fine.reshape(batch, -1, self.embed_dim)
+            guide = describe_grey(image, fine_grid)
         local = local.reshape(batch, -1, self.embed_dim)
         return Features(
             pooled,
@@ -211,6 +229,7 @@ class DualEncoder(nn.Module):
             fine=fine,
             raw=output.local.reshape(*local.shape[:2], -1).astype(jnp.float32),
             attention=output.attention,
+            guide=guide,
             grid=tuple(grid),
             fine_grid=fine_grid,
         )

@@ -38,6 +38,7 @@ FIELDS = (
     "word_id",
     "sentence",
     "fine",
+    "guide",
     "attention",
     "next_attention",
 )

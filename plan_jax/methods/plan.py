@@ -10,13 +10,14 @@ a learnable map g of pixels to the words' space; a word-pixel similarity matrix 
 words and of pixels, from the rows and columns of S, to damp noise; a region feature for each word,
 contrasted with selected words; S updated in each iteration with its history.
 
-Ours: the ten equations. Each is written out beside the function that computes it:
+Ours: the eleven equations. Each is written out beside the function that computes it:
 
     (1) first map            align                   (6) refinement in round t   align
     (2) word importance      importance_gates        (7) history of words        history_weights
     (3) pixel importance     importance_gates        (8) report contrast         plan_contrast.py
     (4) soft region          ground_words            (9) word contrast           plan_contrast.py
     (5) region and match     ground_words           (10) loss                    loss
+                                                    (11) guided map              guide_maps
 
 Symbols: z unit pixels after g, f those of a finer map, u unit words; n word, p pixel, i image,
 j text, t round of 0..T; S a map of each word over the pixels.
@@ -31,6 +32,7 @@ away). `progress="ema"` is the other reading of "iteration", over training time:
 mixed with that of a moving average of the whole model (config.ema_decay).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -76,6 +78,11 @@ class Hyper:
     use_history: bool = True  # weights of words from training so far (7); False: all words alike
     history_decay: float = 0.99  # of the moving average (7)
     min_weight: float = 0.25  # of a word (7)
+    pixel_dropout: float = 0.0  # share of pixels that training hides from the regions (4)
+    guide_steps: int = 2  # of smoothing along the image's own affinities (11); not in training
+    guide_sigma: float = 2.0  # reach of a step, in cells of the map (11)
+    tau_guide: float = 0.3  # of squared distances of unit pixels (11)
+    tau_grey: float = 0.2  # of squared distances of grey values (11)
     history_size: int = 8192  # slots of the history; word ids are folded into it
     negatives: Literal["token", "all"] = "token"  # "token": images with the same word are none (9)
     progress: Literal["rounds", "ema"] = "rounds"
@@ -103,6 +110,11 @@ class Hyper:
             num_sampled_words=COUNT,
             history_decay=FRACTION,
             min_weight=FRACTION,
+            pixel_dropout=Range(0, 0.99),
+            guide_steps=Range(0, 64),
+            guide_sigma=Range(0.1, 16),
+            tau_guide=Range(1e-3, 1e9),
+            tau_grey=Range(1e-3, 1e9),
             history_size=Range(1, 2**24),
             ema_share=FRACTION,
             ema_ramp_steps=STEPS._replace(low=1),
@@ -120,6 +132,8 @@ class ImageSide(NamedTuple):
     fine_pixels: Float[Array, "Q D"] | None = None
     ema_pixels: Float[Array, "P D"] | None = None  # of the averaged model
     report_word_id: Int[Array, " W"] | None = None  # all words of the image's own report
+    is_kept: Bool[Array, " P"] | None = None  # pixels that the regions may use; None: all
+    is_fine_kept: Bool[Array, " Q"] | None = None
 
 
 class TextSide(NamedTuple):
@@ -208,10 +222,11 @@ def ground_words(
     words: Float[Array, "K D"],
     mask: Bool[Array, " K"],
     hyper: Hyper,
+    is_kept: Bool[Array, " P"] | None = None,
 ) -> RoundOutput:
     """Computes each word's soft region in an image and their match: *equations 4 and 5*.
 
-        (4)  A_np = softmax_p(4 a_n b_p S_np / tau_region)
+        (4)  A_np = softmax_p(4 a_n b_p S_np / tau_region), over the pixels that are kept
         (5)  r_n = unit(sum_p A_np z_p),  C_n = <u_n, r_n>
 
     The gates a and b are those of equations 2 and 3. Both are 1/2 for an average word and pixel, so
@@ -220,7 +235,10 @@ def ground_words(
     """
     word_importance, pixel_importance = importance_gates(maps, mask, hyper)
     gated_maps = maps * (4 * word_importance[:, None] * pixel_importance)
-    attention_KP = jax.nn.softmax(gated_maps / hyper.tau_region, -1)
+    logits = gated_maps / hyper.tau_region
+    if is_kept is not None:
+        logits = jnp.where(is_kept, logits, contrastive.MASKED_LOGIT)
+    attention_KP = jax.nn.softmax(logits, -1)
     regions = contrastive.l2_normalise(attention_KP @ pixels)
     return RoundOutput(word_importance, regions, jnp.sum(words * regions, -1) * mask)
 
@@ -258,12 +276,14 @@ def align(
     if image.ema_pixels is not None:
         maps = (1 - ema_share) * maps + ema_share * (text.ema_words @ image.ema_pixels.T)
     maps = maps * mask[:, None]  # padding must not count in the importance of pixels
-    first = ground_words(maps, pixels, words, mask, hyper)
+    first = ground_words(maps, pixels, words, mask, hyper, image.is_kept)
 
     # From here on S lives on the finer map. The coarse map is resized, not recomputed: it is the
     # prior of where to look, and the history of all later rounds.
+    is_kept = image.is_kept
     if image.fine_pixels is not None:
         maps, pixels = upsample_maps(maps, *grids), image.fine_pixels
+        is_kept = image.is_fine_kept
 
     # `lax.scan` compiles one round whatever T. The carry is what a round hands to the next: its
     # map, and the importance and regions that pull the words.
@@ -272,7 +292,7 @@ def align(
         query = contrastive.l2_normalise(words + hyper.eta * importance[:, None] * regions)
         similarity_KQ = query @ pixels.T * mask[:, None]
         maps = (1 - hyper.rho) * similarity_KQ + hyper.rho * maps
-        output = ground_words(maps, pixels, words, mask, hyper)
+        output = ground_words(maps, pixels, words, mask, hyper, is_kept)
         return (maps, output.importance, output.regions), output.matches
 
     carry = maps, first.importance, first.regions
@@ -286,6 +306,46 @@ def upsample_maps(
     """Resizes maps bilinearly from one grid to a finer one."""
     fine_maps = resize_bilinear(maps.reshape(-1, *grid, 1), fine_grid)
     return fine_maps.reshape(len(maps), -1)
+
+
+def guide_maps(
+    maps: Float[Array, "K Q"],
+    pixels: Float[Array, "Q D"],
+    guide: Float[Array, "Q G"],
+    grid: tuple[int, int],
+    hyper: Hyper,
+) -> Float[Array, "K Q"]:
+    """Smooths maps along the affinities of the image itself: *equation 11*.
+
+        (11)  S <- S K^T, `guide_steps` times,  K_pq ~ exp(-|f_p - f_q|^2 / tau_guide
+              - |g_p - g_q|^2 / tau_grey - |x_p - x_q|^2 / (2 guide_sigma^2)),  sum_q K_pq = 1
+
+    f are unit pixels, g the grey values of `Features.guide`, and x places on the grid; q runs over
+    the cells at most ceil(2 guide_sigma) rows and columns from p. What gives a finding away is
+    often its edge, as the line of a pneumothorax; cells that look alike share their heat, so that
+    the edge hands it on to what it encloses. Bilateral weights (Tomasi and Manduchi, ICCV 1998).
+
+    Cells are smoothed one row of the grid at a time, so no table of Q x Q is stored.
+    """
+    radius = math.ceil(2 * hyper.guide_sigma)
+    place = jnp.stack(jnp.meshgrid(*map(jnp.arange, grid), indexing="ij"), -1).reshape(-1, 2)
+    cells = jax.tree.map(lambda x: x.reshape(*grid, -1), (pixels, guide, place))
+
+    def smooth(maps_QK: Array, _: None) -> tuple[Array, None]:
+        def smooth_row(row: tuple[Array, Array, Array]) -> Float[Array, "X K"]:
+            row_pixels, row_guide, row_place = row
+            # Of unit vectors.
+            distance_XQ = (2 - 2 * row_pixels @ pixels.T) / hyper.tau_guide
+            distance_XQ += ((row_guide[:, None] - guide) ** 2).sum(-1) / hyper.tau_grey
+            offset_XQ2 = row_place[:, None] - place
+            distance_XQ += (offset_XQ2**2).sum(-1) / (2 * hyper.guide_sigma**2)
+            is_near_XQ = (abs(offset_XQ2) <= radius).all(-1)
+            weight_XQ = jnp.exp(-distance_XQ) * is_near_XQ
+            return weight_XQ @ maps_QK / weight_XQ.sum(-1, keepdims=True)
+
+        return lax.map(smooth_row, cells).reshape(maps_QK.shape), None
+
+    return lax.scan(smooth, maps.T, None, hyper.guide_steps)[0].T
 
 
 # The history of words: equation 7 ---------------------------------------------------------------
@@ -394,16 +454,19 @@ def heatmap(
 ) -> tuple[Float[Array, "B W Q"], Float[Array, "B W"]]:
     """Returns the map S of each word over its image after all rounds, and the importance a_n.
 
-    Maps are on the finer grid if there is one.
+    Maps are on the finer grid if there is one, and are then guided by the image (11).
     """
     grids = images.grid, images.fine_grid
     text_sides = TextSide(contrastive.l2_normalise(texts.local), texts.word_id)
 
-    def align_pair(image: ImageSide, text: TextSide) -> tuple[Array, Array]:
+    def align_pair(image: ImageSide, guide: Array | None, text: TextSide) -> tuple[Array, Array]:
         alignment = align(image, text, grids, hyper, hyper.rounds)
-        return alignment.maps, alignment.importance
+        maps = alignment.maps
+        if guide is not None and images.fine_grid is not None:
+            maps = guide_maps(maps, image.fine_pixels, guide, images.fine_grid, hyper)
+        return maps, alignment.importance
 
-    return jax.vmap(align_pair)(unit_image_sides(images), text_sides)
+    return jax.vmap(align_pair)(unit_image_sides(images), images.guide, text_sides)
 
 
 def loss(
@@ -448,6 +511,8 @@ def loss(
         image_sides = image_sides._replace(ema_pixels=contrastive.l2_normalise(ema_images.local))
         text_sides = text_sides._replace(ema_words=ema_words)
         ema_share = hyper.ema_share * jnp.minimum(step / hyper.ema_ramp_steps, 1.0)
+    if hyper.pixel_dropout:
+        image_sides = hide_pixels(image_sides, key, hyper, axis)
     text_sides = contrastive.all_gather(text_sides, axis)
     normalised_weight = normalise_weights(history_weights(memory, text_sides.word_id, hyper))
 
@@ -510,7 +575,7 @@ def first_round_contrast(
 
     Shapes as in the sides, with a leading axis: b images of this device, T texts of all devices.
     """
-    images = images._replace(fine_pixels=None)  # not read in round 0
+    images = images._replace(fine_pixels=None, is_fine_kept=None)  # not read in round 0
 
     def score(image: ImageSide, text: TextSide) -> PairScores:
         alignment = align(image, text, (), hyper, rounds=0, ema_share=ema_share)
@@ -565,6 +630,27 @@ def unit_image_sides(images: Features) -> ImageSide:
     """Returns the sides of B images, coarse and fine pixels [B P D] and [B Q D] at unit length."""
     fine = None if images.fine is None else contrastive.l2_normalise(images.fine)
     return ImageSide(contrastive.l2_normalise(images.local), fine)
+
+
+def hide_pixels(images: ImageSide, key: PRNGKeyArray, hyper: Hyper, axis: str | None) -> ImageSide:
+    """Returns images whose regions may use a random part of the pixels, drawn for each image.
+
+    *Hide-and-seek (Singh and Lee, arXiv 1704.04232), of pixels of the map instead of the image:* a
+    word that finds its region by the one cell that gives it away must also know the others.
+    """
+    coarse, fine = images.pixels.shape[:2], images.fine_pixels
+
+    def draw(index: Array, stream: int, count: int) -> Bool[Array, " P"]:
+        # `sample_words` folds the index of a text into the same key, which is never so large.
+        own = jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1 - stream), index)
+        return jax.random.bernoulli(own, 1 - hyper.pixel_dropout, (count,))
+
+    indices = contrastive.global_indices(coarse[0], axis)
+    is_kept = jax.vmap(lambda index: draw(index, 0, coarse[1]))(indices)
+    is_fine_kept = None
+    if fine is not None:
+        is_fine_kept = jax.vmap(lambda index: draw(index, 1, fine.shape[1]))(indices)
+    return images._replace(is_kept=is_kept, is_fine_kept=is_fine_kept)
 
 
 def words_in_report(image: ImageSide, text: TextSide) -> Bool[Array, " K"]:

@@ -103,7 +103,14 @@ def compile_step(config: Config, target: Target, effort: float = 0.0) -> Preflig
     axis = None if devices == 1 and effort < 0 else parallel.AXIS
     shapes = make_shapes(config, axis)
     config, components = shapes.config, shapes.components
-    step = make_step(components, shapes.optimiser, config.ema_decay, axis, config.microbatch)
+    step = make_step(
+        components,
+        shapes.optimiser,
+        config.ema_decay,
+        axis,
+        config.microbatch,
+        config.hard_negatives,
+    )
     # pmap computes the same; only shard_map can be lowered for devices that are not there.
     parallel_step: Any = parallel.parallelise(watch_numbers(step), target.mesh)
     # XLA takes the number as a float only, and of some platforms not at all.

@@ -154,4 +154,5 @@ def _make_batch(config: Config, requires: Sequence[str], findings: int, regions:
         tokens=array(length), word_index=array(length), word_id=array(words), sentence=array(words)
     )
     image = array(data.size, data.size, 1, dtype=jnp.uint8)
-    return Batch(image, text, {name: extra[name] for name in requires})
+    variant = text if config.hard_negatives.kinds else None
+    return Batch(image, text, {name: extra[name] for name in requires}, variant)

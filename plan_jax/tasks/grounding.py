@@ -10,6 +10,11 @@ Keys of the metrics:
 
 - `cnr_signed`, `cnr_abs`, `pointing`, `miou_raw`, `miou_minmax`, `miou_z`: mean over findings of
   the mean over phrases. The truth of a phrase is the union of its boxes.
+- `pointing_box`: pointing where any pixel of a box around the truth is a hit, as CARZero, KAD and
+  RadZero score it; a phrase with a mask and no boxes has the box around the mask. `pointing_near`:
+  pointing with a tolerance of `Options.tolerance` around the truth.
+- `wrong_side`: the share of the map's mass in the other half of the image, for phrases whose truth
+  lies in one half; absent if there is none.
 - `miou_afloc`: AFLoc's mean over its thresholds, of the mean over findings, of the mean over the
   phrases whose map has a pixel above the threshold; see `metrics.grounding.afloc_ious`. It is
   absent where no phrase has one.
@@ -73,6 +78,8 @@ FITS_HEAD = False
 # These two have an interval, and for null maps they are also listed by finding.
 PRIMARY_KEYS = ("cnr_signed", "pointing")
 AFLOC_KEY = "miou_afloc"  # left out of the metrics where no map exceeds some threshold
+SIDE_KEY = "wrong_side"  # left out where no truth lies in one half of its image
+PARTIAL_KEYS = (AFLOC_KEY, SIDE_KEY)  # scores that some phrases do not have
 # Phrases per call of the model. Every call has exactly this many, so that nothing recompiles.
 CHUNK = 64
 RECORD_BLOCK = 256  # records whose images, features and truths are in memory at once
@@ -84,6 +91,18 @@ _SCORES = {
         "spread. 0: no contrast; negative: the wrong place is hot.",
     ),
     "pointing": ("pointing game", "How often the hottest pixel lies inside the truth."),
+    "pointing_box": (
+        "pointing game, boxes",
+        "How often the hottest pixel lies inside a box around the truth.",
+    ),
+    "pointing_near": (
+        "pointing game, tolerant",
+        "How often the hottest pixel lies in the truth or close to it.",
+    ),
+    "wrong_side": (
+        "heat on the wrong side",
+        "Share of the heat above the mean that lies in the other half of the image.",
+    ),
     "miou_z": (
         "mIoU, above the mean",
         "Overlap of the hot area with the truth at thresholds .1 to .5, after max(S - mean, 0) / "
@@ -135,6 +154,7 @@ def _describe_scores(
             f"{label}{suffix}",
             meaning,
             digits=2 if key.startswith("cnr") else 3,
+            higher_is_better=key != SIDE_KEY,
             baselines=baselines if nulls else {},
             headline=key in headlines,
             undefined="no phrase has a usable truth, or the maps are not finite",
@@ -172,6 +192,7 @@ class Options:
         and maps are scored inside it.
       smooth: sigma of a Gaussian over the model's grid, in cells, reflected at the border. The
         random maps are smoothed as well.
+      tolerance: of `pointing_near`, as a share of the longer side of the image.
       bootstrap_samples: number of resamples of an interval.
       num_examples: number of best, of random and of worst examples on the page.
 
@@ -181,6 +202,7 @@ class Options:
 
     crop: float = 1.0
     smooth: float = 0.0
+    tolerance: float = 15 / 224  # Zhang et al., arXiv 1608.00507
     bootstrap_samples: int = 1000
     num_examples: int = 4
 
@@ -193,6 +215,8 @@ class Options:
             )
         if not 0 <= self.smooth < np.inf:
             raise UserError(f"config.eval.grounding.smooth is {self.smooth}; use 0 or more")
+        if not 0 <= self.tolerance <= 1:
+            raise UserError(f"config.eval.grounding.tolerance is {self.tolerance}; use 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -351,7 +375,10 @@ def _score_block(
     def compute_maps(rounds: int | None = None) -> MapBank:
         return _heat_maps(model, features, targets, texts, text_index, options, rounds)
 
-    scores = _score_maps(compute_maps(), targets, boxes)
+    def score(bank: MapBank) -> dict[str, np.ndarray]:
+        return _score_maps(bank, targets, boxes, options.tolerance)
+
+    scores = score(compute_maps())
     side.add("", scores)
     size = records[0].image.shape[:2]
     nulls = null_maps(
@@ -365,9 +392,9 @@ def _score_block(
             # The other maps belong to the whole image: cut them as the image was cut.
             maps = grounding_metrics.upsample(bank.maps, size)[:, *window]
             bank = replace(bank, maps=maps)
-        side.add(null, _score_maps(bank, targets, boxes))
+        side.add(null, score(bank))
     for rounds in range(model.rounds + 1 if model.rounds else 0):
-        side.add(f"round{rounds}", _score_maps(compute_maps(rounds), targets, boxes))
+        side.add(f"round{rounds}", score(compute_maps(rounds)))
     names = [_finding_name(target, findings) for target in targets]
     side.names += names
     side.images += [start + target.record_index for target in targets]
@@ -557,7 +584,10 @@ def _truth_parts(view: Record, target: Target, bare: bool) -> list[Phrase]:
 
 
 def _score_maps(
-    bank: MapBank, targets: Sequence[Target], boxes: Sequence[Sequence[Phrase]]
+    bank: MapBank,
+    targets: Sequence[Target],
+    boxes: Sequence[Sequence[Phrase]],
+    tolerance: float,
 ) -> dict[str, Float[np.ndarray, "N *T"]]:
     """Computes every score of every target's map; that of AFLoc at each threshold, [N T].
 
@@ -568,13 +598,20 @@ def _score_maps(
     for start in range(0, len(targets), CHUNK):
         stop = start + CHUNK
         rows = bank.index[start:stop]
-        heat_BP = grounding_metrics.upsample(bank.maps[rows], size).reshape(len(rows), -1)
-        truth_BP = np.stack([target.truth for target in targets[start:stop]]).reshape(heat_BP.shape)
+        heat_BYX = grounding_metrics.upsample(bank.maps[rows], size)
+        truth_BYX = np.stack([target.truth for target in targets[start:stop]])
+        boxed_BYX = np.stack([_boxed_truth(parts, size) for parts in boxes[start:stop]])
+        heat_BP, truth_BP = (x.reshape(len(rows), -1) for x in (heat_BYX, truth_BYX))
         cnr = grounding_metrics.contrast_to_noise(heat_BP, truth_BP)
         scores = {
             "cnr_signed": cnr,
             "cnr_abs": abs(cnr),
             "pointing": grounding_metrics.pointing(heat_BP, truth_BP),
+            "pointing_box": grounding_metrics.pointing(heat_BP, boxed_BYX.reshape(truth_BP.shape)),
+            "pointing_near": grounding_metrics.pointing_near(
+                heat_BYX, truth_BYX, float(tolerance * max(size))
+            ),
+            SIDE_KEY: grounding_metrics.wrong_side(heat_BYX, truth_BYX),
         }
         for normalisation in grounding_metrics.NORMALISATIONS:
             scores[f"miou_{normalisation}"] = grounding_metrics.mean_iou(
@@ -590,6 +627,19 @@ def _score_maps(
                 scores["cnr_boxes_abs"][row] = abs(cnr_boxes).mean()
         chunks.append(scores)
     return {key: np.concatenate([scores[key] for scores in chunks]) for key in chunks[0]}
+
+
+def _boxed_truth(parts: Sequence[Phrase], size: tuple[int, int]) -> Bool[np.ndarray, "Y X"]:
+    """Returns the union of the boxes of a truth; a part without boxes has that of its mask."""
+    boxed = np.zeros(size, bool)
+    for part in parts:
+        if part.boxes:
+            boxed |= truth_mask(replace(part, mask=None), size)
+            continue
+        rows, columns = (np.flatnonzero(truth_mask(part, size).any(axis)) for axis in (1, 0))
+        if len(rows):
+            boxed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+    return boxed
 
 
 def _cnr_of_boxes(
@@ -620,18 +670,19 @@ def _macro_means(
     labels, group = np.unique(names, return_inverse=True)
     metrics = {}
     for key, values in scores.items():
-        if key == AFLOC_KEY:
-            by_threshold = [_mean_of_defined(values[group == n]) for n in range(len(labels))]
+        if key in PARTIAL_KEYS:
+            table = values.reshape(len(values), -1)  # a column for each threshold of AFLoc's
+            by_threshold = [_mean_of_defined(table[group == n]) for n in range(len(labels))]
             value = float(_mean_of_defined(np.stack(by_threshold)).mean())
             means = _mean_of_defined(np.stack(by_threshold, 1))
         else:
             means = np.bincount(group, values) / np.bincount(group)
             value = float(means.mean())
-        if key != AFLOC_KEY or np.isfinite(value):
+        if key not in PARTIAL_KEYS or np.isfinite(value):
             metrics[key] = value
         if key in by_finding:
             for label, mean in zip(labels, means.tolist(), strict=True):
-                if key != AFLOC_KEY or np.isfinite(mean):
+                if key not in PARTIAL_KEYS or np.isfinite(mean):
                     metrics[f"{slug(label)}/{key}"] = mean
     return metrics
 

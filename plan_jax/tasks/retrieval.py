@@ -22,6 +22,9 @@ names classes. Keys:
 - `class/<class>/n`: candidates of a class. `class/reports`: candidates with a report.
   `class/absent`: classes without candidates, which are omitted.
 
+False variants of the reports measure whether the model reads left, right, "no", size and place; see
+`report_variants` for the keys, as `laterality_accuracy`.
+
 Keys without a prefix use the model's global similarity, or its first kind if it has no global one;
 other kinds are under `local/`, `both/`, and under `class/local/`, `class/both/`.
 """
@@ -42,6 +45,7 @@ from plan_jax.heads.examples import (
 from plan_jax.metrics import classification as classification_metrics
 from plan_jax.metrics import intervals, slug
 from plan_jax.metrics import retrieval as retrieval_metrics
+from plan_jax.tasks import report_variants
 from plan_jax.types import (
     EvalData,
     Features,
@@ -102,6 +106,7 @@ METRICS = {
     "n": Metric("studies", "Number of candidates.", digits=0),
     "duplicates": Metric("duplicates", "Studies that share their words with another.", digits=0),
     "without_report": Metric("without report", "Studies without a report, left out.", digits=0),
+    **report_variants.METRICS,
 }
 
 
@@ -115,6 +120,7 @@ class Options:
         are neither its classes nor "No Finding".
       per_class: largest number of candidates of a class, drawn with the seed.
       cuts: the k of precision at k.
+      variant_reports: reports that are compared with false variants, for each kind; 0 for none.
       bootstrap_samples: number of resamples of an interval.
       num_examples: number of images on the page, drawn with the seed.
 
@@ -126,11 +132,12 @@ class Options:
     absent: tuple[str, ...] = ()
     per_class: int = 200
     cuts: tuple[int, ...] = PRECISION_CUTOFFS
+    variant_reports: int = 1000
     bootstrap_samples: int = 1000
     num_examples: int = 4
 
     def __post_init__(self) -> None:
-        minima = {"per_class": 1, "bootstrap_samples": 2, "num_examples": 0}
+        minima = {"per_class": 1, "variant_reports": 0, "bootstrap_samples": 2, "num_examples": 0}
         check_options("retrieval", self, minima)
         if any(cutoff < 1 for cutoff in self.cuts):
             raise UserError(f"config.eval.retrieval.cuts is {self.cuts}; use numbers of at least 1")
@@ -184,6 +191,17 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
             metrics[f"chance/{direction}_r{k}"] = chance
         median = retrieval_metrics.chance_median_rank(num_hits, len(texts))
         metrics[f"chance/{direction}_median_rank"] = median
+    if options.variant_reports and context.find_variants:
+        metrics |= report_variants.compare_variants(
+            model,
+            images,
+            texts,
+            context.find_variants,
+            primary=tables.primary,
+            max_reports=options.variant_reports,
+            bootstrap_samples=options.bootstrap_samples,
+            seed=seed,
+        )
     if options.classes:
         metrics |= class_precision(model, data.test, data.findings, options, seed)
     examples = [

@@ -26,7 +26,9 @@ from plan_jax.types import UserError
 __all__ = [
     "ASG_TAGS",
     "FINDINGS",
+    "HEADER",
     "Statement",
+    "covered_findings",
     "extract_triplets",
     "find_regions",
     "is_known_finding",
@@ -36,7 +38,7 @@ __all__ = [
 
 FINDINGS = tuple(terms.TERMS)  # canonical names, those of the phantom among them
 # In capitals any words are a header; in mixed case only the usual ones, or "Note:" would be one.
-_HEADER = re.compile(
+HEADER = re.compile(
     r"(?:(?<=\s)|^)([A-Z][A-Z /&()-]{2,40}|(?:Findings|Impression|Indication|History|Comparison"
     r"|Technique|Conclusion|Clinical history|Examination|Exam))\s?:"
 )
@@ -89,7 +91,7 @@ def parse_report(text: str) -> tuple[Statement, ...]:
 
 def _split_at_headers(text: str) -> list[tuple[str | None, str]]:
     """Returns (section, text) pairs; what precedes the first header has the section None."""
-    headers = list(_HEADER.finditer(text))
+    headers = list(HEADER.finditer(text))
     bounds = [*(header.start() for header in headers), len(text)]
     pieces: list[tuple[str | None, str]] = [(None, text[: bounds[0]])]
     for header, end in zip(headers, bounds[1:], strict=True):
@@ -141,7 +143,7 @@ def label_findings(text: str, findings: Sequence[str]) -> Int8[np.ndarray, " F"]
         values.setdefault(finding, set()).add(existence)
     labels = np.zeros(len(findings), np.int8)
     for i, name in enumerate(findings):
-        claims = set().union(*(values.get(finding, ()) for finding in _covered_findings(name)))
+        claims = set().union(*(values.get(finding, ()) for finding in covered_findings(name)))
         labels[i] = 1 if 1 in claims else -1 if -1 in claims else 0
     return labels
 
@@ -156,7 +158,15 @@ def is_known_finding(name: str) -> bool:
     return name in terms.COVERED_FINDINGS or name in terms.TERMS
 
 
-def _covered_findings(name: str) -> tuple[str, ...]:
+def covered_findings(name: str) -> tuple[str, ...]:
+    """Returns the members of `FINDINGS` that a name covers, see `label_findings`.
+
+    >>> covered_findings("Lung Lesion")
+    ('lesion', 'nodule', 'mass')
+
+    Raises:
+      UserError: the name is unknown.
+    """
     normalised = " ".join(name.lower().split())
     if normalised in terms.COVERED_FINDINGS:
         return terms.COVERED_FINDINGS[normalised]

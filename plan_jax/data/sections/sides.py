@@ -77,7 +77,10 @@ def _mirror(match: re.Match[str]) -> str:
     side = match[0]
     if match["no_side"] is not None:
         return side
-    mirrored = _MIRRORED[side.lower()]
+    # A letter that only folds to one of ours, as a dotless i, makes no side.
+    mirrored = _MIRRORED.get(side.lower())
+    if mirrored is None:
+        return side
     if side.isupper():
         return mirrored.upper()
     return mirrored.capitalize() if side[0].isupper() else mirrored
