@@ -111,7 +111,7 @@ def describe_grey(image: UInt8[Array, "B Y X 1"], grid: tuple[int, int]) -> Floa
     grey = grey - grey.mean((1, 2), keepdims=True)
     mean = mean_cells(grey, grid)
     deviation = jnp.sqrt(jnp.maximum(mean_cells(grey**2, grid) - mean**2, 0))
-    values = jnp.concatenate([mean, deviation], -1).reshape(len(image), -1, 2)
+    values = jnp.concatenate([mean, deviation], -1).reshape(image.shape[0], -1, 2)
     values = values - values.mean(1, keepdims=True)
     return values / (values.std(1, keepdims=True) + 1e-3)
 
