@@ -52,7 +52,7 @@ def prepare(name, devices, **hyper):
     content |= {"steps": STEPS, "batch": PAIRS, "fine_map": name == "plan", "embed_dim": 32}
     content["data"] |= {"max_tokens": 64, "max_words": 48}
     content["optim"] |= OPTIM
-    if name == "convirt":
+    if name == "convirt" and not hyper:
         content["heads"] |= {"image_local": "shared", "text_local": "shared"}
         content["vision"] |= {"pool": "mean"}
     config = Config.from_dict(content)
