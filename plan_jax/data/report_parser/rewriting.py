@@ -9,8 +9,8 @@ them apart. The kinds:
 - `severity`: one word of size or severity is exchanged for one from the other end of its scale.
 - `region`: the zones of one sentence are exchanged, upper for lower.
 
-Rules over words propose variants, and the parser decides: a variant counts only if its claims
-differ from those of the report as its kind says, and in nothing else. So a sentence that the rules
+Rules over words propose variants, and the parser decides: a variant counts only if the
+claims of its sentence, or of the text for laterality, differ as its kind says. So a sentence that the rules
 do not understand is left out rather than made into another true one. So are statements about a
 change, which one image cannot tell. What no report says, as that both lungs have a nodule while
 only one is described, the parser cannot know.
@@ -52,6 +52,7 @@ def find_variants(
       kind: one of `VARIANT_KINDS`.
       findings: names of a dataset's findings. If the parser knows any of them, variants about other
         findings are left out: a phantom's report also speaks of fractures, which no phantom has.
+      report: the whole report, where the text is a part of it: what it states is not false.
 
     Raises:
       KeyError: the kind is unknown.
