@@ -9,8 +9,8 @@ them apart. The kinds:
 - `severity`: one word of size or severity is exchanged for one from the other end of its scale.
 - `region`: the zones of one sentence are exchanged, upper for lower.
 
-Rules over words propose variants, and the parser decides: a variant counts only if the
-claims of its sentence, or of the text for laterality, differ as its kind says. So a sentence that the rules
+Rules over words propose variants, and the parser decides: a variant counts only if the claims of
+its sentence, or of the text for laterality, differ as its kind says. So a sentence that the rules
 do not understand is left out rather than made into another true one. So are statements about a
 change, which one image cannot tell. What no report says, as that both lungs have a nodule while
 only one is described, the parser cannot know.
