@@ -306,7 +306,7 @@ LOST_HOST_SCRIPT = """
 
     def run():
         parallel.initialize()
-        parallel.barrier()
+        parallel.any_process(False)  # compiles, and connects the hosts
         print("ready", flush=True)
         if sys.argv[1] == "waits":
             time.sleep(60)  # without a word from JAX to this thread
@@ -349,7 +349,7 @@ def test_a_process_whose_host_is_lost_ends_with_a_sentence(victim, state):
         while run.stdout.readline() not in ("ready\n", ""):
             pass
     runs[victim].kill()
-    _, error = runs[1 - victim].communicate(timeout=60)
+    _, error = runs[1 - victim].communicate(timeout=150)  # JAX misses a heartbeat after 100
     runs[victim].communicate()
     assert (runs[1 - victim].returncode, error.strip()) == (2, parallel.LOST_HOST)
 
