@@ -53,6 +53,16 @@ def draw_features(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
     )
 
 
+def list_array_sizes(program):
+    """Yields the number of entries of each array that a program of JAX (a jaxpr) computes."""
+    for equation in program.eqns:
+        yield from (variable.aval.size for variable in equation.outvars)
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)  # of a closed program
+            if hasattr(inner, "eqns"):
+                yield from list_array_sizes(inner)
+
+
 def make_context(dim=8):
     """Returns a `MethodContext` with F = 4 tags of width 12 and an averaged model."""
     return MethodContext(dim, ENCODER_WIDTH, jax.random.normal(jax.random.key(9), (4, 12)), 0.9)

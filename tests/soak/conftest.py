@@ -12,6 +12,7 @@ SLOW = (
     "test_eight_devices_step_like_one_and_sixteen_pairs_are_memorised[gloria]",
     "test_eight_devices_step_like_one_and_sixteen_pairs_are_memorised[mgca]",
     "test_eight_devices_step_like_one_and_sixteen_pairs_are_memorised[place]",
+    "test_the_memory_of_the_local_loss",
     "test_a_step_compiles_for_a_tpu_that_is_not_there[v5e-8",
 )
 
