@@ -29,6 +29,8 @@ def draw_features(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
     sentence = jnp.where(mask, jnp.arange(words) // 3, -1).astype(jnp.int32)
     pixels = grid[0] * grid[1]
     fine_grid_shape = (2 * grid[0], 2 * grid[1])
+    # Of its own, so that other arrays do not depend on it.
+    grey = np.random.default_rng([seed, 1]).normal(size=(pairs, 4 * pixels, 2))
     images = Features(
         draw_normal(pairs, dim),
         draw_normal(pairs, pixels, dim),
@@ -38,6 +40,7 @@ def draw_features(pairs=6, words=5, dim=8, grid=(3, 3), seed=0, fine=True):
         fine_grid=fine_grid_shape if fine else None,
         raw=draw_normal(pairs, pixels, ENCODER_WIDTH),
         attention=jax.nn.softmax(draw_normal(pairs, pixels)),
+        guide=jnp.asarray(grey, jnp.float32) if fine else None,
     )
     local = draw_normal(pairs, words, dim) * mask[..., None]
     attention = jax.nn.softmax(draw_normal(pairs, words)) * mask

@@ -27,6 +27,7 @@ HYPERS = {
         "num_candidates": 3,
         "rounds": 2,
         "eta": 0.5,
+        "guide_round_steps": 1,
         "progress": "ema",
         "ema_ramp_steps": 1,
     },

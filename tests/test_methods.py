@@ -18,7 +18,7 @@ from plan_jax.methods import METHODS
 from plan_jax.types import UserError
 
 SMALL_HYPERS = {
-    "plan": {"num_sampled_words": 5, "tile_size": 2, "num_candidates": 3},
+    "plan": {"num_sampled_words": 5, "tile_size": 2, "num_candidates": 3, "guide_round_steps": 1},
     "gloria": {"tile_size": 2},
     "asg": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8},
     "mgca": {"num_prototypes": 4, "freeze_prototype_steps": 0, "tile_size": 2},

@@ -1,5 +1,8 @@
 """PLAN's equations against literal loops, and properties of its refinement."""
 
+import dataclasses
+import functools
+
 import features
 import jax
 import jax.numpy as jnp
@@ -49,7 +52,28 @@ def literal_grounding(maps, pixels, words, hyper):
     return alpha, np.array(regions), np.array(matches)
 
 
-def literal_alignment(pixels, fine, words, hyper, rounds):
+def literal_guide(maps, pixels, guide, grid, hyper, steps):
+    """Computes equation 11, cell by cell."""
+    radius = int(np.ceil(2 * hyper.guide_sigma))
+    cells = [(y, x) for y in range(grid[0]) for x in range(grid[1])]
+    for _ in range(steps):
+        smoothed = np.zeros_like(maps)
+        for p, (y, x) in enumerate(cells):
+            total = 0.0
+            for q, (v, u) in enumerate(cells):
+                if max(abs(v - y), abs(u - x)) > radius:
+                    continue
+                distance = sum((pixels[p] - pixels[q]) ** 2) / hyper.tau_guide
+                distance += sum((guide[p] - guide[q]) ** 2) / hyper.tau_grey
+                distance += ((v - y) ** 2 + (u - x) ** 2) / (2 * hyper.guide_sigma**2)
+                smoothed[:, p] += np.exp(-distance) * maps[:, q]
+                total += np.exp(-distance)
+            smoothed[:, p] /= total
+        maps = smoothed
+    return maps
+
+
+def literal_alignment(pixels, fine, words, hyper, rounds, guide, grid):
     """Computes equations 1-6 as a Python loop; `fine` is on the same grid here."""
     maps = np.array([[u @ z for z in pixels] for u in words])
     alpha, regions, match = literal_grounding(maps, pixels, words, hyper)
@@ -58,22 +82,26 @@ def literal_alignment(pixels, fine, words, hyper, rounds):
         query = l2_normalise(words + hyper.eta * alpha[:, None] * regions)
         similarity = np.array([[q @ z for z in fine] for q in query])
         maps = (1 - hyper.rho) * similarity + hyper.rho * maps
+        maps = literal_guide(maps, fine, guide, grid, hyper, hyper.guide_round_steps)
         alpha, regions, match = literal_grounding(maps, fine, words, hyper)
         matches.append(match)
     return np.array(matches), maps, alpha
 
 
-@pytest.mark.parametrize("num_words", [1, 2, 4])
-@pytest.mark.parametrize("rounds", [0, 1, 3])
-def test_alignment_is_the_literal_loop(num_words, rounds):
+@pytest.mark.parametrize(
+    ("num_words", "rounds", "steps"), [(1, 3, 0), (2, 0, 1), (4, 1, 0), (4, 3, 2)]
+)
+def test_alignment_is_the_literal_loop(num_words, rounds, steps):
     pixels, fine, words = draw_unit_vectors(9, 6), draw_unit_vectors(9, 6), draw_unit_vectors(4, 6)
+    guide = jnp.asarray(RNG.normal(size=(9, 2)), jnp.float32)
+    hyper = dataclasses.replace(HYPER, guide_round_steps=steps, guide_sigma=0.7)
     ids = jnp.arange(1, 5) * (jnp.arange(4) < num_words)
     arrays = map(np.asarray, (pixels, fine, words[:num_words]))
-    matches, maps, alpha = literal_alignment(*arrays, HYPER, rounds)
     grids = ((3, 3), (3, 3))
+    matches, maps, alpha = literal_alignment(*arrays, hyper, rounds, np.asarray(guide), grids[1])
     align = jax.jit(plan.align, static_argnums=(2, 3, 4))
     actual_matches, actual_maps, actual_alpha = align(
-        plan.ImageSide(pixels, fine), plan.TextSide(words, ids), grids, HYPER, rounds
+        plan.ImageSide(pixels, fine, guide=guide), plan.TextSide(words, ids), grids, hyper, rounds
     )
     np.testing.assert_allclose(actual_matches[:, :num_words], matches, rtol=2e-4, atol=2e-5)
     np.testing.assert_allclose(actual_maps[:num_words], maps, rtol=2e-4, atol=2e-5)
@@ -124,7 +152,7 @@ def literal_loss(images, texts, memory, key, hyper):
     sample = np.asarray(plan_contrast.sample_words(weight, key, hyper.num_sampled_words))
     weight = np.asarray(weight)
     z, f, u = (l2_normalise(np.asarray(x)) for x in (images.local, images.fine, texts.local))
-    ids, size = np.asarray(texts.word_id), len(z)
+    ids, size, guide = np.asarray(texts.word_id), len(z), np.asarray(images.guide)
     upsampling = np.asarray(plan.upsample_maps(jnp.eye(z.shape[1]), images.grid, images.fine_grid))
     match = np.zeros((hyper.rounds + 1, size, size, sample.shape[1]))
     for i in range(size):
@@ -137,6 +165,9 @@ def literal_loss(images, texts, memory, key, hyper):
             for t in range(hyper.rounds):
                 query = l2_normalise(words + hyper.eta * alpha[:, None] * regions)
                 maps = (1 - hyper.rho) * query @ f[i].T + hyper.rho * maps
+                maps = literal_guide(
+                    maps, f[i], guide[i], images.fine_grid, hyper, hyper.guide_round_steps
+                )
                 grounding = literal_grounding(maps, f[i], words, hyper)
                 alpha, regions, match[t + 1, i, j, slots] = grounding
     total = 0.0
@@ -179,7 +210,13 @@ def literal_contrast(match, weight, sample, ids, hyper, num_candidates):
 def test_loss_is_the_literal_loop(pairs):
     images, texts = features.draw_features(pairs=pairs)
     hyper = plan.Hyper(
-        num_sampled_words=4, tile_size=2, num_candidates=min(3, pairs), rounds=2, eta=0.5
+        num_sampled_words=4,
+        tile_size=2,
+        num_candidates=min(3, pairs),
+        rounds=2,
+        eta=0.5,
+        guide_round_steps=2,
+        guide_sigma=1.2,
     )
     key = jax.random.key(3)
     params, memory = plan.init(key, MethodContext(8, ema_decay=0.9), hyper)
@@ -268,25 +305,10 @@ def test_gate_is_a_standardised_sigmoid():
 # Hidden pixels and guided maps -------------------------------------------------------------------
 
 
-def literal_guide(maps, pixels, guide, grid, hyper):
-    """Computes equation 11, cell by cell."""
-    radius = int(np.ceil(2 * hyper.guide_sigma))
-    cells = [(y, x) for y in range(grid[0]) for x in range(grid[1])]
-    for _ in range(hyper.guide_steps):
-        smoothed = np.zeros_like(maps)
-        for p, (y, x) in enumerate(cells):
-            total = 0.0
-            for q, (v, u) in enumerate(cells):
-                if max(abs(v - y), abs(u - x)) > radius:
-                    continue
-                distance = sum((pixels[p] - pixels[q]) ** 2) / hyper.tau_guide
-                distance += sum((guide[p] - guide[q]) ** 2) / hyper.tau_grey
-                distance += ((v - y) ** 2 + (u - x) ** 2) / (2 * hyper.guide_sigma**2)
-                smoothed[:, p] += np.exp(-distance) * maps[:, q]
-                total += np.exp(-distance)
-            smoothed[:, p] /= total
-        maps = smoothed
-    return maps
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def guide_maps(maps, pixels, guide, grid, hyper, steps):
+    """Returns maps smoothed along the affinities of their image."""
+    return plan.guide_maps(maps, plan.compute_affinity(pixels, guide, grid, hyper), steps)
 
 
 @pytest.mark.parametrize(("steps", "sigma"), [(1, 0.5), (3, 0.9), (1, 2.5)])
@@ -294,19 +316,19 @@ def test_guided_maps_are_the_literal_loop(steps, sigma):
     grid = (4, 5)
     maps = jnp.asarray(RNG.normal(size=(3, 20)), jnp.float32)
     pixels, guide = draw_unit_vectors(20, 6), jnp.asarray(RNG.normal(size=(20, 2)), jnp.float32)
-    hyper = plan.Hyper(guide_steps=steps, guide_sigma=sigma, tau_grey=1.0)
-    actual = jax.jit(plan.guide_maps, static_argnums=(3, 4))(maps, pixels, guide, grid, hyper)
-    expected = literal_guide(*map(np.asarray, (maps, pixels, guide)), grid, hyper)
+    hyper = plan.Hyper(guide_sigma=sigma, tau_grey=1.0)
+    actual = guide_maps(maps, pixels, guide, grid, hyper, steps)
+    expected = literal_guide(*map(np.asarray, (maps, pixels, guide)), grid, hyper, steps)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_guidance_keeps_constant_maps_and_can_be_turned_off():
     pixels, guide = draw_unit_vectors(9, 6), jnp.zeros((9, 2))
     flat = jnp.full((2, 9), 0.3)
-    np.testing.assert_allclose(plan.guide_maps(flat, pixels, guide, (3, 3), HYPER), flat, rtol=1e-5)
+    actual = guide_maps(flat, pixels, guide, (3, 3), HYPER, 2)
+    np.testing.assert_allclose(actual, flat, rtol=1e-5)
     maps = jnp.asarray(RNG.normal(size=(2, 9)), jnp.float32)
-    off = plan.Hyper(guide_steps=0)
-    np.testing.assert_array_equal(plan.guide_maps(maps, pixels, guide, (3, 3), off), maps)
+    np.testing.assert_array_equal(guide_maps(maps, pixels, guide, (3, 3), HYPER, 0), maps)
 
 
 def test_heat_does_not_cross_an_edge_of_the_image():
@@ -314,7 +336,7 @@ def test_heat_does_not_cross_an_edge_of_the_image():
     grid, pixels = (4, 6), jnp.ones((24, 1))
     half = jnp.tile(jnp.repeat(jnp.array([-2.0, 2.0]), 3), 4)
     maps = jnp.zeros((1, 24)).at[0, 8].set(1.0)
-    smoothed = plan.guide_maps(maps, pixels, jnp.stack([half, half], -1), grid, HYPER)
+    smoothed = guide_maps(maps, pixels, jnp.stack([half, half], -1), grid, HYPER, 2)
     np.testing.assert_allclose(smoothed[0, half > 0], 0, atol=1e-6)
     assert (smoothed[0, half < 0] > 0.02).all()
 

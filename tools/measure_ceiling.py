@@ -145,9 +145,13 @@ def make_model(
         logits = images.fine @ params["channels"] + params["bias"]
         maps = jnp.where(mask[:, None], jax.nn.sigmoid(logits), 0).max(-1)[:, None]
         pixels = contrastive.l2_normalise(images.fine)
-        return jax.vmap(lambda *x: plan.guide_maps(*x, images.fine_grid, hyper))(
-            maps, pixels, images.guide
-        )
+
+        def guide(image: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            maps, pixels, grey = image
+            affinity = plan.compute_affinity(pixels, grey, images.fine_grid, hyper)
+            return plan.guide_maps(maps, affinity, hyper.guide_steps)
+
+        return jax.lax.map(guide, (maps, pixels, images.guide))
 
     size = config.data.size
     grid = jax.eval_shape(encode, jnp.zeros((1, size, size, 1), jnp.uint8)).fine_grid

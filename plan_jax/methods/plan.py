@@ -17,7 +17,7 @@ Ours: the eleven equations. Each is written out beside the function that compute
     (3) pixel importance     importance_gates        (8) report contrast         plan_contrast.py
     (4) soft region          ground_words            (9) word contrast           plan_contrast.py
     (5) region and match     ground_words           (10) loss                    loss
-                                                    (11) guided map              guide_maps
+                                                    (11) affinity, guided map    guide_maps
 
 Symbols: z unit pixels after g, f those of a finer map, u unit words; n word, p pixel, i image,
 j text, t round of 0..T; S a map of each word over the pixels.
@@ -38,6 +38,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -52,7 +53,7 @@ PAPER = (
     "2502.18047; reconstructed here from what is public, without the authors' code"
 )
 REQUIRES: tuple[str, ...] = ()
-IMAGE_FEATURES = ("pooled", "local", "fine")
+IMAGE_FEATURES = ("pooled", "local", "fine", "guide")
 TEXT_FEATURES = ("pooled", "local", "word_id")
 MAX_LOGIT_SCALE = 50.0  # of the learned factor on cosines; CLIP's bound is 100
 
@@ -80,6 +81,7 @@ class Hyper:
     min_weight: float = 0.25  # of a word (7)
     pixel_dropout: float = 0.0  # share of pixels that training hides from the regions (4)
     guide_steps: int = 2  # of smoothing along the image's own affinities (11); not in training
+    guide_round_steps: int = 0  # of the same in each round on the finer map (6), also in training
     guide_sigma: float = 2.0  # reach of a step, in cells of the map (11)
     tau_guide: float = 0.3  # of squared distances of unit pixels (11)
     tau_grey: float = 0.2  # of squared distances of grey values (11)
@@ -112,6 +114,7 @@ class Hyper:
             min_weight=FRACTION,
             pixel_dropout=Range(0, 0.99),
             guide_steps=Range(0, 64),
+            guide_round_steps=Range(0, 64),
             guide_sigma=Range(0.1, 16),
             tau_guide=Range(1e-3, 1e9),
             tau_grey=Range(1e-3, 1e9),
@@ -134,6 +137,7 @@ class ImageSide(NamedTuple):
     report_word_id: Int[Array, " W"] | None = None  # all words of the image's own report
     is_kept: Bool[Array, " P"] | None = None  # pixels that the regions may use; None: all
     is_fine_kept: Bool[Array, " Q"] | None = None
+    guide: Float[Array, "Q G"] | None = None  # grey values of the finer map's cells
 
 
 class TextSide(NamedTuple):
@@ -255,11 +259,12 @@ def align(
 
         (1)  S^0_np = <u_n, z_p>, and with `progress="ema"`
              S^0_np = (1 - lambda) <u_n, z_p> + lambda <u'_n, z'_p>
-        (6)  q_n = unit(u_n + eta a_n r_n),  S^t_np = (1 - rho) <q_n, f_p> + rho S^(t-1)_np
+        (6)  q_n = unit(u_n + eta a_n r_n),  S^t_np = (1 - rho) <q_n, f_p> + rho S^(t-1)_np,
+             then S^t <- S^t K^T, `guide_round_steps` times, on a finer map
 
-    u' and z' are words and pixels of the averaged model. The importance a, regions r and matches C
-    of a round follow from its map by equations 2 to 5. Rounds t >= 1 use the pixels f of the finer
-    map, to which S^0 is resized; without one, f = z.
+    K are the affinities of equation 11. u' and z' are words and pixels of the averaged model.
+    The importance a, regions r and matches C of a round follow from its map by equations 2 to 5.
+    Rounds t >= 1 use the pixels f of the finer map, to which S^0 is resized; without one, f = z.
 
     Args:
       image, text: the sides of the pair.
@@ -280,10 +285,12 @@ def align(
 
     # From here on S lives on the finer map. The coarse map is resized, not recomputed: it is the
     # prior of where to look, and the history of all later rounds.
-    is_kept = image.is_kept
+    is_kept, affinity = image.is_kept, None
     if image.fine_pixels is not None:
         maps, pixels = upsample_maps(maps, *grids), image.fine_pixels
         is_kept = image.is_fine_kept
+        if hyper.guide_round_steps and rounds and image.guide is not None:
+            affinity = compute_affinity(pixels, image.guide, grids[1], hyper)
 
     # `lax.scan` compiles one round whatever T. The carry is what a round hands to the next: its
     # map, and the importance and regions that pull the words.
@@ -292,6 +299,8 @@ def align(
         query = contrastive.l2_normalise(words + hyper.eta * importance[:, None] * regions)
         similarity_KQ = query @ pixels.T * mask[:, None]
         maps = (1 - hyper.rho) * similarity_KQ + hyper.rho * maps
+        if affinity is not None:
+            maps = guide_maps(maps, affinity, hyper.guide_round_steps)
         output = ground_words(maps, pixels, words, mask, hyper, is_kept)
         return (maps, output.importance, output.regions), output.matches
 
@@ -308,44 +317,74 @@ def upsample_maps(
     return fine_maps.reshape(len(maps), -1)
 
 
+def compute_affinity(
+    pixels: Float[Array, "Q D"], guide: Float[Array, "Q G"], grid: tuple[int, int], hyper: Hyper
+) -> Float[Array, "Y X N"]:
+    """Computes how alike the cells of an image are: the K of *equation 11*.
+
+        (11)  K_pq ~ exp(-|f_p - f_q|^2 / tau_guide - |g_p - g_q|^2 / tau_grey
+                         - |x_p - x_q|^2 / (2 guide_sigma^2)),  sum_q K_pq = 1
+
+    f are unit pixels, g the grey values of `Features.guide`, and x places on the grid; q runs over
+    the cells at most ceil(2 guide_sigma) rows and columns from p. Bilateral weights (Tomasi and
+    Manduchi, ICCV 1998). There is no gradient.
+
+    Returns:
+      For each cell its weights of the N cells of the rows near it, see `_near_rows`; a table of
+      all pairs of cells would be several times as large.
+    """
+    (num_rows, num_columns), radius = grid, _guide_radius(grid[0], hyper)
+    pixels, guide = (lax.stop_gradient(x).reshape(*grid, -1) for x in (pixels, guide))
+    # Places are known when the program is compiled.
+    offset = np.stack(np.divmod(np.arange((2 * radius + 1) * num_columns), num_columns), -1)
+    offset_XN2 = (
+        offset - np.stack([np.full(num_columns, radius), np.arange(num_columns)], -1)[:, None]
+    )
+    row_YN = np.arange(num_rows)[:, None] + offset[:, 0] - radius
+    is_near_XN = (abs(offset_XN2) <= math.ceil(2 * hyper.guide_sigma)).all(-1)
+    is_near_YXN = is_near_XN & ((row_YN >= 0) & (row_YN < num_rows))[:, None]
+    # Of unit vectors.
+    cosine_YXN = jnp.einsum("yxd,ynd->yxn", pixels, _near_rows(pixels, radius))
+    distance_YXN = (2 - 2 * cosine_YXN) / hyper.tau_guide
+    offset_YXNG = guide[:, :, None] - _near_rows(guide, radius)[:, None]
+    distance_YXN += (offset_YXNG**2).sum(-1) / hyper.tau_grey
+    distance_YXN += (offset_XN2**2).sum(-1) / (2 * hyper.guide_sigma**2)
+    weight_YXN = jnp.exp(-distance_YXN) * is_near_YXN
+    return weight_YXN / weight_YXN.sum(-1, keepdims=True)
+
+
 def guide_maps(
-    maps: Float[Array, "K Q"],
-    pixels: Float[Array, "Q D"],
-    guide: Float[Array, "Q G"],
-    grid: tuple[int, int],
-    hyper: Hyper,
+    maps: Float[Array, "K Q"], affinity: Float[Array, "Y X N"], num_steps: int
 ) -> Float[Array, "K Q"]:
     """Smooths maps along the affinities of the image itself: *equation 11*.
 
-        (11)  S <- S K^T, `guide_steps` times,  K_pq ~ exp(-|f_p - f_q|^2 / tau_guide
-              - |g_p - g_q|^2 / tau_grey - |x_p - x_q|^2 / (2 guide_sigma^2)),  sum_q K_pq = 1
+        S <- S K^T, `num_steps` times
 
-    f are unit pixels, g the grey values of `Features.guide`, and x places on the grid; q runs over
-    the cells at most ceil(2 guide_sigma) rows and columns from p. What gives a finding away is
-    often its edge, as the line of a pneumothorax; cells that look alike share their heat, so that
-    the edge hands it on to what it encloses. Bilateral weights (Tomasi and Manduchi, ICCV 1998).
-
-    Cells are smoothed one row of the grid at a time, so no table of Q x Q is stored.
+    What gives a finding away is often its edge, as the line of a pneumothorax; cells that look
+    alike share their heat, so that the edge hands it on to what it encloses.
     """
-    radius = math.ceil(2 * hyper.guide_sigma)
-    place = jnp.stack(jnp.meshgrid(*map(jnp.arange, grid), indexing="ij"), -1).reshape(-1, 2)
-    cells = jax.tree.map(lambda x: x.reshape(*grid, -1), (pixels, guide, place))
+    num_rows, num_columns, num_near = affinity.shape
+    radius = num_near // num_columns // 2
 
-    def smooth(maps_QK: Array, _: None) -> tuple[Array, None]:
-        def smooth_row(row: tuple[Array, Array, Array]) -> Float[Array, "X K"]:
-            row_pixels, row_guide, row_place = row
-            # Of unit vectors.
-            distance_XQ = (2 - 2 * row_pixels @ pixels.T) / hyper.tau_guide
-            distance_XQ += ((row_guide[:, None] - guide) ** 2).sum(-1) / hyper.tau_grey
-            offset_XQ2 = row_place[:, None] - place
-            distance_XQ += (offset_XQ2**2).sum(-1) / (2 * hyper.guide_sigma**2)
-            is_near_XQ = (abs(offset_XQ2) <= radius).all(-1)
-            weight_XQ = jnp.exp(-distance_XQ) * is_near_XQ
-            return weight_XQ @ maps_QK / weight_XQ.sum(-1, keepdims=True)
+    def smooth(maps_YXK: Array, _: None) -> tuple[Array, None]:
+        near_YNK = _near_rows(maps_YXK, radius)
+        return jnp.einsum("yxn,ynk->yxk", affinity, near_YNK), None
 
-        return lax.map(smooth_row, cells).reshape(maps_QK.shape), None
+    maps_YXK = maps.T.reshape(num_rows, num_columns, -1)
+    smoothed = lax.scan(smooth, maps_YXK, None, num_steps)[0]
+    return smoothed.reshape(maps.shape[1], -1).T
 
-    return lax.scan(smooth, maps.T, None, hyper.guide_steps)[0].T
+
+def _guide_radius(num_rows: int, hyper: Hyper) -> int:
+    """Returns the number of rows above and below a cell that equation 11 reads."""
+    return min(math.ceil(2 * hyper.guide_sigma), num_rows - 1)
+
+
+def _near_rows(cells: Float[Array, "Y X C"], radius: int) -> Float[Array, "Y N C"]:
+    """Returns for each row the cells of the 2 radius + 1 rows around it; 0 outside of the grid."""
+    num_rows = len(cells)
+    padded = jnp.pad(cells, ((radius, radius), (0, 0), (0, 0)))
+    return jnp.concatenate([padded[i : i + num_rows] for i in range(2 * radius + 1)], 1)
 
 
 # The history of words: equation 7 ---------------------------------------------------------------
@@ -459,14 +498,17 @@ def heatmap(
     grids = images.grid, images.fine_grid
     text_sides = TextSide(contrastive.l2_normalise(texts.local), texts.word_id)
 
-    def align_pair(image: ImageSide, guide: Array | None, text: TextSide) -> tuple[Array, Array]:
+    def align_pair(pair: tuple[ImageSide, TextSide]) -> tuple[Array, Array]:
+        image, text = pair
         alignment = align(image, text, grids, hyper, hyper.rounds)
         maps = alignment.maps
-        if guide is not None and images.fine_grid is not None:
-            maps = guide_maps(maps, image.fine_pixels, guide, images.fine_grid, hyper)
+        if image.guide is not None and image.fine_pixels is not None:
+            affinity = compute_affinity(image.fine_pixels, image.guide, grids[1], hyper)
+            maps = guide_maps(maps, affinity, hyper.guide_steps)
         return maps, alignment.importance
 
-    return jax.vmap(align_pair)(unit_image_sides(images), images.guide, text_sides)
+    # One pair after another: affinities are larger than maps.
+    return lax.map(align_pair, (unit_image_sides(images), text_sides))
 
 
 def loss(
@@ -575,7 +617,7 @@ def first_round_contrast(
 
     Shapes as in the sides, with a leading axis: b images of this device, T texts of all devices.
     """
-    images = images._replace(fine_pixels=None, is_fine_kept=None)  # not read in round 0
+    images = images._replace(fine_pixels=None, is_fine_kept=None, guide=None)  # not read in round 0
 
     def score(image: ImageSide, text: TextSide) -> PairScores:
         alignment = align(image, text, (), hyper, rounds=0, ema_share=ema_share)
@@ -629,7 +671,7 @@ def later_round_contrasts(
 def unit_image_sides(images: Features) -> ImageSide:
     """Returns the sides of B images, coarse and fine pixels [B P D] and [B Q D] at unit length."""
     fine = None if images.fine is None else contrastive.l2_normalise(images.fine)
-    return ImageSide(contrastive.l2_normalise(images.local), fine)
+    return ImageSide(contrastive.l2_normalise(images.local), fine, guide=images.guide)
 
 
 def hide_pixels(images: ImageSide, key: PRNGKeyArray, hyper: Hyper, axis: str | None) -> ImageSide:
