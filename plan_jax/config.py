@@ -318,6 +318,13 @@ class Config(Section):
             self.fine_map,
             f"{self.vision['name']} has maps of one size only; set it to False",
         )
+        guide_steps = getattr(self.hyper, "guide_round_steps", 0)
+        check_that(
+            not guide_steps or (self.fine_map and self.hyper.rounds > 0),
+            "hyper.guide_round_steps",
+            guide_steps,
+            "it guides rounds on the finer map; set fine_map to True and hyper.rounds to 1",
+        )
         if self.vision["name"] in VITS:
             sizes = {**VITS[self.vision["name"]], **self.vision}
             check_patches(self.data.size, sizes["patch"])

@@ -93,6 +93,13 @@ def test_colours_of_imagenet_need_three_channels(content):
     assert Config.from_dict(content | {"channels": 3}).normalisation == "imagenet"
 
 
+@pytest.mark.parametrize(("fine_map", "rounds"), [(False, 1), (True, 0)])
+def test_guided_rounds_need_rounds_on_a_finer_map(content, fine_map, rounds):
+    hyper = {"guide_round_steps": 1, "rounds": rounds}
+    with pytest.raises(UserError, match="config.hyper.guide_round_steps is 1; .* set fine_map"):
+        Config.from_dict(content | {"method": "plan", "fine_map": fine_map, "hyper": hyper})
+
+
 NONSENSE = [None, 3, "x", ["x"], [None], {}, {"a": 1}, {"name": ["x"]}, True, float("nan"), -1, 2.5]
 
 

@@ -632,8 +632,15 @@ class PlanLoss(nn.Module):
     """PLAN: equations 1 to 10 of `plan_jax.methods.plan`, with `progress="rounds"`."""
 
     def __init__(self, hyper: Any, **_: Any) -> None:
-        """Builds the learned scale and the history of words."""
+        """Builds the learned scale and the history of words.
+
+        Raises:
+          UserError: a constant asks for what is not written here.
+        """
         super().__init__()
+        for name in ("guide_round_steps", "pixel_dropout"):
+            if value := getattr(hyper, name):
+                raise UserError(f"hyper.{name} is {value}, which torch's PLAN lacks; set it to 0")
         self.hyper = hyper
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / hyper.tau)))
         self.register_buffer("margin", torch.zeros(hyper.history_size))

@@ -3,7 +3,8 @@
     python tools/compare_guides.py --model phantom-plan --seed 1
 
 The phantoms are of another world than those of `configs/demo.py` if the seed is not 0, so that no
-choice is made on its test set.
+choice is made on its test set. A model whose rounds are guided too (`guide_round_steps`) has the
+affinities of a row in its rounds as well.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from plan_jax.tasks import grounding  # noqa: E402
 
 FREE = 1e9  # temperature of a distance that does not count
 SETTINGS = {
-    "not guided": {"guide_steps": 0},
+    "not guided after the rounds": {"guide_steps": 0},
     "smoothed by place only, 2 steps": {"tau_guide": FREE, "tau_grey": FREE},
     "by pixels of the encoder, 2 steps": {"tau_grey": FREE},
     "by grey values, 2 steps": {"tau_guide": FREE},

@@ -17,7 +17,7 @@ Ours: the eleven equations. Each is written out beside the function that compute
     (3) pixel importance     importance_gates        (8) report contrast         plan_contrast.py
     (4) soft region          ground_words            (9) word contrast           plan_contrast.py
     (5) region and match     ground_words           (10) loss                    loss
-                                                    (11) affinity, guided map    guide_maps
+                                                    (11) guided map              compute_affinity
 
 Symbols: z unit pixels after g, f those of a finer map, u unit words; n word, p pixel, i image,
 j text, t round of 0..T; S a map of each word over the pixels.
@@ -349,8 +349,7 @@ def compute_affinity(
     offset_YXNG = guide[:, :, None] - _near_rows(guide, radius)[:, None]
     distance_YXN += (offset_YXNG**2).sum(-1) / hyper.tau_grey
     distance_YXN += (offset_XN2**2).sum(-1) / (2 * hyper.guide_sigma**2)
-    weight_YXN = jnp.exp(-distance_YXN) * is_near_YXN
-    return weight_YXN / weight_YXN.sum(-1, keepdims=True)
+    return jax.nn.softmax(jnp.where(is_near_YXN, -distance_YXN, contrastive.MASKED_LOGIT), -1)
 
 
 def guide_maps(
@@ -498,17 +497,21 @@ def heatmap(
     grids = images.grid, images.fine_grid
     text_sides = TextSide(contrastive.l2_normalise(texts.local), texts.word_id)
 
+    is_guided = images.guide is not None and images.fine is not None
+
     def align_pair(pair: tuple[ImageSide, TextSide]) -> tuple[Array, Array]:
         image, text = pair
         alignment = align(image, text, grids, hyper, hyper.rounds)
         maps = alignment.maps
-        if image.guide is not None and image.fine_pixels is not None:
+        if is_guided and hyper.guide_steps:
             affinity = compute_affinity(image.fine_pixels, image.guide, grids[1], hyper)
             maps = guide_maps(maps, affinity, hyper.guide_steps)
         return maps, alignment.importance
 
-    # One pair after another: affinities are larger than maps.
-    return lax.map(align_pair, (unit_image_sides(images), text_sides))
+    pairs = unit_image_sides(images), text_sides
+    if is_guided and (hyper.guide_steps or hyper.guide_round_steps):
+        return lax.map(align_pair, pairs)  # affinities are larger than maps
+    return jax.vmap(align_pair)(pairs)
 
 
 def loss(
