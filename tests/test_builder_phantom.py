@@ -20,18 +20,21 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"seed": 9, "size": 48, "train": 7, "val": 4, "test": 5}
 
 
-def test_the_dataset_is_what_is_drawn(tmp_path):
+@pytest.mark.parametrize("difficulty", ["standard", "hard"])
+def test_the_dataset_is_what_is_drawn(tmp_path, difficulty):
+    fields = CONFIG | {"difficulty": difficulty}
+    drawn = Difficulty(hard=difficulty == "hard")
     for split in phantom.SPLITS:
-        dataset = open_dataset("phantom", split, data_dir=str(tmp_path), **CONFIG)
+        dataset = open_dataset("phantom", split, data_dir=str(tmp_path), **fields)
         assert len(dataset) == CONFIG[split]
         assert dataset.findings == phantom.FINDINGS
         assert dataset.anatomy_names == dataset.region_names == phantom.ANATOMY
         for position, index in enumerate(phantom.split_range(split, CONFIG[split])):
-            assert are_equal(dataset[position], draw_study(9, index, 48))
+            assert are_equal(dataset[position], draw_study(9, index, 48, drawn))
 
 
 def test_several_processes_draw_the_same():
-    settings, indices = (9, 48, Difficulty()), phantom.split_range("val", 40)
+    settings, indices = (9, 48, Difficulty(hard=True)), phantom.split_range("val", 40)
     parallel = list(builder._draw_in_parallel(settings, indices, num_processes=2))
     sequential = list(builder._draw_examples(settings, indices))
     assert len(parallel) == len(sequential) == 40

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plan_jax.data import report_parser
-from plan_jax.data.phantom import write_report
+from plan_jax.data.phantom import Difficulty, write_report
 from plan_jax.data.phantom.anatomy import ANATOMY
 from plan_jax.data.phantom.report_text import NAMES
 from plan_jax.data.report_parser import (
@@ -282,10 +282,11 @@ def test_any_text_gives_known_regions_findings_and_values(text):
     assert set(find_regions(text)) <= set(ANATOMY)
 
 
-def test_reports_of_phantoms_are_parsed_almost_without_error():
+@pytest.mark.parametrize(("hard", "count"), [(False, 150), (True, 80)], ids=("standard", "hard"))
+def test_reports_of_phantoms_are_parsed_almost_without_error(hard, count):
     num_correct = num_extracted = num_stated = 0
-    for index in range(150):
-        *_, text, triplets = write_report(11, index)
+    for index in range(count):
+        *_, text, triplets = write_report(11, index, Difficulty(hard=hard))
         stated = set(triplets)
         extracted = {triplet for triplet in extract_triplets(text) if triplet[1] in NAMES}
         num_correct += len(extracted & stated)

@@ -90,6 +90,46 @@ def test_reports_state_what_is_present_and_deny_only_what_is_absent(reports):
                 assert not [finding for finding in present if finding.key in contradictions]
 
 
+def test_hard_reports_contradict_neither_the_image_nor_themselves():
+    counts = {-1: 0, 0: 0, 1: 0}
+    num_priors = num_doubted_absent = 0
+    for index in range(200):
+        _, findings, text, triplets = phantom.write_report(11, index, Difficulty(hard=True))
+        present = {finding.kind for finding in findings}
+        mentioned = {(region, kind) for region, kind, existence in triplets if existence}
+        stated = {kind for _, kind, existence in triplets if existence == 1}
+        assert stated <= present <= {kind for _, kind in mentioned}, text
+        doubted_absent = {kind for _, kind in mentioned} - present
+        num_doubted_absent += len(doubted_absent)
+        assert "pacemaker" not in doubted_absent
+        for region, kind, existence in triplets:
+            counts[existence] += 1
+            side, zone = (region.split() + [""])[:2]
+            for other_region, other in mentioned if existence == 0 else ():
+                overlaps = (
+                    other_region == region
+                    or side not in SIDES  # the absence holds everywhere
+                    or other_region in ("both lungs", f"{side} lung")
+                    or (zone == "lung" and other_region.startswith(side))
+                )
+                assert other != kind or not overlaps, text
+        num_priors += bool(re.search(r"\b(?:prior|previous|before|new since)\b", text))
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  | [.,]|[{}]", text.lower()), text
+        for sentence in re.split(r"(?<=\.) ", text):
+            assert re.fullmatch(r"[A-Z][a-z ]+(?:, [a-z ]+)?\.", sentence), text
+    assert min(counts.values()) > 100 and num_priors > 150 and num_doubted_absent > 50
+
+
+def test_hard_reports_obey_the_settings():
+    plain = Difficulty(hard=True, filler=0, negated=0, hedged=0, vague=0)
+    for index in range(60):
+        _, findings, text, triplets = phantom.write_report(2, index, plain)
+        assert not re.search("|".join(report_text.HARD_FILLER), text.lower())
+        assert all(existence >= 0 for _, _, existence in triplets)
+        located = {region for region, _, existence in triplets if existence == 1}
+        assert located >= {report_text.region_of(finding) for finding in findings}
+
+
 def test_reports_are_grammatical_and_of_plausible_length():
     reports = [phantom.write_report(4, index)[2:] for index in range(600)]
     num_words = [len(text.split()) for text, _ in reports]

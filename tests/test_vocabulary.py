@@ -27,8 +27,19 @@ def test_special_tokens_come_first():
     assert tuple(pieces[:5]) == ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
+def test_hard_reports_have_added_no_piece(monkeypatch):
+    """So the ids are those of models that were trained before there was a hard level."""
+    pieces, strings = vocabulary.build_vocabulary(), report_text.grammar_strings()
+    tables = ("HARD_FILLER", "_PROBABLE_TEMPLATES", "_COMPARED", "_COMPARISONS", "_RESOLVED")
+    for table in (*tables, "_COPIED"):
+        monkeypatch.setattr(report_text, table, ())
+    assert len(report_text.grammar_strings()) < len(strings) - 30
+    assert vocabulary.build_vocabulary() == pieces
+
+
 def test_reports_and_prompts_are_whole_words(tokenizer):
     reports = [phantom.write_report(3, i) for i in range(500)]
+    reports += [phantom.write_report(3, i, phantom.Difficulty(hard=True)) for i in range(200)]
     texts = [text for _, _, text, _ in reports]
     texts += [
         report_text.canonical_phrase(finding)

@@ -20,6 +20,7 @@ from plan_jax.types import UserError
 
 MIN_PARALLEL_IMAGES = 600  # fewer are drawn before a second process has started
 MAX_PROCESSES = 8
+DIFFICULTIES = ("standard", "hard")
 _WORKER_CODE = "from plan_jax.data.builders.phantom import run_worker; run_worker()"
 
 Settings = tuple[int, int, phantom.Difficulty]  # seed, size, difficulty of all images
@@ -27,7 +28,7 @@ Settings = tuple[int, int, phantom.Difficulty]  # seed, size, difficulty of all 
 
 @dataclasses.dataclass
 class PhantomConfig(tfds.core.BuilderConfig):
-    """Which phantoms to draw; the last seven fields are those of `phantom.Difficulty`."""
+    """Which phantoms to draw; the last eight fields make a `phantom.Difficulty`."""
 
     # Seed of all patients and studies.
     seed: int = 0
@@ -53,20 +54,40 @@ class PhantomConfig(tfds.core.BuilderConfig):
     negated: Number = 1.6
     # Fraction of findings that a report states without their location.
     vague: Number = 0.2
+    # standard or hard: subtle and overlapping findings, poor films, long reports (docs/data.md).
+    difficulty: str = "standard"
 
-    def difficulty(self) -> phantom.Difficulty:
-        """Returns the fields that are those of `phantom.Difficulty`.
+    def make_difficulty(self) -> phantom.Difficulty:
+        """Returns the settings of the phantoms.
 
         Raises:
           UserError: if a value is out of range.
         """
-        names = [field.name for field in dataclasses.fields(phantom.Difficulty)]
+        if self.difficulty not in DIFFICULTIES:
+            raise UserError(
+                f"difficulty {self.difficulty!r} is unknown; use {' or '.join(DIFFICULTIES)}"
+            )
+        names = {field.name for field in dataclasses.fields(phantom.Difficulty)} - {"hard"}
         values = {name: getattr(self, name) for name in names}
-        return phantom.Difficulty(**values | {"findings": tuple(self.findings)})
+        values |= {"findings": tuple(self.findings), "hard": self.difficulty == "hard"}
+        return phantom.Difficulty(**values)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the records depend on: all fields, but `difficulty` only if it is hard.
+
+        So records that were prepared before there was a difficulty are still found.
+        """
+        inherited = {field.name for field in dataclasses.fields(tfds.core.BuilderConfig)}
+        left_out = inherited | ({"difficulty"} if self.difficulty == "standard" else set())
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in left_out
+        }
 
     def __post_init__(self):
         """Raises UserError if a value is out of range."""
-        self.difficulty()
+        self.make_difficulty()
         for split in phantom.SPLITS:
             phantom.split_range(split, getattr(self, split))
             if getattr(self, split) == 0:
@@ -104,7 +125,7 @@ class Phantom(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
-        settings = (config.seed, config.size, config.difficulty())
+        settings = (config.seed, config.size, config.make_difficulty())
         indices = phantom.split_range(split, count)
         num_processes = min(_count_cores(), MAX_PROCESSES) if count > MIN_PARALLEL_IMAGES else 1
         if num_processes > 1:

@@ -4,6 +4,8 @@
 patients, of whom the first has two studies; the anatomy of a patient is the same in both.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import UInt8
 
@@ -19,6 +21,7 @@ from plan_jax.data.phantom.anatomy import (
     segment_anatomy,
     stretch_grid,
 )
+from plan_jax.data.phantom.distractors import draw_distractors
 from plan_jax.data.phantom.findings import FINDINGS, Difficulty, Finding, sample_findings
 from plan_jax.data.phantom.rendering import Scene, empty_scene, render_finding
 from plan_jax.data.phantom.report_text import PROMPTS, Triplet
@@ -41,6 +44,28 @@ DEFAULT_DIFFICULTY = Difficulty()
 SPLITS = ("train", "val", "test")
 SPLIT_SIZE = 3_000_000  # indices of a split; a multiple of 3, so that no patient is in two splits
 MIN_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Film:
+    """How a film was taken; the defaults change nothing.
+
+    Attributes:
+      turn: rotation in radians, in place of the small one that every patient has.
+      gamma: exponent of the grey values: below 1 the film is underexposed, as tissue is bright.
+      black: added to the darkest grey value.
+      contrast: the factor of the range of the grey values.
+      noise: the factor of the noise.
+    """
+
+    turn: float | None = None
+    gamma: float = 1.0
+    black: float = 0.0
+    contrast: float = 1.0
+    noise: float = 1.0
+
+
+STANDARD_FILM = Film()
 
 
 def patient_and_study(index: int) -> tuple[int, int]:
@@ -87,13 +112,14 @@ def draw_study(
       seed: seed of all patients and studies.
       index: number of the study.
       size: pixels of a side.
-      difficulty: kinds and number of findings, noise, and how the report is written.
+      difficulty: kinds and number of findings, noise, how the report is written, and the level.
 
     Returns:
       A record with the UInt8[size size 1] `image`; `labels` Int8[F] in the order of
       `difficulty.findings`; one Phrase for each finding, with its Bool[size size] mask and its
       boxes; the masks of `ANATOMY`; and as `triplets` every (region, finding, existence) that the
-      report states. Existence is 1, 0 or -1 (stated with doubt, though the finding is present).
+      report states. Existence is 1, 0 or -1 (stated with doubt, though the finding is present; a
+      hard report also doubts kinds that are absent).
 
     Raises:
       UserError: the seed or the index is negative, or the size is below 32.
@@ -102,10 +128,17 @@ def draw_study(
     number, _ = patient_and_study(index)
     rng, findings, text, triplets = write_report(seed, index, difficulty)
     patient = draw_patient(np.random.default_rng((seed, number)))
-    scene = _position_patient(rng, patient, findings, size)
+    film = STANDARD_FILM
+    if difficulty.hard:
+        # A generator of its own, so that nothing else is drawn of a standard phantom.
+        hard_rng = np.random.default_rng((*_key_study(seed, index), 2))
+        film = _draw_hard_film(hard_rng)
+    scene = _position_patient(rng, patient, findings, size, film)
     masks = [render_finding(scene, finding) for finding in findings]
+    if difficulty.hard:
+        scene.opacity = scene.opacity + draw_distractors(hard_rng, scene.chest, masks)
     anatomy = segment_anatomy(scene.chest)
-    image = _expose_film(scene, rng, difficulty.noise)
+    image = _expose_film(scene, rng, difficulty.noise, film)
     kinds = difficulty.findings
     present = {finding.kind for finding in findings}
     regions = [_bounding_box(mask) if mask.any() else (0,) * 4 for mask in anatomy.values()]
@@ -130,31 +163,56 @@ def write_report(
 
     The first value is the generator that `draw_study` continues with.
     """
-    number, study = patient_and_study(index)
-    rng = np.random.default_rng((seed, number, study + 1))
-    findings = sample_findings(rng, difficulty.findings, difficulty.max_findings)
+    key = _key_study(seed, index)
+    rng = np.random.default_rng(key)
+    findings = sample_findings(rng, difficulty)
     # A generator of its own: the wording may change without changing the image.
-    text_rng = np.random.default_rng((seed, number, study + 1, 1))
+    text_rng = np.random.default_rng((*key, 1))
     return rng, findings, *report_text.compose_report(text_rng, findings, difficulty)
 
 
+def _key_study(seed: int, index: int) -> tuple[int, int, int]:
+    """Returns the key of the generator of a study."""
+    number, study = patient_and_study(index)
+    return seed, number, study + 1
+
+
+def _draw_hard_film(rng: np.random.Generator) -> Film:
+    """Returns a film that is turned, badly exposed and noisier, as hard phantoms are; ours."""
+    return Film(
+        turn=rng.uniform(-0.10, 0.10),  # up to 6 degrees
+        gamma=float(np.exp(rng.uniform(-0.5, 0.6))),
+        black=rng.uniform(0.0, 0.15),
+        contrast=rng.uniform(0.60, 0.85),
+        noise=rng.uniform(1.0, 1.4),
+    )
+
+
 def _position_patient(
-    rng: np.random.Generator, patient: Patient, findings: list[Finding], size: int
+    rng: np.random.Generator,
+    patient: Patient,
+    findings: list[Finding],
+    size: int,
+    film: Film = STANDARD_FILM,
 ) -> Scene:
     """Returns the chest in a random position, with a larger heart if there is cardiomegaly."""
     shift = rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05)
     turn, zoom = rng.normal(0, 0.03), rng.uniform(0.95, 1.05)
+    turn = turn if film.turn is None else film.turn
     ratio = None
     for finding in findings:
         if finding.kind == "cardiomegaly":
             # Above 0.5, the limit that radiologists use for the cardiothoracic ratio.
             ratio = 0.55 + 0.045 * finding.level + 0.03 * float(finding.shape[0])
+            ratio -= 0.06 * (1 - finding.size)
     chest = lay_out_chest(patient, size, shift=shift, turn=turn, zoom=zoom, ratio=ratio)
     texture = stretch_grid(patient.texture, size) * 2.2
     return empty_scene(chest, tissue.vessel_opacity(chest), texture)
 
 
-def _expose_film(scene: Scene, rng: np.random.Generator, noise: Number) -> UInt8[np.ndarray, "Y X"]:
+def _expose_film(
+    scene: Scene, rng: np.random.Generator, noise: Number, film: Film = STANDARD_FILM
+) -> UInt8[np.ndarray, "Y X"]:
     """Returns the sum of all opacities as grey values UInt8[size size], tissue bright."""
     chest = scene.chest
     size = chest.x.shape[0]
@@ -172,8 +230,9 @@ def _expose_film(scene: Scene, rng: np.random.Generator, noise: Number) -> UInt8
     uneven = stretch_grid(rng.normal(0, 0.035, (5, 5)).astype(np.float32), size)
     grey = 1 / (1 + np.exp(np.float32(-gain) * (opacity + uneven - np.float32(level))))
     black, white = rng.uniform(0.0, 0.05), rng.uniform(0.90, 1.0)
-    grey = black + (white - black) * grey ** np.float32(rng.uniform(0.85, 1.15))
-    sigma = noise * rng.uniform(0.012, 0.034)
+    gamma = film.gamma * rng.uniform(0.85, 1.15)
+    grey = black + film.black + film.contrast * (white - black) * grey ** np.float32(gamma)
+    sigma = noise * film.noise * rng.uniform(0.012, 0.034)
     grey = grey + np.float32(sigma) * rng.standard_normal(grey.shape, np.float32)
     return clip(grey * 255 + 0.5, 0, 255).astype(np.uint8)
 

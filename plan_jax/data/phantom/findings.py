@@ -1,6 +1,6 @@
 """Which findings a phantom has: kinds, sides, zones and sizes that can be seen together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float32
@@ -27,6 +27,8 @@ MAX_FINDINGS = len(COUNT_FREQUENCIES) - 1
 LEVEL_BOUNDS = (0.35, 0.75)  # uniform numbers below the first are mild, above the second severe
 UNIQUE_KINDS = ("cardiomegaly", "pulmonary oedema", "pacemaker", "pneumothorax")
 MAX_ATTEMPTS = 40
+HARD_SIZES = (2 / 3, 1.0)  # range of the factor of a hard finding's size; ours
+HARD_CONTRASTS = (0.5, 0.7)  # range of the factor of its contrast; ours
 
 # Later findings are drawn over earlier ones: fluid and pleural air come before what lies in air.
 _DRAWING_ORDER = (
@@ -53,6 +55,10 @@ class Difficulty:
       hedged: the share of the mildest findings that the report states with doubt.
       negated: the mean number of absent kinds that the report rules out.
       vague: the share of findings that the report states without their location.
+      hard: whether films and reports are those of the hard level (ours): findings are smaller and
+        fainter and may overlap; films are turned, badly exposed and noisier, and show things that
+        are no finding; reports are longer, compare with earlier films and doubt more. The numbers
+        above are then relative: of noise and of irrelevant sentences there is more.
     """
 
     findings: tuple[str, ...] = FINDINGS
@@ -62,6 +68,7 @@ class Difficulty:
     hedged: Number = 0.3
     negated: Number = 1.6
     vague: Number = 0.2
+    hard: bool = False
 
     def __post_init__(self):
         """Raises UserError if a value is out of range."""
@@ -88,7 +95,8 @@ class Difficulty:
 class Finding:
     """A finding of a study; level 0 is small or mild, 1 moderate, 2 large or severe.
 
-    `side` and `zone` are "" for a kind that has none.
+    `side` and `zone` are "" for a kind that has none. `size` and `contrast` are factors, 1 unless
+    the phantom is hard.
     """
 
     kind: str
@@ -96,6 +104,8 @@ class Finding:
     zone: str
     level: int
     shape: Shape
+    size: float = 1.0
+    contrast: float = 1.0
 
     @property
     def key(self) -> str:
@@ -103,10 +113,9 @@ class Finding:
         return f"{self.kind}|{self.side}|{self.zone}"
 
 
-def sample_findings(
-    rng: np.random.Generator, kinds: tuple[str, ...], max_findings: int
-) -> list[Finding]:
+def sample_findings(rng: np.random.Generator, difficulty: Difficulty) -> list[Finding]:
     """Returns 0 to `max_findings` findings that can all be seen together, in drawing order."""
+    kinds, max_findings = difficulty.findings, difficulty.max_findings
     # The order of the draws is part of the data: changing it changes every phantom.
     chances = np.array(COUNT_FREQUENCIES)[: max_findings + 1]
     count = int(rng.choice(len(chances), p=chances / chances.sum()))
@@ -122,32 +131,47 @@ def sample_findings(
         zone = zones[rng.integers(len(zones))]
         level = int(np.searchsorted(LEVEL_BOUNDS, rng.random()))
         candidate = Finding(kind, side, zone, level, rng.uniform(size=24).astype(np.float32))
-        if all(_are_compatible(candidate, finding) for finding in findings):
+        if difficulty.hard:
+            candidate = _make_subtle(candidate)
+        if all(_are_compatible(candidate, finding, difficulty.hard) for finding in findings):
             findings.append(candidate)
     return sorted(findings, key=lambda finding: _DRAWING_ORDER.index(finding.kind))
 
 
-def _are_compatible(first: Finding, second: Finding) -> bool:
+def _make_subtle(finding: Finding) -> Finding:
+    """Returns a finding of a hard phantom: 2/3 to all of its size, about 0.6 of its contrast."""
+    # The last two numbers of a shape, which nothing else uses.
+    size, contrast = HARD_SIZES, HARD_CONTRASTS
+    return replace(
+        finding,
+        size=size[0] + (size[1] - size[0]) * float(finding.shape[-2]),
+        contrast=contrast[0] + (contrast[1] - contrast[0]) * float(finding.shape[-1]),
+    )
+
+
+def _are_compatible(first: Finding, second: Finding, hard: bool) -> bool:
     """Returns whether neither of two findings would hide the other, or be taken for it.
 
     Refused are: the same key twice; a kind of `UNIQUE_KINDS` twice; two zonal findings in one zone;
     fluid with pleural air on one side; whatever fluid covers, pleural air or a large heart
-    displaces, or a pacemaker lies on; consolidation of a mid zone within oedema.
+    displaces, or a pacemaker lies on; consolidation of a mid zone within oedema. In a hard phantom
+    findings of one zone may overlap, and so may consolidation and oedema, and whatever a pacemaker
+    lies on.
     """
     if first.key == second.key or (first.kind == second.kind and first.kind in UNIQUE_KINDS):
         return False
-    if first.zone and (first.side, first.zone) == (second.side, second.zone):
+    if first.zone and (first.side, first.zone) == (second.side, second.zone) and not hard:
         return False
-    return not (_hides(first, second) or _hides(second, first))
+    return not (_hides(first, second, hard) or _hides(second, first, hard))
 
 
-def _hides(larger: Finding, smaller: Finding) -> bool:
+def _hides(larger: Finding, smaller: Finding, hard: bool) -> bool:
     """Returns whether the larger finding would hide or displace the smaller one."""
     zone = smaller.zone
     if larger.kind == "cardiomegaly":
         return (smaller.side, zone) == ("left", "lower")
     if larger.kind == "pulmonary oedema":
-        return (smaller.kind, zone) == ("consolidation", "mid")
+        return (smaller.kind, zone) == ("consolidation", "mid") and not hard
     if larger.side != smaller.side:
         return False
     is_severe = larger.level == 2
@@ -157,4 +181,4 @@ def _hides(larger: Finding, smaller: Finding) -> bool:
         # The heart leaves too little of a displaced left lower zone.
         is_behind_heart = (smaller.side, zone) == ("left", "lower")
         return zone == "upper" or (zone != "" and is_severe) or is_behind_heart
-    return larger.kind == "pacemaker" and zone == "upper"
+    return larger.kind == "pacemaker" and zone == "upper" and not hard

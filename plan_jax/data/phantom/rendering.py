@@ -102,7 +102,7 @@ def _render_consolidation(scene: Scene, finding: Finding) -> Mask:
     chest, shape, side = scene.chest, finding.shape, finding.side
     lateral = chest.lateral[side]
     center_x, center_y = _place_center(scene, finding, (0.35, 0.65))
-    radius = (0.105, 0.14, 0.18)[finding.level] * (0.92 + 0.16 * shape[2])
+    radius = (0.105, 0.14, 0.18)[finding.level] * (0.92 + 0.16 * shape[2]) * finding.size
     blob = np.zeros_like(lateral)
     # Four overlapping bumps around the centre.
     for i in range(4):
@@ -119,8 +119,8 @@ def _render_consolidation(scene: Scene, finding: Finding) -> Mask:
         blob = 1 - (1 - blob) * (1 - bump)
     blob = blob * (1 + 0.20 * scene.texture)
     share = clip((blob - 0.20) / 0.45, 0, 1)
-    density = (0.62 + 0.10 * finding.level) * share * scene.free_lung_with_border(side)
-    scene.fill(density)
+    density = (0.62 + 0.10 * finding.level) * finding.contrast * share
+    scene.fill(density * scene.free_lung_with_border(side))
     return (share > 0.5) & scene.free_lung(side)
 
 
@@ -128,7 +128,7 @@ def _render_nodule(scene: Scene, finding: Finding) -> Mask:
     """Draws a round, sharply bordered, slightly lobulated opacity."""
     chest, shape, side = scene.chest, finding.shape, finding.side
     center_x, center_y = _place_center(scene, finding, (0.25, 0.78))
-    radius = (0.040, 0.054, 0.070)[finding.level] * (0.94 + 0.12 * shape[2])
+    radius = (0.040, 0.054, 0.070)[finding.level] * (0.94 + 0.12 * shape[2]) * finding.size
     offset_x = chest.lateral[side] - np.float32(center_x)
     offset_y = chest.y - np.float32(center_y)
     aspect = np.float32(0.85 + 0.3 * shape[3])
@@ -136,7 +136,8 @@ def _render_nodule(scene: Scene, finding: Finding) -> Mask:
     # The path of a ray through a ball.
     ball = clip(1 - (distance / np.float32(radius)) ** 2, 0, 1)
     strength = np.minimum(np.sqrt(ball) * 1.25, 1) * scene.free_lung_with_border(side)
-    scene.opacity = scene.opacity + np.float32(0.36 + 0.06 * shape[4]) * strength
+    opacity = (0.36 + 0.06 * shape[4]) * finding.contrast
+    scene.opacity = scene.opacity + np.float32(opacity) * strength
     return (distance < max(radius, 0.8 * chest.pixel)) & scene.free_lung(side)
 
 
@@ -145,13 +146,14 @@ def _render_effusion(scene: Scene, finding: Finding) -> Mask:
     chest, shape, side = scene.chest, finding.shape, finding.side
     lung = chest.lung[side]
     level = (0.845, 0.70, 0.50)[finding.level] - 0.05 * shape[0] + 0.03 * shape[1]
+    level = level + (1 - finding.size) * (1 - level)
     breadth = clip(chest.lateral[side] * np.float32(1 / chest.patient.width), 0, 1.1)
     climb = (0.05 + 0.05 * shape[2]) + (0.10, 0.13, 0.16)[finding.level] * breadth**4
     surface = np.float32(level) - climb - 0.05 * clip(0.35 - breadth, 0, 1)
     below = soft_step(chest.height - surface, 0.035 + 1.5 * chest.pixel)
     fluid = below * (lung > 0)
-    scene.fill(0.97 * fluid)
-    scene.opacity = scene.opacity + 0.20 * fluid * lung
+    scene.fill(0.97 * finding.contrast * fluid)
+    scene.opacity = scene.opacity + 0.20 * finding.contrast * fluid * lung
     mask = (below > 0.5) & (lung > 0.5)
     # The soft surface is occupied too, or another finding would blur the meniscus.
     scene.occupied = scene.occupied | (mask | (below > 0.1) & (lung > 0.5))
@@ -164,10 +166,11 @@ def _render_pneumothorax(scene: Scene, finding: Finding) -> Mask:
     lateral, height, lung = chest.lateral[side], chest.height, chest.lung[side]
     _, outer_edge = chest.edges[side]
     # The edge of the collapsed lung: far from the wall at the apex, close to it at the base.
-    gap = (0.12, 0.18, 0.27)[finding.level] * (0.9 + 0.2 * shape[0])
+    gap = (0.12, 0.18, 0.27)[finding.level] * (0.9 + 0.2 * shape[0]) * finding.size
     bow = clip(1 - 0.80 * clip(height, 0, 1.1) ** (1.2 + shape[1]), 0.04, 1)
     edge = outer_edge - np.float32(gap) * bow
-    roof = np.float32((0.07, 0.11, 0.18)[finding.level]) + 0.10 * ((lateral - 0.30) / 0.30) ** 2
+    lowest = (0.07, 0.11, 0.18)[finding.level] * finding.size
+    roof = np.float32(lowest) + 0.10 * ((lateral - 0.30) / 0.30) ** 2
     inside_wall, inside_roof = edge - lateral, 1.2 * (height - roof)
     # A smooth minimum of the two distances rounds the corner where they meet.
     depth = -0.04 * np.logaddexp(inside_wall * -25, inside_roof * -25)
@@ -175,9 +178,9 @@ def _render_pneumothorax(scene: Scene, finding: Finding) -> Mask:
     scene.pleural_air = np.maximum(scene.pleural_air, (1 - collapsed) * lung)
     line_width = max(0.011, 0.55 * chest.pixel)
     line = clip(1.4 - np.abs(depth) / np.float32(line_width), 0, 1) * (lung > 0.5)
-    scene.opacity = scene.opacity + 0.24 * line
+    scene.opacity = scene.opacity + 0.24 * finding.contrast * line
     # A collapsed lung holds less air.
-    scene.fill(0.10 * (1 + finding.level) * collapsed * lung)
+    scene.fill(0.10 * (1 + finding.level) * finding.contrast * collapsed * lung)
     mask = (depth < 0) & (lung > 0.5)
     scene.occupied = scene.occupied | mask | (depth < 0.03) & (lung > 0.5)
     return mask
@@ -192,8 +195,8 @@ def _render_atelectasis(scene: Scene, finding: Finding) -> Mask:
     """Draws a thin, slightly oblique band across part of the lung."""
     chest, shape, side = scene.chest, finding.shape, finding.side
     center_x, center_y = _place_center(scene, finding, (0.42, 0.58))
-    half_width = max((0.016, 0.021, 0.028)[finding.level], 0.8 * chest.pixel)
-    length = 0.17 + 0.05 * shape[2]
+    half_width = max((0.016, 0.021, 0.028)[finding.level] * finding.size, 0.8 * chest.pixel)
+    length = (0.17 + 0.05 * shape[2]) * finding.size
     tilt = (shape[3] - 0.5) * 0.7
     offset_x = chest.lateral[side] - np.float32(center_x)
     offset_y = chest.y - np.float32(center_y)
@@ -201,7 +204,7 @@ def _render_atelectasis(scene: Scene, finding: Finding) -> Mask:
     across = np.cos(tilt) * offset_y - np.sin(tilt) * offset_x
     across = across + (shape[4] - 0.5) * 1.2 * along * along  # slightly bent
     inside = np.minimum(half_width - np.abs(across), 0.25 * (length - np.abs(along)))
-    band = 0.36 * soft_step(inside, half_width)
+    band = 0.36 * finding.contrast * soft_step(inside, half_width)
     scene.opacity = scene.opacity + band * scene.free_lung_with_border(side)
     return (inside > 0) & scene.free_lung(side)
 
@@ -214,16 +217,17 @@ def _render_oedema(scene: Scene, finding: Finding) -> Mask:
         lateral, free = chest.lateral[side], scene.free_lung(side)
         center_x = patient.mediastinum + 0.15 + 0.03 * shape[0]
         center_y = patient.knob_y + 0.26 + 0.04 * shape[1]
-        wing = gaussian_bump(lateral, chest.y, center_x, center_y, 0.17, 0.24)
+        sigma_x, sigma_y = 0.17 * finding.size, 0.24 * finding.size
+        wing = gaussian_bump(lateral, chest.y, center_x, center_y, sigma_x, sigma_y)
         wing = wing * (1 + 0.20 * scene.texture)
         share = clip((wing - 0.18) / 0.42, 0, 1) * scene.free_lung_with_border(side)
-        density = (0.34, 0.45, 0.57)[finding.level] * share
+        density = (0.34, 0.45, 0.57)[finding.level] * finding.contrast * share
         # Kerley lines: horizontal, short, at the lateral wall of the lower zones.
         septa = np.abs(np.sin(chest.y * 48)) > 0.93
         at_wall = lateral > patient.width - 0.13 + 0.03 * np.sin(chest.y * 31)
         at_wall &= (chest.height > 0.68) & (chest.height < 0.9) & free
-        lines = (0.06 + 0.03 * finding.level) * (septa & at_wall).astype(np.float32)
-        scene.opacity = scene.opacity + lines
+        lines = (0.06 + 0.03 * finding.level) * finding.contrast * (septa & at_wall)
+        scene.opacity = scene.opacity + lines.astype(np.float32)
         scene.opacity = scene.opacity + 0.10 * scene.vessels * share
         scene.fill(density)
         mask |= (share > 0.5) & free
@@ -260,13 +264,13 @@ def _render_pacemaker(scene: Scene, finding: Finding) -> Mask:
     wire_width = max(0.008, 0.62 * chest.pixel)
     distance = np.full(lateral.shape, np.inf, np.float32)
     for points in leads:
-        distance = np.minimum(distance, _distance_to_polyline(chest.x, y, _round_corners(points)))
+        distance = np.minimum(distance, distance_to_polyline(chest.x, y, round_corners(points)))
     wire = clip(1.5 - distance / np.float32(wire_width), 0, 1)
     scene.opacity = scene.opacity + np.maximum(generator, 0.50 * wire)
     return mask | (distance < wire_width)
 
 
-def _round_corners(points: list[tuple[Number, Number]]) -> Float32[np.ndarray, "n 2"]:
+def round_corners(points: list[tuple[Number, Number]]) -> Float32[np.ndarray, "n 2"]:
     """Returns a polyline whose corners are cut twice (Chaikin 1974)."""
     line = np.array(points, np.float32)
     for _ in range(2):
@@ -276,7 +280,7 @@ def _round_corners(points: list[tuple[Number, Number]]) -> Float32[np.ndarray, "
     return line
 
 
-def _distance_to_polyline(x: Plane, y: Plane, line: Float32[np.ndarray, "n 2"]) -> Plane:
+def distance_to_polyline(x: Plane, y: Plane, line: Float32[np.ndarray, "n 2"]) -> Plane:
     """Returns the distance of each pixel to a polyline; infinite far from its bounding box."""
     # Only pixels near the line matter, and the distances to all segments take memory.
     near = (x > line[:, 0].min() - 0.1) & (x < line[:, 0].max() + 0.1)

@@ -3,14 +3,19 @@
 A report states each finding of the image (the mildest sometimes with doubt), rules out some absent
 kinds, calls other regions normal and adds sentences that have nothing to do with the image.
 `compose_report` also returns what the report claims, as triplets.
+
+A report of the hard level is longer. It also compares findings with earlier films, repeats what an
+earlier report may have said, and doubts moderate findings and kinds that are absent. The earlier
+films are invented, and what is said of them contradicts nothing in this image. All of this is ours;
+its words are among those of the vocabulary, whose ids therefore stay.
 """
 
 import re
 
 import numpy as np
 
-from plan_jax.data.phantom.anatomy import SIDES, ZONES
-from plan_jax.data.phantom.findings import Difficulty, Finding
+from plan_jax.data.phantom.anatomy import SIDES, ZONES, Number
+from plan_jax.data.phantom.findings import SIDELESS, ZONES_OF_KIND, Difficulty, Finding
 
 Triplet = tuple[str, str, int]  # region, finding, existence
 Sentence = tuple[str, list[Triplet]]  # a sentence without capital and full stop, and its claims
@@ -153,6 +158,61 @@ NORMAL: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 MAX_WORDS = 70
 MAX_NEGATED, MAX_FILLERS = 4, 5
+
+# Reports of the hard level; all numbers are ours.
+HARD_MAX_WORDS, HARD_MAX_FILLERS = 110, 9
+HARD_FILLER = (
+    "portable technique limits the evaluation",
+    "correlate with the clinical history",
+    "the thoracic aorta is unremarkable",
+    "calcification of the aorta is unchanged",
+    "scoliosis of the thoracic spine is stable",
+    "age related change of the spine is seen",
+    "recent surgical history is noted",
+    "no fracture of the clavicle is identified",
+    "the subcutaneous tissues are unremarkable",
+    "inspiration is adequate and the patient is rotated",
+    "the film is compared with the previous examination",
+    "there is no significant change of the bones since the prior study",
+    "follow up is recommended if symptoms are persistent",
+    "the position of the patient is semi erect",
+)
+_FILLER_FACTOR = 2.5  # of the mean number of irrelevant sentences
+_DOUBTED_FACTOR = 2  # mean number of absent kinds that are doubted, relative to `hedged`
+_MAX_DOUBTED = 2
+_NUM_FURTHER_NORMAL = 2  # statements that something is normal, besides those of a standard report
+_COMPARED_SHARE = 0.5  # of the findings that are stated without doubt
+_RESOLVED_SHARE, _COPIED_SHARE = 0.3, 0.4  # of denials, and of statements that something is normal
+# Doubts of what may be absent, and more of what is present.
+_DOUBT_TEMPLATES = (
+    *_UNCERTAIN_TEMPLATES,
+    "{np} {place} is possible",
+    "appearances {place} may represent {np}",
+)
+_PROBABLE_TEMPLATES = (*_DOUBT_TEMPLATES, "probable {bare} {place}", "{np} {place} is likely")
+# How the statement of a finding may end.
+_COMPARED = (
+    "unchanged from the prior study",
+    "as before",
+    "similar to the previous examination",
+    "new since the previous study",
+)
+# Sentences about a finding that another sentence states; those about a device are the first three.
+_COMPARISONS = (
+    "the {bare} is unchanged from the prior study",
+    "there is no interval change of the {bare}",
+    "the {bare} is stable since the previous examination",
+    "compared with the previous study the {bare} has decreased",
+    "the {bare} has increased since the prior examination",
+    "compared with the prior film the {bare} is less extensive",
+)
+_NUM_DEVICE_COMPARISONS = 3
+_RESOLVED = (
+    "the previous {bare} has resolved",
+    "the {bare} of the prior study is not seen",
+    "no new {bare} since the previous study",
+)
+_COPIED = ("as before {sentence}", "{sentence} as on the prior study", "again {sentence}")
 _WHOLE_REGIONS = {"cardiomegaly": "heart", "pacemaker": "chest"}
 
 
@@ -180,34 +240,48 @@ def compose_report(
 ) -> tuple[str, tuple[Triplet, ...]]:
     """Returns a report of these findings, and the triplets that it states.
 
-    Sentences that state no finding are left out where the report would exceed `MAX_WORDS`.
+    Sentences that state no finding are left out where the report would exceed `MAX_WORDS`, or
+    `HARD_MAX_WORDS` at the hard level.
     """
     # The order of the draws is part of the data: changing it changes every report.
     sentences: list[Sentence] = []
+    comparisons: list[Sentence] = []
+    is_hard = difficulty.hard
+    max_doubted_level = 1 if is_hard else 0
     absent = [
         kind for kind in difficulty.findings if all(finding.kind != kind for finding in findings)
     ]
     shuffled = [absent[i] for i in rng.permutation(len(absent))]
     negated = shuffled[: min(rng.poisson(difficulty.negated), MAX_NEGATED)]
+    unmentioned = shuffled[len(negated) :]
     for finding in findings:
         # A pacemaker is never subtle: its level is the number of its leads.
-        is_subtle = finding.level == 0 and finding.kind != "pacemaker"
+        is_subtle = finding.level <= max_doubted_level and finding.kind != "pacemaker"
         is_uncertain = bool(is_subtle and rng.random() < difficulty.hedged)
         is_vague = bool(finding.side and rng.random() < difficulty.vague)
-        sentence = _state_finding(rng, finding, is_uncertain, is_vague)
+        templates = _PROBABLE_TEMPLATES if is_hard else _UNCERTAIN_TEMPLATES
+        sentence = _state_finding(rng, finding, templates if is_uncertain else (), is_vague)
         region = "chest" if is_vague else region_of(finding)
         claims = [(region, finding.kind, -1 if is_uncertain else 1)]
         if negated and not is_uncertain and rng.random() < 0.15:
             kind = negated.pop()
             sentence += f" without {_choose_name(rng, kind)[0]}"
             claims.append(_absence(kind))
+        elif is_hard and not is_uncertain and rng.random() < _COMPARED_SHARE:
+            if rng.random() < 0.5:
+                sentence += f", {_choose(rng, _COMPARED)}"
+            else:
+                comparisons.append(_compare_finding(rng, finding, is_vague))
         sentences.append((sentence, claims))
-    optional = _negative_sentences(rng, negated) + _normal_sentences(rng, findings)
-    num_fillers = min(rng.poisson(difficulty.filler), MAX_FILLERS)
-    optional += [(FILLER[i], []) for i in rng.permutation(len(FILLER))[:num_fillers]]
+    if is_hard:
+        optional = comparisons + _hard_sentences(rng, findings, negated, unmentioned, difficulty)
+    else:
+        optional = _negative_sentences(rng, negated) + _normal_sentences(rng, findings)
+        optional += _choose_fillers(rng, FILLER, difficulty.filler, MAX_FILLERS)
+    max_words = HARD_MAX_WORDS if is_hard else MAX_WORDS
     for sentence, claims in optional or [(FILLER[0], [])]:  # no report is empty
         num_words = sum(len(text.split()) for text, _ in sentences)
-        if num_words + len(sentence.split()) <= MAX_WORDS:
+        if num_words + len(sentence.split()) <= max_words:
             sentences.append((sentence, claims))
     order = rng.permutation(len(sentences))
     report = " ".join(f"{sentences[i][0][0].upper()}{sentences[i][0][1:]}." for i in order)
@@ -224,6 +298,12 @@ def grammar_strings() -> list[str]:
         *_ENLARGED_HEART,
         *_AMOUNTS,
         *FILLER,
+        *HARD_FILLER,
+        *_PROBABLE_TEMPLATES,
+        *_COMPARED,
+        *_COMPARISONS,
+        *_RESOLVED,
+        *_COPIED,
         *(sentence for sentence, _, _ in NORMAL),
     ]
     strings += [name for names in NAMES.values() for name, _ in names] + [*NAMES]
@@ -272,9 +352,12 @@ def _format_location(finding: Finding, variant: int) -> str:
 
 
 def _state_finding(
-    rng: np.random.Generator, finding: Finding, is_uncertain: bool, is_vague: bool
+    rng: np.random.Generator, finding: Finding, doubts: tuple[str, ...], is_vague: bool
 ) -> str:
-    """Returns a sentence that states a finding, or doubts it; a vague one names no location."""
+    """Returns a sentence that states a finding, or doubts it; a vague one names no location.
+
+    `doubts` are the templates of doubt; without any the sentence states the finding.
+    """
     name, is_countable = _choose_name(rng, finding.kind)
     variant = int(rng.integers(len(LOCATIONS[finding.kind])))
     place = "" if is_vague else _format_location(finding, variant)
@@ -283,15 +366,15 @@ def _state_finding(
         name, is_countable = f"{_AMOUNTS[finding.level]} {name}", True
     elif is_graded:
         name = f"{_choose(rng, GRADES[finding.kind][finding.level])} {name}"
-    if finding.kind == "cardiomegaly" and not is_uncertain and rng.random() < 0.3:
+    if finding.kind == "cardiomegaly" and not doubts and rng.random() < 0.3:
         is_heart_graded = rng.random() < 0.75
         template = _ENLARGED_HEART[finding.level if is_heart_graded else -1]
         return template.format(heart=_choose(rng, ("heart", "cardiac silhouette")))
     if finding.kind in ("pleural effusion", "pneumothorax") and place and rng.random() < 0.35:
         name, place = _insert_side(name, finding.side), ""
     templates: tuple[str, ...] = _PRESENT_TEMPLATES
-    if is_uncertain:
-        templates = _UNCERTAIN_TEMPLATES
+    if doubts:
+        templates = doubts
     elif not place:
         templates = tuple(text for text in templates if text != _LOCATION_FIRST)
     sentence = _choose(rng, templates).format(
@@ -321,8 +404,10 @@ def _negative_sentences(rng: np.random.Generator, kinds: list[str]) -> list[Sent
     return sentences
 
 
-def _normal_sentences(rng: np.random.Generator, findings: list[Finding]) -> list[Sentence]:
-    """Returns up to three statements of `NORMAL` that are true."""
+def _normal_sentences(
+    rng: np.random.Generator, findings: list[Finding], num_further: int = 0
+) -> list[Sentence]:
+    """Returns up to three statements of `NORMAL` that are true, and `num_further` more."""
     options: list[Sentence] = []
     for template, region, kinds in NORMAL:
         locations = [(side, zone) for side in SIDES for zone in ZONES]
@@ -334,7 +419,76 @@ def _normal_sentences(rng: np.random.Generator, findings: list[Finding]) -> list
                 claims = [(name, kind, 0) for kind in kinds[:2]]
                 options.append((template.format(side=side, zone=zone), claims))
     count = rng.choice(4, p=(0.15, 0.4, 0.3, 0.15))
-    return [options[i] for i in rng.permutation(len(options))[:count]]
+    return [options[i] for i in rng.permutation(len(options))[: count + num_further]]
+
+
+def _choose_fillers(
+    rng: np.random.Generator, fillers: tuple[str, ...], mean: Number, limit: int
+) -> list[Sentence]:
+    count = min(rng.poisson(mean), limit)
+    return [(fillers[i], []) for i in rng.permutation(len(fillers))[:count]]
+
+
+def _compare_finding(rng: np.random.Generator, finding: Finding, is_vague: bool) -> Sentence:
+    """Returns a sentence that compares a finding of this image with an earlier film."""
+    name, _ = _choose_name(rng, finding.kind)
+    region = "chest" if finding.side else region_of(finding)
+    if finding.kind in ("pleural effusion", "pneumothorax") and not is_vague:
+        name, region = _insert_side(name, finding.side), region_of(finding)
+    is_device = finding.kind == "pacemaker"
+    templates = _COMPARISONS[:_NUM_DEVICE_COMPARISONS] if is_device else _COMPARISONS
+    return _choose(rng, templates).format(bare=name), [(region, finding.kind, 1)]
+
+
+def _hard_sentences(
+    rng: np.random.Generator,
+    findings: list[Finding],
+    negated: list[str],
+    unmentioned: list[str],
+    difficulty: Difficulty,
+) -> list[Sentence]:
+    """Returns what a hard report says besides its findings.
+
+    Args:
+      rng: the generator of the report.
+      findings: the findings of the image.
+      negated: absent kinds that the report rules out, some of them as resolved.
+      unmentioned: the other absent kinds, of which it doubts a few.
+      difficulty: the settings.
+    """
+    # A device is neither doubted nor does it resolve.
+    doubtful = [kind for kind in unmentioned if kind != "pacemaker"]
+    num_doubted = min(rng.poisson(_DOUBTED_FACTOR * difficulty.hedged), _MAX_DOUBTED)
+    doubted = [_draw_absent(rng, kind) for kind in doubtful[:num_doubted]]
+    sentences: list[Sentence] = []
+    for finding in doubted:
+        is_vague = bool(finding.side and rng.random() < difficulty.vague)
+        sentence = _state_finding(rng, finding, _DOUBT_TEMPLATES, is_vague)
+        region = "chest" if is_vague else region_of(finding)
+        sentences.append((sentence, [(region, finding.kind, -1)]))
+    denied = []
+    for kind in negated:
+        if kind != "pacemaker" and rng.random() < _RESOLVED_SHARE:
+            name, _ = _choose_name(rng, kind)
+            sentences.append((_choose(rng, _RESOLVED).format(bare=name), [_absence(kind)]))
+        else:
+            denied.append(kind)
+    sentences += _negative_sentences(rng, denied)
+    # What is doubted is not called normal either.
+    for sentence, claims in _normal_sentences(rng, findings + doubted, _NUM_FURTHER_NORMAL):
+        if rng.random() < _COPIED_SHARE:
+            sentence = _choose(rng, _COPIED).format(sentence=sentence)
+        sentences.append((sentence, claims))
+    mean = _FILLER_FACTOR * difficulty.filler
+    return sentences + _choose_fillers(rng, FILLER + HARD_FILLER, mean, HARD_MAX_FILLERS)
+
+
+def _draw_absent(rng: np.random.Generator, kind: str) -> Finding:
+    """Returns a small finding that no image has, at a random place."""
+    side = "" if kind in SIDELESS else SIDES[rng.integers(2)]
+    zones = ZONES_OF_KIND.get(kind, ("",))
+    zone = zones[rng.integers(len(zones))]
+    return Finding(kind, side, zone, 0, np.zeros(24, np.float32))
 
 
 def _contradicts(finding: Finding, kinds: tuple[str, ...], side: str, zone: str) -> bool:
