@@ -27,7 +27,7 @@ from plan_jax.encoders.resnet import RESNETS, ResNet
 from plan_jax.encoders.vit import VITS, ViT, check_patches
 from plan_jax.methods import METHODS
 from plan_jax.tasks import TASKS
-from plan_jax.types import VARIANT_KINDS, UserError
+from plan_jax.types import VARIANT_KINDS, UserError, check_local
 
 SPLITS = ("train", "val", "test")
 # The kinds of heads without parameters that each head may have.
@@ -677,8 +677,11 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
     """Returns a value as its annotated type: lists become tuples, ints floats where needed.
 
     Raises:
-      UserError: the value has another type, or is none of a Literal's choices.
+      UserError: the value has another type, is none of a Literal's choices, or is an address where
+        only paths are known.
     """
+    if isinstance(value, str):
+        check_local(f"config.{name}", value)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         check_choice(name, value, arguments)

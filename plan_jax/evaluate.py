@@ -27,6 +27,7 @@ from plan_jax.types import (
     Result,
     TaskContext,
     UserError,
+    check_local,
     read_annotations,
     read_column,
 )
@@ -204,6 +205,7 @@ def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[s
     Raises:
       UserError: if there is no complete checkpoint, or the data lack what a task needs.
     """
+    check_local("folder", out)
     weights = models.load_variables(folder)
     # The page shows the training curves of the run, which a saved model does not have.
     history = read_rows(weights["source"] / "metrics.jsonl")

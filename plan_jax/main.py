@@ -40,7 +40,7 @@ from ml_collections.config_flags import config_flags
 
 from plan_jax.command.config_files import list_names, load_config_file
 from plan_jax.data.processes import leave_worker
-from plan_jax.types import UserError
+from plan_jax.types import UserError, check_local
 
 
 def run(argv: Sequence[str]) -> int:
@@ -60,6 +60,7 @@ def run_command(argv: Sequence[str]) -> None:
         names = textwrap.fill(f"Names of configs: {', '.join(list_names())}.", 80)
         print(__doc__, values.get_help(), names, sep="\n")
         return
+    check_local("--workdir", values.workdir or "")
     content = load_config_file(values.config) if values.config else None
 
     # Imported once the arguments are known to be sensible: JAX takes seconds.

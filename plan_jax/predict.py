@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from plan_jax.command.arguments import ArgumentParser
+from plan_jax.command.arguments import ArgumentParser, local_path
 from plan_jax.types import Model, UserError
 
 if TYPE_CHECKING:  # JAX takes seconds
@@ -105,18 +105,27 @@ def _build_parser() -> ArgumentParser:
     add("--checkpoint", required=True, help="a run, one of its steps, a model folder, or a name")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--image", nargs="+", action="extend", help="frontal chest radiographs: PNG, JPEG, DICOM"
+        "--image",
+        nargs="+",
+        action="extend",
+        type=local_path,
+        help="frontal chest radiographs: PNG, JPEG, DICOM",
     )
-    source.add_argument("--csv", help="a table of pairs: columns image and text")
-    add("--images", help="folder that the paths in the table start from; by default that of it")
+    source.add_argument("--csv", type=local_path, help="a table of pairs: columns image and text")
+    add(
+        "--images",
+        type=local_path,
+        help="folder that the paths in the table start from; by default that of it",
+    )
     add("--text", nargs="+", action="extend", default=[], help="phrases, or whole reports")
     add(
         "--out",
         nargs="+",
         action="extend",
+        type=local_path,
         help="files (.csv, .json, .npz; .png or .jpg for one pair), and a folder for pictures",
     )
-    add("--masks", help="folder for the masks")
+    add("--masks", type=local_path, help="folder for the masks")
     add("--json", action="store_true", help="print the rows as JSON")
     add("--threshold", type=float, help="of the mask, 0 to 1; docs/predict.md has the default")
     add("--normalisation", default="minmax", help="scale of the threshold: minmax, raw or z")

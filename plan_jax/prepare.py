@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from plan_jax.command.arguments import ArgumentParser
+from plan_jax.command.arguments import ArgumentParser, local_path
 from plan_jax.types import UserError
 
 
@@ -39,8 +39,12 @@ def run_command(argv: Sequence[str]) -> None:
     parser.add_argument("name", nargs="?", help="the dataset, as nih_cxr14")
     parser.add_argument("--list", action="store_true", help="list the datasets")
     parser.add_argument("--document", action="store_true", help="print docs/datasets.md")
-    parser.add_argument("--source", default="", help="folder of the dataset as downloaded")
-    parser.add_argument("--data_dir", default="data", help="folder of prepared datasets")
+    parser.add_argument(
+        "--source", default="", type=local_path, help="folder of the dataset as downloaded"
+    )
+    parser.add_argument(
+        "--data_dir", default="data", type=local_path, help="folder of prepared datasets"
+    )
     parser.add_argument("--check", action="store_true", help="read all but the images")
     parser.add_argument("--size", type=int, help="longer side of a stored image, in pixels")
     parser.add_argument("--workers", type=int, help="processes that read images; 0: all cores")

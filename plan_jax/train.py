@@ -27,7 +27,7 @@ from plan_jax.logger import Logger
 from plan_jax.model import Components, build_components, make_model
 from plan_jax.state import State, choose_normalisation, init_state
 from plan_jax.step import FIRST_NONFINITE, make_step, split_microbatches, watch_numbers
-from plan_jax.types import Batch, Metrics, Model, UserError
+from plan_jax.types import Batch, Metrics, Model, UserError, check_local
 
 # Steps after which the run looks for NaN and infinity, if it does not log or save before.
 FINITE_EVERY = 100
@@ -71,6 +71,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         read or lacks what a task needs, a checkpoint does not fit, the loss is not finite, and
         other mistakes of the user.
     """
+    check_local("workdir", workdir)
     workdir = Path(workdir)
     config = choose_normalisation(config)
     mesh = parallel.make_mesh(config.parallel.devices or None)

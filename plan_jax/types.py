@@ -9,6 +9,8 @@ Masks are Bool and True means real.
 """
 
 import dataclasses
+import os
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +41,22 @@ class UserError(Exception):
     def _render_traceback_(self) -> list[str]:
         """Returns what a notebook shows of the error, by a convention of IPython."""
         return [str(self)]
+
+
+# One slash, since `Path("gs://bucket/run")` is `gs:/bucket/run`. A drive of Windows is one letter.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+def check_local(name: str, path: str | os.PathLike[str]) -> None:
+    """Raises UserError for an address as gs://bucket/run, which Path takes for a folder `gs:`.
+
+    >>> check_local("workdir", "runs/demo")
+    """
+    if _ADDRESS.match(os.fspath(path)):
+        raise UserError(
+            f"{name} {path} is an address; pass a path on a local disk, or in a bucket that is"
+            " mounted (gcsfuse)"
+        )
 
 
 # Batches and features --------------------------------------------------------------------------

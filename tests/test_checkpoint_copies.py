@@ -323,7 +323,7 @@ def test_copies_are_not_replaced_by_a_run_that_began_anew(run, tmp_path):
 @pytest.mark.parametrize(
     "folder, sentence",
     [
-        ("gs://bucket/run", "is an address; pass a folder that is mounted"),
+        ("gs://bucket/run", "is an address; pass a path on a local disk"),
         ("{run}/copies", "is inside of run"),
         ("{file}", "cannot be written"),
     ],

@@ -169,6 +169,30 @@ TRAIN = {
         "--workdir other",
         ["workdir other holds a run of config.", "pass another --workdir, or delete it"],
     ),
+    "workdir in a bucket": (
+        "--workdir gs://b/run",
+        ["--workdir gs://b/run is an address", "a bucket that is mounted (gcsfuse)"],
+    ),
+    "data in a bucket": (
+        "config.data.dir=gs://b/data",
+        ["config.data.dir gs://b/data is an address", "gcsfuse"],
+    ),
+    "programs in a bucket": (
+        "config.parallel.cache=gs://b/programs",
+        ["config.parallel.cache gs://b/programs is an address", "gcsfuse"],
+    ),
+    "manifest in a bucket": (
+        "--config column.py --config.data.builder.manifest=s3://b/pairs.csv",
+        ["config.data.builder.manifest s3://b/pairs.csv is an address", "gcsfuse"],
+    ),
+    "weights at an address": (
+        "config.weights.vision=https://x.org/w.safetensors",
+        ["config.weights.vision https://x.org/w.safetensors is an address"],
+    ),
+    "figures in a bucket": (
+        f"--config {CONFIG} --mode compile --workdir gs://b/run",
+        ["--workdir gs://b/run is an address"],
+    ),
     "workdir of 0.1": ("--workdir version_0_1", ["version_0_1", "plan_jax 0.1", "train it again"]),
     "broken workdir": ("--workdir broken", ["broken/config.json", "pass another --workdir"]),
 }
@@ -195,6 +219,14 @@ EVAL = {
         ["config.eval.detection.wdths", "did you mean config.eval.detection.widths?"],
     ),
     "missing checkpoint": ("--checkpoint nowhere", ["nowhere does not exist", "pass the folder"]),
+    "checkpoint in a bucket": (
+        "--checkpoint gs://b/run",
+        ["checkpoint gs://b/run is an address", "gcsfuse"],
+    ),
+    "results in a bucket": (
+        "--checkpoint run --workdir gs://b/run",
+        ["--workdir gs://b/run is an address", "gcsfuse"],
+    ),
     "empty run": ("--checkpoint other", ["other holds no checkpoint", "pass the folder"]),
     "missing step": ("--checkpoint run/checkpoints/7", ["checkpoints has no step 7", "use one of"]),
     "task": ("--checkpoint run config.eval.tasks=x", ["'x'", "use some of grounding, retrieval"]),
@@ -225,6 +257,27 @@ PREDICT = {
     "missing checkpoint": (
         "--image ok.png --text effusion --checkpoint no",
         ["checkpoint no does not exist", "pass the folder"],
+    ),
+    "image in a bucket": (
+        "--image gs://b/ok.png --text effusion",
+        ["--image", "gs://b/ok.png is an address", "gcsfuse"],
+    ),
+    "table in a bucket": ("--csv gs://b/pairs.csv", ["--csv", "gs://b/pairs.csv is an address"]),
+    "images in a bucket": (
+        "--csv good.csv --images gs://b/films",
+        ["--images", "gs://b/films is an address"],
+    ),
+    "results in a bucket": (
+        "--image ok.png --text effusion --out maps.npz gs://b/heat.png",
+        ["--out", "gs://b/heat.png is an address", "gcsfuse"],
+    ),
+    "masks in a bucket": (
+        "--image ok.png --text effusion --masks gs://b/masks",
+        ["--masks", "gs://b/masks is an address"],
+    ),
+    "checkpoint in a bucket": (
+        "--image ok.png --text effusion --checkpoint gs://b/run",
+        ["checkpoint gs://b/run is an address"],
     ),
     "negative rounds": (
         "--image ok.png --text effusion --rounds -1",

@@ -341,6 +341,9 @@ def measure_scale(args: argparse.Namespace, overrides: list[str]) -> None:
     """Compiles the methods for slices of TPUs, and prints what they need."""
     import benchmark_scale
 
+    from plan_jax.types import check_local
+
+    check_local("--results", args.results)
     benchmark_scale.main(
         Path(args.results),
         methods=args.methods,

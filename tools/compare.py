@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.compare import METHODS, STEPS, VARIANTS  # noqa: E402
+from plan_jax.command.arguments import local_path  # noqa: E402
 from plan_jax.logger import write_atomically  # noqa: E402
 from plan_jax.page import render_comparison  # noqa: E402
 from plan_jax.page.comparison import compare  # noqa: E402
@@ -72,8 +73,12 @@ def read_runs(folder: Path, variants: Sequence[str]) -> dict[str, list[dict[str,
 def main() -> None:
     """Trains what is missing, then writes the page and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", default="runs/compare", help="folder of the runs")
-    parser.add_argument("--data", default="data", help="folder of prepared datasets")
+    parser.add_argument(
+        "--runs", type=local_path, default="runs/compare", help="folder of the runs"
+    )
+    parser.add_argument(
+        "--data", type=local_path, default="data", help="folder of prepared datasets"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each if > 1")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant")
     parser.add_argument("--variants", default=",".join(METHODS), help="names in configs/compare.py")

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.compare import METHODS  # noqa: E402
+from plan_jax.command.arguments import local_path  # noqa: E402
 from plan_jax.logger import read_rows  # noqa: E402
 from plan_jax.metrics import headlines, is_number  # noqa: E402
 from plan_jax.page.comparison import format_significant, to_markdown  # noqa: E402
@@ -97,8 +98,10 @@ def run_folder(folder: Path, method: str, kind: Kind) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains what is missing, then prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", default="runs/dtypes", help="folder of the runs")
-    parser.add_argument("--data", default="data", help="folder of prepared datasets")
+    parser.add_argument("--runs", type=local_path, default="runs/dtypes", help="folder of the runs")
+    parser.add_argument(
+        "--data", type=local_path, default="data", help="folder of prepared datasets"
+    )
     parser.add_argument("--steps", type=int, default=200, help="steps of a run")
     parser.add_argument("--methods", default=",".join(METHODS), help="names in configs/compare.py")
     parser.add_argument("--set", action="append", default=[], help="another override, as batch=8")

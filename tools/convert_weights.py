@@ -23,6 +23,7 @@ from flax import traverse_util  # noqa: E402
 from jaxtyping import PyTree  # noqa: E402
 from safetensors import numpy as safetensors  # noqa: E402
 
+from plan_jax.command.arguments import local_path  # noqa: E402
 from plan_jax.encoders.bert import BERTS  # noqa: E402
 from plan_jax.encoders.dual_encoder import make_image_tower, make_text_tower  # noqa: E402
 from plan_jax.encoders.vit import VITS  # noqa: E402
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help="a folder, a file, a hub id or package:NAME")
-    parser.add_argument("out", nargs="?", help="the .safetensors file to write")
+    parser.add_argument("out", nargs="?", type=local_path, help="the .safetensors file to write")
     parser.add_argument("--list", action="store_true", help="print the arrays and the layout")
     parser.add_argument("--tower", choices=("vision", "text"))
     parser.add_argument("--name", help="the tower's size, e.g. resnet50, vit_b16, bert_base")

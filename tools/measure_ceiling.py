@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plan_jax import evaluate  # noqa: E402
+from plan_jax.command.arguments import local_path  # noqa: E402
 from plan_jax.command.config_files import load_config_file  # noqa: E402
 from plan_jax.config import Config  # noqa: E402
 from plan_jax.layers.pooling import mean_cells  # noqa: E402
@@ -162,7 +163,9 @@ def main() -> None:
     """Trains the tower with masks and prints the metrics of grounding."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/demo.py")
-    parser.add_argument("--data", default="data", help="folder of prepared datasets")
+    parser.add_argument(
+        "--data", type=local_path, default="data", help="folder of prepared datasets"
+    )
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()

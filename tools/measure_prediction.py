@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from plan_jax import evaluate, prediction  # noqa: E402
 from plan_jax import model as models  # noqa: E402
+from plan_jax.command.arguments import local_path  # noqa: E402
 from plan_jax.data import images  # noqa: E402
 from plan_jax.data.pairs import manifest  # noqa: E402
 from plan_jax.heads.examples import open_images  # noqa: E402
@@ -168,7 +169,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     thresholds = commands.add_parser("thresholds", help="overlap with the truth by threshold")
     thresholds.add_argument("checkpoint", help="folder of a run")
-    thresholds.add_argument("--data", help="folder of the prepared datasets")
+    thresholds.add_argument("--data", type=local_path, help="folder of the prepared datasets")
     thresholds.add_argument("--split", default="val")
     commands.add_parser("films", help="checks of films").add_argument("tables", nargs="+")
     commands.add_parser("photographs", help="colour of photographs").add_argument(

@@ -34,7 +34,7 @@ from plan_jax.checkpoint.folders import FOLDER, list_steps
 from plan_jax.checkpoint.lock import FILE as LOCK_FILE
 from plan_jax.checkpoint.lock import lock_workdir
 from plan_jax.logger import encode_json, report_write_errors
-from plan_jax.types import UserError
+from plan_jax.types import UserError, check_local
 
 RUN_ARCHIVE = "run.zip"
 RESTORED = ".restored"  # where an archive is extracted before its content gets its place
@@ -106,6 +106,8 @@ def restore_steps(folder: str | Path, run: str | Path) -> int | None:
       UserError: another process holds `run`, `folder` holds another run, or files cannot be
         written.
     """
+    check_local("folder", folder)
+    check_local("run", run)
     folder, run = Path(folder), Path(run)
     archives, own = _list_archives(folder), _list_run_steps(run)
     missing = [step for step in sorted(archives) if step > max(own, default=-1)]
@@ -170,8 +172,8 @@ def copy_repeatedly(run: str | Path, folder: str | Path, seconds: float = 60.0) 
 
 def _require_same_run(run: Path, folder: Path) -> None:
     """Raises UserError unless `folder` may take the copies of `run`."""
-    if "://" in str(folder) or ":/" in str(folder):
-        raise UserError(f"folder {folder} is an address; pass a folder that is mounted")
+    check_local("run", run)
+    check_local("folder", folder)
     if folder.absolute().is_relative_to(run.absolute()):
         raise UserError(f"folder {folder} is inside of run {run}; pass another folder")
     archives = _list_archives(folder)

@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from plan_jax.types import UserError
+from plan_jax.types import UserError, check_local
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -20,3 +20,16 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises the complaint."""
         raise UserError(f"{message}; --help shows the usage")
+
+
+def local_path(path: str) -> str:
+    """Returns the path that an argument names; the `type` of arguments that are paths.
+
+    Raises:
+      argparse.ArgumentTypeError: it is an address, as gs://bucket/run.
+    """
+    try:
+        check_local("path", path)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path

@@ -48,7 +48,7 @@ from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import Facts
 from plan_jax.data.sources import MESSAGES_FILE, DigestCache, SourceFiles
 from plan_jax.data.tfds import tfds
-from plan_jax.types import UserError
+from plan_jax.types import UserError, check_local
 
 # Name -> builder, configuration. A new dataset is one file under builders/ and one line here.
 BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.BuilderConfig]]] = {
@@ -97,6 +97,7 @@ def prepare_dataset(
       UserError: for an unknown dataset or field, for mistakes in the builder's input, and if the
         records cannot be read or written.
     """
+    check_local("data folder", data_dir or "")
     call = json.dumps([name, data_dir, fields], sort_keys=True, default=str)
     if _opened is not None and call in _opened:
         return _opened[call]
@@ -537,6 +538,8 @@ def _check_type(name: str, field: dataclasses.Field, value: Any) -> Any:
         raise UserError(
             f"field {field.name!r} of dataset {name} is {value!r}; it must be {description}"
         )
+    if isinstance(value, str):
+        check_local(f"field {field.name!r} of dataset {name}", value)
     return float(value) if isinstance(default, float) else value
 
 

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plan_jax.command.arguments import ArgumentParser
+from plan_jax.command.arguments import ArgumentParser, local_path
 from plan_jax.types import UserError
 
 
@@ -37,7 +37,12 @@ def run_command(argv: Sequence[str]) -> None:
     """
     parser = ArgumentParser("plan_jax.export", __doc__)
     parser.add_argument("source", metavar="RUN", help="a run, one of its steps, or a saved model")
-    parser.add_argument("--out", required=True, help="the folder to write; a model is replaced")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=local_path,
+        help="the folder to write; a model is replaced",
+    )
     parser.add_argument("--dtype", default="float32", help="float32, or float16 for half the size")
     parser.add_argument("--data-name", default="", help="what the model was trained on")
     parser.add_argument("--data-licence", default="", help="licence of these data")

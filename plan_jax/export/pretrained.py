@@ -13,7 +13,7 @@ from plan_jax.checkpoint.checksums import fingerprint
 from plan_jax.config import Config
 from plan_jax.data.tokenizer import Tokenizer
 from plan_jax.export import folder, hub
-from plan_jax.types import UserError
+from plan_jax.types import UserError, check_local
 
 STATEMENTS = ("data_name", "data_licence", "licence", "note")  # what only the user knows
 # The data that plan_jax draws itself are the only ones of which it knows the licence.
@@ -67,6 +67,7 @@ class Pretrained:
           UserError: the folder holds anything else or cannot be written, or a parameter is too
             large for float16.
         """
+        check_local("folder", out)
         folder.check_replaceable(Path(out).absolute())
         about = self._state(
             data_name=data_name, data_licence=data_licence, licence=licence, note=note

@@ -6,7 +6,7 @@ from pathlib import Path
 from plan_jax import parallel
 from plan_jax.export import hub
 from plan_jax.export.folder import find_replaced, is_model_folder
-from plan_jax.types import UserError
+from plan_jax.types import UserError, check_local
 
 # Longer than any id of the hub with a revision, and shorter than what no file system can store.
 MAX_HUB_ID = 240
@@ -24,6 +24,7 @@ def find_model(source: str | Path) -> Path | None:
     Raises:
       UserError: it names nothing, a file or a model of another library, or fetching it failed.
     """
+    check_local("checkpoint", source)
     name, path = str(source), Path(source)
     # Unlike those of Path, these raise nothing for a name that is too long.
     if os.path.isdir(name):

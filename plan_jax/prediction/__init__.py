@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Shaped
 from plan_jax import logger
 from plan_jax.metrics import grounding as grounding_metrics
 from plan_jax.prediction import films, maps, phrases
-from plan_jax.types import Features, Model, UserError
+from plan_jax.types import Features, Model, UserError, check_local
 
 # Of a map scaled to [0, 1]; docs/predict.md has the overlap with the truth at this and others.
 THRESHOLD = 0.65
@@ -137,6 +137,7 @@ class Grounding:
         Raises:
           UserError: the suffix is another one, or the file cannot be written.
         """
+        check_local("file", path)
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix in PICTURE_SUFFIXES:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped, UInt8
 
 from plan_jax.data import dicom, images, transforms
 from plan_jax.data.grey import ImageError
-from plan_jax.types import UserError
+from plan_jax.types import UserError, check_local
 
 # Kinds of DICOM that show a projection; OT and SC are scanned films, "" says nothing.
 FILM_MODALITIES = ("CR", "DX", "RG", "RF", "XA", "OT", "SC", "")
@@ -156,6 +156,7 @@ def _check_path(source: object) -> Path:
         )
     if not str(source):
         raise UserError("the image has an empty path; pass the path of a file")
+    check_local("image", source)
     return Path(source)
 
 
