@@ -12,7 +12,7 @@ help:
 	@echo "make demo    train configs/demo.py on phantoms and write runs/demo/report.html"
 	@echo "make model   save runs/demo as plan_jax/models/phantom-plan, the model of the package"
 	@echo "make test    run unit tests and doctests"
-	@echo "make lint    check format, rules and types"
+	@echo "make lint    check format, rules, shell scripts and types"
 	@echo "make matrix  lint and run quick tests with the lowest and highest versions, on 3 Pythons"
 	@echo "make soak    run slow tests: killed runs, two hosts, eight devices"
 	@echo "make parity  compare encoders with torch, torchvision, timm and MiniLM"
@@ -111,9 +111,10 @@ notebooks: .venv/.test .venv-notebooks/.package
 	  --override-ini addopts= --confcutdir=tests/notebooks tests/notebooks
 
 lint: .venv/.test
-	@echo "== checking format and rules with ruff, types with mypy"
+	@echo "== checking format and rules with ruff, shell scripts with ShellCheck, types with mypy"
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/shellcheck -x tools/launch/* .ci/run
 	@$(BIN)/mypy
 
 package: .venv/.test

@@ -1,0 +1,39 @@
+# Functions of the launchers that start a run elsewhere: mistakes, quoting, the files of a checkout.
+# shellcheck shell=bash
+
+# Ends with exit code 2, after one sentence.
+fail() {
+  printf '%s\n' "$1" >&2
+  exit 2
+}
+
+# Prints the arguments as a line of bash that has the same arguments.
+quote() {
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s' "${line% }"
+}
+
+# Prints the value of --workdir among the arguments of plan_jax.main.
+find_workdir() {
+  local workdir=''
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --workdir=*) workdir=${1#*=} ;;
+      --workdir) workdir=${2:-} ;;
+    esac
+    shift
+  done
+  printf '%s' "$workdir"
+}
+
+# Writes an archive of the checkout $1 to $2: what git tracks or does not ignore, as it is now.
+pack_checkout() {
+  git -C "$1" rev-parse --git-dir >/dev/null 2>&1 ||
+    fail "$1 is not a checkout of git; clone the repository, and run the launcher of the clone"
+  git -C "$1" ls-files -z --cached --others --exclude-standard |
+    while IFS= read -r -d '' file; do
+      if [ -e "$1/$file" ]; then printf '%s\0' "$file"; fi # it may be deleted and still tracked
+    done |
+    tar -C "$1" --null -czf "$2" -T -
+}
