@@ -44,7 +44,7 @@ class UserError(Exception):
 
 
 # One slash, since `Path("gs://bucket/run")` is `gs:/bucket/run`. A drive of Windows is one letter.
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+_ADDRESS = re.compile(r"[a-z0-9][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
 def check_local(name: str, path: str | os.PathLike[str]) -> None:
@@ -52,11 +52,13 @@ def check_local(name: str, path: str | os.PathLike[str]) -> None:
 
     >>> check_local("workdir", "runs/demo")
     """
-    if _ADDRESS.match(os.fspath(path)):
-        raise UserError(
-            f"{name} {path} is an address; pass a path on a local disk, or in a bucket that is"
-            " mounted (gcsfuse)"
-        )
+    address = os.fspath(path)
+    if not _ADDRESS.match(address):
+        return
+    remedy = "pass a path on a local disk, or in a bucket that is mounted (gcsfuse)"
+    if address.lower().startswith("http"):
+        remedy = "download it, or name a model of the Hugging Face Hub as owner/name"
+    raise UserError(f"{name} {address} is an address; {remedy}")
 
 
 # Batches and features --------------------------------------------------------------------------

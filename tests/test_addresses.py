@@ -19,12 +19,19 @@ ADDRESS = "gs://bucket/run"
 
 
 @pytest.mark.parametrize(
-    "path", [ADDRESS, Path(ADDRESS), "s3://b", "https://x.org/a.png", "file:///a", "nas:/share"]
+    "path", [ADDRESS, Path(ADDRESS), "s3://b", "file:///a", "nas:/share", "10.0.0.2:/runs"]
 )
 def test_an_address_is_refused(path):
     sentence = f"^workdir {path} is an address; pass a path on a local disk, or in a bucket"
     with pytest.raises(UserError, match=sentence):
         check_local("workdir", path)
+
+
+def test_a_page_is_downloaded_first():
+    with pytest.raises(
+        UserError, match="is an address; download it, or name a model .* owner/name"
+    ):
+        check_local("checkpoint", "https://x.org/owner/name")
 
 
 @pytest.mark.parametrize(

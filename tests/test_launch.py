@@ -462,7 +462,8 @@ def test_a_workload_of_gke_is_restarted_with_the_same_arguments(machine):
     (call,) = machine.calls("xpk")
     *options, command = call
     assert options[:2] == ["workload", "create"]
-    assert options[6:] == [*XPK, "--max-restarts=9"]
+    assert "--restart-on-exit-codes=75" in options[:7]
+    assert options[7:] == [*XPK, "--max-restarts=9"]
     assert options[4] == "--max-restarts=50"  # the last one counts
     files = (machine.folder / "files").read_text().split()
     assert {"new.py", "tools"} <= set(files) and "ignored.py" not in files

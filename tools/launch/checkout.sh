@@ -27,11 +27,12 @@ find_workdir() {
   printf '%s' "$workdir"
 }
 
-# Writes an archive of the checkout $1 to $2: what git tracks or does not ignore, as it is now.
+# Writes an archive of the checkout $1 to $2: what git tracks or does not ignore, as it is now. The
+# folder `shared` is left out, which is the name of the mounted one.
 pack_checkout() {
   git -C "$1" rev-parse --git-dir >/dev/null 2>&1 ||
     fail "$1 is not a checkout of git; clone the repository, and run the launcher of the clone"
-  git -C "$1" ls-files -z --cached --others --exclude-standard |
+  git -C "$1" ls-files -z --cached --others --exclude-standard -- . ':!shared' |
     while IFS= read -r -d '' file; do
       if [ -e "$1/$file" ]; then printf '%s\0' "$file"; fi # it may be deleted and still tracked
     done |

@@ -19,6 +19,7 @@ source "$root/tools/launch/checkout.sh"
 
 # The last of several values counts, so that options of the user come after these.
 options=(--base-docker-image=python:3.12 --max-restarts=50 --termination-grace-period-seconds=120)
+options+=(--restart-on-exit-codes=75) # what could not be fetched; codes above 127 count anyway
 has_storage=''
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case $1 in

@@ -192,7 +192,10 @@ while true; do
   start "$@" || code=$?
   if [ "$code" = 0 ]; then break; fi
   state=$(find_state tpu-vm)
-  if [ "$state" = READY ] && [ "$code" -le 2 ]; then
+  is_final=''
+  if [ "$code" = 2 ]; then is_final=yes; fi
+  if [ "$code" = 65 ]; then code=1 is_final=yes; fi # of plan_jax.main, and not of gcloud
+  if [ "$state" = READY ] && [ -n "$is_final" ]; then
     say "ended with exit code $code, which would come again; its message is above"
     exit "$code"
   elif [ "$count" -ge "$restarts" ]; then

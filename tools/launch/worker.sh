@@ -4,9 +4,10 @@
 #   worker.sh install [SHARE]   mounts SHARE as the folder `shared`; installs plan_jax into .venv
 #   worker.sh run ARGUMENTS     runs plan_jax.main as one process of the slice
 #
-# SHARE is a bucket (by gcsfuse) or HOST:/FOLDER (by NFS). Exit codes: 0; 2, a mistake; 75, what is
-# to be installed cannot be fetched; 143, the run was stopped or has lost another host, and the same
-# command continues; else that of plan_jax.main.
+# SHARE is a bucket (by gcsfuse) or HOST:/FOLDER (by NFS). Exit codes: 0; 2, a mistake; 65, that of
+# plan_jax.main was 1, which is also that of gcloud's own errors; 75, what is to be installed cannot
+# be fetched; 143, the run was stopped or has lost another host, and the same command continues; else
+# that of plan_jax.main.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -20,10 +21,17 @@ fail() {
   exit 2
 }
 
+# As after a failure of the network, which another attempt may not have.
+fail_for_now() {
+  printf '%s\n' "$1" >&2
+  exit 75
+}
+
 # A machine that has just started may still be updating itself.
 install_package() {
+  sudo apt-get -o DPkg::Lock::Timeout=300 update -qq >/dev/null || true # install may work anyway
   sudo apt-get -o DPkg::Lock::Timeout=300 install -qq -y "$1" >/dev/null ||
-    fail "$1 cannot be installed; apt-get says why above"
+    fail_for_now "$1 cannot be installed; apt-get says why above"
 }
 
 mount_share() {
@@ -37,7 +45,7 @@ mount_share() {
     *)
       if ! command -v gcsfuse >/dev/null; then
         curl -fsSL -o /tmp/gcsfuse.deb "$RELEASES/v$GCSFUSE/gcsfuse_${GCSFUSE}_amd64.deb" ||
-          fail "gcsfuse $GCSFUSE cannot be downloaded; set GCSFUSE to another version"
+          fail_for_now "gcsfuse $GCSFUSE cannot be downloaded; set GCSFUSE to another version"
         install_package /tmp/gcsfuse.deb
       fi
       gcsfuse --implicit-dirs "$1" shared >/dev/null ||
@@ -53,10 +61,13 @@ install() {
   if [ "$(cat .venv/.installed 2>/dev/null)" = "$versions" ]; then return; fi
   rm -rf .venv
   # uv finds a Python that is new enough, or fetches one: that of an image may be too old.
-  PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv &&
-    python3 -m uv venv --quiet --python '>=3.11,<3.14' .venv &&
-    python3 -m uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu]' ||
-    exit 75 # as after a failure of the network, which another attempt may not have
+  if ! {
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv &&
+      python3 -m uv venv --quiet --python '>=3.11,<3.14' .venv &&
+      python3 -m uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu]'
+  }; then
+    fail_for_now "plan_jax cannot be installed; pip says why above"
+  fi
   printf '%s\n' "$versions" >.venv/.installed
 }
 
@@ -91,6 +102,7 @@ run() {
   done
   if [ "$code" = 0 ] && [ -n "$stopped" ]; then code=143; fi
   if [ "$code" = 2 ] && grep -q "$LOST_HOST" "$messages/text"; then code=143; fi
+  if [ "$code" = 1 ]; then code=65; fi
   rm -rf "$messages"
   exit "$code"
 }
