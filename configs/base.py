@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 500  # steps; what a crash costs at most
+    config.checkpoint.minutes = 15.0  # after the last save, a run saves too; 0 saves by steps only
     config.checkpoint.keep = 2  # newest checkpoints, beside the best one
     config.checkpoint.best = "grounding/cnr_signed"  # validation metric; "" keeps no best one
 

@@ -234,11 +234,13 @@ class CheckpointConfig(Section):
     PREFIX: ClassVar[str] = "checkpoint."
 
     every: int = 500  # steps between checkpoints: what a crash costs at most
+    minutes: float = 15.0  # after the last save, a run saves too; 0 saves by steps only
     keep: int = 2  # newest checkpoints to keep, beside the best one
     best: str = ""  # validation metric of the best checkpoint, which is kept too; "" keeps none
 
     def __post_init__(self) -> None:
         self.at_least(1, "every", "keep")
+        self.at_least(0, "minutes")
 
 
 @dataclass(frozen=True)

@@ -217,28 +217,33 @@ def any_process(flag: bool) -> bool:
 
 
 class Agreement:
-    """Agrees in every step on whether any process has raised a flag, as `any_process` without wait.
+    """Agrees in every step on the flags that any process has raised, without waiting for an answer.
 
     The answer to a call comes two calls later. It has arrived by then, so that the host need not
-    wait for the devices, and it is the same in all processes.
+    wait for the devices, and it is the same in all processes. All flags share one collective.
     """
 
     def __init__(self, mesh: Mesh, delay: int = 2) -> None:
-        """Starts without a flag; `delay` is the number of steps until an answer."""
+        """Starts without flags; `delay` is the number of steps until an answer."""
         self.mesh, self.delay = mesh, delay
+        self.is_alone = jax.process_count() == 1
         self.pending: collections.deque[Array] = collections.deque()
-        self.any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, REPLICATED))
+        any_device = functools.partial(jnp.any, axis=0)
+        self.any = jax.jit(any_device, out_shardings=NamedSharding(mesh, REPLICATED))
 
-    def any_process(self, flag: bool) -> bool:
-        """Returns whether the flag of any process was raised, `delay` calls ago.
+    def any_process(self, *flags: bool) -> tuple[bool, ...]:
+        """Returns for each flag whether any process had raised it, `delay` calls ago.
 
-        Every process calls it in every step. With one process the answer is `flag`.
+        Every process calls it in every step, with as many flags. With one process the answer is
+        `flags`.
         """
-        if jax.process_count() == 1:
-            return flag
-        flags = np.full(len(self.mesh.local_devices), flag)
-        self.pending.append(self.any(shard(flags, self.mesh)))
-        return len(self.pending) > self.delay and bool(to_host(self.pending.popleft()))
+        if self.is_alone:
+            return flags
+        copies = np.tile(flags, (len(self.mesh.local_devices), 1))
+        self.pending.append(self.any(shard(copies, self.mesh)))
+        if len(self.pending) <= self.delay:
+            return (False,) * len(flags)
+        return tuple(to_host(self.pending.popleft()).tolist())
 
 
 def gather_strings(text: str) -> list[str]:

@@ -5,6 +5,7 @@ host.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -207,7 +208,7 @@ def run_steps(run: Run, state: State, start: int) -> State:
     """
     config, logger, rate = run.config, run.logger, ThroughputMeter(run.config.batch)
     programs, start_time = parallel.CompilationCounter(), time.monotonic()
-    agreement = parallel.Agreement(run.mesh)
+    agreement, timer = parallel.Agreement(run.mesh), SaveTimer(config.checkpoint.minutes)
     first_nonfinite = parallel.replicate(jnp.zeros(2, jnp.int32), run.mesh)
     pending: Metrics | None = None  # of the previous step, fetched while this one runs
     for step in range(start, config.steps):
@@ -225,6 +226,7 @@ def run_steps(run: Run, state: State, start: int) -> State:
             jax.block_until_ready(metrics)
             # Until now there was nothing to save, and a signal need not wait for the compiler.
             run.stop.start()
+            timer.restart()
             seconds = time.monotonic() - start_time
             logger.summary["first_step_s"] = seconds
             logger.info(
@@ -241,8 +243,9 @@ def run_steps(run: Run, state: State, start: int) -> State:
 
         done = step + 1
         is_last = done == config.steps
-        # All processes leave at the same step.
-        must_stop = agreement.any_process(run.stop.number != 0)
+        # All processes leave at the same step, and save when the clock of the main process says so.
+        is_late = parallel.is_main() and timer.is_late()
+        must_stop, must_save = agreement.any_process(run.stop.number != 0, is_late)
         validation = None
         if is_validated(config, done) and not must_stop:
             require_finite(metrics)
@@ -251,7 +254,8 @@ def run_steps(run: Run, state: State, start: int) -> State:
                 logger.log(done, validation)
             except Stopped:
                 must_stop = True
-        if must_stop or is_last or done % config.checkpoint.every == 0 or validation:
+        is_regular = is_last or done % config.checkpoint.every == 0
+        if must_stop or must_save or is_regular or validation:
             require_finite(metrics, state)
             # A row of this step has to be on disk before its checkpoint: a resumed run does not
             # take the step again.
@@ -259,6 +263,7 @@ def run_steps(run: Run, state: State, start: int) -> State:
                 log_metrics(run, done, metrics, rate)
                 pending = None
             save(run, done, state, validation)
+            timer.restart()
         if must_stop:
             break
     return state
@@ -437,6 +442,26 @@ def describe_divergence(error: NotFinite, config: Config, folder: Path) -> str:
         f"{error.subject} not finite from step {error.step} of {config.steps} on;"
         f" {', or '.join(remedies)}, with another --workdir; {saved}"
     )
+
+
+class SaveTimer:
+    """Measures the time since the last save, which `checkpoint.minutes` limits."""
+
+    def __init__(self, minutes: float) -> None:
+        """Starts measuring; with 0 minutes there is no limit."""
+        self.seconds = 60 * minutes or math.inf
+        self.restart()
+
+    def restart(self) -> None:
+        """Measures from now on."""
+        self.start = time.monotonic()
+
+    def is_late(self) -> bool:
+        """Returns whether the limit is reached, and then restarts: the save may come later."""
+        is_late = time.monotonic() - self.start >= self.seconds
+        if is_late:
+            self.restart()
+        return is_late
 
 
 class ThroughputMeter:

@@ -122,13 +122,14 @@ def test_a_signal_is_remembered_until_the_state_is_saved(name, code, capfd):
     assert signal.getsignal(number) == handler
 
 
-def test_a_second_ctrl_c_interrupts_also_outside_of_a_command():
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_second_ctrl_c_interrupts_also_outside_of_a_command(name):
     with command.StopSignal() as stop, pytest.raises(KeyboardInterrupt):
         stop.start()
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(getattr(signal, name))
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-    assert stop.number == signal.SIGTERM
+    assert stop.number == getattr(signal, name)
 
 
 def test_what_nohup_ignores_stays_ignored():

@@ -59,6 +59,7 @@ def test_ints_become_floats_and_lists_tuples(content):
         ("data", "caption", "mcga", "use one of mgca, gloria"),
         ("eval", "limit", 1, "use at least 2"),
         ("checkpoint", "keep", 0, "use at least 1"),
+        ("checkpoint", "minutes", -1.0, "use at least 0"),
         (
             "heads",
             "text_local",

@@ -103,15 +103,18 @@ def test_a_folder_with_another_config_is_refused(text, calls, capsys):
 def test_the_same_run_is_resumed_and_another_is_refused(calls, capsys):
     Path("run").mkdir()
     config = Config.from_dict(main.load_config_file(CONFIG))
-    Path("run/config.json").write_text(json.dumps(config.to_dict()))
+    stored = config.to_dict()
+    del stored["checkpoint"]["minutes"]  # as of a version without the field
+    Path("run/config.json").write_text(json.dumps(stored))
     same = ["--config", CONFIG, "--workdir", "run"]
     assert main.run([*same, "--config.eval.limit=4", "--config.log_every=2"]) == 0
+    assert main.run([*same, "--config.checkpoint.minutes=5"]) == 0
     assert main.run([*same, "--config.steps=9"]) == 2
     assert (
         "workdir run holds a run of config.steps 6, not 9; pass another --workdir"
         in capsys.readouterr().err
     )
-    assert len(calls) == 1
+    assert [config.checkpoint.minutes for _, config, _ in calls] == [15, 5]
 
 
 MOVED = "--config.data.builder.manifest=new/manifest.csv"

@@ -180,9 +180,18 @@ def test_one_process():
     assert parallel.is_main() and parallel.any_process(True) and not parallel.any_process(False)
     assert parallel.gather_strings("ä") == ["ä"]
     agreement = parallel.Agreement(parallel.make_mesh())
-    assert [agreement.any_process(flag) for flag in (False, True, False)] == [False, True, False]
+    flags = [(False, True), (True, False)]
+    assert [agreement.any_process(*pair) for pair in flags] == flags
     parallel.barrier()
     parallel.initialize()
+
+
+def test_flags_that_take_two_steps_share_one_array():
+    agreement = parallel.Agreement(parallel.make_mesh())
+    agreement.is_alone = False  # as with several processes
+    calls = [(False, True), (False, False), (True, False), (True, True), (False, False)]
+    answers = [agreement.any_process(*pair) for pair in calls]
+    assert answers == [(False, False)] * 2 + calls[:3]
 
 
 def test_print_once(monkeypatch, capsys):
@@ -292,8 +301,10 @@ CLUSTER_SCRIPT = """
         assert parallel.to_host(parallel.shard(batch)).tolist() == list(range(8))
     assert parallel.any_process(process == 1) and not parallel.any_process(False)
     agreement = parallel.Agreement(parallel.make_mesh())
-    flags = [agreement.any_process(process == 1 and call == 3) for call in range(7)]
-    assert flags == [False] * 5 + [True, False], flags
+    raised = [(process == 1 and call == 3, process == 0 and call == 2) for call in range(7)]
+    flags = [agreement.any_process(*pair) for pair in raised]
+    expected = [(False, False)] * 4 + [(False, True), (True, False), (False, False)]
+    assert flags == expected, flags
     assert parallel.gather_strings("x" * (process + 1)) == ["x", "xx"]
     parallel.barrier()
     print("done", parallel.is_main())

@@ -83,19 +83,6 @@ def test_the_average_follows_the_parameters_and_teaches():
     assert largest_difference(expected, ema_params) < 1e-5
 
 
-def test_the_step_is_traced_once():
-    config = make_config()
-    components = build_components(config, parallel.AXIS)
-    state, optimiser = init_state(components, config, random_batch())
-    step = chex.assert_max_traces(make_step(components, optimiser, 0.0, parallel.AXIS), n=1)
-    mesh = parallel.make_mesh(1)
-    parallel_step = parallel.parallelise(step, mesh)
-    state = parallel.replicate(state, mesh)
-    for seed in range(3):
-        state, metrics = parallel_step(state, parallel.shard(random_batch(seed=seed), mesh))
-    chex.assert_tree_all_finite(parallel.to_host(metrics))
-
-
 def test_a_teacher_without_an_average_is_refused():
     config = make_config({"hyper": {"num_sampled_words": 4, "tile_size": 2, "progress": "ema"}})
     with pytest.raises(UserError, match="ema_decay"):
@@ -175,7 +162,8 @@ def run_loop(folder, compute=lambda number: {}, on_batch=lambda number: None, st
     state = parallel.replicate(initial_state(start), mesh)
     step = parallel.parallelise(watch_numbers(one_number_step(compute)), mesh)
     best = config.checkpoint.best or None
-    manager = checkpoint.open_manager(folder / checkpoint.FOLDER, 9, best)
+    keep = fields.get("checkpoint__keep", 9)
+    manager = checkpoint.open_manager(folder / checkpoint.FOLDER, keep, best)
     batches = Batches(on_batch)
     batches.step = start
     with Logger(folder, {}, config.steps, start) as logger, StopSignal() as stop:
@@ -293,9 +281,74 @@ def test_readers_that_end_without_a_signal_end_the_run(tmp_path):
 
 
 @pytest.fixture
+def several_processes(monkeypatch):
+    """Lets the loop agree as with several processes, whose answers take two steps."""
+
+    class Agreement(parallel.Agreement):
+        def __init__(self, mesh):
+            super().__init__(mesh)
+            self.is_alone = False
+
+    monkeypatch.setattr(parallel, "Agreement", Agreement)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Replaces the clock of training; the attribute `seconds` may be set forward."""
+    clock = SimpleNamespace(seconds=0.0)
+
+    def monotonic():
+        clock.seconds += 1e-3  # rates are divided by a time
+        return clock.seconds
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=monotonic))
+    return clock
+
+
+def test_several_processes_stop_within_two_steps(several_processes, tmp_path):
+    def send(number):
+        if number == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    state = run_loop(tmp_path, on_batch=send)
+    assert int(state.step) == 5 and saved_steps(tmp_path)[-1] == 5
+
+
+def forward(clock, **minutes):
+    """Returns what sets a clock forward in some steps, `step_3=15` by 15 minutes in step 3."""
+
+    def on_batch(number):
+        clock.seconds += 60 * minutes.get(f"step_{number}", 0)
+
+    return on_batch
+
+
+def test_a_run_saves_by_the_clock_and_by_steps(clock, tmp_path):
+    # Step 1 compiles. After the save of step 4 the time starts anew.
+    on_batch = forward(clock, step_1=99, step_2=8, step_3=6, step_4=1, step_5=14, step_6=1)
+    run_loop(tmp_path, on_batch=on_batch, steps=9, checkpoint__every=8)
+    assert saved_steps(tmp_path) == [4, 6, 8, 9]
+
+
+def test_several_processes_save_once_after_the_clock(clock, several_processes, tmp_path):
+    on_batch = forward(clock, step_2=15)
+    run_loop(tmp_path, on_batch=on_batch, checkpoint__every=100)
+    assert saved_steps(tmp_path) == [4, 8]
+
+
+def test_without_minutes_a_run_saves_by_steps_only(clock, tmp_path):
+    on_batch = forward(clock, step_3=1e9)
+    run_loop(tmp_path, on_batch=on_batch, checkpoint__every=6, checkpoint__minutes=0)
+    assert saved_steps(tmp_path) == [6, 8]
+
+
+@pytest.fixture
 def validations(monkeypatch):
-    """Replaces evaluation by one call of the model; `on_call` may send a signal before it."""
-    calls = SimpleNamespace(on_call=lambda: None, count=0)
+    """Replaces evaluation by one call of the model.
+
+    `on_call` may send a signal before it, and `scores` are the results.
+    """
+    calls = SimpleNamespace(on_call=lambda: None, count=0, scores=[])
 
     def encode(images):
         calls.count += 1
@@ -305,7 +358,7 @@ def validations(monkeypatch):
     def evaluate_model(model, config, split, folder=None, check_stop=lambda: None):
         calls.on_call()
         model.encode_image(np.zeros((1, 8, 8, 1), np.uint8))
-        return Result({"retrieval/i2t_r5": 0.5})
+        return Result({"retrieval/i2t_r5": calls.scores.pop(0) if calls.scores else 0.5})
 
     monkeypatch.setattr(train, "make_model", lambda *_: model)
     monkeypatch.setattr(evaluate, "evaluate_model", evaluate_model)
@@ -324,3 +377,82 @@ def test_a_validation_that_a_signal_prevents_is_made_up_for(best, validations, t
     assert rows[0] == '{"step": 4, "retrieval/i2t_r5": 0.5}' and validations.count == 1
     assert saved_steps(tmp_path) == [4, 8]
     assert (tmp_path / checkpoint.FOLDER / "4" / "metrics").exists() == bool(best)
+
+
+def test_saves_by_the_clock_keep_the_best_checkpoint(clock, validations, tmp_path):
+    validations.scores = [0.9, 0.1]
+    run_loop(
+        tmp_path,
+        on_batch=lambda number: setattr(clock, "seconds", clock.seconds + 900),
+        eval__every=3,
+        checkpoint__best="retrieval/i2t_r5",
+        checkpoint__every=100,
+        checkpoint__keep=2,
+    )
+    assert saved_steps(tmp_path) == [3, 7, 8] and validations.count == 2
+
+
+# A whole run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole_runs(monkeypatch):
+    """Returns what trains in a folder and returns the last metrics, and what to do after steps.
+
+    All runs share one state and one step, which may be traced once, and are not evaluated.
+    """
+    content = testing.get_config().to_dict() | CONVIRT
+    content["data"]["builder"] |= {"train": 16}
+    content["checkpoint"]["every"] = 100
+    content["parallel"]["devices"] = 1
+    after_step, shared = {}, {}
+
+    def share(module, name):
+        make = getattr(module, name)
+
+        def make_once(first, *args, **options):
+            if name not in shared:
+                first = chex.assert_max_traces(first, n=1) if name == "parallelise" else first
+                shared[name] = make(first, *args, **options)
+            return shared[name]
+
+        monkeypatch.setattr(module, name, make_once)
+
+    def advance(logger, advance=Logger.advance):
+        advance(logger)
+        after_step.get(logger.bar.n, lambda: None)()
+
+    def fingerprint(run, state):
+        return {"params_sha256": checkpoint.fingerprint(state.params)}
+
+    share(parallel, "parallelise")
+    share(train, "init_state")
+    monkeypatch.setattr(Logger, "advance", advance)
+    monkeypatch.setattr(train, "finish", fingerprint)
+
+    def run(folder):
+        content["data"]["dir"] = str(folder.parent / "data")
+        return train.train(Config.from_dict(content), folder)
+
+    return run, after_step
+
+
+def test_saves_by_the_clock_change_no_result(clock, whole_runs, tmp_path):
+    """A run that is saved by the clock, ended at once and resumed ends like another one."""
+    run, after_step = whole_runs
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    expected = run(whole)
+    after_step[3] = lambda: forward(clock, step_3=15)(3)
+    after_step[5] = lambda: signal.default_int_handler(signal.SIGINT, None)  # a second Ctrl-C
+    with pytest.raises(KeyboardInterrupt):
+        run(ended)
+    assert saved_steps(ended) == [3]
+    del after_step[5]
+    after_step[4] = lambda: signal.raise_signal(signal.SIGTERM)
+    assert run(ended) == {} and saved_steps(ended) == [3, 4]
+    assert run(ended) == expected
+    rows = [read_rows(folder / "metrics.jsonl") for folder in (whole, ended)]
+    losses, others = ([(row["step"], row["loss"]) for row in table] for table in rows)
+    assert losses == others and np.isfinite(losses).all() and len(losses) == 6
+    paths = [folder / checkpoint.FOLDER / "6/data/metadata" for folder in (whole, ended)]
+    assert paths[0].read_text() == paths[1].read_text()
