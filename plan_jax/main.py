@@ -11,8 +11,8 @@ and may have an argument, as `gloria:phantom`. `--config.field=value` overrides 
 same command to resume an interrupted run. `--mode compile` compiles the training step, for this
 machine or for a TPU that need not be there, and prints its memory, traffic and time. Ctrl-C,
 SIGTERM and a closed terminal save the state of a training run; a second Ctrl-C does not wait.
-SIGTERM exits with 0, signal n otherwise with 128 + n, and a mistake is one sentence on stderr and
-exit code 2.
+SIGTERM exits with 0, signal n otherwise with 128 + n. A mistake is one sentence on stderr and exit
+code 2; so is training that diverges, with exit code 1.
 """
 
 from plan_jax import command

@@ -16,7 +16,7 @@ batch, and its running statistics become the mean of those that the microbatches
 gradient is exactly that of the whole batch only for encoders without BatchNorm.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,9 @@ from plan_jax.model import Components
 from plan_jax.state import State
 from plan_jax.types import Batch, Features, Memory, Metrics, Params, UserError
 
+FINITE_GROUPS = "finite_groups"  # key of the metrics of `make_step`, for `watch_numbers`
 FIRST_NONFINITE = "first_nonfinite"  # key of the metrics of `watch_numbers`
+WATCH_SHAPE = (2, 3)  # of its array
 
 NO_HARD_NEGATIVES = HardNegativesConfig()
 
@@ -63,6 +65,9 @@ def make_step(
     hard_negatives: HardNegativesConfig = NO_HARD_NEGATIVES,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """Returns the training step of one device.
+
+    Its metrics are scalars, and as `FINITE_GROUPS` whether the gradient of each group of
+    `group_leaves` is finite.
 
     Args:
       components: encoders and method.
@@ -157,7 +162,9 @@ def make_step(
         if ema_params:
             ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
 
-        metrics = {"loss": computed.loss, "gradient_norm": optax.tree.norm(grads)}
+        groups = group_leaves(grads).values()
+        squares = jnp.stack([optax.tree.norm(group, squared=True) for group in groups])
+        metrics = {"loss": computed.loss, "gradient_norm": jnp.sqrt(squares.sum())}
         state = State(
             step=state.step + 1,
             key=state.key,
@@ -167,7 +174,8 @@ def make_step(
             memory=computed.memory,
             ema_params=ema_params,
         )
-        return state, parallel.mean(metrics | computed.metrics, axis)
+        metrics = parallel.mean(metrics | computed.metrics, axis)
+        return state, metrics | {FINITE_GROUPS: jnp.isfinite(squares)}
 
     return step
 
@@ -304,17 +312,50 @@ def watch_numbers(
 ) -> Callable[[tuple[State, Array], Batch], tuple[tuple[State, Array], Metrics]]:
     """Returns a step that also carries the numbers of the first steps that were not finite.
 
-    It maps (state, first) and a batch to a new pair and the metrics, with `first` [2] among them as
-    `FIRST_NONFINITE`. `first` holds the first step whose loss was NaN or infinite, and the first
-    step whose gradient was; 0 where there was none. It stays on the device, so that the host does
-    not wait for each step.
+    It maps (state, first) and a batch to a new pair and the metrics, with `first` [2 3] among them
+    as `FIRST_NONFINITE`. Its rows are about the loss and the gradient: the first step of which it
+    was NaN or infinite, the index of the first part that was, and the number of parts that were; 0
+    where there was no such step. The parts of the loss are `loss_terms`, those of the gradient
+    `group_leaves`. The array is the same on all devices and stays there, so that the host does not
+    wait for each step.
+
+    Args:
+      step: (state, batch) -> (state, metrics), as of `make_step`.
     """
 
     def watch_step(carry: tuple[State, Array], batch: Batch) -> tuple[tuple[State, Array], Metrics]:
         state, first = carry
         state, metrics = step(state, batch)
-        is_finite = jnp.isfinite(jnp.stack([metrics["loss"], metrics["gradient_norm"]]))
-        first = jnp.where((first == 0) & ~is_finite, state.step, first)
+        # The whole comes last: a sum can overflow though no part is infinite.
+        terms = jnp.stack([jnp.isfinite(metrics[x]) for x in (*loss_terms(metrics), "loss")])
+        groups = jnp.append(metrics.pop(FINITE_GROUPS), jnp.isfinite(metrics["gradient_norm"]))
+        rows = [
+            jnp.stack([state.step, parts.argmin(), (~parts[:-1]).sum()]) * ~parts[-1]
+            for parts in (terms, groups)
+        ]
+        first = jnp.where(first[:, :1] == 0, jnp.stack(rows), first)
         return (state, first), {**metrics, FIRST_NONFINITE: first}
 
     return watch_step
+
+
+def loss_terms(metrics: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the terms of the loss among the metrics of a step, sorted.
+
+    >>> loss_terms({"loss": 3, "loss_word": 2, "loss_report": 1, "gradient_norm": 1})
+    ['loss_report', 'loss_word']
+    """
+    return sorted(name for name in metrics if name.startswith("loss_"))
+
+
+def group_leaves(params: PyTree) -> dict[str, list[Any]]:
+    """Returns the leaves of parameters by their layer of an encoder or head, or part of the method.
+
+    >>> group_leaves({"encoders": {"image_tower": {"stem": {"kernel": 1}}}, "method": {"tau": 2}})
+    {'image_tower/stem': [1], 'method/tau': [2]}
+    """
+    groups: dict[str, list[Any]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("encoders/")
+        groups.setdefault("/".join(name.split("/")[:2]), []).append(leaf)
+    return groups

@@ -7,7 +7,7 @@ host.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,16 @@ from plan_jax.data.preparation import open_once
 from plan_jax.logger import Logger
 from plan_jax.model import Components, build_components, make_model
 from plan_jax.state import State, choose_normalisation, init_state
-from plan_jax.step import FIRST_NONFINITE, make_step, split_microbatches, watch_numbers
-from plan_jax.types import Batch, Metrics, Model, UserError, check_local
+from plan_jax.step import (
+    FIRST_NONFINITE,
+    WATCH_SHAPE,
+    group_leaves,
+    loss_terms,
+    make_step,
+    split_microbatches,
+    watch_numbers,
+)
+from plan_jax.types import Batch, DivergedError, Metrics, Model, UserError, check_local
 
 # Steps after which the run looks for NaN and infinity, if it does not log or save before.
 FINITE_EVERY = 100
@@ -69,8 +77,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     Raises:
       UserError: the batch is not divisible by the devices, or its part on one device by
         `microbatch`; a device has no bfloat16, another run holds `workdir`, the dataset cannot be
-        read or lacks what a task needs, a checkpoint does not fit, the loss is not finite, and
-        other mistakes of the user.
+        read or lacks what a task needs, a checkpoint does not fit, and other mistakes of the user.
+      DivergedError: the loss, the gradient or the weights are NaN or infinite.
     """
     check_local("workdir", workdir)
     workdir = Path(workdir)
@@ -156,7 +164,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                 state = run_steps(run, state, start)
             except NotFinite as error:
                 checkpoint.close(manager)
-                raise UserError(describe_divergence(error, config, folder)) from None
+                raise diverged_error(error, config, folder) from None
             except KeyboardInterrupt:
                 # A save in the background has to end before the lock does.
                 checkpoint.close(manager)
@@ -209,7 +217,7 @@ def run_steps(run: Run, state: State, start: int) -> State:
     config, logger, rate = run.config, run.logger, ThroughputMeter(run.config.batch)
     programs, start_time = parallel.CompilationCounter(), time.monotonic()
     agreement, timer = parallel.Agreement(run.mesh), SaveTimer(config.checkpoint.minutes)
-    first_nonfinite = parallel.replicate(jnp.zeros(2, jnp.int32), run.mesh)
+    first_nonfinite = parallel.replicate(jnp.zeros(WATCH_SHAPE, jnp.int32), run.mesh)
     pending: Metrics | None = None  # of the previous step, fetched while this one runs
     for step in range(start, config.steps):
         try:
@@ -235,7 +243,7 @@ def run_steps(run: Run, state: State, start: int) -> State:
             )
         is_logged = step % config.log_every == 0
         if pending is not None and (is_logged or step % FINITE_EVERY == 0):
-            require_finite(pending)
+            require_finite(pending, state)
             if is_logged:
                 log_metrics(run, step, pending, rate)
         pending = metrics
@@ -248,7 +256,7 @@ def run_steps(run: Run, state: State, start: int) -> State:
         must_stop, must_save = agreement.any_process(run.stop.number != 0, is_late)
         validation = None
         if is_validated(config, done) and not must_stop:
-            require_finite(metrics)
+            require_finite(metrics, state)
             try:
                 validation = validate(run, state)
                 logger.log(done, validation)
@@ -256,7 +264,7 @@ def run_steps(run: Run, state: State, start: int) -> State:
                 must_stop = True
         is_regular = is_last or done % config.checkpoint.every == 0
         if must_stop or must_save or is_regular or validation:
-            require_finite(metrics, state)
+            require_finite(metrics, state, is_saved=True)
             # A row of this step has to be on disk before its checkpoint: a resumed run does not
             # take the step again.
             if done % config.log_every == 0 or is_last:
@@ -272,7 +280,7 @@ def run_steps(run: Run, state: State, start: int) -> State:
 def save_last(run: Run, state: State, metrics: Metrics, rate: "ThroughputMeter") -> None:
     """Logs and saves the last step, which neither was due for."""
     step = int(state.step)
-    require_finite(metrics, state)
+    require_finite(metrics, state, is_saved=True)
     if step % run.config.log_every == 0:
         log_metrics(run, step, metrics, rate)
     save(run, step, state, None)
@@ -389,19 +397,36 @@ def model_variables(state: State) -> dict[str, PyTree]:
 # Finite numbers ----------------------------------------------------------------------------------
 
 
-def require_finite(metrics: Metrics, state: State | None = None) -> None:
-    """Checks the metrics of a step, which know of all steps before, and a state to be saved.
+def require_finite(metrics: Metrics, state: State, *, is_saved: bool = False) -> None:
+    """Checks the metrics of a step, which know of all steps before.
+
+    Args:
+      metrics: those of the step.
+      state: the state, whose names a sentence needs.
+      is_saved: whether the state is about to be saved, and its arrays are checked too.
 
     Raises:
       NotFinite: the loss, the gradient or an array of the state is NaN or infinite.
     """
     loss, gradient = parallel.to_host(metrics[FIRST_NONFINITE]).tolist()
-    if loss and (not gradient or loss <= gradient):
-        raise NotFinite("the loss is", loss)
-    if gradient:
-        raise NotFinite("the gradient is", gradient)
-    if state is not None and (name := find_nonfinite(state)):
+    # A loss that is not finite has no finite gradient, so it is the cause in the same step.
+    if loss[0] and (not gradient[0] or loss[0] <= gradient[0]):
+        raise NotFinite(f"the loss{name_parts(loss_terms(metrics), *loss[1:])} is", loss[0])
+    if gradient[0]:
+        groups = list(group_leaves(state.params))
+        raise NotFinite(f"the gradient{name_parts(groups, *gradient[1:])} is", gradient[0])
+    if is_saved and (name := find_nonfinite(state)):
         raise NotFinite(f"{name} is", int(state.step))
+
+
+def name_parts(names: Sequence[str], index: int, number: int) -> str:
+    """Returns the name at an index in brackets, and how many more of `number` there are.
+
+    >>> name_parts(["loss_report", "loss_word"], 0, 2)
+    ' (loss_report and 1 more)'
+    """
+    more = f" and {number - 1} more" if number > 1 else ""
+    return f" ({names[index]}{more})" if number else ""
 
 
 def require_finite_start(state: State, config: Config, folder: Path, start: int) -> None:
@@ -421,8 +446,8 @@ def require_finite_start(state: State, config: Config, folder: Path, start: int)
     )
 
 
-def describe_divergence(error: NotFinite, config: Config, folder: Path) -> str:
-    """Returns a sentence on what is not finite, the remedy, and the checkpoint to fall back on."""
+def diverged_error(error: NotFinite, config: Config, folder: Path) -> DivergedError:
+    """Returns the error that names what is not finite, the remedy, and the last checkpoint."""
     optim = config.optim
     remedies = [f"lower config.optim.learning_rate, now {optim.learning_rate:g}"]
     if not optim.clip_norm:
@@ -438,7 +463,7 @@ def describe_divergence(error: NotFinite, config: Config, folder: Path) -> str:
         if steps
         else "no checkpoint was saved before"
     )
-    return (
+    return DivergedError(
         f"{error.subject} not finite from step {error.step} of {config.steps} on;"
         f" {', or '.join(remedies)}, with another --workdir; {saved}"
     )

@@ -38,9 +38,17 @@ Metrics = dict[str, Array]
 class UserError(Exception):
     """A user's mistake, in one sentence that names the thing, its value and the remedy."""
 
+    exit_code = 2
+
     def _render_traceback_(self) -> list[str]:
         """Returns what a notebook shows of the error, by a convention of IPython."""
         return [str(self)]
+
+
+class DivergedError(UserError):
+    """Training whose loss, gradient or weights are NaN or infinite; names what to try."""
+
+    exit_code = 1
 
 
 # One slash, since `Path("gs://bucket/run")` is `gs:/bucket/run`. A drive of Windows is one letter.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from plan_jax import command
-from plan_jax.types import UserError
+from plan_jax.types import DivergedError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 # A command in its own process: signals end it at once. `{body}` is what it does.
@@ -50,6 +50,8 @@ def test_exit_codes(capsys):
     assert command.run(lambda: None) == 0
     assert command.run(raising(UserError("batch 3 is odd; use 4"))) == 2
     assert capsys.readouterr().err == "batch 3 is odd; use 4\n"
+    assert command.run(raising(DivergedError("the loss is not finite; lower the rate"))) == 1
+    assert capsys.readouterr().err == "the loss is not finite; lower the rate\n"
     full = OSError(errno.ENOSPC, "No space left on device", "run/x")
     assert command.run(raising(full)) == 2
     assert capsys.readouterr().err == (

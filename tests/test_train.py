@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import testing
@@ -14,11 +15,11 @@ from plan_jax import checkpoint, evaluate, parallel, train
 from plan_jax.command import StopSignal
 from plan_jax.config import Config
 from plan_jax.logger import Logger, read_rows
-from plan_jax.model import build_components
+from plan_jax.model import Components, build_components
 from plan_jax.state import State, init_state
-from plan_jax.step import make_step, watch_numbers
+from plan_jax.step import FINITE_GROUPS, FIRST_NONFINITE, WATCH_SHAPE, make_step, watch_numbers
 from plan_jax.train import ThroughputMeter
-from plan_jax.types import Batch, Model, Result, TextBatch, UserError
+from plan_jax.types import Batch, DivergedError, Features, Model, Result, TextBatch, UserError
 
 # ConVIRT compiles soonest.
 CONVIRT = {"method": "convirt", "hyper": {}, "fine_map": False}
@@ -144,6 +145,7 @@ def one_number_step(compute=lambda number: {}):
     def step(state, batch):
         number = parallel.mean(batch.image.astype(jnp.float32).mean())
         values = {"loss": number, "gradient_norm": number, "w": number} | compute(number)
+        values[FINITE_GROUPS] = jnp.ones(1, bool)
         params = {"w": jnp.full(2, values.pop("w"))}
         return state.replace(step=state.step + 1, params=params), values
 
@@ -203,6 +205,83 @@ def test_the_first_step_that_is_not_finite_is_named(name, subject, devices, tmp_
     assert saved_steps(tmp_path) == ([] if name == "w" else [3])
 
 
+class Encoder:
+    """Encodes by two numbers; `stem` and `token` may change them where the batch is bad.
+
+    The last device has a bad batch in step 4.
+    """
+
+    def __init__(self, stem=lambda x, is_bad: x, token=lambda x, is_bad: x):
+        self.stem, self.token = stem, token
+
+    def apply(self, variables, batch, train, index, **options):
+        axis, params = parallel.AXIS, variables["params"]
+        is_last = jax.lax.axis_index(axis) == jax.lax.psum(1, axis) - 1
+        is_bad = is_last & (batch.image.max() == 4)
+        stem = self.stem(params["image_tower"]["stem"]["kernel"], is_bad)
+        token = self.token(params["text_tower"]["token"]["embedding"], is_bad)
+        ones = jnp.ones((len(batch.image), 1, 1))
+        sides = (Features(x * ones[:, 0], x * ones, ones[..., 0] > 0) for x in (stem, token))
+        return tuple(sides), {}
+
+
+def sum_loss(params, memory, images, texts, extra, **options):
+    """A method of two terms, one for each side."""
+    terms = {"loss_report": images.pooled.mean(), "loss_word": texts.pooled.mean()}
+    return sum(terms.values()), (terms, memory)
+
+
+def lose_value(x, is_bad):
+    return jnp.where(is_bad, jnp.nan, x)
+
+
+@jax.custom_vjp
+def lose_gradient(x, is_bad):
+    return x
+
+
+lose_gradient.defvjp(
+    lambda x, is_bad: (x, is_bad), lambda is_bad, grad: (lose_value(grad, is_bad), None)
+)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    ("changes", "subject"),
+    [
+        ({"token": lose_value}, "the loss (loss_word) is"),
+        ({"stem": lose_value, "token": lose_value}, "the loss (loss_report and 1 more) is"),
+        ({"token": lose_gradient}, "the gradient (text_tower/token) is"),
+        (
+            {"stem": lose_gradient, "token": lose_gradient},
+            "the gradient (image_tower/stem and 1 more) is",
+        ),
+        ({"stem": lose_gradient, "token": lose_value}, "the loss (loss_word) is"),
+    ],
+)
+def test_what_is_not_finite_on_one_device_is_named_on_all(changes, subject, devices):
+    method = SimpleNamespace(IMAGE_FEATURES=("pooled",), TEXT_FEATURES=("pooled",), loss=sum_loss)
+    optimiser, mesh = optax.sgd(0.1), parallel.make_mesh(devices)
+    step = make_step(
+        Components(Encoder(**changes), method, None, None), optimiser, 0.0, parallel.AXIS
+    )
+    step = parallel.parallelise(watch_numbers(step), mesh)
+    towers = {"image_tower": {"stem": {"kernel": 1.0}}, "text_tower": {"token": {"embedding": 1.0}}}
+    params = {"encoders": towers, "method": {}}
+    state = initial_state().replace(params=params, opt_state=optimiser.init(params))
+    carry = parallel.replicate((state, jnp.zeros(WATCH_SHAPE, jnp.int32)), mesh)
+    batches = Batches(lambda number: None)
+    for number in range(1, 7):
+        carry, metrics = step(carry, parallel.shard(next(batches), mesh))
+        if number < 4:
+            train.require_finite(metrics, carry[0], is_saved=True)
+    with pytest.raises(train.NotFinite) as error:
+        train.require_finite(metrics, carry[0])
+    assert (error.value.subject, error.value.step) == (subject, 4)
+    copies = [np.asarray(shard.data) for shard in metrics[FIRST_NONFINITE].addressable_shards]
+    assert len(copies) == devices and all((copy == copies[0]).all() for copy in copies)
+
+
 def test_nothing_is_logged_from_the_first_step_on_that_is_not_finite(tmp_path):
     with pytest.raises(train.NotFinite):
         run_loop(tmp_path, infinite_from(4, "loss"), log_every=1)
@@ -228,14 +307,15 @@ def test_the_sentence_names_the_step_the_remedy_and_the_checkpoint(tmp_path):
     for step in (5, 10):
         (tmp_path / str(step)).mkdir()
     config = make_config(learning_rate=1e30, clip_norm=0.0)
-    sentence = train.describe_divergence(train.NotFinite("the loss is", 12), config, tmp_path)
-    assert sentence == (
+    error = train.diverged_error(train.NotFinite("the loss is", 12), config, tmp_path)
+    assert isinstance(error, DivergedError) and str(error) == (
         "the loss is not finite from step 12 of 50 on; lower config.optim.learning_rate, now"
         " 1e+30, or set config.optim.clip_norm, now 0, with another --workdir; checkpoint"
         f" {tmp_path / '10'} has the last finite weights that were saved"
     )
     config = make_config({"dtype": "bfloat16"} | CONVIRT)
-    sentence = train.describe_divergence(train.NotFinite("the loss is", 1), config, tmp_path / "5")
+    error = train.NotFinite("the loss is", 1)
+    sentence = str(train.diverged_error(error, config, tmp_path / "5"))
     assert "the data of the first batch, or use config.dtype=float32" in sentence
     assert "learning_rate" not in sentence and "no checkpoint was saved before" in sentence
 

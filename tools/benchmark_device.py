@@ -230,7 +230,7 @@ def make_jax_side(config: Any, batch: Any, findings: Sequence[str], is_measured:
     from plan_jax import parallel
     from plan_jax.model import build_components
     from plan_jax.state import init_state
-    from plan_jax.step import FIRST_NONFINITE, make_step, watch_numbers
+    from plan_jax.step import FIRST_NONFINITE, WATCH_SHAPE, make_step, watch_numbers
 
     mesh = parallel.make_mesh(1)
     components = build_components(config, parallel.AXIS)
@@ -243,7 +243,7 @@ def make_jax_side(config: Any, batch: Any, findings: Sequence[str], is_measured:
         return JaxSide(nothing, flops, tags, vocab_size)
     step = watch_numbers(make_step(components, optimiser, config.ema_decay, parallel.AXIS))
     step = parallel.parallelise(step, mesh)
-    carry = parallel.replicate((state, jnp.zeros(2, jnp.int32)), mesh)
+    carry = parallel.replicate((state, jnp.zeros(WATCH_SHAPE, jnp.int32)), mesh)
     on_device = parallel.shard(batch, mesh)
     del state
 

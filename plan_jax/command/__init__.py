@@ -51,8 +51,9 @@ _process = _Process()
 def run(command: Callable[[], None]) -> int:
     """Runs a command and returns its exit code.
 
-    The code is 0, 2 for a user's mistake and for what the system says (one sentence on stderr), and
-    128 + n after signal n. It is 0 after SIGTERM if the same command continues.
+    The code is 0, 2 for a user's mistake and for what the system says (one sentence on stderr), 1
+    for training that diverged (one sentence too), and 128 + n after signal n. It is 0 after SIGTERM
+    if the same command continues.
     """
     # Imported here: it takes seconds, and signals have to be handled before.
     from plan_jax.types import UserError
@@ -77,7 +78,7 @@ def run(command: Callable[[], None]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         _flush_output()
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print(_interruption(), file=sys.stderr)
         return 128 + signal.SIGINT

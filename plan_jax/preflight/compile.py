@@ -24,7 +24,7 @@ from plan_jax.preflight.roofline import Roofline, estimate
 from plan_jax.preflight.shapes import local_batch, make_shapes
 from plan_jax.preflight.topology import Target
 from plan_jax.preflight.traffic import count_traffic
-from plan_jax.step import make_step, split_microbatches, watch_numbers
+from plan_jax.step import WATCH_SHAPE, make_step, split_microbatches, watch_numbers
 
 # What XLA says of a program that does not fit, as "(40.25G) exceeds available HBM (15.75G)" or
 # "Used 20.93G of 15.75G hbm".
@@ -115,7 +115,7 @@ def compile_step(config: Config, target: Target, effort: float = 0.0) -> Preflig
     parallel_step: Any = parallel.parallelise(watch_numbers(step), target.mesh)
     # XLA takes the number as a float only, and of some platforms not at all.
     compiler_options = {"exec_time_optimization_effort": float(effort)} if effort else None
-    carry = (shapes.state, jax.ShapeDtypeStruct((2,), jnp.int32))
+    carry = (shapes.state, jax.ShapeDtypeStruct(WATCH_SHAPE, jnp.int32))
     start = time.monotonic()
     with _without_cache(), _progress(f"{config.method} for {target.name}"):
         traced = parallel_step.trace(carry, shapes.batch)
