@@ -147,7 +147,10 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                     f"{unknown_share:.1%} of the texts' pieces are unknown to tokenizer {name}"
                 )
             about_images = loader.describe_augmentation(dataset, data.augment, data.size)
-            for sentence in (*about_images, *about_variants):
+            about_texts = loader.describe_lengths(
+                dataset, components.tokenizer, data.max_tokens, data.max_words
+            )
+            for sentence in (*about_texts, *about_images, *about_variants):
                 logger.info(sentence)
             if left_out := len(all_pairs) - len(dataset):
                 rule = f" under caption rule {config.data.caption}" if config.data.caption else ""

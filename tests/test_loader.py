@@ -58,6 +58,22 @@ def study_numbers(batch):
 # Content of a batch -------------------------------------------------------------------------
 
 
+def test_texts_that_are_cut_are_counted(dataset, tokenizer):
+    texts = [dataset.read_text(index) for index in range(NUM_RECORDS)]
+    sentences = [tokenizer.tokenize_sentences(text) for text in texts]
+    num_words = [sum(len(sentence.word_id) for sentence in text) for text in sentences]
+    num_pieces = [sum(len(sentence.tokens) for sentence in text) for text in sentences]
+    longest, most = max(num_words), max(num_pieces) + 2
+    assert loader.describe_lengths(dataset, tokenizer, most, longest) == []
+    for limits in ((most, longest - 1), (most - 1, longest)):
+        (sentence,) = loader.describe_lengths(dataset, tokenizer, *limits)
+        count = sum(
+            pieces + 2 > limits[0] or words > limits[1]
+            for pieces, words in zip(num_pieces, num_words, strict=True)
+        )
+        assert sentence.startswith(f"{count} of {NUM_RECORDS} sampled texts exceed") and count > 0
+
+
 def test_a_batch_has_the_fields_of_the_step(make_batches):
     batch = next(make_batches())
     extra = batch.extra

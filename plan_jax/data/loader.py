@@ -130,6 +130,26 @@ def check_texts(dataset: Dataset, tokenizer: tokenization.Tokenizer) -> float:
     )
 
 
+def describe_lengths(
+    dataset: Dataset, tokenizer: tokenization.Tokenizer, max_tokens: int, max_words: int
+) -> list[str]:
+    """Returns how many texts of a sample are too long, in a sentence; none if all fit."""
+    stride = max(1, len(dataset) // CHECKED_TEXTS)
+    indices = range(0, len(dataset), stride)
+    count = 0
+    for index in indices:
+        sentences = tokenizer.tokenize_sentences(dataset.read_text(index))
+        num_pieces = sum(len(sentence.tokens) for sentence in sentences)
+        num_words = sum(len(sentence.word_id) for sentence in sentences)
+        count += num_pieces > max_tokens - 2 or num_words > max_words  # [CLS] and [SEP]
+    if not count:
+        return []
+    return [
+        f"{count} of {len(indices)} sampled texts exceed data.max_tokens {max_tokens} or "
+        f"data.max_words {max_words}; at each step such a text loses sentences, in a new order"
+    ]
+
+
 def describe_augmentation(
     dataset: Dataset, augment: Augmentation, size: int, seed: int = 0
 ) -> list[str]:
