@@ -151,6 +151,19 @@ def test_the_score_of_a_pair_does_not_depend_on_the_batch(name):
         np.testing.assert_allclose(score[0, 0], tables[kind][2, 4], rtol=1e-4, atol=1e-5)
 
 
+def make_gradient(name, pairs, dim, fine=False, **changes):
+    """Returns the gradient of a loss by the features of both sides, and features of many pixels."""
+    method, hyper, params, memory = initialise(name, dim, **MEMORY_HYPERS.get(name, {}) | changes)
+    sides = features.draw_features(pairs, words=24, dim=dim, grid=(19, 19), fine=fine)
+    extra = features.draw_extra(sides[1])
+
+    def compute_loss(images, texts):
+        options = {"key": KEY, "step": jnp.array(9), "hyper": hyper}
+        return method.loss(params, memory, images, texts, extra, **options)[0]
+
+    return jax.grad(compute_loss, (0, 1), allow_int=True), sides
+
+
 @pytest.mark.parametrize(
     ("name", "fine"), [*((name, False) for name in METHODS if name != "convirt"), ("plan", True)]
 )
@@ -162,19 +175,11 @@ def test_no_array_of_the_local_loss_grows_faster_than_the_batch(name, fine):
     compared in soak/test_memory.py. Vectors are short, since a table of the batch's pairs would
     else be no larger than a batch of pixels; a small `guide_sigma` keeps affinities small too.
     """
-    changes = MEMORY_HYPERS.get(name, {}) | ({"guide_sigma": 0.5} if fine else {})
-    method, hyper, params, memory = initialise(name, 16, **changes)
+    changes = {"guide_sigma": 0.5} if fine else {}
     sizes = {}
     for pairs in (16, 128):
-        images, texts = features.draw_features(pairs, words=24, dim=16, grid=(19, 19), fine=fine)
-        extra = features.draw_extra(texts)
-
-        def objective(images, texts, extra=extra):
-            return method.loss(
-                params, memory, images, texts, extra, key=KEY, step=jnp.array(9), hyper=hyper
-            )[0]
-
-        program = jax.make_jaxpr(jax.grad(objective, (0, 1), allow_int=True))(images, texts)
+        gradient, sides = make_gradient(name, pairs, 16, fine, **changes)
+        program = jax.make_jaxpr(gradient)(*sides)
         sizes[pairs] = max(features.list_array_sizes(program.jaxpr))
     assert sizes[128] <= 8 * sizes[16], sizes
 

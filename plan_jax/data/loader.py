@@ -114,14 +114,18 @@ def train_batches(
     return BatchIterator(grain.MapDataset.source(source), workers, order)
 
 
+def _sample_indices(dataset: Dataset) -> range:
+    """Returns the indices of evenly spaced records, `CHECKED_TEXTS` or some more."""
+    return range(0, len(dataset), max(1, len(dataset) // CHECKED_TEXTS))
+
+
 def check_texts(dataset: Dataset, tokenizer: tokenization.Tokenizer) -> float:
     """Returns the share of unknown pieces in a sample of a dataset's texts.
 
     Raises:
       UserError: if the texts are in a script that the tokenizer does not know.
     """
-    stride = max(1, len(dataset) // CHECKED_TEXTS)
-    texts = [dataset.read_text(index) for index in range(0, len(dataset), stride)]
+    texts = [dataset.read_text(index) for index in _sample_indices(dataset)]
     return tokenization.check_known(
         tokenizer,
         texts,
@@ -134,8 +138,7 @@ def describe_lengths(
     dataset: Dataset, tokenizer: tokenization.Tokenizer, max_tokens: int, max_words: int
 ) -> list[str]:
     """Returns how many texts of a sample are too long, in a sentence; none if all fit."""
-    stride = max(1, len(dataset) // CHECKED_TEXTS)
-    indices = range(0, len(dataset), stride)
+    indices = _sample_indices(dataset)
     count = 0
     for index in indices:
         sentences = tokenizer.tokenize_sentences(dataset.read_text(index))
@@ -154,8 +157,7 @@ def describe_augmentation(
     dataset: Dataset, augment: Augmentation, size: int, seed: int = 0
 ) -> list[str]:
     """Returns what an augmentation does to the texts and the regions of a sample, in sentences."""
-    stride = max(1, len(dataset) // CHECKED_TEXTS)
-    indices = range(0, len(dataset), stride)
+    indices = _sample_indices(dataset)
     sentences = []
     if augment.flip:
         num_sided = sum(sides.names_side(dataset.read_text(index)) for index in indices)
@@ -188,8 +190,7 @@ def describe_variants(dataset: Dataset, kinds: Sequence[str]) -> list[str]:
     """
     if not kinds:
         return []
-    stride = max(1, len(dataset) // CHECKED_TEXTS)
-    texts = [dataset.read_text(index) for index in range(0, len(dataset), stride)]
+    texts = [dataset.read_text(index) for index in _sample_indices(dataset)]
     findings = tuple(dataset.findings)
     count = sum(
         any(rewriting.find_variants(text, kind, findings) for kind in kinds) for text in texts

@@ -333,7 +333,8 @@ def compute_affinity(
       For each cell its weights of the N cells of the rows near it, see `_near_rows`; a table of
       all pairs of cells would be several times as large.
     """
-    (num_rows, num_columns), radius = grid, _guide_radius(grid[0], hyper)
+    (num_rows, num_columns), reach = grid, math.ceil(2 * hyper.guide_sigma)
+    radius = min(reach, num_rows - 1)
     pixels, guide = (lax.stop_gradient(x).reshape(*grid, -1) for x in (pixels, guide))
     # Places are known when the program is compiled.
     offset = np.stack(np.divmod(np.arange((2 * radius + 1) * num_columns), num_columns), -1)
@@ -341,7 +342,7 @@ def compute_affinity(
         offset - np.stack([np.full(num_columns, radius), np.arange(num_columns)], -1)[:, None]
     )
     row_YN = np.arange(num_rows)[:, None] + offset[:, 0] - radius
-    is_near_XN = (abs(offset_XN2) <= math.ceil(2 * hyper.guide_sigma)).all(-1)
+    is_near_XN = (abs(offset_XN2) <= reach).all(-1)
     is_near_YXN = is_near_XN & ((row_YN >= 0) & (row_YN < num_rows))[:, None]
     # Of unit vectors.
     cosine_YXN = jnp.einsum("yxd,ynd->yxn", pixels, _near_rows(pixels, radius))
@@ -372,11 +373,6 @@ def guide_maps(
     maps_YXK = maps.T.reshape(num_rows, num_columns, -1)
     smoothed = lax.scan(smooth, maps_YXK, None, num_steps)[0]
     return smoothed.reshape(maps.shape[1], -1).T
-
-
-def _guide_radius(num_rows: int, hyper: Hyper) -> int:
-    """Returns the number of rows above and below a cell that equation 11 reads."""
-    return min(math.ceil(2 * hyper.guide_sigma), num_rows - 1)
 
 
 def _near_rows(cells: Float[Array, "Y X C"], radius: int) -> Float[Array, "Y N C"]:
