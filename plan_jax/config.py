@@ -462,6 +462,11 @@ FREE_FIELDS = (
     "text.remat",
     "text.scan",
 )
+# What the hosts of a run may have each for itself: places and processes of their own machine.
+HOST_FIELDS = (
+    *("data.dir", "data.source", "data.builder.source", "data.cache", "parallel.cache"),
+    *("data.builder.workers", "data.workers"),
+)
 # Where data are, which a fingerprint replaces.
 PLACES = (
     *("data.builder.manifest", "data.builder.images", "data.builder.reports"),
@@ -532,9 +537,18 @@ def difference(old: Config, new: Config, ignore: Sequence[str] = ()) -> str:
     """
     if old.data.fingerprint:
         ignore = (*ignore, *PLACES)
+    return _first_difference(old, new, (*FREE_FIELDS, *ignore))
+
+
+def host_difference(first: Config, other: Config) -> str:
+    """Returns the first field in which two hosts of a run differ and may not, or ""."""
+    return _first_difference(first, other, HOST_FIELDS)
+
+
+def _first_difference(old: Config, new: Config, free: Sequence[str]) -> str:
     before, after = (dict(flatten(config.to_dict())) for config in (old, new))
     for name in sorted({*before, *after}):
-        is_free = any(name == f or name.startswith(f"{f}.") for f in (*FREE_FIELDS, *ignore))
+        is_free = any(name == f or name.startswith(f"{f}.") for f in free)
         values = [flat.get(name, "unset") for flat in (before, after)]
         if not is_free and values[0] != values[1]:
             return f"config.{name} {values[0]}, not {values[1]}"

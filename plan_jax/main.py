@@ -254,6 +254,7 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
             config = configs.expect_data(config, previous_config, is_own=True)
     else:
         configs.check_image_size(config, is_training=True)
+    require_same_config(config)
     from plan_jax.train import train as train_run
 
     command.describe_interruption("the same command continues")
@@ -377,6 +378,25 @@ def compile_step(
                 raise UserError(
                     f"{path} cannot be written ({error.strerror}); pass another --workdir"
                 ) from None
+
+
+def require_same_config(config: Any) -> None:
+    """Checks that all hosts of a run have the same config, but for places on their machines.
+
+    Raises:
+      UserError: two differ; in every host, and the sentence names the first field.
+    """
+    from plan_jax import config as configs
+    from plan_jax import parallel
+
+    texts = parallel.gather_strings(json.dumps(config.to_dict()))
+    first, *others = (configs.Config.from_dict(json.loads(text)) for text in texts)
+    for index, other in enumerate(others, 1):
+        if difference := configs.host_difference(first, other):
+            raise UserError(
+                f"{parallel.host_name(index)} does not have the config of {parallel.host_name(0)},"
+                f" which has {difference}; start the same command on all hosts"
+            )
 
 
 def report_results(compute_metrics: Callable[[], Mapping[str, Any]], page: Path) -> None:

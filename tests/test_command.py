@@ -92,7 +92,7 @@ def test_a_signal_ends_a_command_at_once(name, is_saved, code):
     assert err == "interrupted; no results were written\n"
 
 
-def test_training_survives_the_first_signal_and_not_a_second_ctrl_c():
+def test_training_survives_a_signal_that_is_sent_twice_and_not_a_second_ctrl_c():
     body = (
         "stop = command.StopSignal(); stop.start(); signal.raise_signal(signal.SIGTERM)\n"
         "    while not stop.number: time.sleep(0.01)\n"
@@ -106,6 +106,20 @@ def test_training_survives_the_first_signal_and_not_a_second_ctrl_c():
         "stopping after this step, whose state is saved\n"
         "interrupted; the same command resumes from the last checkpoint\n"
     )
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_training_does_not_survive_a_second_signal_that_comes_later(name, code):
+    body = (
+        "command.REPEATED = 0.2; stop = command.StopSignal(); stop.start()\n"
+        "    signal.raise_signal(signal.SIGTERM); signal.raise_signal(signal.SIGTERM)\n"
+        f"    time.sleep(0.5); print('goes on', flush=True); signal.raise_signal(signal.{name})\n"
+        "    time.sleep(60)"
+    )
+    process = start(body)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "goes on\n")
+    assert err.endswith("interrupted; the same command resumes from the last checkpoint\n")
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 0), ("SIGHUP", 129)])

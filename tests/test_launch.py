@@ -247,7 +247,7 @@ def test_a_machine_that_exists_is_used_and_waited_for_once_it_is_lost(machine):
 
 def test_a_run_that_lost_a_host_starts_again(machine):
     sentence = "another host of this run has ended or cannot be reached"
-    assert f'"{sentence}' in (ROOT / "plan_jax/parallel.py").read_text()
+    assert f'"{sentence}' in (ROOT / "plan_jax/parallel/hosts.py").read_text()
     machine.play(f"2 {sentence}; look", "0")
     assert start_tpu(machine, "--mount", "b", "--type=v6e-16").returncode == 0
     assert len(machine.calls("python")) == 2

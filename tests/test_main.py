@@ -10,7 +10,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from plan_jax import checkpoint, evaluate, main, train
+from configs import testing
+from plan_jax import checkpoint, evaluate, main, parallel, train
 from plan_jax.config import Config, flatten
 from plan_jax.types import UserError
 
@@ -216,6 +217,30 @@ def test_a_workdir_in_a_folder_that_may_not_be_entered(monkeypatch, calls, capsy
         "workdir closed/run cannot be written (Permission denied); pass another --workdir\n"
     )
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "difference"),
+    [
+        (
+            "steps",
+            7,
+            r"host 1 does not have the config of host 0, which has config.steps \d+, not 7;",
+        ),
+        ("log_every", 7, "host 1 does not have the config of host 0, which has config.log_every"),
+        ("data.dir", "elsewhere", ""),
+    ],
+)
+def test_hosts_with_different_configs_are_refused(field, value, difference, monkeypatch):
+    content = testing.get_config()
+    own = Config.from_dict(content.to_dict())
+    content.update_from_flattened_dict({field: value})
+    texts = [json.dumps(config.to_dict()) for config in (own, Config.from_dict(content.to_dict()))]
+    monkeypatch.setattr(parallel, "gather_strings", lambda text: texts)
+    if not difference:
+        return main.require_same_config(own)
+    with pytest.raises(UserError, match=difference):
+        main.require_same_config(own)
 
 
 def test_a_bug_is_not_hidden(monkeypatch):

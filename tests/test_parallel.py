@@ -1,6 +1,7 @@
 """Devices: eight equal one, both implementations agree, mistakes are reported in a sentence."""
 
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,7 @@ from configs import testing
 from plan_jax import parallel
 from plan_jax.config import Config
 from plan_jax.methods.contrastive import global_indices
+from plan_jax.parallel import cluster, hosts
 from plan_jax.train import train as train_config
 from plan_jax.types import UserError
 
@@ -251,6 +253,35 @@ def test_the_device_that_is_used_instead_is_named(monkeypatch, capsys):
     assert error.startswith("JAX_PLATFORMS is cuda,cpu: ") and error.endswith("; using cpu\n")
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "num_tpus", "sentence"),
+    [
+        (True, 0, r"this machine has an NVIDIA GPU, and JAX uses its CPU; .*jax\[cuda12\]'.*=cpu"),
+        (False, 4, r"this machine has a TPU, and JAX uses its CPU; pip install -U 'jax\[tpu\]'"),
+        (False, 0, ""),
+    ],
+)
+def test_an_accelerator_that_is_not_used_is_a_mistake(
+    has_gpu, num_tpus, sentence, monkeypatch, tmp_path
+):
+    (tmp_path / "nvidia0").touch()
+    path = tmp_path / ("nvidia0" if has_gpu else "none")
+    monkeypatch.setattr(parallel, "NVIDIA_DEVICE", path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    count = (num_tpus, "0x0063")
+    monkeypatch.setattr(
+        parallel.hardware_utils, "num_available_tpu_chips_and_device_id", lambda: count
+    )
+    parallel.configure_backend(1, "programs")  # JAX_PLATFORMS is cpu in tests
+    if not sentence:
+        return parallel._require_accelerators()
+    with pytest.raises(UserError, match=sentence):
+        parallel._require_accelerators()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    if has_gpu:
+        parallel._require_accelerators()
+
+
 CACHE = """
 import os, sys, jax
 from plan_jax import parallel
@@ -273,12 +304,70 @@ def test_programs_are_cached_whatever_ran_before(tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [("JAX_PROCESS_ID", "one"), ("JAX_NUM_PROCESSES", "")])
 def test_incomplete_cluster_variables(monkeypatch, name, value):
-    cluster = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
-    for variable, setting in {**cluster, name: value}.items():
+    variables = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    for variable, setting in {**variables, name: value}.items():
         monkeypatch.setenv(variable, setting)
     with pytest.raises(
         UserError, match=f"{name} is (one|not set); a run on several hosts needs JAX_COO"
     ):
+        parallel.initialize()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2 and JAX_NUM_PROCESSES is 2; use 0 to 1"),
+        ({"JAX_COORDINATOR_ADDRESS": "h"}, "JAX_COORDINATOR_ADDRESS is h; must be the host 0 and"),
+        ({"PLAN_JAX_START_TIMEOUT": "soon"}, "PLAN_JAX_START_TIMEOUT is soon; must be a number"),
+        ({"JAX_DISTRIBUTED": "yes"}, "JAX_DISTRIBUTED is yes; use auto or off, or unset it"),
+    ],
+)
+def test_wrong_cluster_variables(monkeypatch, changes, sentence):
+    variables = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    for variable, setting in {**variables, **changes}.items():
+        monkeypatch.setenv(variable, setting)
+    with pytest.raises(UserError, match=sentence):
+        parallel.initialize()
+    monkeypatch.setenv("JAX_DISTRIBUTED", "off")
+    parallel.initialize()  # this process is alone
+
+
+SLURM = {
+    **{"SLURM_JOB_ID": "5", "SLURM_STEP_NODELIST": "node[3-4],other", "SLURM_STEP_NUM_NODES": "3"},
+    **{"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        (SLURM, ("node3:61445", 4, 1, [0])),
+        ({**SLURM, "JAX_COORDINATOR_PORT": "777"}, ("node3:777", 4, 1, [0])),
+        ({**SLURM, "JAX_COORDINATOR_ADDRESS": "h:1"}, ("h:1", 4, 1, [0])),
+        # The script of a job before it calls srun, and a single task.
+        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NUM_TASKS"}, None),
+        ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, ("node3:61445", 1, 0, [0])),
+    ],
+)
+def test_clusters_are_found_without_a_variable(monkeypatch, variables, expected):
+    for variable, setting in variables.items():
+        monkeypatch.setenv(variable, setting)
+    assert cluster._find_cluster() == (expected and cluster._Cluster(*expected))
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"JAX_DISTRIBUTED": "auto"}, "JAX_DISTRIBUTED is auto, and JAX finds neither SLURM, Open"),
+        ({**SLURM, "JAX_COORDINATOR_PORT": "x"}, "JAX_COORDINATOR_PORT is x; must be a number"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "JAX_NUM_PROCESSES is not set; a run on several ho"),
+    ],
+)
+def test_clusters_that_cannot_be_joined(monkeypatch, variables, sentence):
+    for variable, setting in variables.items():
+        monkeypatch.setenv(variable, setting)
+    with pytest.raises(UserError, match=sentence):
         parallel.initialize()
 
 
@@ -333,12 +422,12 @@ def start_cluster(script, *arguments):
     """Starts two processes of one cluster, with two devices each."""
     port = portpicker.pick_unused_port()
     flags = "--xla_force_host_platform_device_count=2"
-    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     return [
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(script), *arguments],
             cwd=ROOT,
-            env={**os.environ, **cluster, "XLA_FLAGS": flags, "JAX_PROCESS_ID": str(index)},
+            env={**os.environ, **variables, "XLA_FLAGS": flags, "JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -360,9 +449,10 @@ def test_a_process_whose_host_is_lost_ends_with_a_sentence(victim, state):
         while run.stdout.readline() not in ("ready\n", ""):
             pass
     runs[victim].kill()
-    _, error = runs[1 - victim].communicate(timeout=150)  # JAX misses a heartbeat after 100
+    _, error = runs[1 - victim].communicate(timeout=60)
     runs[victim].communicate()
-    assert (runs[1 - victim].returncode, error.strip()) == (2, parallel.LOST_HOST)
+    name = f"host {victim} ({socket.gethostname()}, process {runs[victim].pid}) has ended"
+    assert (runs[1 - victim].returncode, error.strip()) == (2, hosts.lost_sentence(name))
 
 
 def test_bfloat16_needs_a_card_that_has_it(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -23,6 +24,7 @@ from typing import Any
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
+REPEATED = 1.0  # seconds in which SIGTERM and SIGHUP count once
 BROKEN_PIPE = 13  # the number of SIGPIPE: a pipe without a reader requests a stop like a signal
 # What the system says of a path or a disk, which no change of this program would mend.
 SYSTEM_ERRORS = tuple(
@@ -171,7 +173,8 @@ def _is_notebook() -> bool:
 class StopSignal:
     """Remembers the signal that arrives between `start` and its end; a context manager.
 
-    A second Ctrl-C ends the process at once.
+    A second one ends the process at once. `timeout` and other senders signal a process and its
+    group, so a second SIGTERM or SIGHUP within REPEATED seconds is the same request.
 
     Attributes:
       number: the number of the signal, 0 if there was none.
@@ -179,7 +182,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         """Starts without a signal."""
-        self.number = 0
+        self.number, self.time = 0, 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -200,10 +203,12 @@ class StopSignal:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def receive(self, number: int) -> bool:
-        """Remembers a signal; returns False for a second Ctrl-C, which does not wait."""
+        """Remembers a signal; returns False for a second one, which does not wait."""
         if self.number:
-            return number != signal.SIGINT
-        self.number = _process.number = number
+            is_repeated = time.monotonic() - self.time < REPEATED
+            return number == BROKEN_PIPE or (is_repeated and number != signal.SIGINT)
+        self.number, self.time = number, time.monotonic()
+        _process.number = number
         again = "; press Ctrl-C again to end at once" if number == signal.SIGINT else ""
         _print_line(f"stopping after this step, whose state is saved{again}")
         return True

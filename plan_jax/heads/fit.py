@@ -20,7 +20,7 @@ from tqdm import tqdm
 from plan_jax.heads.examples import StoredRows, count_examples, list_batches, read_batches
 from plan_jax.logger import report_write_errors, write_atomically
 from plan_jax.parallel import print_once
-from plan_jax.types import UserError
+from plan_jax.types import DivergedError, UserError
 
 HISTORY = ("losses", "scores")  # lists of a fit's state: one number for each epoch
 
@@ -204,15 +204,15 @@ def _record_epoch(
     """Scores an epoch and writes it into the state of the fit.
 
     Raises:
-      UserError: the loss is not finite, or the score is NaN.
+      DivergedError: the loss is not finite, or the score is NaN.
     """
     epoch = state["epoch"] + 1
     if not math.isfinite(loss):
-        raise UserError(f"the loss of {name} is {loss} in epoch {epoch}; lower {option}")
+        raise DivergedError(f"the loss of {name} is {loss} in epoch {epoch}; lower {option}")
     state["params"], state["stats"], state["optimiser"] = trained
     value = float(score(state["params"], state["stats"]))
     if math.isnan(value):
-        raise UserError(f"the score of {name} is nan in epoch {epoch}; lower {option}")
+        raise DivergedError(f"the score of {name} is nan in epoch {epoch}; lower {option}")
     state["losses"].append(loss)
     state["scores"].append(value)
     is_best = value > state["best_score"]

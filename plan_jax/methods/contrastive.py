@@ -2,7 +2,7 @@
 
 `axis` names the mapped device axis (None: one device). A method may import `types`, `layers`, this
 file and its own parts only, so the collectives that a contrastive loss needs live here.
-`parallel.py` alone decides which devices there are.
+`parallel` alone decides which devices there are.
 
 A loss is computed in blocks: a device compares its own b images with the texts of all devices
 [b T], and only texts travel. The loss itself is the same number on every device. The collectives

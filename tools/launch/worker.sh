@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 GCSFUSE=${GCSFUSE:-3.7.1}
 RELEASES=https://github.com/GoogleCloudPlatform/gcsfuse/releases/download
-LOST_HOST='another host of this run has ended or cannot be reached' # of plan_jax/parallel.py
+LOST_HOST='another host of this run has ended or cannot be reached' # of plan_jax/parallel/hosts.py
 
 fail() {
   printf '%s\n' "$1" >&2

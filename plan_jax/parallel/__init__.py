@@ -8,129 +8,41 @@ must be equal on every device, so the step averages them before it returns.
 
 import collections
 import contextlib
-import ctypes
 import functools
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import hardware_utils
 from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxlib import _jax
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
+from plan_jax.parallel.cluster import host_name, initialize, leave, report_lost_host
 from plan_jax.types import UserError
+
+__all__ = ["host_name", "initialize", "leave", "report_lost_host"]  # of cluster.py
 
 AXIS = "devices"
 IMPLEMENTATIONS = ("shard_map", "pmap")
-LOST_HOST = (
-    "another host of this run has ended or cannot be reached; look at its output, then repeat the "
-    "command on all hosts to resume from the last checkpoint"
-)
-_CONNECTION = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|DEADLINE_EX", re.I)
 BFLOAT16_CAPABILITY = 8.0  # of NVIDIA's Ampere, the first with units for it
 NO_GPU = "JAX sees no NVIDIA GPU, or its CUDA plugin is not installed"
+
+NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 # How an array lies on a mesh: a copy on every device, or its first axis divided among them.
 REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
 
 
 # Setting up --------------------------------------------------------------------------------------
-
-
-def initialize() -> None:
-    """Joins the cluster that the environment describes, if any; called before JAX is used.
-
-    `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` describe a
-    cluster by hand. With `JAX_DISTRIBUTED=auto` JAX asks the cluster itself (SLURM, TPU slices,
-    GKE).
-
-    Raises:
-      UserError: only some of the three variables are set, or a count is not a number.
-    """
-    if jax.distributed.is_initialized():
-        return
-    # Its handler of SIGTERM would replace the one that lets training save.
-    if "jax_enable_preemption_service" in jax.config.values:  # since JAX 0.8
-        jax.config.update("jax_enable_preemption_service", False)
-    if os.environ.get("JAX_DISTRIBUTED") == "auto":
-        with _end_without_host():
-            jax.distributed.initialize()
-        return
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    values = [os.environ.get(name, "") for name in names]
-    if not any(values):
-        return
-    for name, value, is_number in zip(names, values, (False, True, True), strict=True):
-        if not value or (is_number and not value.isdigit()):
-            raise UserError(
-                f"{name} is {value or 'not set'}; a run on several hosts needs {', '.join(names)}"
-            )
-    address, num_processes, process_id = values
-    with _end_without_host():
-        jax.distributed.initialize(address, int(num_processes), int(process_id))
-
-
-@contextlib.contextmanager
-def _end_without_host() -> Iterator[None]:
-    """Lets a process whose connection breaks off end with one sentence, when JAX connects in here.
-
-    By default the thread of C++ that notices it aborts the process with a trace. It calls a
-    callback instead if there is one, which JAX does not pass on. The call then fails, since its
-    argument has no counterpart in Python, and ends in the handler of uncaught errors of C++.
-    """
-    connect = _jax.get_distributed_runtime_client
-
-    def end(*_: Any) -> None:
-        time.sleep(2)  # the main thread may have noticed too, and say so itself
-        # Without the locks of the main thread, which may wait for the other host inside of XLA.
-        os.write(2, f"\n{LOST_HOST}\n".encode())
-        os._exit(2)
-
-    _jax.get_distributed_runtime_client = functools.partial(connect, missed_heartbeat_callback=end)
-    try:
-        yield
-    finally:
-        _jax.get_distributed_runtime_client = connect
-    handler = ctypes.CFUNCTYPE(None)(end)
-    _handlers.append(handler)
-    with contextlib.suppress(OSError, AttributeError):  # another library of C++
-        ctypes.CDLL("libstdc++.so.6")["_ZSt13set_terminatePFvvE"](handler)
-
-
-_handlers: list[Any] = []  # C++ has their address, so they must not be collected
-
-
-@contextlib.contextmanager
-def report_lost_host() -> Iterator[None]:
-    """Turns what JAX says of a host that does not answer any more into a sentence.
-
-    Raises:
-      UserError: in place of JAX's error.
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() > 1 and _CONNECTION.search(str(error)):
-            raise UserError(LOST_HOST) from error
-        raise
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process; one of several that has failed does not wait for the others."""
-    if code and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(code)  # at its exit JAX waits for all hosts, for a minute
-    sys.exit(code)
 
 
 def configure_backend(cpu_devices: int, cache: str | Path) -> None:
@@ -142,7 +54,8 @@ def configure_backend(cpu_devices: int, cache: str | Path) -> None:
     accelerator or once JAX has been used.
 
     Raises:
-      UserError: there is no device of the kind that JAX_PLATFORMS names.
+      UserError: there is no device of the kind that JAX_PLATFORMS names, or there is an accelerator
+        that JAX does not use.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser().absolute()))
@@ -157,6 +70,27 @@ def configure_backend(cpu_devices: int, cache: str | Path) -> None:
     platforms, platform = os.environ.get("JAX_PLATFORMS", ""), list_devices()[0].platform
     if platforms.startswith("cuda,") and platform != "gpu":
         print_once(f"JAX_PLATFORMS is {platforms}: {NO_GPU}; using {platform}")
+    elif platform == "cpu" and not (platforms or getattr(jax.config, "jax_platforms", "")):
+        _require_accelerators()
+
+
+def _require_accelerators() -> None:
+    """Checks that this machine has no accelerator, when JAX has chosen the CPU by itself.
+
+    Raises:
+      UserError: there is one. JAX only warns, and training would take days instead of hours.
+    """
+    name, extra = "", ""
+    if NVIDIA_DEVICE.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        name, extra = "an NVIDIA GPU", "cuda12"
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        if hardware_utils.num_available_tpu_chips_and_device_id()[0]:
+            name, extra = "a TPU", "tpu"
+    if name:
+        raise UserError(
+            f"this machine has {name}, and JAX uses its CPU; pip install -U 'jax[{extra}]' for this"
+            " version of JAX, or set JAX_PLATFORMS=cpu to use the CPU"
+        )
 
 
 class CompilationCounter:

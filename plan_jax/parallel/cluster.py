@@ -1,0 +1,209 @@
+"""Joins the hosts of a run by JAX's distributed runtime, and says which one has been lost."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+from jax._src import clusters
+from jaxlib import _jax
+
+from plan_jax.parallel import hosts
+from plan_jax.types import UserError
+
+CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+SIGNAL_CODE = 128  # plus the number of the signal is an exit code
+_CONNECTION = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|DEADLINE_EX", re.I)
+
+_is_ending = threading.Lock()
+_watch: hosts.Watch | None = None  # of this process, which belongs to one run
+
+
+def initialize() -> None:
+    """Joins the cluster that the environment describes, if any; called before JAX is used.
+
+    `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` describe a
+    cluster by hand. Otherwise JAX looks for one of several tasks: a step of SLURM, Open MPI, GKE, a
+    TPU slice. `JAX_COORDINATOR_PORT` sets the port there. `JAX_DISTRIBUTED` is `auto` where there
+    must be a cluster, and `off` where this process is alone whatever the environment says.
+
+    Raises:
+      UserError: only some of the three variables are set, or one has a wrong value; a host is
+        missing, or differs in its versions.
+    """
+    global _watch
+    if jax.distributed.is_initialized():
+        return
+    mode = os.environ.get("JAX_DISTRIBUTED", "")
+    if mode not in ("", "auto", "off"):
+        raise UserError(f"JAX_DISTRIBUTED is {mode}; use auto or off, or unset it")
+    cluster = None if mode == "off" else _read_cluster() or _find_cluster()
+    if mode == "auto" and cluster is None:
+        raise UserError(
+            "JAX_DISTRIBUTED is auto, and JAX finds neither SLURM, Open MPI, GKE nor a TPU slice;"
+            f" set {', '.join(CLUSTER_VARIABLES)}"
+        )
+    if cluster is None or cluster.num_processes == 1:
+        return
+    # Its handler of SIGTERM would replace the one that lets training save.
+    if "jax_enable_preemption_service" in jax.config.values:  # since JAX 0.8
+        jax.config.update("jax_enable_preemption_service", False)
+    address, num_processes, process_id, local_ids = cluster
+    _watch = hosts.meet(address, num_processes, process_id, _read_start_timeout())
+    _watch.start(lambda reason: _end(hosts.lost_sentence(reason)))
+    try:
+        with _end_without_host():
+            jax.distributed.initialize(address, num_processes, process_id, local_ids)
+    except RuntimeError as error:
+        if "called before" in str(error):
+            raise UserError(
+                "JAX was used before its hosts were connected; start a new process or kernel"
+            ) from None
+        raise UserError(_describe_loss()) from error
+
+
+class _Cluster(NamedTuple):
+    """The processes of a run: where they meet, how many they are, and which one this is."""
+
+    address: str
+    num_processes: int
+    process_id: int
+    local_device_ids: Any = None  # None: all of this machine
+
+
+def _read_cluster() -> _Cluster | None:
+    """Returns the cluster that the three variables describe, or None if none of them is set."""
+    values = [os.environ.get(name, "") for name in CLUSTER_VARIABLES]
+    if not any(values[1:]):
+        return None  # an address alone may belong to a cluster that JAX finds
+    for name, value, is_number in zip(CLUSTER_VARIABLES, values, (False, True, True), strict=True):
+        if not value or (is_number and not value.isdecimal()):
+            raise UserError(
+                f"{name} is {value or 'not set'}; a run on several hosts needs"
+                f" {', '.join(CLUSTER_VARIABLES)}"
+            )
+    address, num_processes, process_id = values[0], int(values[1]), int(values[2])
+    hosts.split_address(address)
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"JAX_PROCESS_ID is {process_id} and JAX_NUM_PROCESSES is {num_processes}; use 0 to"
+            f" {max(num_processes - 1, 0)}"
+        )
+    return _Cluster(address, num_processes, process_id)
+
+
+def _find_cluster() -> _Cluster | None:
+    """Returns the cluster that JAX recognises, or None if there is none or this process is alone.
+
+    Raises:
+      UserError: JAX_COORDINATOR_PORT is no port, or an address is set without a cluster.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    # The script of a SLURM job has the variables of the job, but is one process: srun starts more.
+    is_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ
+    found: tuple = (None, None, None, None)
+    if not is_script:
+        with contextlib.suppress(KeyError):  # part of a cluster's variables
+            found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                address, None, None, None, None, int(hosts.START_TIMEOUT)
+            )
+    if None in found[:3]:
+        if address:
+            raise UserError(
+                f"JAX_NUM_PROCESSES is not set; a run on several hosts needs"
+                f" {', '.join(CLUSTER_VARIABLES)}"
+            )
+        return None
+    cluster = _Cluster(*found)
+    if not address and (port := os.environ.get("JAX_COORDINATOR_PORT")):  # since JAX 0.8
+        cluster = cluster._replace(address=f"{cluster.address.rpartition(':')[0]}:{port}")
+        if not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UserError(f"JAX_COORDINATOR_PORT is {port}; must be a number from 1 to 65535")
+    return cluster
+
+
+def _read_start_timeout() -> float:
+    """Returns the seconds until a host counts as missing."""
+    text = os.environ.get("PLAN_JAX_START_TIMEOUT", "")
+    if text and (not text.isdecimal() or not int(text)):
+        raise UserError(f"PLAN_JAX_START_TIMEOUT is {text}; must be a number of seconds")
+    return float(text or hosts.START_TIMEOUT)
+
+
+def _end(sentence: str) -> None:
+    """Ends the process with a sentence, unless the main thread does so in the next seconds."""
+    time.sleep(hosts.GRACE)
+    if not _is_ending.acquire(blocking=False):  # the watch and JAX notice the same end
+        return
+    # Without the locks of the main thread, which may wait for the other host inside of XLA.
+    os.write(2, f"\n{sentence}\n".encode())
+    os._exit(2)
+
+
+@contextlib.contextmanager
+def _end_without_host() -> Iterator[None]:
+    """Lets a process whose connection breaks off end with one sentence, when JAX connects in here.
+
+    By default the thread of C++ that notices it aborts the process with a trace. It calls a
+    callback instead if there is one, which JAX does not pass on. The call then fails, since its
+    argument has no counterpart in Python, and ends in the handler of uncaught errors of C++.
+    """
+    connect = _jax.get_distributed_runtime_client
+
+    def end(*_: Any) -> None:
+        _end(_describe_loss())
+
+    _jax.get_distributed_runtime_client = functools.partial(connect, missed_heartbeat_callback=end)
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = connect
+    handler = ctypes.CFUNCTYPE(None)(end)
+    _handlers.append(handler)
+    with contextlib.suppress(OSError, AttributeError):  # another library of C++
+        ctypes.CDLL("libstdc++.so.6")["_ZSt13set_terminatePFvvE"](handler)
+
+
+_handlers: list[Any] = []  # C++ has their address, so they must not be collected
+
+
+def _describe_loss() -> str:
+    """Returns the sentence of a run that has lost a host, which the watch may know by name."""
+    return hosts.lost_sentence(_watch.find_reason() if _watch else "")
+
+
+@contextlib.contextmanager
+def report_lost_host() -> Iterator[None]:
+    """Turns what JAX says of a host that does not answer any more into a sentence.
+
+    Raises:
+      UserError: in place of JAX's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1 and _CONNECTION.search(str(error)):
+            raise UserError(_describe_loss()) from error
+        raise
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; one of several that has failed does not wait for the others."""
+    if _watch and (not code or code > SIGNAL_CODE):  # all hosts end after a signal to one
+        _watch.leave()
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # at its exit JAX waits for all hosts, for a minute
+    sys.exit(code)
+
+
+def host_name(index: int) -> str:
+    """Returns how a sentence names a host, as `host 1 (node7, process 123)`."""
+    return _watch.names[index] if _watch else f"host {index}"
