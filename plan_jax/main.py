@@ -10,7 +10,7 @@
 and may have an argument, as `gloria:phantom`. `--config.field=value` overrides a field. Re-run the
 same command to resume an interrupted run. `--mode compile` compiles the training step, for this
 machine or for a TPU that need not be there, and prints its memory, traffic and time. Ctrl-C,
-SIGTERM and a closed terminal save the state of a training run; a second Ctrl-C does not wait.
+SIGTERM and a closed terminal save the state of a training run; a second one does not wait.
 SIGTERM exits with 0, signal n otherwise with 128 + n. A mistake is one sentence on stderr and exit
 code 2; so is training that diverges, with exit code 1.
 """

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,6 +167,58 @@ def test_two_processes_that_validate_can_be_resumed(tmp_path, start):
     results = [wait_for_exit(run) for run in start_two(start, tmp_path, *options)]
     assert [code for code, _ in results] == [0, 0], results
     assert "resumed at step" in results[0][1] and checkpoint.load_weights(tmp_path)["step"] == 15
+
+
+@pytest.mark.slow
+def test_two_hosts_outlive_a_pause_a_signal_and_a_death(tmp_path, start):
+    """Frozen for a minute, asked to stop, killed: no host waits for ever; the result is exact."""
+    whole, hurt, options = tmp_path / "whole", tmp_path / "hurt", ("steps=400",)
+    for folder in (whole, hurt):
+        folder.mkdir()
+    assert [wait_for_exit(run)[0] for run in start_two(start, whole, *options)] == [0, 0]
+
+    runs = start_two(start, hurt, *options)
+    wait_for_step(runs[0], hurt, 20)
+    runs[1].send_signal(signal.SIGSTOP)
+    time.sleep(60)
+    runs[1].send_signal(signal.SIGCONT)
+    wait_for_step(runs[0], hurt, 100)
+    runs[1].send_signal(signal.SIGTERM)
+    results = [wait_for_exit(run) for run in runs]
+    assert [code for code, _ in results] == [0, 0], results
+
+    runs = start_two(start, hurt, *options)
+    wait_for_step(runs[0], hurt, 250)
+    runs[1].kill()
+    began = time.monotonic()
+    code, output = wait_for_exit(runs[0])
+    name = f"host 1 ({socket.gethostname()}, process {runs[1].pid}) has ended"
+    assert code == 2 and name in output and "Traceback" not in output, output
+    assert time.monotonic() - began < 60
+    wait_for_exit(runs[1])
+
+    results = [wait_for_exit(run) for run in start_two(start, hurt, *options)]
+    assert [code for code, _ in results] == [0, 0], results
+    assert read_fingerprint(hurt) == read_fingerprint(whole)
+    assert read_metrics(hurt) == read_metrics(whole)
+
+
+def test_hosts_with_different_commands_end_with_a_sentence(tmp_path, start):
+    port = portpicker.pick_unused_port()
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    runs = [
+        start(
+            tmp_path,
+            f"steps={3 + i}",
+            config="configs/testing.py",
+            JAX_PROCESS_ID=str(i),
+            **cluster,
+        )
+        for i in range(2)
+    ]
+    for code, output in map(wait_for_exit, runs):
+        assert code == 2 and "Traceback" not in output, output
+        assert "does not have the config of host 0" in output and "config.steps 3, not 4" in output
 
 
 def test_two_processes_train_and_save_one_checkpoint(tmp_path, start):
