@@ -24,7 +24,7 @@ with lock_workdir(pathlib.Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)
 """
-REFUSAL = r"workdir .*{} is in use by process {} on {}; pass another --workdir"
+REFUSAL = r"workdir .*{} is in use by process {} on {}( since [\d-]+ [\d:]+)?; pass another --w"
 
 
 def write_owner(workdir, pid, host=None):
@@ -66,6 +66,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
         run.communicate()
     with checkpoint.lock_workdir(tmp_path / "run"):
         owner = json.loads((tmp_path / "run" / lock.FILE).read_text())
+        assert 0 <= time.time() - owner.pop("time") < 60
         assert owner == {"pid": os.getpid(), "host": socket.gethostname()}
 
 
@@ -96,6 +97,8 @@ def test_without_locks_a_run_goes_on_and_says_so(
     tmp_path, without_locks, ended_process, host, capsys
 ):
     write_owner(tmp_path, ended_process, host)
+    before = time.time() - 2 * lock.STALE
+    os.utime(tmp_path / lock.FILE, (before, before))
     with checkpoint.lock_workdir(tmp_path):
         assert json.loads((tmp_path / lock.FILE).read_text())["pid"] == os.getpid()
     sentence = f"workdir {tmp_path} is on a file system without locks; start no second run in it\n"
@@ -107,6 +110,23 @@ def test_without_locks_a_second_run_on_the_same_host_is_refused(tmp_path, withou
     refusal = REFUSAL.format(tmp_path.name, os.getppid(), socket.gethostname())
     with pytest.raises(UserError, match=refusal), checkpoint.lock_workdir(tmp_path):
         pass
+
+
+def test_without_locks_a_run_on_another_host_renews_its_file(tmp_path, without_locks, monkeypatch):
+    write_owner(tmp_path, 7, "another-host")
+    refusal = REFUSAL.format(tmp_path.name, 7, "another-host")
+    with pytest.raises(UserError, match=refusal), checkpoint.lock_workdir(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [lock.FILE]
+    (tmp_path / lock.FILE).unlink()
+    monkeypatch.setattr(lock, "RENEWAL", 0.01)
+    with checkpoint.lock_workdir(tmp_path):
+        os.utime(tmp_path / lock.FILE, (0, 0))
+        deadline = time.monotonic() + 10
+        while (tmp_path / lock.FILE).stat().st_mtime == 0 and time.monotonic() < deadline:
+            pass
+        assert (tmp_path / lock.FILE).stat().st_mtime > 0
+    assert not (tmp_path / lock.FILE).exists()
 
 
 def test_without_locks_one_of_two_runs_at_once_is_refused(tmp_path, without_locks, monkeypatch):

@@ -1,8 +1,9 @@
 """The lock of a run's folder: of two runs in one folder, the second ends with a sentence.
 
 The lock is that of the operating system on the file `.lock`, which is released however a process
-ends. The file says who holds it. On a file system without locks the file alone has to do: it keeps
-out a second run on the same host.
+ends. The file says who holds it and since when. On a file system without locks the file alone has
+to do: a process of the same host is looked up, and one of another host renews the file as long as
+it runs.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,8 @@ from plan_jax.logger import report_write_errors
 from plan_jax.types import UserError
 
 FILE = ".lock"
+RENEWAL = 20.0  # seconds between two renewals
+STALE = 120.0  # seconds without a renewal after which the process of another host has ended
 # What file systems answer that have no locks: some network mounts, FUSE, overlays.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
@@ -37,7 +41,10 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         refusal = ""
         if parallel.is_main():
             try:
-                stack.callback(os.close, _open_locked(workdir))
+                descriptor, has_locks = _open_locked(workdir)
+                stack.callback(os.close, descriptor)
+                if not has_locks:
+                    stack.enter_context(_renew(workdir / FILE))
             except UserError as error:
                 refusal = str(error)
         # The other hosts would wait forever for a main process that has left.
@@ -46,8 +53,8 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _open_locked(workdir: Path) -> int:
-    """Returns the descriptor of the lock file; the lock ends with it, or with the process."""
+def _open_locked(workdir: Path) -> tuple[int, bool]:
+    """Returns the descriptor of the lock file, with which the lock ends, and whether it locks."""
     check_name(workdir)
     path = workdir / FILE
     with report_write_errors(workdir):
@@ -55,23 +62,27 @@ def _open_locked(workdir: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with report_write_errors(path):
-            _lock(workdir, descriptor)
+            return descriptor, _lock(workdir, descriptor)
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor
 
 
-def _lock(workdir: Path, descriptor: int) -> None:
-    """Locks the file and writes this process into it; raises UserError if it is locked."""
-    path, owner = workdir / FILE, {"pid": os.getpid(), "host": socket.gethostname()}
+def _lock(workdir: Path, descriptor: int) -> bool:
+    """Writes this process into the file, and returns whether the file system has locked it.
+
+    Raises:
+      UserError: another process holds the lock.
+    """
+    path = workdir / FILE
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "time": int(time.time())}
     has_locks = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         # The first run may have locked the file a moment ago and not have written it yet.
         for _ in range(20):
-            if _is_alive(_read_owner(path)):
+            if is_alive(_read_owner(path)):
                 break
             time.sleep(0.05)
         raise _refusal(workdir) from None
@@ -79,7 +90,7 @@ def _lock(workdir: Path, descriptor: int) -> None:
         if error.errno not in NO_LOCKS:
             raise
         has_locks = False
-        if _read_owner(path) != owner and _is_alive(_read_owner(path)):
+        if _is_held(path):
             raise _refusal(workdir) from None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(owner).encode(), 0)
@@ -90,6 +101,28 @@ def _lock(workdir: Path, descriptor: int) -> None:
         parallel.print_once(
             f"workdir {workdir} is on a file system without locks; start no second run in it"
         )
+    return has_locks
+
+
+@contextlib.contextmanager
+def _renew(path: Path) -> Iterator[None]:
+    """Sets the time of a file every few seconds, by a thread, and removes the file at the end."""
+    has_ended = threading.Event()
+
+    def renew() -> None:
+        while not has_ended.wait(RENEWAL):
+            with contextlib.suppress(OSError):  # as while a server does not answer
+                os.utime(path)
+
+    thread = threading.Thread(target=renew, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _read_owner(path: Path) -> dict[str, Any]:
@@ -101,7 +134,17 @@ def _read_owner(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _is_alive(owner: Mapping[str, Any]) -> bool:
+def _is_held(path: Path) -> bool:
+    """Returns whether another process, which a lock file names, still runs."""
+    owner = _read_owner(path)
+    if not owner or (owner["pid"], owner.get("host")) == (os.getpid(), socket.gethostname()):
+        return False
+    if owner.get("host") == socket.gethostname():
+        return is_alive(owner)
+    return _find_age(path) < STALE
+
+
+def is_alive(owner: Mapping[str, Any]) -> bool:
     """Returns whether the process exists; False if it is on another host, where nobody can tell."""
     if owner.get("host") != socket.gethostname():
         return False
@@ -114,9 +157,23 @@ def _is_alive(owner: Mapping[str, Any]) -> bool:
     return True
 
 
+def _find_age(path: Path) -> float:
+    """Returns the seconds since a file was renewed, by the clock of its file system."""
+    probe = path.with_name(f"{path.name}-{os.getpid()}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except OSError:
+        return float("inf")
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def _refusal(workdir: Path) -> UserError:
     owner = _read_owner(workdir / FILE)
     process = f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}"
+    if isinstance(owner.get("time"), int | float):
+        process += time.strftime(" since %Y-%m-%d %H:%M", time.localtime(owner["time"]))
     return UserError(
         f"workdir {workdir} is in use by {process}; pass another --workdir, or wait for its end"
     )
