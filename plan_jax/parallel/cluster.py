@@ -21,6 +21,7 @@ from plan_jax.types import UserError
 CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SIGNAL_CODE = 128  # plus the number of the signal is an exit code
 _CONNECTION = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|DEADLINE_EX", re.I)
+_COLLECTIVE = re.compile(r"gloo|nccl|heartbeat|coordination", re.I)
 
 _is_ending = threading.Lock()
 _watch: hosts.Watch | None = None  # of this process, which belongs to one run
@@ -188,8 +189,13 @@ def report_lost_host() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() > 1 and _CONNECTION.search(str(error)):
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        # Orbax passes on the text of JAX's error in one of another type.
+        is_from_jax = isinstance(error, jax.errors.JaxRuntimeError)
+        pattern = _CONNECTION if is_from_jax else _COLLECTIVE
+        if jax.process_count() > 1 and pattern.search(str(error)):
             raise UserError(_describe_loss()) from error
         raise
 
