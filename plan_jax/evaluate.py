@@ -23,6 +23,7 @@ from plan_jax.logger import encode_json, read_rows, write_atomically
 from plan_jax.tasks import CATALOGUE, TASKS, TITLES
 from plan_jax.types import (
     EvalData,
+    ExampleScores,
     Model,
     Result,
     TaskContext,
@@ -142,6 +143,7 @@ def evaluate_model(
     )
     metrics: dict[str, float] = {}
     examples: list[Any] = []
+    scores: dict[str, ExampleScores] = {}
     for name in config.eval.tasks:
         check_stop()
         task, options = TASKS[name], config.eval.options[name]
@@ -155,7 +157,8 @@ def evaluate_model(
         values["seconds"] = time.monotonic() - start
         metrics |= {f"{name}/{key}": float(value) for key, value in values.items()}
         examples += result.rows
-    return Result(metrics, examples)
+        scores |= {f"{name}/{key}": value for key, value in result.scores.items()}
+    return Result(metrics, examples, scores)
 
 
 def _with_random_tower(model: Model, config: Config) -> Model:
@@ -168,7 +171,12 @@ def _with_random_tower(model: Model, config: Config) -> Model:
 def write_results(
     folder: Path, config: Config, result: Result, history: Sequence[Mapping[str, Any]]
 ) -> Path:
-    """Writes `metrics.json`, `table.md` and `report.html` into a folder; returns the page.
+    """Writes metrics, table, scores of single examples and the page into a folder.
+
+    The files are `metrics.json`, `table.md`, `examples.npz` and `report.html`.
+
+    Returns:
+      The path of the page.
 
     Raises:
       UnwrittenResults: one of them cannot be written.
@@ -178,6 +186,8 @@ def write_results(
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "metrics.json", encode_json(metrics, indent=2, sort_keys=True))
         write_atomically(folder / "table.md", page.markdown(metrics, CATALOGUE, TITLES))
+        data = f"{config.data.name}, {config.eval.split}"
+        page.save_examples(folder, data, result.scores, result.rows)
         return page.write_page(
             folder,
             config=config.to_dict(),
@@ -217,7 +227,7 @@ def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[s
         "evaluated_s": time.monotonic() - start,
         "params_sha256": checkpoint.fingerprint(weights["params"]),
     }
-    write_results(out, config, Result(metrics, result.rows), history)
+    write_results(out, config, dataclasses.replace(result, metrics=metrics), history)
     return metrics
 
 

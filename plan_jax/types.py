@@ -447,11 +447,29 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class ExampleScores:
+    """The rows that a metric is computed from, one for each of N independent examples, as images.
+
+    Two models that scored the same examples are compared pairwise by these rows. `names` identify
+    the examples and what was asked of them. `statistic` is a name of
+    `metrics.intervals.STATISTICS`, which computes the metric from `table`.
+    """
+
+    names: Sequence[str]
+    table: Float[np.ndarray, "N 2 F"]
+    statistic: str = "mean"
+
+
+@dataclass(frozen=True)
 class Result:
-    """The outcome of a task: flat metrics, and examples for the page."""
+    """The outcome of a task: flat metrics, examples for the page, and scores of single examples.
+
+    `scores` has the same keys as `metrics`, for those metrics that can be compared pairwise.
+    """
 
     metrics: dict[str, float]
     rows: Sequence[Any] = ()
+    scores: Mapping[str, ExampleScores] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -545,7 +563,8 @@ def check_options(task: str, options: Any, minima: Mapping[str, int | float]) ->
 class PhraseExample:
     """A phrase in an image: its truth, and its heat maps after rounds 0..T on the model's grid.
 
-    `kind` is how the example was selected: `best`, `random` or `worst`.
+    `kind` is how the example was selected: `best`, `random` or `worst`. `name` is the phrase's own
+    in its data, the same for any model.
     """
 
     kind: str
@@ -555,6 +574,7 @@ class PhraseExample:
     heat_maps: Float[np.ndarray, "N y x"]
     cnr: float
     pointing: float
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "optim": "types",
     "logger": "parallel types",
     "checkpoint*": "checkpoint* logger parallel types",
+    "page.__main__": "page* command* logger tasks types",
     "page*": "page* metrics* logger types",
     "weights*": "weights* layers.resize types",
     "encoders*": "encoders* layers* types",

@@ -1,9 +1,11 @@
-"""Bootstrap intervals."""
+"""Bootstrap intervals, of one model and of the difference between two."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
+
+from plan_jax.metrics import classification
 
 
 def bootstrap(
@@ -36,3 +38,53 @@ def bootstrap(
     samples = [statistic(values[random.integers(len(values), size=len(values))]) for _ in range(n)]
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def bootstrap_difference(
+    first: Float[np.ndarray, "N 2 F"],
+    second: Float[np.ndarray, "N 2 F"],
+    statistic: str = "mean",
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Returns the percentile interval of how far a metric of `second` is above that of `first`.
+
+    Row n of both tables is of the same example. A resample draws the same rows of both, so what
+    makes an example hard for both models cancels out (a paired bootstrap).
+
+    >>> first = np.ones((5, 2, 1))
+    >>> bootstrap_difference(first, first * [[3.0], [1.0]])
+    (2.0, 2.0)
+    """
+    compute = STATISTICS[statistic]
+    pairs = np.stack([first, second], 1)
+    return bootstrap(pairs, lambda rows: compute(rows[:, 1]) - compute(rows[:, 0]), n, seed, level)
+
+
+def macro_mean(sum_and_count: Float[np.ndarray, "N 2 F"]) -> float:
+    """Returns the mean over F groups of *sum_n s_nf / sum_n c_nf*; groups without a count are left
+    out.
+
+    s are sums over the items of example n in group f, and c their numbers.
+    """
+    total, count = sum_and_count.sum(0)
+    return float((total[count > 0] / count[count > 0]).mean()) if (count > 0).any() else np.nan
+
+
+def macro_auroc(scores_and_labels: Float[np.ndarray, "N 2 F"]) -> float:
+    """Returns the mean AUROC over the findings that have both labels, 1 and 0; -1 is unknown."""
+    areas = []
+    for scores, labels in scores_and_labels.transpose(2, 1, 0):
+        known = labels >= 0
+        positive = labels[known] == 1
+        if positive.any() and not positive.all():
+            areas.append(classification.auroc(scores[known], positive))
+    return classification.macro_mean(areas)
+
+
+# How a metric follows from the scores of single examples, `types.ExampleScores`.
+STATISTICS: Mapping[str, Callable[[np.ndarray], float]] = {
+    "mean": macro_mean,
+    "auroc": macro_auroc,
+}

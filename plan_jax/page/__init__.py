@@ -7,6 +7,7 @@ so a new metric or task appears without a change here.
 
 import base64
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,15 @@ from plan_jax.logger import write_atomically
 from plan_jax.metrics import Catalogue, is_number, slug
 from plan_jax.page import charts, figures
 from plan_jax.page.comparison import Comparison, compare
+from plan_jax.page.examples import save_examples
+from plan_jax.page.runs import (
+    StoredRun,
+    compare_phrases,
+    curve_chart,
+    list_remarks,
+    metric_tables,
+    run_table,
+)
 from plan_jax.page.tables import (
     Cell,
     Table,
@@ -38,7 +48,15 @@ from plan_jax.types import (
     RetrievalExample,
 )
 
-__all__ = ["Comparison", "compare", "markdown", "render_comparison", "write_page"]
+__all__ = [
+    "Comparison",
+    "compare",
+    "markdown",
+    "render_comparison",
+    "render_runs",
+    "save_examples",
+    "write_page",
+]
 
 
 def write_page(
@@ -134,6 +152,41 @@ def render_comparison(
     comparison = Table("", tuple(columns), cells)
     template = _environment().get_template("comparison.html")
     return template.render(title=title, description=description, comparison=comparison, links=links)
+
+
+def render_runs(
+    runs: Sequence[StoredRun],
+    catalogue: Catalogue,
+    titles: Mapping[str, str],
+    folder: Path | None = None,
+) -> str:
+    """Returns the page that compares runs.
+
+    Args:
+      runs: the runs, the reference first.
+      catalogue: the catalogue of metrics, in the order of the tasks on the page.
+      titles: the name of each task on the page.
+      folder: where the page will be, for links to the pages of the runs; None has no links.
+    """
+    pages = [(run.label, run.folder / "report.html") for run in runs]
+    links = [
+        (label, Path(os.path.relpath(page.absolute(), folder)).as_posix())
+        for label, page in pages
+        if folder is not None and page.exists()
+    ]
+    return (
+        _environment()
+        .get_template("runs.html")
+        .render(
+            labels=[run.label for run in runs],
+            remarks=list_remarks(runs),
+            runs=run_table(runs),
+            links=links,
+            tables=metric_tables(runs, catalogue, titles),
+            phrases=compare_phrases(runs),
+            curves=curve_chart(runs, catalogue, titles),
+        )
+    )
 
 
 @cache

@@ -138,11 +138,15 @@ def render_figure(size: tuple[float, float], draw: Callable[[Any], None]) -> tup
 
 
 def _draw_panel(axes: Any, history: Sequence[Mapping[str, Any]], panel: Panel) -> None:
-    for (label, key), colour in zip(panel.lines.items(), LINE_COLOURS, strict=False):
+    for i, ((label, key), colour) in enumerate(
+        zip(panel.lines.items(), LINE_COLOURS, strict=False)
+    ):
         points = [(row["step"], row[key]) for row in history if key in row]
         marker = "o" if len(points) < 30 else ""
         steps, values = np.array(points).reshape(-1, 2).T
-        axes.plot(steps, values, color=colour, label=label, lw=1.4, marker=marker, ms=3)
+        # Not by colour alone.
+        style = LINE_STYLES[i % len(LINE_STYLES)]
+        axes.plot(steps, values, color=colour, ls=style, label=label, lw=1.4, marker=marker, ms=3)
     for (label, level), style in zip(panel.levels.items(), LEVEL_STYLES, strict=False):
         axes.axhline(level, color=INK, lw=0.9, ls=style, alpha=0.6, label=label)
     axes.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")

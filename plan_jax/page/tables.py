@@ -167,7 +167,7 @@ def summary_table(
         # The name of a task stands only in its first row.
         task = titles.get(entry.task, entry.task) if entry.task != last_task else ""
         last_task = entry.task
-        label, baselines = Cell(entry.metric.label), Cell(_format_baselines(entry), "muted")
+        label, baselines = Cell(entry.metric.label), Cell(format_baselines(entry), "muted")
         rows.append((Cell(task), label, baselines, _value_cell(entry)))
     return Table("", ("task", "metric", "baselines", "model"), tuple(rows), num_labels=3)
 
@@ -210,7 +210,7 @@ def markdown(metrics: Mapping[str, Any], catalogue: Catalogue, titles: Mapping[s
             entry.metric.label,
             format_number(entry.value, entry.metric.digits),
             format_interval(entry),
-            _format_baselines(entry),
+            format_baselines(entry),
         )
         # A bar in a label would begin a new cell.
         lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
@@ -221,7 +221,8 @@ def markdown(metrics: Mapping[str, Any], catalogue: Catalogue, titles: Mapping[s
     return "\n".join([*lines, *[""] * bool(undefined), *undefined]) + "\n"
 
 
-def _format_baselines(entry: Entry) -> str:
+def format_baselines(entry: Entry) -> str:
+    """Returns the null baselines of a metric with their values as text."""
     digits = entry.metric.digits
     return "; ".join(f"{label} {format_number(x, digits)}" for label, x in entry.baselines.items())
 

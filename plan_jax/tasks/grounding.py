@@ -58,6 +58,7 @@ from plan_jax.tasks.grounding_targets import (
 )
 from plan_jax.types import (
     EvalData,
+    ExampleScores,
     Features,
     Metric,
     Model,
@@ -301,11 +302,17 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     check(data, options)
     prior_records = data.prior_records
     priors = fit_priors(read_annotations(prior_records)) if len(prior_records) else None
-    metrics, phrases = score_phrases(
-        model, data.test, data.findings, priors=priors, options=options, seed=context.seed
-    )
-    examples = illustrate(model, data.test, phrases, options=options, seed=context.seed)
-    return Result(metrics, examples)
+    sides = _score_sides(model, data.test, data.findings, priors, options, context.seed)
+    metrics = _summarise_sides(sides, model.rounds, options, context.seed)
+    examples = illustrate(model, data.test, sides[""].phrases, options=options)
+    scores = {
+        f"{prefix}{key}": _score_images(side, key)
+        for prefix, side in sides.items()
+        if side.names
+        for key in _SCORES
+        if key not in PARTIAL_KEYS
+    }
+    return Result(metrics, examples, scores)
 
 
 def score_phrases(
@@ -323,6 +330,19 @@ def score_phrases(
     phrase with a usable truth.
     """
     options = options or Options()
+    sides = _score_sides(model, records, findings, priors, options, seed)
+    return _summarise_sides(sides, model.rounds, options, seed), sides[""].phrases
+
+
+def _score_sides(
+    model: Model,
+    records: Sequence[Record],
+    findings: Sequence[str],
+    priors: Priors | None,
+    options: Options,
+    seed: int,
+) -> dict[str, PhraseScores]:
+    """Returns the scores of full phrases under "", and of bare ones under "bare/"."""
     sides = {
         prefix: PhraseScores(bare, np.random.default_rng(seed))
         for prefix, bare in (("", False), ("bare/", True))
@@ -333,17 +353,24 @@ def score_phrases(
         views, features = _encode_views(model, block, options)
         for side in sides.values():
             _score_block(side, model, block, views, features, start, findings, priors, options)
+    return sides
+
+
+def _summarise_sides(
+    sides: Mapping[str, PhraseScores], rounds: int, options: Options, seed: int
+) -> dict[str, float]:
+    """Returns the metrics of full and bare phrases."""
     metrics: dict[str, float] = {}
     for prefix, side in sides.items():
         part = {"n": float(len(side.names)), "skipped": float(side.skipped)}
         if options.crop < 1:
             part["outside"] = float(side.outside)
         if side.names:
-            part |= _summarise(side, model.rounds, options.bootstrap_samples, seed)
+            part |= _summarise(side, rounds, options.bootstrap_samples, seed)
         elif not side.bare:
             part |= dict.fromkeys(PRIMARY_KEYS, float("nan"))
         metrics |= {f"{prefix}{key}": value for key, value in part.items()}
-    return metrics, sides[""].phrases
+    return metrics
 
 
 def _score_block(
@@ -423,13 +450,13 @@ def illustrate(
     phrases: Sequence[ScoredPhrase],
     *,
     options: Options | None = None,
-    seed: int = 0,
 ) -> list[PhraseExample]:
     """Returns the best, random and worst phrases by signed CNR, with the map after every round.
 
     There are `options.num_examples` of each kind. Best and worst have one phrase of each finding
     before a second one of any; no phrase appears twice. `options` are those that the phrases were
-    scored with.
+    scored with. The first `num_examples` of a random order that is the same for every model are
+    always among the examples, so that models can be compared by them.
     """
     options = options or Options()
     count = options.num_examples
@@ -437,8 +464,8 @@ def illustrate(
     order = np.argsort([-phrase.cnr for phrase in phrases], kind="stable").tolist()
     best = _spread_over_findings(order, phrases, count)
     worst = _spread_over_findings([i for i in order[::-1] if i not in best], phrases, count)
-    rest = [i for i in range(len(phrases)) if i not in {*best, *worst}]
-    random = [rest[i] for i in np.random.default_rng(seed).permutation(len(rest))[:count]]
+    shuffled = np.random.default_rng(0).permutation(len(phrases)).tolist()
+    random = [i for i in shuffled if i not in {*best, *worst}][:count]
     selection = [
         (kind, phrases[i])
         for kind, indices in (("best", best), ("random", random), ("worst", worst))
@@ -466,6 +493,7 @@ def illustrate(
             heat_maps=heat_maps,
             cnr=phrase.cnr,
             pointing=phrase.pointing,
+            name=f"{phrase.record_index} {phrase.text}",
         )
         for (kind, phrase), view, heat_maps in zip(selection, views, heat_maps_NTyx, strict=True)
     ]
@@ -704,21 +732,33 @@ def _macro_intervals(
 
     The phrases of one image are not independent of each other, so they stay together.
     """
-    labels, group = np.unique(names, return_inverse=True)
-    _, image = np.unique(images, return_inverse=True)
     metrics: dict[str, float] = {}
     for key in PRIMARY_KEYS:
-        sum_and_count_N2F = np.zeros((image.max() + 1, 2, len(labels)))
-        np.add.at(sum_and_count_N2F[:, 0], (image, group), scores[key])
-        np.add.at(sum_and_count_N2F[:, 1], (image, group), 1)
-        low, high = intervals.bootstrap(sum_and_count_N2F, _macro_mean, samples, seed)
+        table = _sum_by_image(scores[key], names, images)
+        low, high = intervals.bootstrap(table, intervals.macro_mean, samples, seed)
         metrics |= {f"{key}_low": low, f"{key}_high": high}
     return metrics
 
 
-def _macro_mean(sum_and_count: Float[np.ndarray, "N 2 F"]) -> float:
-    total, count = sum_and_count.sum(0)
-    return float((total[count > 0] / count[count > 0]).mean())
+def _sum_by_image(
+    values: Float[np.ndarray, " M"], names: Sequence[str], images: Sequence[int]
+) -> Float[np.ndarray, "N 2 F"]:
+    """Returns the sum and the number of the values of each image's phrases, by finding."""
+    labels, group = np.unique(names, return_inverse=True)
+    _, image = np.unique(images, return_inverse=True)
+    sum_and_count = np.zeros((image.max() + 1, 2, len(labels)))
+    np.add.at(sum_and_count[:, 0], (image, group), values)
+    np.add.at(sum_and_count[:, 1], (image, group), 1)
+    return sum_and_count
+
+
+def _score_images(side: PhraseScores, key: str) -> ExampleScores:
+    """Returns a score of each image's phrases, by finding."""
+    findings: dict[int, list[str]] = {}
+    for image, name in zip(side.images, side.names, strict=True):
+        findings.setdefault(image, []).append(name)
+    examples = [f"{image} {findings[image]}" for image in sorted(findings)]
+    return ExampleScores(examples, _sum_by_image(side.join("")[key], side.names, side.images))
 
 
 def _to_phrases(

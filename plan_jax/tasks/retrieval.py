@@ -48,6 +48,7 @@ from plan_jax.metrics import retrieval as retrieval_metrics
 from plan_jax.tasks import report_variants
 from plan_jax.types import (
     EvalData,
+    ExampleScores,
     Features,
     Metric,
     Model,
@@ -210,7 +211,21 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         )
         for row, scores in example_scores.items()
     ]
-    return Result(metrics, examples)
+    return Result(metrics, examples, _score_queries(ranks[tables.primary], texts))
+
+
+def _score_queries(
+    ranks: Mapping[str, Float[np.ndarray, " Q"]], texts: Sequence[str]
+) -> dict[str, ExampleScores]:
+    """Returns for each recall which queries are answered; a query is the image or its report."""
+    names = [f"{row} {text}" for row, text in enumerate(texts)]
+    return {
+        f"{direction}_r{k}": ExampleScores(
+            names, np.stack([values <= k, np.ones(len(values))], 1)[..., None].astype(float)
+        )
+        for direction, values in ranks.items()
+        for k in RECALL_CUTOFFS
+    }
 
 
 class SimilarityTables:

@@ -60,6 +60,7 @@ from plan_jax.metrics import classification as classification_metrics
 from plan_jax.metrics import intervals, slug
 from plan_jax.types import (
     EvalData,
+    ExampleScores,
     Features,
     Metric,
     Model,
@@ -246,7 +247,10 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
             )
         prefix = "" if is_primary else f"{kind}/"
         metrics |= {f"{prefix}{key}": value for key, value in part.items()}
-    return Result(metrics)
+    # The labels identify an image well enough: the same findings in the same order.
+    table = np.stack([scores_of_kind[primary], labels], axis=1)
+    examples = [f"{row} {names} {label.tolist()}" for row, label in enumerate(labels)]
+    return Result(metrics, scores={"auroc_macro": ExampleScores(examples, table, "auroc")})
 
 
 # Prompts and records -----------------------------------------------------------------------------
@@ -409,8 +413,8 @@ def _chance_and_interval(
     scores: Float[np.ndarray, "I F"], labels: Int[np.ndarray, "I F"], samples: int, seed: int
 ) -> dict[str, float]:
     """Returns the interval of the mean AUROC, the AUPRC of chance, and the numbers of findings."""
-    rows = np.concatenate([scores, labels], axis=1)
-    low, high = intervals.bootstrap(rows, _macro_auroc, samples, seed)
+    table = np.stack([scores, labels], axis=1)
+    low, high = intervals.bootstrap(table, intervals.macro_auroc, samples, seed)
     shares = _by_finding(lambda _, positive: float(positive.mean()), scores, labels)
     num_scored = sum(share is not None for share in shares)
     return {
@@ -507,12 +511,6 @@ def _by_finding(
         has_one_class = positive.all() or not positive.any()
         values.append(None if has_one_class else measure(score[known], positive))
     return values
-
-
-def _macro_auroc(rows: Float[np.ndarray, "I G"]) -> float:
-    """Returns the mean AUROC of rows with F scores and then F labels (G = 2F)."""
-    scores, labels = np.split(rows, 2, axis=1)
-    return _mean_or_nan(_by_finding(classification_metrics.auroc, scores, labels))
 
 
 def _mean_or_nan(values: Sequence[float | None]) -> float:
