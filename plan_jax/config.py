@@ -131,10 +131,10 @@ class HeadsConfig(Section):
 
     PREFIX: ClassVar[str] = "heads."
 
-    image_global: str = "norm"
-    image_local: str = "mlp"
-    text_global: str = "norm"
-    text_local: str = "norm"
+    image_global: str = "norm"  # of the whole image
+    image_local: str = "mlp"  # of each pixel of the map
+    text_global: str = "norm"  # of the whole text
+    text_local: str = "norm"  # of each word
 
     def __post_init__(self) -> None:
         for name, kind in vars(self).items():
@@ -159,8 +159,8 @@ class WeightsConfig(Section):
 
     PREFIX: ClassVar[str] = "weights."
 
-    vision: str = ""
-    text: str = ""
+    vision: str = ""  # of the image encoder
+    text: str = ""  # of the text encoder
     heads: str = ""  # projection heads; "towers": from the files of `vision` and `text`
     any_normalisation: bool = False  # accept weights of another normalisation, for fine-tuning
 
@@ -175,8 +175,8 @@ class OptimConfig(Section):
     warmup_fraction: float = 0.1  # of all steps; too short, and norms diverge in the first steps
     end_lr_factor: float = 0.02  # last learning rate, relative to the peak
     weight_decay: float = 1e-3  # of matrices and kernels only
-    b1: float = 0.9
-    b2: float = 0.98  # 0.999 for batches below about 100 of noisy gradients
+    b1: float = 0.9  # decay of the mean of the gradients
+    b2: float = 0.98  # of their squares; 0.999 for batches below about 100 of noisy gradients
     clip_norm: float = 1.0  # largest global norm of the gradient; 0 does not clip
     accumulate_steps: int = 1  # batches averaged into one update; negatives stay within a batch
     freeze: tuple[str, ...] = ()  # `vision`, `text`, `text:6` (first layers) or parameter paths
@@ -250,7 +250,7 @@ class EvalConfig(Section):
     PREFIX: ClassVar[str] = "eval."
 
     every: int = 0  # steps between validations during training; 0 never validates
-    tasks: tuple[str, ...] = ("grounding", "retrieval", "zero_shot")
+    tasks: tuple[str, ...] = ("grounding", "retrieval", "zero_shot")  # some of plan_jax/tasks
     split: str = "test"  # or a part of it, as test[:50%]
     limit: int = 300  # evaluated records at most
     batch: int = 64  # records encoded at a time; memory grows with it
@@ -274,16 +274,18 @@ class EvalConfig(Section):
 class Config(Section):
     """A whole experiment; `configs/base.py` documents the fields for those who write configs."""
 
-    seed: int = 0
+    seed: int = 0  # of initial parameters and of all that is drawn at random
     steps: int = 3000  # updates of the parameters; 0 evaluates what `weights` loads
     batch: int = 32  # pairs per step, over all devices and hosts; they are each other's negatives
     microbatch: int = 0  # pairs that one device encodes at a time, to save memory; 0: all
     dtype: str = "float32"  # or bfloat16: what the encoders compute in
     log_every: int = 20  # steps
-    method: str = "convirt"
+    method: str = "convirt"  # what is trained: asg, convirt, gloria, mgca, place or plan
     hyper: Any = None  # the method's Hyper
     data: DataConfig = field(default_factory=DataConfig)
+    # The image encoder, and options of its class.
     vision: Mapping[str, Any] = field(default_factory=lambda: {"name": "resnet_small"})
+    # The text encoder, and options of its class.
     text: Mapping[str, Any] = field(default_factory=lambda: {"name": "bert_small"})
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     embed_dim: int = 64  # width of the shared space

@@ -87,8 +87,8 @@ class Bert(nn.Module):
     width: int
     depth: int
     heads: int
-    positions: int = 512
-    dropout: float = 0.0
+    positions: int = 512  # word pieces of the longest text
+    dropout: float = 0.0  # share of activations and attention weights
     block_diagonal: bool = False
     pool: Literal["cls", "mean", "attention", "pooler"] = "cls"
     sum_last_layers: int = 1

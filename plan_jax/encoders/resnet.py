@@ -134,13 +134,13 @@ class ResNet(nn.Module):
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     bottleneck: bool
-    stem: str = "conv7"
-    stem_width: int = 64
+    stem: str = "conv7"  # or patch4, a convolution of 4 x 4 pixels at stride 4
+    stem_width: int = 64  # channels of the first convolution
     local_stage: int = 2
     resize: int = 0
     dilated: int = 0
     position: bool = False
-    pool: Literal["mean", "mean_max"] = "mean"
+    pool: Literal["mean", "mean_max"] = "mean"  # of the last map, into one vector
     scan: bool = False
     remat: bool = False
     frozen_layers: int = 0

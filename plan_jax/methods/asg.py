@@ -59,17 +59,17 @@ TEXT_FEATURES = ("pooled", "local")
 class Hyper:
     """Constants of the code (main.py, irl_model.py); the paper's are the same, where given."""
 
-    tau: float = 0.07
+    tau: float = 0.07  # temperature of (1), (2) and (4)
     contrast: Literal["softmax", "sigmoid"] = "softmax"  # of (1); sigmoid: SigLIP's, without tau
     soft_share: float = 0.2  # share of tag similarity in the soft targets
     target_smoothing: float = 1e-6  # added to every soft target, whose logarithm is taken
-    weight_region: float = 1.0
-    weight_tags: float = 5.0
-    weight_soft: float = 1.0
+    weight_region: float = 1.0  # of (2)
+    weight_tags: float = 5.0  # of (3)
+    weight_soft: float = 1.0  # of (4)
     num_layers: int = 4  # of the tag decoder
-    num_heads: int = 4
+    num_heads: int = 4  # of its attention
     hidden_dim: int = 1024  # of the decoder's MLPs
-    dropout_rate: float = 0.1
+    dropout_rate: float = 0.1  # of the decoder
     aligned: bool = True  # RoIAlign with pixel centres at +1/2
     tile_size: int = 16  # images at a time, in the tag decoder and for regions
 

@@ -31,7 +31,7 @@ TEXT_FEATURES = ("pooled",)
 class Hyper:
     """Constants of the paper (section 3.4)."""
 
-    tau: float = 0.1
+    tau: float = 0.1  # temperature of the contrast
     image_to_text: float = 0.75  # lambda: weight of image to text; text to image has the rest
     contrast: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: SigLIP's, without tau and lambda
 

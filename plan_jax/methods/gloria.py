@@ -41,10 +41,10 @@ class Hyper:
     attention_sharpness: float = 4.0  # temp1: of a word's attention over regions
     word_sharpness: float = 5.0  # temp2: of the soft maximum over words
     logit_scale: float = 10.0  # temp3: factor on similarities in the contrast
-    weight_local: float = 1.0
-    weight_global: float = 1.0
-    normalise_attention: bool = False
-    retrieval_score: Literal["sum", "max"] = "sum"
+    weight_local: float = 1.0  # of the contrast of words with regions
+    weight_global: float = 1.0  # of the contrast of whole images and reports
+    normalise_attention: bool = False  # cosines in place of products in the attention (ours)
+    retrieval_score: Literal["sum", "max"] = "sum"  # over the words of a text, in retrieval
     contrast: Literal["softmax", "sigmoid"] = "softmax"  # of the cosines; sigmoid: SigLIP's
     tile_size: int = 0  # words at a time, at least those of a text; 0: what suits the device
 

@@ -64,20 +64,20 @@ TEXT_FEATURES = ("pooled", "local", "mask", "attention", "next_attention")
 class Hyper:
     """Constants of the code; the weights are its command's (its class has 1, 0.7, 0.5)."""
 
-    tau: float = 0.07
+    tau: float = 0.07  # temperature of (1)
     tau_token: float = 0.1  # of the attention and of the contrast
-    tau_prototype: float = 0.2
-    num_prototypes: int = 500
+    tau_prototype: float = 0.2  # of (4)
+    num_prototypes: int = 500  # K of (4)
     epsilon: float = 0.05  # Sinkhorn's regularisation
-    sinkhorn_iterations: int = 3
+    sinkhorn_iterations: int = 3  # of (4)
     freeze_prototype_steps: int = 1500  # one epoch: 217,000 pairs in batches of 144
-    weight_global: float = 1.0
-    weight_token: float = 1.0
-    weight_prototype: float = 1.0
+    weight_global: float = 1.0  # of (1)
+    weight_token: float = 1.0  # of (2) and (3)
+    weight_prototype: float = 1.0  # of (4)
     contrast: Literal["softmax", "sigmoid"] = "softmax"  # of (1); sigmoid: SigLIP's, without tau
-    per_device: bool = False
-    padded_negatives: bool = False
-    shift_word_weights: bool = False
+    per_device: bool = False  # negatives and codes of one device, as in the code
+    padded_negatives: bool = False  # padded words are candidates in (2), as in the code
+    shift_word_weights: bool = False  # by the piece after a word's own, as in the code
     normalise_patch_context: bool = True  # False: only a ResNet's
     tile_size: int = 4  # pairs at a time
 

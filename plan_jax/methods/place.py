@@ -63,18 +63,18 @@ class Hyper:
 
     num_queries: int = 8  # K
     num_blocks: int = 1  # of the extractor
-    num_decoder_blocks: int = 1
+    num_decoder_blocks: int = 1  # of the decoder of (7)
     num_heads: int = 4  # of every attention; D has to be divisible by it
     max_sentences: int = 12  # of a report; later ones are left out
-    match: Literal["max", "soft", "attn"] = "max"
+    match: Literal["max", "soft", "attn"] = "max"  # how a sentence meets the observations (3)
     contrast: Literal["softmax", "sigmoid"] = "softmax"  # of ITA; sigmoid: SigLIP's, without tau
     tau: float = 0.07  # of ITA
     tau_local: float = 0.07  # of PCMA
     tau_match: float = 0.1  # of "soft" and "attn", and of the weights of queries in the heat map
     mask_ratio: float = 0.5  # share of the patches hidden in CCE; at least one patch is hidden
     weight_pcma: float = 1.0  # ITA has weight 1
-    weight_cce: float = 1.0
-    weight_variety: float = 0.1
+    weight_cce: float = 1.0  # of (8)
+    weight_variety: float = 0.1  # of (5)
     tile_size: int = 4  # texts (scores) or images (CCE) at a time
 
     def __post_init__(self) -> None:

@@ -87,12 +87,12 @@ class Hyper:
     tau_grey: float = 0.2  # of squared distances of grey values (11)
     history_size: int = 8192  # slots of the history; word ids are folded into it
     negatives: Literal["token", "all"] = "token"  # "token": images with the same word are none (9)
-    progress: Literal["rounds", "ema"] = "rounds"
+    progress: Literal["rounds", "ema"] = "rounds"  # refinement in rounds, or over training time
     ema_share: float = 0.5  # lambda: share of the averaged model's S, at the end of the ramp
     ema_ramp_steps: int = 1000  # over which the share grows from 0
-    weight_global: float = 2.0
-    weight_report: float = 1.0
-    weight_word: float = 1.0
+    weight_global: float = 2.0  # of the contrast of whole images and reports
+    weight_report: float = 1.0  # of (8)
+    weight_word: float = 1.0  # of (9)
     tile_size: int = 4  # texts (round 0) or images (later rounds) at a time
 
     def __post_init__(self) -> None:
