@@ -7,7 +7,7 @@ PIP := -m pip install --disable-pip-version-check --quiet --no-compile
 SHORT :=
 INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 
-.PHONY: help demo model test matrix soak parity notebooks lint package bench clean
+.PHONY: help demo model test matrix soak parity notebooks docs lint package bench clean
 help:
 	@echo "make demo    train configs/demo.py on phantoms and write runs/demo/report.html"
 	@echo "make model   save runs/demo as plan_jax/models/phantom-plan, the model of the package"
@@ -17,6 +17,7 @@ help:
 	@echo "make soak    run slow tests: killed runs, two hosts, eight devices"
 	@echo "make parity  compare encoders with torch, torchvision, timm and MiniLM"
 	@echo "make notebooks  write colab/*.ipynb and run them with the versions of Colab"
+	@echo "make docs    build the documentation as a site, build/site, and check it"
 	@echo "make package build the wheel and try it in an empty environment"
 	@echo "make bench   measure speed and memory"
 	@echo "make clean   remove caches; keeps .venv, .venv-*, data and runs"
@@ -109,6 +110,19 @@ notebooks: .venv/.test .venv-notebooks/.package
 	@echo "== running the notebooks with the versions of Colab; pictures go to build/notebooks"
 	@.venv-notebooks/bin/python -m pytest -n 2 -p no:cacheprovider --durations=8 \
 	  --override-ini addopts= --confcutdir=tests/notebooks tests/notebooks
+
+# It reads the source and does not import it, so it needs neither JAX nor plan_jax.
+.venv-docs/.package: docs/requirements.txt
+	@echo "== creating .venv-docs and installing mkdocs (100 MB)"
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python $(PIP) -r docs/requirements.txt
+	@touch $@
+
+docs: .venv-docs/.package
+	@echo "== building build/site from docs/ and the docstrings; a dead link is an error"
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --clean
+	@.venv-docs/bin/python -m pytest -q -p no:cacheprovider --override-ini addopts= \
+	  --doctest-modules --confcutdir=tests/site tests/site tools/docstrings.py
 
 lint: .venv/.test
 	@echo "== checking format and rules with ruff, shell scripts with ShellCheck, types with mypy"
