@@ -55,13 +55,22 @@ class DivergedError(UserError):
 _ADDRESS = re.compile(r"[a-z0-9][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
+def is_address(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a path is an address, as gs://bucket/run or host:/folder.
+
+    >>> is_address("gs://bucket/run"), is_address("runs/demo")
+    (True, False)
+    """
+    return _ADDRESS.match(os.fspath(path)) is not None
+
+
 def check_local(name: str, path: str | os.PathLike[str]) -> None:
     """Raises UserError for an address as gs://bucket/run, which Path takes for a folder `gs:`.
 
     >>> check_local("workdir", "runs/demo")
     """
     address = os.fspath(path)
-    if not _ADDRESS.match(address):
+    if not is_address(address):
         return
     remedy = "pass a path on a local disk, or in a bucket that is mounted (gcsfuse)"
     if address.lower().startswith("http"):

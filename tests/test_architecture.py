@@ -27,12 +27,13 @@ MAY_IMPORT = {
     "parallel.hosts": "types",
     "optim": "types",
     "logger": "parallel types",
-    "checkpoint*": "checkpoint* logger parallel types",
+    "storage*": "storage* logger types",
+    "checkpoint*": "checkpoint* storage logger parallel types",
     "page.__main__": "page* command* logger tasks types",
     "page*": "page* metrics* logger types",
     "weights*": "weights* layers.resize types",
     "encoders*": "encoders* layers* types",
-    "data*": "data* weights.sources logger types",
+    "data*": "data* weights.sources storage* logger types",
     "methods": "methods.* types",
     "methods.contrastive": "types",
     "methods.ranges": "types",
@@ -67,7 +68,7 @@ MAY_IMPORT = {
     "state types",
     "preflight*": "preflight.* config parallel step types",
     "main": "config train evaluate model export.sources checkpoint* data.processes parallel "
-    "metrics tasks command command.config_files preflight types",
+    "storage metrics tasks command command.config_files preflight types",
 }
 # The only files that may import these libraries.
 ONLY_IN = {
