@@ -492,9 +492,22 @@ def test_a_folder_without_permission(damaged, monkeypatch):
             read(damaged)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("NamedSharding", "NamedShardinf"), ("partition_spec", "partition_spdc"), ("cGFy", "cGFz")],
+)
+def test_a_wrong_character_in_the_places_of_arrays(damaged, old, new):
+    """One of many equal descriptions differs, or has the name of no array."""
+    path = damaged / "3/state/_sharding"
+    path.write_text(path.read_text().replace(old, new, 1))
+    assert checkpoint.restore(checkpoint.open_manager(damaged), make_state(0)).step == 2
+    assert (damaged / "broken-3").exists()
+
+
 def test_content_that_means_nothing(damaged, capfd):
     """It is JSON, but orbax cannot restore: no checksum proves that the step is broken."""
-    (damaged / "3/state/_sharding").write_text('{"wrong": 1}')
+    path = damaged / "3/state/_sharding"
+    path.write_text(path.read_text().replace("NamedSharding", "NamedShardinf"))
     with pytest.raises(UserError, match="/3 cannot be read .*does not prove it broken; remove the"):
         checkpoint.restore(checkpoint.open_manager(damaged), make_state(0))
     assert sorted(path.name for path in damaged.iterdir()) == ["1", "2", "3"]

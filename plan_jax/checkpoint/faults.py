@@ -6,6 +6,7 @@ and the checkpoint with hours of training in it is still good. Error messages of
 the two apart, so after a failure the files are read again here, by simpler means.
 """
 
+import base64
 import errno
 import json
 import os
@@ -70,6 +71,7 @@ def try_reading(read: Callable[[Path], Any], step_folder: Path) -> tuple[Any, Fa
         fault = (
             find_fault(step_folder)
             or _find_fault_in_names(step_folder)
+            or _find_fault_in_shardings(step_folder)
             or _find_fault_in_arrays(step_folder / "state")
         )
     except BrokenError as error:
@@ -130,6 +132,27 @@ def _find_fault_in_names(step_folder: Path) -> str:
     except (KeyError, TypeError, AttributeError):
         return f"{name} is not what was saved"
     return "" if checksums.keys() <= names else f"{name} is not what was saved"
+
+
+def _find_fault_in_shardings(step_folder: Path) -> str:
+    """Returns what is wrong with orbax's description of where arrays were, or "".
+
+    It has no checksum, but all arrays of a run are on one mesh, and have the names of checksums.
+    """
+    checksums = read_json(step_folder / "config/metadata").get("checksums", {})
+    name, meshes = "state/_sharding", set()
+    if not (step_folder / name).exists():
+        return ""
+    try:
+        for key, text in read_json(step_folder / name).items():
+            sharding = json.loads(text)
+            del sharding["partition_spec"]
+            meshes.add(json.dumps(sharding, sort_keys=True))
+            if base64.b64decode(key, validate=True).decode() not in checksums:
+                return f"{name} is not what was saved"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{name} is not what was saved"
+    return "" if len(meshes) <= 1 else f"{name} is not what was saved"
 
 
 def _find_fault_in_arrays(folder: Path) -> str:
