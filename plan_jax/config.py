@@ -94,7 +94,7 @@ class DataConfig(Section):
     PREFIX: ClassVar[str] = "data."
 
     name: str = "phantom"  # a dataset with a builder
-    dir: str = "data"  # folder of prepared datasets
+    dir: str = "data"  # folder of prepared datasets, or its address, as gs://bucket/data
     source: str = ""  # folder of a public dataset as downloaded; needed until it is prepared
     size: int = 96  # pixels; side of the square image an encoder sees
     max_shift: int = 3  # pixels; random translation, where `augment` has no geometric part
@@ -691,6 +691,10 @@ def typed_values(
     }
 
 
+# Fields that may be addresses, as gs://bucket/data.
+ADDRESSES = ("data.dir",)
+
+
 def convert(name: str, value: Any, annotation: Any) -> Any:
     """Returns a value as its annotated type: lists become tuples, ints floats where needed.
 
@@ -698,7 +702,7 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
       UserError: the value has another type, is none of a Literal's choices, or is an address where
         only paths are known.
     """
-    if isinstance(value, str):
+    if isinstance(value, str) and name not in ADDRESSES:
         check_local(f"config.{name}", value)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:

@@ -32,7 +32,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -41,6 +41,9 @@ from ml_collections.config_flags import config_flags
 from plan_jax.command.config_files import list_names, load_config_file
 from plan_jax.data.processes import leave_worker
 from plan_jax.types import UserError, check_local
+
+if TYPE_CHECKING:  # it takes seconds
+    from plan_jax.config import Config
 
 
 def run(argv: Sequence[str]) -> int:
@@ -60,7 +63,6 @@ def run_command(argv: Sequence[str]) -> None:
         names = textwrap.fill(f"Names of configs: {', '.join(list_names())}.", 80)
         print(__doc__, values.get_help(), names, sep="\n")
         return
-    check_local("--workdir", values.workdir or "")
     content = load_config_file(values.config) if values.config else None
 
     # Imported once the arguments are known to be sensible: JAX takes seconds.
@@ -73,6 +75,8 @@ def run_command(argv: Sequence[str]) -> None:
         if values.mode != "compile" and values[name].present:
             remedy = "; set --config.batch" if name == "batch" else ""
             raise UserError(f"--{name} is for --mode compile{remedy}")
+    if values.mode == "compile":
+        check_local("--workdir", values.workdir or "")
     if values.mode == "compile" and is_evaluation:
         raise UserError(f"{values.config} only evaluates; compile a config that trains")
     if is_evaluation and not values.checkpoint:
@@ -228,12 +232,25 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
     if content is None:
         raise UserError("--config is missing; pass --config demo, for example")
     from plan_jax import config as configs
-    from plan_jax import parallel
+    from plan_jax import parallel, storage
+    from plan_jax.checkpoint.mirror import open_run
 
     config = configs.Config.from_dict(apply_overrides(content, overrides))
-    programs = Path(workdir).absolute().parent / "programs"
-    parallel.configure_backend(config.parallel.cpu_devices, config.parallel.cache or programs)
-    previous = read_run_config(Path(workdir))
+    is_remote = storage.find_place("--workdir", workdir) is not None
+    parent = storage.cache_root() if is_remote else Path(workdir).absolute().parent
+    cache = config.parallel.cache or parent / "programs"
+    parallel.configure_backend(config.parallel.cpu_devices, cache)
+    with open_run(workdir) as folder:
+        _train_in_folder(config, overrides, workdir, folder)
+
+
+def _train_in_folder(
+    config: "Config", overrides: Mapping[str, str], workdir: str, folder: Path
+) -> None:
+    """Trains a config in the local folder of a run, unless it holds another one."""
+    from plan_jax import config as configs
+
+    previous = read_run_config(folder)
     if previous:
         configs.check_version(previous, f"workdir {workdir}")
         try:
@@ -258,7 +275,7 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
     from plan_jax.train import train as train_run
 
     command.describe_interruption("the same command continues")
-    report_results(lambda: train_run(config, workdir), Path(workdir) / "report.html")
+    report_results(lambda: train_run(config, folder), folder / "report.html")
 
 
 def evaluate(
@@ -283,12 +300,19 @@ def evaluate(
     Raises:
       UserError: for a mistake of the user.
     """
-    from plan_jax import checkpoint, parallel
+    from plan_jax import checkpoint, parallel, storage
     from plan_jax import config as configs
     from plan_jax import model as models
+    from plan_jax.checkpoint.fetch import fetch_source, find_run
     from plan_jax.export.sources import find_model
 
+    # Where results go, if that is an address; they are written into a local folder first.
+    target = storage.find_place("--workdir", workdir) if workdir else None
+    place = storage.find_place("checkpoint", folder)
+    folder = str(fetch_source(folder))
     saved = find_model(folder)
+    if place and not saved and not workdir:
+        target = find_run(place)[0]
     source = saved or folder
     run_config = models.load_config(source)
     if name or content is None:
@@ -312,9 +336,11 @@ def evaluate(
         data, run_data = config.data, run_config.data
         is_own = not name or (data.name, data.builder) == (run_data.name, run_data.builder)
         config = configs.expect_data(config, run_config, is_own)
-    from plan_jax.evaluate import evaluate_checkpoint
+    from plan_jax.evaluate import UnwrittenResults, evaluate_checkpoint
 
-    if workdir or saved:
+    if target and workdir:
+        parent = storage.cache_folder("results", target.address)
+    elif workdir or saved:
         parent = Path(workdir or Path("runs") / Path(folder).absolute().name.partition("@")[0])
     else:
         parent = checkpoint.locate(folder)[0].parent
@@ -323,7 +349,19 @@ def evaluate(
     programs = parent.absolute().parent / "programs"
     parallel.configure_backend(1, config.parallel.cache or programs)
     command.describe_interruption("no results were written")
-    report_results(lambda: evaluate_checkpoint(config, source, out), out / "report.html")
+
+    def compute_metrics() -> Mapping[str, Any]:
+        metrics = evaluate_checkpoint(config, source, out)
+        if target and parallel.is_main():
+            results = target.below(f"eval/{out.name}")
+            try:
+                storage.upload_files(out, results)
+            except UserError as error:
+                raise UnwrittenResults(str(error), dict(metrics)) from error
+            parallel.print_once(f"results {out} are copied to {results.address}")
+        return metrics
+
+    report_results(compute_metrics, out / "report.html")
 
 
 def compile_step(

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from plan_jax import checkpoint, prediction
 from plan_jax.checkpoint.checksums import find_nonfinite
+from plan_jax.checkpoint.fetch import fetch_source
 from plan_jax.config import Config
 from plan_jax.data.tokenizer import Tokenizer, check_known, load_tokenizer, tokenize_batch
 from plan_jax.encoders.bert import BERTS
@@ -258,8 +259,9 @@ def load(source: str | Path) -> Model:
 
     Args:
       source: the folder of a run or one of its checkpoints; a folder that `save_pretrained` wrote;
-        the name of a model that comes with plan_jax, `phantom-plan`; or a model on the Hugging Face
-        Hub, `owner/name` or `owner/name@revision`.
+        the address of one of them, as gs://bucket/run; the name of a model that comes with
+        plan_jax, `phantom-plan`; or a model on the Hugging Face Hub, `owner/name` or
+        `owner/name@revision`.
 
     Raises:
       UserError: there is no complete model, or its weights are not finite.
@@ -286,6 +288,7 @@ def load_variables(source: str | Path) -> dict[str, Any]:
     Raises:
       UserError: there is no complete model, or its weights are not finite.
     """
+    source = fetch_source(source)
     folder = find_model(source)
     if folder is None:
         variables = checkpoint.load_weights(source)
@@ -310,6 +313,7 @@ def load_config(source: str | Path) -> Config:
     Raises:
       UserError: there is no complete model.
     """
+    source = fetch_source(source)
     folder = find_model(source)
     if folder is None:
         return Config.from_dict(checkpoint.read_config(source))

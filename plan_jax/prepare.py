@@ -43,7 +43,7 @@ def run_command(argv: Sequence[str]) -> None:
         "--source", default="", type=local_path, help="folder of the dataset as downloaded"
     )
     parser.add_argument(
-        "--data_dir", default="data", type=local_path, help="folder of prepared datasets"
+        "--data_dir", default="data", help="folder of prepared datasets, or its address"
     )
     parser.add_argument("--check", action="store_true", help="read all but the images")
     parser.add_argument("--size", type=int, help="longer side of a stored image, in pixels")

@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 from plan_jax import checkpoint, evaluate, parallel
 from plan_jax.checkpoint.checksums import find_nonfinite
 from plan_jax.checkpoint.folders import list_steps
+from plan_jax.checkpoint.mirror import open_run
 from plan_jax.command import StopSignal, describe_interruption
 from plan_jax.config import Config
 from plan_jax.data import loader
@@ -36,7 +37,7 @@ from plan_jax.step import (
     split_microbatches,
     watch_numbers,
 )
-from plan_jax.types import Batch, DivergedError, Metrics, Model, UserError, check_local
+from plan_jax.types import Batch, DivergedError, Metrics, Model, UserError
 
 # Steps after which the run looks for NaN and infinity, if it does not log or save before.
 FINITE_EVERY = 100
@@ -72,7 +73,8 @@ class Stopped(Exception):
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     """Trains a config in `workdir`, evaluates the result and returns the final metrics.
 
-    Returns {} if the run was stopped by a signal; its state is saved.
+    Returns {} if the run was stopped by a signal; its state is saved. A run at an address, as
+    gs://bucket/run, is written into a local folder and uploaded at each save.
 
     Raises:
       UserError: the batch is not divisible by the devices, or its part on one device by
@@ -80,8 +82,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         read or lacks what a task needs, a checkpoint does not fit, and other mistakes of the user.
       DivergedError: the loss, the gradient or the weights are NaN or infinite.
     """
-    check_local("workdir", workdir)
-    workdir = Path(workdir)
+    with open_run(workdir) as folder:
+        return _train(config, folder)
+
+
+def _train(config: Config, workdir: Path) -> dict[str, Any]:
     config = choose_normalisation(config)
     mesh = parallel.make_mesh(config.parallel.devices or None)
     parallel.require_dtype(config.dtype, mesh.devices.flat)

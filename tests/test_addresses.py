@@ -1,5 +1,6 @@
-"""Addresses as gs://bucket/run, where paths are expected: refused, and no folder `gs:` appears."""
+"""Addresses as gs://bucket/run where they are no use: one sentence, and no folder `gs:` appears."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,7 @@ def folder(tmp_path, monkeypatch):
 
 
 CALLS = {
-    "train": lambda: train.train(Config(), ADDRESS),
     "evaluate": lambda: evaluate.evaluate_checkpoint(Config(), "phantom-plan", Path(ADDRESS)),
-    "load": lambda: plan_jax.load(ADDRESS),
     "save a model": lambda: Pretrained(Config(), None, dict).save(ADDRESS),
     "save a heat map": lambda: prediction.Grounding.save(None, f"{ADDRESS}/heat.png"),
     "read a film": lambda: films.read_film(f"{ADDRESS}/film.png", 64),
@@ -60,7 +59,6 @@ CALLS = {
     "copy steps of a bucket": lambda: copy_repeatedly(ADDRESS, "copies").__enter__(),
     "restore steps": lambda: restore_steps(ADDRESS, "run"),
     "restore steps in a bucket": lambda: restore_steps("copies", ADDRESS),
-    "prepare into a bucket": lambda: preparation.prepare_dataset("phantom", ADDRESS, {}),
     "prepare from a bucket": lambda: preparation.check_dataset("jsrt", {"source": ADDRESS}),
 }
 
@@ -71,11 +69,39 @@ def test_the_library_refuses_an_address(name, folder):
         CALLS[name]()
 
 
+ACCEPTED = {
+    "train": lambda address: train.train(Config(), address),
+    "load": lambda address: plan_jax.load(address),
+    "prepare": lambda address: preparation.prepare_dataset("phantom", address, {}),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        (ADDRESS, f"{ADDRESS} needs gcsfs; pip install"),
+        ("nil://b/run", "nil://b/run is an address of an unknown kind; pass a path"),
+        ("10.0.0.2:/run", "10.0.0.2:/run is an address; pass a path on a local disk"),
+        ("https://x.org/run", "https://x.org/run is an address; download it"),
+    ],
+)
+def test_an_address_that_does_not_work_is_refused(name, address, sentence, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=sentence):
+        ACCEPTED[name](address)
+
+
+@pytest.mark.parametrize("name", ["train", "load"])
+def test_a_path_that_was_an_address_is_one(name, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=f"{ADDRESS} needs gcsfs; pip install"):
+        ACCEPTED[name](Path(ADDRESS))
+
+
 COMMANDS = {
     "export": (export.run, ["phantom-plan", "--out", ADDRESS]),
-    "export of a bucket": (export.run, [ADDRESS, "--out", "out"]),
     "prepare": (prepare.run, ["jsrt", "--source", ADDRESS]),
-    "prepare into a bucket": (prepare.run, ["jsrt", "--source", "jsrt", "--data_dir", ADDRESS]),
     "prepare by a field": (prepare.run, ["jsrt", "--set", f"source={ADDRESS}"]),
 }
 

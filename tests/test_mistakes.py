@@ -169,13 +169,13 @@ TRAIN = {
         "--workdir other",
         ["workdir other holds a run of config.", "pass another --workdir, or delete it"],
     ),
-    "workdir in a bucket": (
-        "--workdir gs://b/run",
-        ["--workdir gs://b/run is an address", "a bucket that is mounted (gcsfuse)"],
+    "workdir of an unknown kind": (
+        "--workdir nil://b/run",
+        ["--workdir nil://b/run is an address", "a bucket that is mounted (gcsfuse)"],
     ),
-    "data in a bucket": (
-        "config.data.dir=gs://b/data",
-        ["config.data.dir gs://b/data is an address", "gcsfuse"],
+    "data of an unknown kind": (
+        "config.data.dir=nil://b/data",
+        ["data folder nil://b/data is an address", "gcsfuse"],
     ),
     "programs in a bucket": (
         "config.parallel.cache=gs://b/programs",
@@ -219,13 +219,17 @@ EVAL = {
         ["config.eval.detection.wdths", "did you mean config.eval.detection.widths?"],
     ),
     "missing checkpoint": ("--checkpoint nowhere", ["nowhere does not exist", "pass the folder"]),
-    "checkpoint in a bucket": (
-        "--checkpoint gs://b/run",
-        ["checkpoint gs://b/run is an address", "gcsfuse"],
+    "checkpoint of an unknown kind": (
+        "--checkpoint nil://b/run",
+        ["checkpoint nil://b/run is an address", "gcsfuse"],
     ),
-    "results in a bucket": (
-        "--checkpoint run --workdir gs://b/run",
-        ["--workdir gs://b/run is an address", "gcsfuse"],
+    "checkpoint that is not there": (
+        "--checkpoint memory://nowhere/run",
+        ["checkpoint memory://nowhere/run does not exist", "pass the folder of a run"],
+    ),
+    "results of an unknown kind": (
+        "--checkpoint run --workdir nil://b/run",
+        ["--workdir nil://b/run is an address", "gcsfuse"],
     ),
     "empty run": ("--checkpoint other", ["other holds no checkpoint", "pass the folder"]),
     "missing step": ("--checkpoint run/checkpoints/7", ["checkpoints has no step 7", "use one of"]),
@@ -275,9 +279,9 @@ PREDICT = {
         "--image ok.png --text effusion --masks gs://b/masks",
         ["--masks", "gs://b/masks is an address"],
     ),
-    "checkpoint in a bucket": (
-        "--image ok.png --text effusion --checkpoint gs://b/run",
-        ["checkpoint gs://b/run is an address"],
+    "checkpoint of an unknown kind": (
+        "--image ok.png --text effusion --checkpoint nil://b/run",
+        ["checkpoint nil://b/run is an address"],
     ),
     "negative rounds": (
         "--image ok.png --text effusion --rounds -1",

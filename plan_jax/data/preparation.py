@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import logging
 
+from plan_jax.data import remote
 from plan_jax.data.builders.brax import Brax, BraxConfig
 from plan_jax.data.builders.chest_imagenome import ChestImagenome, ChestImagenomeConfig
 from plan_jax.data.builders.chestx_det import ChestxDet, ChestxDetConfig
@@ -48,6 +49,7 @@ from plan_jax.data.public.config import PublicConfig
 from plan_jax.data.public.facts import Facts
 from plan_jax.data.sources import MESSAGES_FILE, DigestCache, SourceFiles
 from plan_jax.data.tfds import tfds
+from plan_jax.storage import cache_folder, find_place
 from plan_jax.types import UserError, check_local
 
 # Name -> builder, configuration. A new dataset is one file under builders/ and one line here.
@@ -78,7 +80,7 @@ BUILDERS: dict[str, tuple[type[tfds.core.DatasetBuilder], type[tfds.core.Builder
 }
 DEFAULT_DATA_DIR = "~/.cache/plan_jax"
 # The file that marks a prepared dataset: TFDS renames the folder when everything is written.
-_INFO_FILE = "dataset_info.json"
+_INFO_FILE = remote.INFO_FILE
 METADATA_FILE = "metadata.json"  # names of findings, anatomy and regions
 MANY_FILES = 1000  # so many that hashing them takes long enough to be announced
 
@@ -91,23 +93,32 @@ def prepare_dataset(
 ) -> tuple[tfds.core.DatasetBuilder, str]:
     """Prepares a dataset, unless an earlier call did.
 
-    Returns its builder, and the digest of manifest and files, "" if there are none.
+    Returns its builder, and the digest of manifest and files, "" if there are none. A data folder
+    at an address, as gs://bucket/data, has a copy on this machine, from which records are read.
 
     Raises:
       UserError: for an unknown dataset or field, for mistakes in the builder's input, and if the
         records cannot be read or written.
     """
-    check_local("data folder", data_dir or "")
+    place = find_place("data folder", data_dir or "")
     call = json.dumps([name, data_dir, fields], sort_keys=True, default=str)
     if _opened is not None and call in _opened:
         return _opened[call]
     config = make_builder_config(name, fields)
     key = _hash_builder_config(config)
     builder_class, _ = BUILDERS[name]
-    root = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
+    if place is None:
+        root = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
+    else:
+        root = cache_folder("data", place.address)
     with _silence_tfds():
+        if place is not None:
+            with _lock(root / name / key):
+                remote.fetch_records(place, root, f"{name}/{key}", str(builder_class.VERSION))
         prepared, _ = _find_current(root / name, key, config)
         folder, sources = prepared or _prepare_locked(root, key, config)
+        if place is not None:
+            remote.upload_records(place, root, folder)
         config.name = folder.parent.name
         # A builder reads `info` from disk when it is created.
         with name_damage(folder):

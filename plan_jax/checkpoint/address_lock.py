@@ -1,0 +1,118 @@
+"""The lock of a run at an address: an object that says who writes there, and when it last did.
+
+A bucket has no locks, so this is the best that can be done with objects: whoever runs writes the
+object again and again. An object that nobody has written for a while belongs to a process that has
+ended, and so does one of a process of this host that does not exist any more.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from plan_jax import parallel
+from plan_jax.checkpoint.lock import FILE, is_alive
+from plan_jax.storage import Place
+from plan_jax.types import UserError
+
+BEAT = 20.0  # seconds between two writes
+SETTLE = 1.0  # of runs that start at the same time, the last one to write goes on
+OLD = 600.0  # seconds after which nobody waits for a write, whatever the two clocks say
+
+
+class AddressLock:
+    """Holds the lock of a run at an address; a context manager."""
+
+    def __init__(self, place: Place) -> None:
+        """Prepares the lock of a run, and takes nothing yet."""
+        self.place = place
+        self.token = secrets.token_hex(8)
+        self.usurper: dict[str, Any] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="address lock", daemon=True)
+
+    def __enter__(self) -> "AddressLock":
+        """Takes the lock.
+
+        Raises:
+          UserError: another run holds it, or the address cannot be written.
+        """
+        owner = self._read()
+        if owner and self._is_held(owner):
+            raise self._refusal(self._read())
+        self._write()
+        time.sleep(SETTLE)
+        if self._read().get("token") != self.token:
+            raise self._refusal(self._read())
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Releases the lock, unless another run has taken it."""
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(UserError):  # it is stale soon
+            if self._read().get("token") == self.token:
+                self.place.delete([FILE])
+
+    def require(self) -> None:
+        """Raises UserError if another run has taken the lock, as while this process was frozen."""
+        if self.usurper:
+            raise self._refusal(self.usurper)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            with contextlib.suppress(UserError):  # the network; the next write may succeed
+                owner = self._read()
+                if owner and owner.get("token") != self.token:
+                    self.usurper = owner
+                    return
+                self._write()
+
+    def _read(self) -> dict[str, Any]:
+        content = self.place.read(FILE)
+        with contextlib.suppress(ValueError, RecursionError):
+            owner = json.loads(content or b"{}")
+            if isinstance(owner, dict) and isinstance(owner.get("pid"), int) and owner["pid"] > 0:
+                return owner
+        return {}
+
+    def _write(self) -> None:
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+        self.place.write(FILE, json.dumps(owner | {"token": self.token}).encode())
+
+    def _is_held(self, owner: Mapping[str, Any]) -> bool:
+        """Returns whether another process still writes the lock, which it waits to see."""
+        # A process of that number may be another one, as after a container has been restarted.
+        if owner.get("host") == socket.gethostname() and not is_alive(owner):
+            return False
+        written = owner.get("time")
+        if isinstance(written, int | float) and time.time() - written > OLD:
+            return False
+        seconds = 3 * BEAT
+        parallel.print_once(
+            f"{self.place.address} was in use by {_name(owner)}; waiting {seconds:.0f} s to see"
+            " whether it still is"
+        )
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(min(BEAT / 4, 5.0))
+            current = self._read()
+            if current != owner:
+                return bool(current)
+        return False
+
+    def _refusal(self, owner: Mapping[str, Any]) -> UserError:
+        return UserError(
+            f"workdir {self.place.address} is in use by {_name(owner)}; pass another --workdir, or"
+            " wait for its end"
+        )
+
+
+def _name(owner: Mapping[str, Any]) -> str:
+    return f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}"
