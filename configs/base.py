@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
     config.eval.tasks = ("grounding", "retrieval", "zero_shot")
     config.eval.split = "test"
     config.eval.limit = 300  # records
-    config.eval.batch = 64  # records encoded at a time; memory grows with it
+    config.eval.batch = 64  # records that a device encodes at a time; memory grows with it
     config.eval.num_prior_records = 1000  # training records for the mean masks; 0 has none
     config.eval.max_fit_records = 0  # training records that heads are fitted to; 0 is all
     config.eval.random_baseline = False  # also fit heads to an image tower of random weights

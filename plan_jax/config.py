@@ -253,7 +253,7 @@ class EvalConfig(Section):
     tasks: tuple[str, ...] = ("grounding", "retrieval", "zero_shot")  # some of plan_jax/tasks
     split: str = "test"  # or a part of it, as test[:50%]
     limit: int = 300  # evaluated records at most
-    batch: int = 64  # records encoded at a time; memory grows with it
+    batch: int = 64  # records that a device encodes at a time; memory grows with it
     num_prior_records: int = 1000  # training records for the mean masks of grounding; 0 has none
     max_fit_records: int = 0  # training records that heads are fitted to; 0 is all
     random_baseline: bool = False  # also fit the heads to an image tower of random weights

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from plan_jax import checkpoint, page
+from plan_jax import checkpoint, page, parallel
 from plan_jax import model as models
 from plan_jax.config import Config
 from plan_jax.data.dataset import Dataset, open_dataset
@@ -125,7 +125,9 @@ def evaluate_model(
 ) -> Result:
     """Returns the metrics `<task>/...` of all selected tasks on a split, and their examples.
 
-    Fitted heads are saved under `folder`, so that an interrupted evaluation resumes. With
+    All devices of `parallel.devices` take part, and all hosts share the records: every host calls
+    this, and has the same result. Fitted heads are saved under `folder`, so that an interrupted
+    evaluation resumes. With
     `eval.random_baseline`, tasks that fit a head also fit it to a tower of random weights, under
     `<task>/random/...`. `<task>/seconds` is the duration of a task. `check_stop` is called before
     each task and after each epoch of a fit, and ends the evaluation by an exception.
@@ -144,20 +146,21 @@ def evaluate_model(
     metrics: dict[str, float] = {}
     examples: list[Any] = []
     scores: dict[str, ExampleScores] = {}
-    for name in config.eval.tasks:
-        check_stop()
-        task, options = TASKS[name], config.eval.options[name]
-        start = time.monotonic()
-        result = task.evaluate(model, data, options, context)
-        values = dict(result.metrics)
-        if task.FITS_HEAD and config.eval.random_baseline:
-            # The same options and seed, so that only the weights of the tower differ.
-            baseline = task.evaluate(_with_random_tower(model, config), data, options, context)
-            values |= {f"random/{key}": value for key, value in baseline.metrics.items()}
-        values["seconds"] = time.monotonic() - start
-        metrics |= {f"{name}/{key}": float(value) for key, value in values.items()}
-        examples += result.rows
-        scores |= {f"{name}/{key}": value for key, value in result.scores.items()}
+    with parallel.use_devices(config.parallel.devices):
+        for name in config.eval.tasks:
+            check_stop()
+            task, options = TASKS[name], config.eval.options[name]
+            start = time.monotonic()
+            result = task.evaluate(model, data, options, context)
+            values = dict(result.metrics)
+            if task.FITS_HEAD and config.eval.random_baseline:
+                # The same options and seed, so that only the weights of the tower differ.
+                baseline = task.evaluate(_with_random_tower(model, config), data, options, context)
+                values |= {f"random/{key}": value for key, value in baseline.metrics.items()}
+            values["seconds"] = time.monotonic() - start
+            metrics |= {f"{name}/{key}": float(value) for key, value in values.items()}
+            examples += result.rows
+            scores |= {f"{name}/{key}": value for key, value in result.scores.items()}
     return Result(metrics, examples, scores)
 
 
@@ -227,7 +230,11 @@ def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[s
         "evaluated_s": time.monotonic() - start,
         "params_sha256": checkpoint.fingerprint(weights["params"]),
     }
-    write_results(out, config, dataclasses.replace(result, metrics=metrics), history)
+    try:
+        if parallel.is_main():
+            write_results(out, config, dataclasses.replace(result, metrics=metrics), history)
+    finally:
+        parallel.barrier("evaluated")
     return metrics
 
 

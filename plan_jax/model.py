@@ -12,7 +12,7 @@ import numpy as np
 from flax.errors import FlaxError
 from jaxtyping import PyTree
 
-from plan_jax import checkpoint, prediction
+from plan_jax import checkpoint, parallel, prediction
 from plan_jax.checkpoint.checksums import find_nonfinite
 from plan_jax.checkpoint.fetch import fetch_source
 from plan_jax.config import Config
@@ -128,22 +128,36 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
         features: Any = encoder.apply(variables, inputs, method=method)
         return features.replace(raw=None)
 
-    apply_image = jax.jit(functools.partial(encode, "encode_image"))
-    apply_text = jax.jit(functools.partial(encode, "encode_text"))
-    apply_similarity = jax.jit(method.similarity, static_argnums=4)
-    apply_heatmap = jax.jit(method.heatmap, static_argnums=4)
+    def compare_with_images(
+        constants: tuple[PyTree, PyTree, Features], texts: Features
+    ) -> dict[str, jax.Array]:
+        tables = method.similarity(*constants, texts, hyper)
+        return {kind: table.T for kind, table in tables.items()}
 
-    @jax.jit
-    def apply_pairs(
-        params: PyTree, memory: PyTree, images: Features, texts: Features
+    def compare_pairs(
+        constants: tuple[PyTree, PyTree], pairs: tuple[Features, Features]
     ) -> dict[str, jax.Array]:
         def compare(pair: PyTree) -> dict[str, jax.Array]:
             image, text = jax.tree.map(lambda leaf: leaf[None], pair)
-            tables = method.similarity(params, memory, image, text, hyper)
+            tables = method.similarity(*constants, image, text, hyper)
             return {kind: table[0, 0] for kind, table in tables.items()}
 
-        return jax.vmap(compare)((images, texts))
+        return jax.vmap(compare)(pairs)
 
+    @functools.cache
+    def apply_heatmap(constants: Any) -> parallel.ExampleFunction:
+        def locate(
+            state: tuple[PyTree, PyTree], pairs: tuple[Features, Features]
+        ) -> tuple[jax.Array, jax.Array]:
+            return method.heatmap(state[0], state[1], pairs[0], pairs[1], constants)
+
+        return parallel.ExampleFunction(locate)
+
+    apply_image = parallel.ExampleFunction(functools.partial(encode, "encode_image"))
+    apply_text = parallel.ExampleFunction(functools.partial(encode, "encode_text"))
+    apply_similarity = parallel.ExampleFunction(compare_with_images)
+    apply_pairs = parallel.ExampleFunction(compare_pairs)
+    encoder_copies, method_copies = parallel.Replicas(encoders), parallel.Replicas((params, memory))
     batch = config.eval.batch
 
     # One image or text alone is not padded to a batch, which would cost as much as the batch.
@@ -152,7 +166,7 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
 
     def encode_image(images: Images) -> Features:
         size = chunk_size(len(images))
-        return map_chunks(lambda chunk: apply_image(encoders, chunk), images, size)
+        return map_chunks(apply_image.bind(encoder_copies.get()), images, size)
 
     def encode_text(texts: list[str]) -> Features:
         if not config.compares_texts():
@@ -164,19 +178,16 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
         check_known(tokenizer, texts, name, "write them in the language of the model's tokenizer")
         tokens = tokenize_batch(tokenizer, texts, config.data.max_tokens, config.data.max_words)
         size = chunk_size(len(texts))
-        return map_chunks(lambda chunk: apply_text(encoders, chunk), tokens, size)
+        return map_chunks(apply_text.bind(encoder_copies.get()), tokens, size)
 
     def similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
-        def compare(chunk: Features) -> dict[str, jax.Array]:
-            tables = apply_similarity(params, memory, images, chunk, hyper)
-            return {kind: table.T for kind, table in tables.items()}
-
         # A chunk of texts at a time, since a table of all words and all pixels would not fit.
+        compare = apply_similarity.bind((*method_copies.get(), images))
         tables = map_chunks(compare, texts, batch)
         return {kind: table.T for kind, table in tables.items()}
 
     def pair_similarity(images: Features, texts: Features) -> dict[str, np.ndarray]:
-        return jax.device_get(apply_pairs(params, memory, images, texts))
+        return apply_pairs(method_copies.get(), (images, texts))
 
     def heatmap(
         images: Features, texts: Features, rounds: int | None = None
@@ -186,13 +197,13 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
             if not hasattr(hyper, "rounds"):
                 raise UserError(f"rounds is {rounds}, and {config.method} has none; leave it out")
             constants = dataclasses.replace(hyper, rounds=rounds)
-        return jax.device_get(apply_heatmap(params, memory, images, texts, constants))
+        return apply_heatmap(constants)(method_copies.get(), (images, texts))
 
     known = {name: variables[name] for name in SOURCE_FIELDS if name in variables}
     pretrained = Pretrained(config, tokenizer, lambda: state, **known)
     size = config.data.size
     blank = jax.ShapeDtypeStruct((1, size, size, 1), jnp.uint8)
-    features = jax.eval_shape(apply_image, encoders, blank)
+    features = jax.eval_shape(functools.partial(encode, "encode_image"), encoders, blank)
     model = Model(
         name=config.method,
         # Only rounds read the finer map.

@@ -367,7 +367,6 @@ def validate_again(run: Run, state: State) -> None:
 def finish(run: Run, state: State) -> dict[str, Any]:
     """Evaluates the final state, writes its metrics and the page, and returns the metrics."""
     logger = run.logger
-    # Every process takes part in gathering arrays, also those that do not evaluate.
     variables = model_variables(state)
     rates = [row["images_per_s"] for row in logger.history if "images_per_s" in row]
     summary = {
@@ -375,23 +374,23 @@ def finish(run: Run, state: State) -> dict[str, Any]:
         "images_per_s": float(np.median(rates)) if rates else float("nan"),
         "params_sha256": checkpoint.fingerprint(variables["params"]),
     }
+    logger.info("evaluating")
+    model = make_model(run.components, run.config, variables)
+    # Every process takes part. One that fails ends the others: no barrier may wait for it.
+    result = evaluate.evaluate_model(model, run.config, run.config.eval.split, logger.folder)
+    metrics: dict[str, Any] = {
+        **result.metrics,
+        **summary,
+        **logger.summary,
+        "wall_s": logger.elapsed(),
+    }
     try:
-        if not parallel.is_main():
-            return summary
-        logger.info("evaluating")
-        model = make_model(run.components, run.config, variables)
-        result = evaluate.evaluate_model(model, run.config, run.config.eval.split, logger.folder)
-        metrics: dict[str, Any] = {
-            **result.metrics,
-            **summary,
-            **logger.summary,
-            "wall_s": logger.elapsed(),
-        }
-        result = dataclasses.replace(result, metrics=metrics)
-        evaluate.write_results(logger.folder, run.config, result, logger.history)
-        return metrics
+        if parallel.is_main():
+            result = dataclasses.replace(result, metrics=metrics)
+            evaluate.write_results(logger.folder, run.config, result, logger.history)
     finally:
         parallel.barrier("evaluated")
+    return metrics
 
 
 def model_variables(state: State) -> dict[str, PyTree]:

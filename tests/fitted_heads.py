@@ -73,7 +73,15 @@ def attach_scalar_head(mode="frozen", **options):
     )
 
 
-def fit_scalar_head(attached, epochs=20, folder=None, learning_rate=0.05, stored=False, **options):
+def fit_scalar_head(
+    attached,
+    epochs=20,
+    folder=None,
+    learning_rate=0.05,
+    stored=False,
+    optimiser=optax.adam,
+    **options,
+):
     splits = []
     for count, seed in ((64, 1), (30, 2)):
         images, labels = labelled_images(count, seed)
@@ -81,6 +89,7 @@ def fit_scalar_head(attached, epochs=20, folder=None, learning_rate=0.05, stored
             images = StoredRows(images.__getitem__, range(count), (4, 4, 1), np.uint8, str)
         splits.append(attached.examples(images) | {"label": labels})
     settings = {"batch": 16, "patience": 50, "seed": 3, "folder": folder} | options
-    optimiser = optax.adam(learning_rate)
     initial = attached.params, attached.stats
-    return fit.fit_head(attached.loss, *initial, *splits, optimiser, epochs=epochs, **settings)
+    return fit.fit_head(
+        attached.loss, *initial, *splits, optimiser(learning_rate), epochs=epochs, **settings
+    )

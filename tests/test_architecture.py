@@ -52,11 +52,11 @@ MAY_IMPORT = {
         "export* checkpoint.checksums config data.tokenizer logger methods metrics page.tables"
         " parallel tasks types"
     ),
-    "model": "config encoders* methods data* export* heads* checkpoint* prediction types",
+    "model": "config encoders* methods data* export* heads* checkpoint* parallel prediction types",
     "prediction*": "prediction* data* metrics* page.figures logger types",
     "state": "config model encoders* data* weights* optim parallel types",
     "step": "config methods.contrastive methods.hard_negatives model state parallel types",
-    "evaluate": "config model tasks data* checkpoint* logger page metrics* types",
+    "evaluate": "config model tasks data* checkpoint* logger page metrics* parallel types",
     "train": "config model evaluate state step data* parallel checkpoint* logger command types",
     "command.scripts": "command export.__main__ main predict prepare",
     "command*": "types",

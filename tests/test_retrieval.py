@@ -57,7 +57,7 @@ def test_images_are_compared_in_blocks_of_nearly_one_size(monkeypatch):
         return {"global": np.outer(block, texts)}
 
     tables = retrieval.SimilarityTables(SimpleNamespace(similarity=similarity), images, images[:2])
-    whole = np.concatenate([blocks["global"] for _, blocks in tables])
+    whole = np.concatenate([blocks["global"] for _, blocks in tables.read(tables.blocks)])
     np.testing.assert_array_equal(whole, np.outer(images, images[:2]))
     assert sizes == [17, 17], "a last block of few images was padded to a whole one"
 

@@ -1,18 +1,24 @@
 """Examples of heads: trees of arrays with one leading axis, in memory or on disk.
 
-A leaf of `StoredRows` is read when it is indexed, a batch ahead of its use, and not kept.
+A leaf of `StoredRows` is read when it is indexed, a batch ahead of its use, and not kept. Functions
+of examples run on the devices that `parallel.use_devices` has chosen.
 """
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Int, PyTree, Shaped, UInt8
 
+from plan_jax import parallel
+from plan_jax.parallel import ExampleFunction as ExampleFunction
+from plan_jax.parallel import count_parts as count_parts
+from plan_jax.parallel import share_items as share_items
 from plan_jax.types import Record, StoredRecords
 
 CHUNK_SIZE = 64  # images that pass through an encoder at once
@@ -162,17 +168,58 @@ def map_chunks(
     """Applies a function to examples in chunks, padding the last one, and joins the results.
 
     All chunks have the same size, so a jitted function is compiled once for any number of examples.
+    On D devices a chunk has `size` examples for each of them, or `size` in all where there are
+    fewer than D such chunks: at most two sizes. Each of several hosts takes its part of the
+    examples, and all get all results.
+
+    Args:
+      function: of a chunk, as `ExampleFunction.bind` returns it.
+      examples: the examples.
+      size: that of a chunk on one device.
     """
-    num_examples = count_examples(examples)
-    batches = list_batches(num_examples, size)
+    num_examples, num_devices = count_examples(examples), parallel.num_devices_in_use()
+    own = parallel.own_examples(num_examples)
+    if len(own) < num_devices * size:
+        size, num_units = -(-size // num_devices) * num_devices, 1
+    else:
+        num_units = num_devices
+    # Each unit is read by a thread, whatever the number of devices.
+    units = list_batches(len(own), size)
+    reader = read_batches(examples, [own[unit] for unit in units])
     results: PyTree = None
-    for indices, chunk in zip(batches, read_batches(examples, batches), strict=True):
-        values = jax.device_get(function(pad_examples(chunk, size)))
+    for first in range(0, len(units), num_units):
+        parts = list(islice(reader, num_units))
+        chunk = parts[0] if len(parts) == 1 else jax.tree.map(_join, *parts)
+        values = jax.device_get(function(pad_examples(chunk, num_units * size)))
         if results is None:
             # Filled in place: joining a list of chunks would hold everything twice.
             results = jax.tree.map(
-                lambda part: np.empty((num_examples, *part.shape[1:]), part.dtype), values
+                lambda part: np.empty((len(own), *part.shape[1:]), part.dtype), values
             )
+        start, count = first * size, count_examples(chunk)
         for array, part in zip(jax.tree.leaves(results), jax.tree.leaves(values), strict=True):
-            array[indices[0] : indices[-1] + 1] = part[: len(indices)]
-    return results
+            array[start : start + count] = part[:count]
+    return parallel.join_examples(results, num_examples)
+
+
+def _join(*parts: Any) -> Any:
+    return np.concatenate(parts)
+
+
+def share_batches(
+    compute: Callable[[Int[np.ndarray, " _"]], Any], count: int, size: int
+) -> list[Any]:
+    """Returns `compute(indices)` of batches of `count` examples, which hosts share.
+
+    Args:
+      compute: returns a tree of dicts and lists with arrays, numbers, texts and bytes.
+      count: the number of examples.
+      size: the largest size of a batch; several hosts take smaller ones where some would have none.
+    """
+    batches = list_batches(count, min(size, -(-count // count_parts())))
+    if count_parts() == 1:
+        return [compute(batch) for batch in batches]
+    numbers = range(len(batches))
+    by_host = share_items(numbers, lambda own: {str(n): compute(batches[n]) for n in own})
+    results = {int(name): result for part in by_host for name, result in part.items()}
+    return [results[n] for n in numbers]

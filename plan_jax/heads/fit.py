@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import msgpack
 import numpy as np
 import optax
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from plan_jax.heads.examples import StoredRows, count_examples, list_batches, read_batches
 from plan_jax.logger import report_write_errors, write_atomically
-from plan_jax.parallel import print_once
+from plan_jax.parallel import BatchFunction, from_main, is_main, own_rows, print_once
 from plan_jax.types import DivergedError, UserError
 
 HISTORY = ("losses", "scores")  # lists of a fit's state: one number for each epoch
@@ -64,6 +63,9 @@ def fit_head(
     settings and the data. The same call then resumes an interrupted fit and returns the same
     result.
 
+    A batch is divided among all devices in use, see `parallel.BatchFunction`. Each of several
+    hosts reads its part of it, and the main one saves the state.
+
     Args:
       loss: `loss(params, stats, examples, key, train)` returns the mean loss of the examples and
         the new `stats`.
@@ -89,9 +91,7 @@ def fit_head(
     num_examples = _require_examples(train, name)
     _require_examples(validation, name)
     batch = min(batch, num_examples)
-    evaluate_loss = jax.jit(
-        lambda p, s, examples: loss(p, s, examples, jax.random.key(0), False)[0]
-    )
+    evaluate_loss = compile_loss(loss)
     score = score or (lambda p, s: -mean_loss(evaluate_loss, p, s, validation, batch))
     update = _compile_update(loss, optimiser)
     state = {
@@ -111,6 +111,8 @@ def fit_head(
         settings = (name, description, batch, epochs, patience, seed)
         path = folder / f"{name}-{_hash_of(settings, params, stats, train, validation)}.msgpack"
         state = _restore_state(state, path)
+    names = ("params", "stats", "optimiser")
+    state |= zip(names, update.place([state[name] for name in names]), strict=True)
     with tqdm(
         total=epochs,
         initial=state["epoch"],
@@ -120,12 +122,13 @@ def fit_head(
         # A log file keeps every refresh as a line of its own.
         mininterval=0.5 if sys.stderr.isatty() else 20.0,
         dynamic_ncols=True,
+        disable=not is_main(),
     ) as bar:
         while state["epoch"] < epochs and state["epochs_since_best"] < patience:
             start_time = time.monotonic()
             trained, epoch_loss = _run_epoch(update, state, train, batch, seed)
             _record_epoch(state, trained, epoch_loss, score, name, option)
-            if path is not None:
+            if path is not None and is_main():
                 try:
                     _save_state(state, path)
                 except UserError as error:  # a fit needs no disk; a disk may be full or read-only
@@ -140,8 +143,17 @@ def fit_head(
     return FitResult(state["best_params"], state["best_stats"], state["best_score"], history)
 
 
+def compile_loss(loss: Callable[..., tuple[Float[Array, ""], PyTree]]) -> BatchFunction:
+    """Returns a loss as `mean_loss` reads it, without dropout; see `fit_head`."""
+
+    def evaluate_loss(state: Sequence[PyTree], examples: PyTree) -> Float[Array, ""]:
+        return loss(*state, examples, jax.random.key(0), False)[0]
+
+    return BatchFunction(evaluate_loss)
+
+
 def mean_loss(
-    evaluate_loss: Callable[[PyTree, PyTree, PyTree], Float[Array, ""]],
+    evaluate_loss: BatchFunction,
     params: PyTree,
     stats: PyTree,
     examples: PyTree,
@@ -150,8 +162,10 @@ def mean_loss(
     """Returns the mean loss over all examples, those of an incomplete last batch included."""
     num_examples, total = count_examples(examples), 0.0
     batches = list_batches(num_examples, batch)
-    for indices, part in zip(batches, read_batches(examples, batches), strict=True):
-        total += len(indices) * float(evaluate_loss(params, stats, part))
+    own_batches = [indices[own_rows(len(indices))] for indices in batches]
+    for indices, part in zip(batches, read_batches(examples, own_batches), strict=True):
+        value = evaluate_loss((params, stats), part, len(indices))
+        total += len(indices) * float(value)
     return total / num_examples
 
 
@@ -164,23 +178,25 @@ def _require_examples(examples: PyTree, name: str) -> int:
     return num_examples
 
 
-def _compile_update(loss: Callable, optimiser: optax.GradientTransformation) -> Callable:
+def _compile_update(loss: Callable, optimiser: optax.GradientTransformation) -> BatchFunction:
     """Returns the compiled step of an optimiser on one batch."""
 
-    @jax.jit
-    def update(params, stats, optimiser_state, examples, key):
+    def update(state, examples, epoch_key_data, step):
+        params, stats, optimiser_state = state
+        key = jax.random.fold_in(jax.random.wrap_key_data(epoch_key_data), step)
+
         def batch_loss(params):
             return loss(params, stats, examples, key, True)
 
         (value, new_stats), gradient = jax.value_and_grad(batch_loss, has_aux=True)(params)
         updates, optimiser_state = optimiser.update(gradient, optimiser_state, params)
-        return optax.apply_updates(params, updates), new_stats, optimiser_state, value
+        return (optax.apply_updates(params, updates), new_stats, optimiser_state), value
 
-    return update
+    return BatchFunction(update)
 
 
 def _run_epoch(
-    update: Callable, state: dict, train: PyTree, batch: int, seed: int
+    update: BatchFunction, state: dict, train: PyTree, batch: int, seed: int
 ) -> tuple[Sequence[PyTree], float]:
     """Runs one epoch; returns the new (params, stats, optimiser state), and the mean loss."""
     num_examples = count_examples(train)
@@ -188,12 +204,15 @@ def _run_epoch(
     # orders and keys.
     order = np.random.default_rng((seed, state["epoch"])).permutation(num_examples)
     epoch_key = jax.random.fold_in(jax.random.key(seed), state["epoch"])
+    # In numpy, since a key on one device is no argument of a step on the devices of several hosts.
+    key_data = np.asarray(jax.random.key_data(epoch_key))
     trained: Sequence[PyTree] = (state["params"], state["stats"], state["optimiser"])
     # The losses are summed on the device: reading each would wait for every step.
-    total_loss, num_steps = jnp.zeros(()), num_examples // batch
-    batches = list(order[: num_steps * batch].reshape(num_steps, batch))
-    for step, examples in enumerate(read_batches(train, batches)):
-        *trained, value = update(*trained, examples, jax.random.fold_in(epoch_key, step))
+    total_loss, num_steps = 0.0, num_examples // batch
+    batches = order[: num_steps * batch].reshape(num_steps, batch)
+    own_batches = list(batches[:, own_rows(batch)])
+    for step, examples in enumerate(read_batches(train, own_batches)):
+        trained, value = update(trained, examples, batch, key_data, np.uint32(step))
         total_loss = total_loss + value
     return trained, float(total_loss) / num_steps
 
@@ -210,7 +229,9 @@ def _record_epoch(
     if not math.isfinite(loss):
         raise DivergedError(f"the loss of {name} is {loss} in epoch {epoch}; lower {option}")
     state["params"], state["stats"], state["optimiser"] = trained
-    value = float(score(state["params"], state["stats"]))
+    # That of the main process, so that all hosts select the same epoch.
+    content = from_main(np.float64(score(state["params"], state["stats"])).tobytes())
+    value = float(np.frombuffer(content, np.float64)[0])
     if math.isnan(value):
         raise DivergedError(f"the score of {name} is nan in epoch {epoch}; lower {option}")
     state["losses"].append(loss)
@@ -241,18 +262,24 @@ def _hash_of(settings: tuple, *trees: PyTree) -> str:
 def _restore_state(state: dict, path: Path) -> dict:
     """Returns the state saved at `path`; the given initial one if there is none, or a broken one.
 
-    `state` also serves as the structure of what is read.
+    `state` also serves as the structure of what is read. Of several hosts the main one reads.
     """
+    content = b""
     try:
-        tree = serialization.msgpack_restore(path.read_bytes())
+        if is_main():
+            content = path.read_bytes()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        print_once(f"{path} cannot be read ({error.strerror}); fitting the head again")
+    content = from_main(content)
+    if not content:
+        return state
+    try:
+        tree = serialization.msgpack_restore(content)
         history = {key: [float(x) for x in tree.pop(key)] for key in HISTORY}
         arrays = {key: value for key, value in state.items() if key not in HISTORY}
         return serialization.from_state_dict(arrays, tree) | history
-    except FileNotFoundError:
-        return state
-    except OSError as error:
-        print_once(f"{path} cannot be read ({error.strerror}); fitting the head again")
-        return state
     except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
         print_once(f"{path} is broken ({type(error).__name__}); fitting the head again")
         return state

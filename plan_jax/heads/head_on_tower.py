@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
-from plan_jax.heads.examples import Images, map_chunks
+from plan_jax.heads.examples import ExampleFunction, Images, map_chunks
 from plan_jax.types import Model, Stages, Tower, UserError
 
 Mode = Literal["frozen", "finetune", "frozen_train_norm"]
@@ -103,8 +103,13 @@ def attach_head(
     def features_of(params, stats, examples):
         return apply_tower(params, stats, examples, False)[0]
 
-    @jax.jit
-    def predict(params, stats, examples):
+    @ExampleFunction
+    def compute_features(state, examples):
+        return apply_tower(*state, examples, False)[0]
+
+    @ExampleFunction
+    def compute_outputs(state, examples):
+        params, stats = state
         features = apply_tower(params, stats, examples, False)[0]
         variables = {"params": params["head"], "batch_stats": stats["head"]}
         return head.apply(variables, features, examples)
@@ -122,9 +127,7 @@ def attach_head(
         if mode != "frozen" or bytes_per_image * len(images) > cache_bytes:
             return {"image": images}
 
-        def compute(examples: PyTree) -> PyTree:
-            return features_of(params, stats, examples)
-
+        compute = compute_features.bind((params, stats))
         return {"features": require_finite(map_chunks(compute, {"image": images}))}
 
     return HeadOnTower(
@@ -133,7 +136,7 @@ def attach_head(
         examples_of,
         loss,
         features_of,
-        lambda p, s, examples: map_chunks(lambda chunk: predict(p, s, chunk), examples),
+        lambda p, s, examples: map_chunks(compute_outputs.bind((p, s)), examples),
     )
 
 

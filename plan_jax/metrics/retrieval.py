@@ -4,6 +4,8 @@ Ties count against the model: among equal scores, wrong candidates come first. O
 with constant scores would profit from the order of the candidates.
 """
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -27,7 +29,8 @@ def hit_ranks(
 class RankCounter:
     """Computes `hit_ranks` of queries whose N candidates come in blocks of K.
 
-    All blocks pass twice: through `find_best`, then through `count_above`.
+    All blocks pass twice: through `find_best`, then through `count_above`. Counters of different
+    blocks are merged after each pass.
     """
 
     def __init__(self, num_queries: int) -> None:
@@ -46,6 +49,22 @@ class RankCounter:
     def count_above(self, scores: Float[np.ndarray, "Q K"], hits: Bool[np.ndarray, "Q K"]) -> None:
         """Counts the wrong candidates of a block that score at least as high as the best hit."""
         self._num_above += (~hits & (scores >= self._best[:, None])).sum(1)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns what was read so far, for `merge`: arrays [Q]."""
+        return {
+            "best": self._best,
+            "has_hit": self._has_hit,
+            "has_nan": self._has_nan,
+            "num_above": self._num_above,
+        }
+
+    def merge(self, states: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Replaces what was read by what the counters of several parts of the blocks have read."""
+        self._best = np.max([state["best"] for state in states], axis=0)
+        self._has_hit = np.any([state["has_hit"] for state in states], axis=0)
+        self._has_nan = np.any([state["has_nan"] for state in states], axis=0)
+        self._num_above = np.sum([state["num_above"] for state in states], axis=0)
 
     def ranks(self) -> Float[np.ndarray, " Q"]:
         """Returns the ranks of the best hits, as `hit_ranks` does."""

@@ -4,26 +4,33 @@ A step is written for one device, `step(state, batch) -> (state, metrics)`, and 
 which devices communicate: `jax.lax.pmean(gradients, AXIS)`, `jax.lax.all_gather(embeddings, AXIS)`.
 The state is replicated on every device and the batch is sharded along its first axis. The outputs
 must be equal on every device, so the step averages them before it returns.
+
+An evaluation is written for one device as well. Inside of `use_devices`, an `ExampleFunction`
+divides examples among the devices of a host, a `BatchFunction` divides a batch among those of all
+hosts, and hosts share examples by `own_examples` and `share_items`. Outside, one device computes.
 """
 
 import collections
 import contextlib
 import functools
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from jax._src import hardware_utils
 from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 from tqdm import tqdm
 
 from plan_jax.parallel.cluster import host_name, initialize, leave, report_lost_host
@@ -35,6 +42,9 @@ AXIS = "devices"
 IMPLEMENTATIONS = ("shard_map", "pmap")
 BFLOAT16_CAPABILITY = 8.0  # of NVIDIA's Ampere, the first with units for it
 NO_GPU = "JAX sees no NVIDIA GPU, or its CUDA plugin is not installed"
+PIECE_BYTES = 2**24  # that hosts exchange at once; each device holds as many from every host
+
+Item = TypeVar("Item")
 
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 
@@ -184,13 +194,31 @@ def gather_strings(text: str) -> list[str]:
     """Returns the texts of all processes, in their order. Every process must call it."""
     if jax.process_count() == 1:
         return [text]
-    # JAX gathers arrays of one shape only: the bytes are padded to the longest text.
-    content = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(content.size))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: content.size] = content
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+    return [content.decode() for content in gather_bytes(text.encode())]
+
+
+def gather_bytes(content: bytes) -> list[bytes]:
+    """Returns the bytes of all processes, in their order. Every process must call it.
+
+    They pass through the devices in pieces, so that the memory of a device does not limit them.
+    """
+    # JAX gathers arrays of one shape only, of at most 32 bits: pieces are padded, and sizes split.
+    size_parts = np.asarray(divmod(len(content), PIECE_BYTES), np.uint32)
+    sizes = [
+        int(pieces) * PIECE_BYTES + int(rest)
+        for pieces, rest in np.reshape(multihost_utils.process_allgather(size_parts), (-1, 2))
+    ]
+    parts: list[list[bytes]] = [[] for _ in sizes]
+    for start in range(0, max(sizes), PIECE_BYTES):
+        own = np.frombuffer(content[start : start + PIECE_BYTES], np.uint8)
+        # Powers of two, so that few programs are compiled.
+        length = min(PIECE_BYTES, 1 << (max(sizes) - start - 1).bit_length())
+        piece = np.zeros(length, np.uint8)
+        piece[: own.size] = own
+        rows = np.reshape(multihost_utils.process_allgather(piece), (-1, length))
+        for part, row, size in zip(parts, rows, sizes, strict=True):
+            part.append(row[: max(size - start, 0)].tobytes())
+    return [b"".join(part) for part in parts]
 
 
 # Devices -----------------------------------------------------------------------------------------
@@ -406,3 +434,282 @@ def mean(tree: PyTree, axis: str | None = AXIS) -> PyTree:
 def step_key(key: Array, step: Array | int) -> Array:
     """Returns the random key of a step, the same on every device."""
     return jax.random.fold_in(key, step)
+
+
+# Evaluation --------------------------------------------------------------------------------------
+
+
+class _Scope(NamedTuple):
+    """The devices in use, and whether the hosts of the mesh work on the same examples."""
+
+    mesh: Mesh
+    is_shared: bool
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("scope", default=None)
+
+
+@contextlib.contextmanager
+def use_devices(count: int = 0) -> Iterator[None]:
+    """Lets an evaluation inside use the first `count` devices; 0, or more than there are, use all.
+
+    Several hosts use all of their devices. All of them must enter and do the same inside: they
+    share examples, and wait for each other where they exchange results.
+    """
+    is_shared = jax.process_count() > 1
+    is_part = not is_shared and 0 < count < len(list_devices())
+    token = _scope.set(_Scope(make_mesh(count if is_part else None), is_shared))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+@contextlib.contextmanager
+def _without_hosts() -> Iterator[None]:
+    """Lets this host work inside on what the other hosts do not see."""
+    scope = _scope.get()
+    token = _scope.set(scope and scope._replace(is_shared=False))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def _shares_examples() -> bool:
+    scope = _scope.get()
+    return scope is not None and scope.is_shared
+
+
+@functools.cache
+def _local_mesh(mesh: Mesh) -> Mesh:
+    return Mesh(np.asarray(mesh.local_devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def _devices_in_use() -> Mesh | None:
+    """Returns the mesh of this host's devices, or None where one device works as JAX lets it."""
+    scope = _scope.get()
+    if scope is None or len(scope.mesh.local_devices) == 1:
+        return None
+    return _local_mesh(scope.mesh)
+
+
+def num_devices_in_use() -> int:
+    """Returns the number of devices of this host that an `ExampleFunction` runs on."""
+    mesh = _devices_in_use()
+    return 1 if mesh is None else mesh.size
+
+
+def _place(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Returns arrays on every device of this host in use, from wherever they are."""
+
+    def place(leaf: Any) -> Any:
+        # What all hosts have together lies on the devices of this one already.
+        is_spread = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+        if mesh is None:
+            return leaf.addressable_data(0) if is_spread else jax.device_put(leaf)
+        sharding = NamedSharding(mesh, REPLICATED)
+        if not is_spread:
+            return jax.device_put(leaf, sharding)
+        copies = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+    return jax.tree.map(place, tree)
+
+
+class Replicas:
+    """Arrays that every device in use has, copied to them once and not at each call."""
+
+    def __init__(self, tree: PyTree) -> None:
+        """Copies nothing yet."""
+        self._tree = tree
+        self._mesh: Mesh | None = None
+        self._copies: PyTree = None
+
+    def get(self) -> PyTree:
+        """Returns the arrays on the devices in use."""
+        mesh = _devices_in_use()
+        if mesh is None:
+            return self._tree
+        if mesh is not self._mesh:
+            self._mesh, self._copies = mesh, _place(self._tree, mesh)
+        return self._copies
+
+
+class ExampleFunction:
+    """A function of examples, which every device of this host applies to its part of them.
+
+    `function(constants, examples)` returns arrays with one row for each example; a row depends on
+    its example and on the constants only. On one device it is `jax.jit` of the function.
+    """
+
+    def __init__(self, function: Callable[[PyTree, PyTree], PyTree]) -> None:
+        """Compiles nothing yet."""
+        self._function = function
+        self._compiled: dict[Mesh | None, Callable] = {None: jax.jit(function)}
+
+    def bind(self, constants: PyTree) -> Callable[[PyTree], PyTree]:
+        """Returns a function from any number of examples to their rows, in numpy."""
+        mesh = _devices_in_use()
+        constants = _place(constants, mesh)
+        compiled = self._compile(mesh)
+        if mesh is None:
+            return lambda examples: jax.device_get(compiled(constants, examples))
+
+        def call(examples: PyTree) -> PyTree:
+            count = len(jax.tree.leaves(examples)[0])
+            if padding := -count % mesh.size:
+                rows = np.minimum(np.arange(count + padding), count - 1)
+                examples = jax.tree.map(lambda leaf: leaf[rows], examples)
+            examples = jax.device_put(examples, NamedSharding(mesh, SHARDED))
+            outputs = jax.device_get(compiled(constants, examples))
+            return jax.tree.map(lambda leaf: leaf[:count], outputs) if padding else outputs
+
+        return call
+
+    def __call__(self, constants: PyTree, examples: PyTree) -> PyTree:
+        """Returns the rows of the examples, in numpy."""
+        return self.bind(constants)(examples)
+
+    def _compile(self, mesh: Mesh | None) -> Callable:
+        if mesh not in self._compiled:
+            mapped = jax.shard_map(
+                self._function,
+                mesh=mesh,
+                in_specs=(REPLICATED, SHARDED),
+                out_specs=SHARDED,
+                check_vma=False,
+            )
+            self._compiled[mesh] = jax.jit(mapped)
+        return self._compiled[mesh]
+
+
+class BatchFunction:
+    """A function of a whole batch, over which all devices of all hosts divide the work.
+
+    `function(state, batch, *numbers)` is written for one device. The compiler divides it, and adds
+    the communication: means and statistics over the batch are those of one device. Devices that do
+    not divide the batch compute parts of it together, each the same.
+    """
+
+    def __init__(self, function: Callable[..., PyTree]) -> None:
+        """Compiles nothing yet."""
+        self._function = function
+        self._compiled: dict[Mesh | None, Callable] = {None: jax.jit(function)}
+
+    def place(self, state: PyTree) -> PyTree:
+        """Returns a state on all devices."""
+        mesh = _batch_mesh(1)
+        return state if mesh is None else replicate(state, mesh)
+
+    def __call__(self, state: PyTree, batch: PyTree, count: int, *numbers: Any) -> PyTree:
+        """Returns what the function does, on all devices.
+
+        Args:
+          state: arrays that `place` or an earlier call returned.
+          batch: the rows `own_rows(count)` of the batch.
+          count: the number of examples of the batch, over all hosts.
+          *numbers: what else the function takes, equal on all hosts.
+        """
+        mesh = _batch_mesh(count)
+        if mesh is None:
+            return self._compiled[None](state, batch, *numbers)
+        replicated, sharded = NamedSharding(mesh, REPLICATED), NamedSharding(mesh, SHARDED)
+        if mesh not in self._compiled:
+            shardings = (replicated, sharded, *[replicated] * len(numbers))
+            self._compiled[mesh] = jax.jit(
+                self._function, in_shardings=shardings, out_shardings=replicated
+            )
+        start = own_rows(count).start
+
+        def place(leaf: Any) -> Array:
+            def read(index: Any) -> Any:
+                rows = range(count)[index[0]]
+                return leaf[rows.start - start : rows.stop - start]
+
+            return jax.make_array_from_callback((count, *leaf.shape[1:]), sharded, read)
+
+        return self._compiled[mesh](state, jax.tree.map(place, batch), *numbers)
+
+
+def _batch_mesh(count: int) -> Mesh | None:
+    """Returns the devices for a batch of `count`, or None where one device works as JAX lets it.
+
+    The first axis divides the batch, and the devices along the second have the same part of it.
+    """
+    scope = _scope.get()
+    if scope is None:
+        return None
+    mesh = scope.mesh if scope.is_shared else _local_mesh(scope.mesh)
+    return _divide_mesh(mesh, math.gcd(count, mesh.size)) if mesh.size > 1 else None
+
+
+@functools.cache
+def _divide_mesh(mesh: Mesh, parts: int) -> Mesh:
+    devices = mesh.devices.reshape(parts, -1)
+    return Mesh(devices, (AXIS, "copies"), axis_types=(AxisType.Auto,) * 2)
+
+
+def own_rows(count: int) -> slice:
+    """Returns the rows that this host reads of a batch for a `BatchFunction`."""
+    mesh = _batch_mesh(count)
+    if mesh is None:
+        return slice(0, count)
+    sharding = NamedSharding(mesh, SHARDED)
+    indices = sharding.addressable_devices_indices_map((count,)).values()
+    ranges = [range(count)[index[0]] for index in indices if index is not None]
+    return slice(min(rows.start for rows in ranges), max(rows.stop for rows in ranges))
+
+
+def own_examples(count: int) -> Int[np.ndarray, " N"]:
+    """Returns the indices of this host's part of `count` examples, which `join_examples` joins.
+
+    All hosts have as many: the last ones get copies of the last example.
+    """
+    if not _shares_examples():
+        return np.arange(count)
+    size = -(-count // jax.process_count())
+    return np.minimum(jax.process_index() * size + np.arange(size), count - 1)
+
+
+def join_examples(rows: PyTree, count: int) -> PyTree:
+    """Returns the rows [count ...] of all examples, from those of each host's `own_examples`."""
+    if not _shares_examples():
+        return rows
+
+    def join(leaf: Any) -> np.ndarray:
+        joined = np.empty((count, *leaf.shape[1:]), leaf.dtype)
+        for process, content in enumerate(gather_bytes(leaf.tobytes())):
+            part = np.frombuffer(content, leaf.dtype).reshape(leaf.shape)
+            start = process * len(leaf)
+            joined[start : start + len(leaf)] = part[: max(count - start, 0)]
+        return joined
+
+    return jax.tree.map(join, rows)
+
+
+def share_items(items: Sequence[Item], compute: Callable[[Sequence[Item]], Any]) -> list[Any]:
+    """Returns `compute(part)` of each host, for its part of the items; a part may be empty.
+
+    Inside, a host works on its own. On one host the part is all items.
+
+    Args:
+      items: what the hosts share, equal on all of them.
+      compute: returns a tree of dicts and lists with arrays, numbers, texts and bytes.
+    """
+    if not _shares_examples():
+        return [compute(items)]
+    with _without_hosts():
+        tree = compute(items[jax.process_index() :: jax.process_count()])
+    contents = gather_bytes(serialization.msgpack_serialize(tree))
+    return [serialization.msgpack_restore(content) for content in contents]
+
+
+def count_parts() -> int:
+    """Returns into how many parts `share_items` divides items."""
+    return jax.process_count() if _shares_examples() else 1
+
+
+def from_main(content: bytes) -> bytes:
+    """Returns the bytes of the main process where hosts share examples, else `content`."""
+    return gather_bytes(content if is_main() else b"")[0] if _shares_examples() else content

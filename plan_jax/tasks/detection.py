@@ -30,19 +30,20 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from plan_jax.heads import yolo
 from plan_jax.heads.anchors import anchors_for_size, detect, suppress_non_maxima
 from plan_jax.heads.examples import (
+    ExampleFunction,
     Images,
     count_examples,
-    list_batches,
     map_chunks,
     open_images,
+    share_batches,
     take_examples,
 )
-from plan_jax.heads.fit import fit_head, mean_loss
+from plan_jax.heads.fit import compile_loss, fit_head, mean_loss
 from plan_jax.heads.head_on_tower import HeadOnTower, Mode, attach_head, require_tower
 from plan_jax.heads.pyramid import last_three_sizes
 from plan_jax.metrics import boxes as box_metrics
@@ -374,29 +375,30 @@ def _detector(
     attached: HeadOnTower, size: tuple[int, int], options: Options
 ) -> Callable[..., list[DetectedBoxes]]:
     """Returns a function from parameters, statistics and examples to the boxes of each image."""
-    detect_batch = jax.jit(
-        jax.vmap(
-            partial(
-                detect,
-                anchors=anchors_for_size(size),
-                size=size,
-                num_candidates=options.num_candidates,
-                min_score=options.min_score,
-                max_iou=options.nms_iou,
-            )
-        )
+    detect_image = partial(
+        detect,
+        anchors=anchors_for_size(size),
+        size=size,
+        num_candidates=options.num_candidates,
+        min_score=options.min_score,
+        max_iou=options.nms_iou,
     )
+    detect_batch = ExampleFunction(lambda _, maps: jax.vmap(detect_image)(maps)).bind(())
 
     def detect_boxes(
         params: PyTree, stats: PyTree, examples: Mapping[str, PyTree]
     ) -> list[DetectedBoxes]:
-        detected = []
+        def detect_rows(rows: Int[np.ndarray, " B"]) -> list[np.ndarray]:
+            maps = attached.predict(params, stats, take_examples(examples, rows))
+            return list(map_chunks(detect_batch, maps))
+
         # The maps of all images would not fit into memory.
-        for indices in list_batches(count_examples(examples), CHUNK_SIZE):
-            maps = attached.predict(params, stats, take_examples(examples, indices))
-            for boxes, scores, classes, mask in zip(*map_chunks(detect_batch, maps), strict=True):
-                detected.append(DetectedBoxes(boxes[mask], scores[mask], classes[mask]))
-        return detected
+        batches = share_batches(detect_rows, count_examples(examples), CHUNK_SIZE)
+        return [
+            DetectedBoxes(boxes[mask], scores[mask], classes[mask])
+            for batch in batches
+            for boxes, scores, classes, mask in zip(*batch, strict=True)
+        ]
 
     return detect_boxes
 
@@ -414,7 +416,7 @@ def _selection_score(
     """
     if options.select_by == "loss":
         return None
-    evaluate_loss = jax.jit(lambda p, s, x: attached.loss(p, s, x, jax.random.key(0), False)[0])
+    evaluate_loss = compile_loss(attached.loss)
 
     def score(params: PyTree, stats: PyTree) -> float:
         detected = detect_boxes(params, stats, examples)

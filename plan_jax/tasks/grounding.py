@@ -33,8 +33,8 @@ Keys of the metrics:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +42,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from plan_jax.heads.examples import read_ahead
+from plan_jax.heads.examples import count_parts, read_ahead, share_batches
 from plan_jax.metrics import grounding as grounding_metrics
 from plan_jax.metrics import intervals, slug
 from plan_jax.tasks.grounding_targets import (
@@ -71,6 +71,7 @@ from plan_jax.types import (
     UserError,
     check_options,
     read_annotations,
+    select_records,
 )
 
 TITLE = "Phrase grounding"
@@ -243,11 +244,10 @@ class ScoredPhrase:
 
 @dataclass
 class PhraseScores:
-    """The scores of all phrases, in full or bare, as blocks of records add them.
+    """The scores of phrases, in full or bare, of a block of records or of all blocks.
 
     Attributes:
       bare: whether the phrases are bare.
-      random: draws the random maps.
       names: the finding of each scored phrase.
       images: the index of its record.
       skipped: phrases without a usable truth.
@@ -258,7 +258,6 @@ class PhraseScores:
     """
 
     bare: bool
-    random: np.random.Generator
     names: list[str] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     skipped: int = 0
@@ -274,6 +273,49 @@ class PhraseScores:
         """Returns the scores [N ...] of all blocks."""
         parts = self.tables[maps]
         return {key: np.concatenate([scores[key] for scores in parts]) for key in parts[0]}
+
+    def to_tree(self) -> dict[str, Any]:
+        """Returns all but `bare` as dicts and lists, for `extend`."""
+        tree = {item.name: getattr(self, item.name) for item in fields(self)}
+        del tree["bare"]
+        phrases = [vars(phrase) | {"shape": list(phrase.shape)} for phrase in self.phrases]
+        return tree | {"phrases": phrases}
+
+    def extend(self, tree: Mapping[str, Any]) -> None:
+        """Adds what `to_tree` returned for a block."""
+        self.names += tree["names"]
+        self.images += tree["images"]
+        self.skipped += tree["skipped"]
+        self.outside += tree["outside"]
+        for maps, tables in tree["tables"].items():
+            self.tables.setdefault(maps, []).extend(tables)
+        for values in tree["phrases"]:
+            self.phrases.append(ScoredPhrase(**{**values, "shape": tuple(values["shape"])}))
+
+
+class Noise:
+    """Draws the random maps of phrases: in turn, whichever records a host has.
+
+    A host that has not all records skips what belongs to the others.
+    """
+
+    def __init__(self, seed: int, grid: tuple[int, int], num_targets: Sequence[int]) -> None:
+        """Starts at the first record.
+
+        Args:
+          seed: of the maps.
+          grid: the size of a map.
+          num_targets: the targets of each record; may be empty where a host has all records.
+        """
+        self._random = np.random.default_rng(seed)
+        self._grid, self._num_targets, self._position = grid, num_targets, 0
+
+    def start(self, first: int, stop: int) -> np.random.Generator:
+        """Returns the generator at the first of the records that are next."""
+        for count in self._num_targets[self._position : first]:
+            self._random.random((count, *self._grid), np.float32)
+        self._position = stop
+        return self._random
 
 
 def requirements(options: Options) -> tuple[str, ...]:
@@ -343,16 +385,26 @@ def _score_sides(
     seed: int,
 ) -> dict[str, PhraseScores]:
     """Returns the scores of full phrases under "", and of bare ones under "bare/"."""
-    sides = {
-        prefix: PhraseScores(bare, np.random.default_rng(seed))
-        for prefix, bare in (("", False), ("bare/", True))
-    }
-    stream = read_ahead(lambda index: records[index], range(len(records)))
-    for start in range(0, len(records), RECORD_BLOCK):
-        block = list(islice(stream, RECORD_BLOCK))
+    sides = {"": PhraseScores(False), "bare/": PhraseScores(True)}
+    num_targets = _count_targets(records, sides, options)
+    noises = {prefix: Noise(seed, model.grid, counts) for prefix, counts in num_targets.items()}
+
+    def score_block(indices: Int[np.ndarray, " B"]) -> dict[str, Any]:
+        block = list(read_ahead(lambda index: records[index], indices.tolist()))
         views, features = _encode_views(model, block, options)
-        for side in sides.values():
-            _score_block(side, model, block, views, features, start, findings, priors, options)
+        start, trees = int(indices[0]), {}
+        for prefix, side in sides.items():
+            part = PhraseScores(side.bare)
+            random = noises[prefix].start(start, start + len(block))
+            _score_block(
+                part, model, block, views, features, start, findings, priors, options, random
+            )
+            trees[prefix] = part.to_tree()
+        return trees
+
+    for trees in share_batches(score_block, len(records), RECORD_BLOCK):
+        for prefix, tree in trees.items():
+            sides[prefix].extend(tree)
     return sides
 
 
@@ -373,6 +425,28 @@ def _summarise_sides(
     return metrics
 
 
+def _count_targets(
+    records: Sequence[Record], sides: Mapping[str, PhraseScores], options: Options
+) -> dict[str, list[int]]:
+    """Returns the number of targets of each record, for both kinds of phrases.
+
+    They are counted only where hosts share the records, since it reads all annotations.
+    """
+    if count_parts() == 1:
+        return {prefix: [] for prefix in sides}
+
+    def count(indices: Int[np.ndarray, " B"]) -> dict[str, list[int]]:
+        counts: dict[str, list[int]] = {prefix: [] for prefix in sides}
+        for record in read_annotations(select_records(records, indices.tolist())):
+            view = record if options.crop == 1 else _crop(record, options)
+            for prefix, side in sides.items():
+                counts[prefix].append(len(collect_targets([view], side.bare)[0]))
+        return counts
+
+    parts = share_batches(count, len(records), RECORD_BLOCK)
+    return {prefix: [n for part in parts for n in part[prefix]] for prefix in sides}
+
+
 def _score_block(
     side: PhraseScores,
     model: Model,
@@ -383,8 +457,12 @@ def _score_block(
     findings: Sequence[str],
     priors: Priors | None,
     options: Options,
+    random: np.random.Generator,
 ) -> None:
-    """Adds the scores of the phrases of some records, of which the first has the index `start`."""
+    """Adds the scores of the phrases of some records, of which the first has the index `start`.
+
+    `random` draws the random maps.
+    """
     targets, skipped = collect_targets(views, side.bare)
     side.skipped += skipped
     window = _crop_window(records[0], options)
@@ -408,9 +486,7 @@ def _score_block(
     scores = score(compute_maps())
     side.add("", scores)
     size = records[0].image.shape[:2]
-    nulls = null_maps(
-        targets, priors, size=size, grid=model.grid, bare=side.bare, random=side.random
-    )
+    nulls = null_maps(targets, priors, size=size, grid=model.grid, bare=side.bare, random=random)
     for null, bank in nulls.items():
         if null == "random":
             # Smoothing raises the absolute CNR of noise too, so the null needs it as well.

@@ -31,12 +31,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from plan_jax.heads.examples import (
+    ExampleFunction,
     Images,
     list_batches,
     map_chunks,
@@ -327,9 +327,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     fit_result = _fit_decoder(attached, examples, tokens, score, options, description, context)
     ids = generate_ids(fit_result.params, fit_result.stats, examples["test"])
     generated = [vocabulary.decode(row) for row in ids]
-    nearest = nearest_rows(
-        _pooled_features(attached, examples["test"]), _pooled_features(attached, examples["train"])
-    )
+    nearest = nearest_rows(*_pooled_features(attached, examples["test"], examples["train"]))
     most_frequent = Counter(train_texts).most_common(1)[0][0]
     texts = {
         "": generated,
@@ -465,10 +463,11 @@ def _attach_decoder(
 def _generator(attached: HeadOnTower, decoder: ReportDecoder, options: Options) -> Generator:
     """Returns a function that generates reports, as ids, for any number of examples."""
 
-    @jax.jit
+    @ExampleFunction
     def generate_chunk(
-        params: PyTree, stats: PyTree, examples: Mapping[str, PyTree]
+        state: tuple[PyTree, PyTree], examples: Mapping[str, PyTree]
     ) -> Int[Array, "B L"]:
+        params, stats = state
         sequences = generate(
             decoder,
             params["head"],
@@ -482,7 +481,7 @@ def _generator(attached: HeadOnTower, decoder: ReportDecoder, options: Options) 
     def generate_ids(
         params: PyTree, stats: PyTree, examples: Mapping[str, PyTree]
     ) -> Int[np.ndarray, "N L"]:
-        return map_chunks(lambda chunk: generate_chunk(params, stats, chunk), examples, CHUNK_SIZE)
+        return map_chunks(generate_chunk.bind((params, stats)), examples, CHUNK_SIZE)
 
     return generate_ids
 
@@ -536,16 +535,21 @@ def _fit_decoder(
 
 
 def _pooled_features(
-    attached: HeadOnTower, examples: Mapping[str, Any]
-) -> Float[np.ndarray, "N E"]:
-    """Returns the pooled features of examples, by the tower before the fit."""
-    if "features" in examples:  # cached
-        return np.asarray(examples["features"]["pooled"])
+    attached: HeadOnTower, *splits: Mapping[str, Any]
+) -> list[Float[np.ndarray, "N E"]]:
+    """Returns the pooled features of the examples of splits, by the tower before the fit."""
 
-    def pooled(chunk: PyTree) -> Float[Array, "B E"]:
-        return attached.features(attached.params, attached.stats, chunk)["pooled"]
+    @ExampleFunction
+    def pool(state: tuple[PyTree, PyTree], chunk: PyTree) -> Float[Array, "B E"]:
+        return attached.features(*state, chunk)["pooled"]
 
-    return map_chunks(pooled, examples)
+    compute = pool.bind((attached.params, attached.stats))
+    return [
+        np.asarray(examples["features"]["pooled"])  # cached
+        if "features" in examples
+        else map_chunks(compute, examples)
+        for examples in splits
+    ]
 
 
 def _report_scores(

@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from plan_jax.heads.examples import list_batches, pad_examples, read_examples
+from plan_jax.heads.examples import pad_examples, read_examples, share_batches
 from plan_jax.metrics import intervals
 from plan_jax.types import VARIANT_KINDS, Features, Metric, Model, ReportVariant
 
@@ -131,20 +131,23 @@ def _compare(
     model: Model, images: Features, reports: Sequence[str], pairs: Sequence[_Pair]
 ) -> dict[str, Float[np.ndarray, " N"]]:
     """Returns for each kind of similarity 1 where the report is ahead of the variant, 1/2 tied."""
-    scores: dict[str, list[np.ndarray]] = {}
-    for indices in list_batches(len(pairs), CHUNK):
+
+    def compare(indices: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
         chosen = [pairs[index] for index in indices]
         # Both in one call of the model, so that equal texts have equal scores.
         texts = [reports[row] for row, _ in chosen] + [variant.text for _, variant in chosen]
         rows = np.array([row for row, _ in chosen])
         block = pad_examples(read_examples(images, np.concatenate([rows, rows])), 2 * CHUNK)
         encoded = pad_examples(model.encode_text(texts), 2 * CHUNK)
+        wins = {}
         for kind, values in _pair_scores(model, block, encoded).items():
             own, other = np.split(values[: len(texts)], 2)
-            wins = (own > other) + 0.5 * (own == other)
             is_finite = np.isfinite(own) & np.isfinite(other)
-            scores.setdefault(kind, []).append(np.where(is_finite, wins, np.nan))
-    return {kind: np.concatenate(parts) for kind, parts in scores.items()}
+            wins[kind] = np.where(is_finite, (own > other) + 0.5 * (own == other), np.nan)
+        return wins
+
+    batches = share_batches(compare, len(pairs), CHUNK)
+    return {kind: np.concatenate([wins[kind] for wins in batches]) for kind in batches[0]}
 
 
 def _pair_scores(model: Model, images: Features, texts: Features) -> dict[str, np.ndarray]:

@@ -29,18 +29,21 @@ Keys without a prefix use the model's global similarity, or its first kind if it
 other kinds are under `local/`, `both/`, and under `class/local/`, `class/both/`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from plan_jax.heads.examples import (
     count_examples,
+    count_parts,
     list_batches,
     open_images,
     pad_examples,
     read_examples,
+    share_items,
 )
 from plan_jax.metrics import classification as classification_metrics
 from plan_jax.metrics import intervals, slug
@@ -181,8 +184,9 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
         "duplicates": float((num_hits > 1).sum()),
         "without_report": float(len(all_texts) - len(texts)),
     }
+    primary = _primary_kind(ranks)
     for kind, ranks_of_direction in ranks.items():
-        prefix = "" if kind == tables.primary else f"{kind}/"
+        prefix = "" if kind == primary else f"{kind}/"
         for direction, values in ranks_of_direction.items():
             recalls = _recalls(values, options.bootstrap_samples, seed)
             metrics |= {f"{prefix}{direction}_{key}": value for key, value in recalls.items()}
@@ -198,7 +202,7 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
             images,
             texts,
             context.find_variants,
-            primary=tables.primary,
+            primary=primary,
             max_reports=options.variant_reports,
             bootstrap_samples=options.bootstrap_samples,
             seed=seed,
@@ -206,12 +210,10 @@ def evaluate(model: Model, data: EvalData, options: Options, context: TaskContex
     if options.classes:
         metrics |= class_precision(model, data.test, data.findings, options, seed)
     examples = [
-        _example(
-            records[row], texts, scores, label == label[row], ranks[tables.primary]["i2t"][row]
-        )
+        _example(records[row], texts, scores, label == label[row], ranks[primary]["i2t"][row])
         for row, scores in example_scores.items()
     ]
-    return Result(metrics, examples, _score_queries(ranks[tables.primary], texts))
+    return Result(metrics, examples, _score_queries(ranks[primary], texts))
 
 
 def _score_queries(
@@ -231,51 +233,41 @@ def _score_queries(
 class SimilarityTables:
     """The similarities of images and texts, a block of images at a time.
 
-    Iterating yields the rows of a block and its table [I T] of each kind, and may be repeated.
     Small tables are kept; larger ones are computed again, so that memory does not grow with the
     square of the number of records.
 
     Attributes:
-      primary: the kind whose metrics have no prefix, known after the first block.
+      blocks: the rows of each block.
     """
 
     def __init__(self, model: Model, images: Features, texts: Features) -> None:
         """Computes nothing yet."""
         self._model, self._images, self._texts = model, images, texts
-        self._blocks: list[tuple[slice, dict[str, np.ndarray]]] = []
-        self.primary = PRIMARY_KIND
-
-    def __iter__(self) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
-        if self._blocks:
-            yield from self._blocks
-            return
-        blocks = []
-        bytes_per_image = 4 * count_examples(self._texts)
-        for rows, tables in self._compute():
-            self.primary = _primary_kind(tables)
-            if len(tables) * bytes_per_image * count_examples(self._images) <= KEPT_BYTES:
-                blocks.append((rows, tables))
-            yield rows, tables
-        self._blocks = blocks
-
-    def _compute(self) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
-        size = int(np.clip(BLOCK_ENTRIES // count_examples(self._texts), 32, IMAGE_BLOCK))
+        self._kept: dict[int, dict[str, np.ndarray]] = {}
+        size = int(np.clip(BLOCK_ENTRIES // count_examples(texts), 32, IMAGE_BLOCK))
         # Blocks of nearly one size: a last one of few images would be padded to a whole one.
-        count = count_examples(self._images)
-        size = -(-count // -(-count // size))
-        batches = list_batches(count, size)
-        for indices in batches:
-            block = read_examples(self._images, indices)
-            if len(batches) > 1:  # for blocks of one size, which are compiled once
-                block = pad_examples(block, size)
-            tables = self._model.similarity(block, self._texts)
-            yield (
-                slice(int(indices[0]), int(indices[-1]) + 1),
-                {
-                    kind: np.asarray(table, np.float32)[: len(indices)]
-                    for kind, table in tables.items()
-                },
-            )
+        count = count_examples(images)
+        self._size = -(-count // max(-(-count // size), min(count, count_parts())))
+        self.blocks = [
+            slice(int(rows[0]), int(rows[-1]) + 1) for rows in list_batches(count, self._size)
+        ]
+
+    def read(self, blocks: Iterable[slice]) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+        """Yields the rows of some blocks, and the table [I T] of each kind; may be repeated."""
+        table_bytes = 4 * count_examples(self._texts) * count_examples(self._images)
+        for rows in blocks:
+            tables = self._kept.get(rows.start) or self._compute(rows)
+            if len(tables) * table_bytes <= KEPT_BYTES:
+                self._kept[rows.start] = tables
+            yield rows, tables
+
+    def _compute(self, rows: slice) -> dict[str, np.ndarray]:
+        block = read_examples(self._images, np.arange(rows.start, rows.stop))
+        if len(self.blocks) > 1:  # for blocks of one size, which are compiled once
+            block = pad_examples(block, self._size)
+        tables = self._model.similarity(block, self._texts)
+        count = rows.stop - rows.start
+        return {kind: np.asarray(table, np.float32)[:count] for kind, table in tables.items()}
 
 
 def _group_texts(texts: Sequence[str]) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
@@ -293,27 +285,53 @@ def _rank(
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[int, np.ndarray]]:
     """Returns the ranks [N] of each kind and direction, and the scores [N] of some images."""
     counters: dict[str, retrieval_metrics.RankCounter] = {}
-    image_ranks: dict[str, list[np.ndarray]] = {}
-    scores_of_row = dict.fromkeys(example_rows, np.zeros(0, np.float32))
-    for rows, blocks in tables:
-        hits_IT = label[rows, None] == label
-        for kind, scores_IT in blocks.items():
-            image_ranks.setdefault(kind, []).append(retrieval_metrics.hit_ranks(scores_IT, hits_IT))
+    ranks: dict[str, dict[str, np.ndarray]] = {}
+    scores_of_row: dict[int, np.ndarray] = {}
+
+    def rank_images(blocks: Sequence[slice]) -> dict[str, Any]:
+        image_ranks: dict[str, dict[str, np.ndarray]] = {}
+        scores = {}
+        for rows, table in tables.read(blocks):
+            hits_IT = label[rows, None] == label
+            for kind, scores_IT in table.items():
+                part = retrieval_metrics.hit_ranks(scores_IT, hits_IT)
+                image_ranks.setdefault(kind, {})[str(rows.start)] = part
+                counters.setdefault(kind, retrieval_metrics.RankCounter(len(label)))
+                counters[kind].find_best(scores_IT.T, hits_IT.T)
+            for row in example_rows:
+                if rows.start <= row < rows.stop:
+                    scores[str(row)] = table[_primary_kind(table)][row - rows.start].copy()
+        return {"ranks": image_ranks, "scores": scores, "counters": list_states()}
+
+    def count_images(blocks: Sequence[slice]) -> dict[str, Any]:
+        for rows, table in tables.read(blocks):
+            hits_IT = label[rows, None] == label
+            for kind, scores_IT in table.items():
+                counters[kind].count_above(scores_IT.T, hits_IT.T)
+        return {"counters": list_states()}
+
+    def list_states() -> dict[str, dict[str, np.ndarray]]:
+        return {kind: counter.state() for kind, counter in counters.items()}
+
+    def merge_counters(parts: Sequence[Mapping[str, Any]]) -> None:
+        for kind in {kind: None for part in parts for kind in part["counters"]}:
             counters.setdefault(kind, retrieval_metrics.RankCounter(len(label)))
-            counters[kind].find_best(scores_IT.T, hits_IT.T)
-        for row in example_rows:
-            if rows.start <= row < rows.stop:
-                scores_of_row[row] = blocks[tables.primary][row - rows.start].copy()
+            states = [part["counters"][kind] for part in parts if kind in part["counters"]]
+            counters[kind].merge(states)
+
+    parts = share_items(tables.blocks, rank_images)
+    merge_counters(parts)
+    for part in parts:
+        scores_of_row |= {int(row): scores for row, scores in part["scores"].items()}
+        for kind, image_ranks in part["ranks"].items():
+            values = ranks.setdefault(kind, {"i2t": np.empty(len(label))})["i2t"]
+            for start, block_ranks in image_ranks.items():
+                values[int(start) : int(start) + len(block_ranks)] = block_ranks
     # A text's images are spread over the blocks, so its rank needs a second pass.
-    for rows, blocks in tables:
-        hits_IT = label[rows, None] == label
-        for kind, scores_IT in blocks.items():
-            counters[kind].count_above(scores_IT.T, hits_IT.T)
-    ranks = {
-        kind: {"i2t": np.concatenate(image_ranks[kind]), "t2i": counter.ranks()}
-        for kind, counter in counters.items()
-    }
-    return ranks, scores_of_row
+    merge_counters(share_items(tables.blocks, count_images))
+    for kind, counter in counters.items():
+        ranks[kind]["t2i"] = counter.ranks()
+    return ranks, {row: scores_of_row[row] for row in example_rows}
 
 
 def class_precision(
@@ -368,7 +386,7 @@ def class_precision(
     return metrics
 
 
-def _primary_kind(tables: Mapping[str, np.ndarray]) -> str:
+def _primary_kind(tables: Mapping[str, Any]) -> str:
     """Returns the kind of similarity whose metrics have no prefix."""
     return PRIMARY_KIND if PRIMARY_KIND in tables else next(iter(tables))
 

@@ -41,6 +41,7 @@ from plan_jax.heads.examples import (
     list_batches,
     open_images,
     read_batches,
+    share_batches,
     take_examples,
 )
 from plan_jax.heads.fit import FitResult, fit_head
@@ -532,21 +533,23 @@ def _score_masks(
 
     Images are predicted and scored in chunks, so that memory does not grow with their number.
     """
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in MASK_METRICS}
-    has_mask = []
-    for indices in list_batches(len(test.images), CHUNK_SIZE):
+
+    def score(indices: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
         chunk = take_examples(test, indices)
         truth = np.asarray(chunk.masks) > 0.5
-        has_mask.append(truth.any((1, 2)))
+        scores: dict[str, np.ndarray] = {"has_mask": np.asarray(truth.any((1, 2)))}
         pair = predict(chunk.images), np.broadcast_to(baseline, truth.shape)
         for name, metric in MASK_METRICS.items():
             values = [
                 [metric(_flatten(masks, k), _flatten(truth, k)) for k in range(truth.shape[-1])]
                 for masks in pair
             ]
-            parts[name].append(np.moveaxis(np.asarray(values), 1, 2))
-    scores = {name: np.concatenate(values, axis=1) for name, values in parts.items()}
-    return scores, np.concatenate(has_mask)
+            scores[name] = np.moveaxis(np.asarray(values), 1, 2)
+        return scores
+
+    parts = share_batches(score, len(test.images), CHUNK_SIZE)
+    scores = {name: np.concatenate([part[name] for part in parts], axis=1) for name in MASK_METRICS}
+    return scores, np.concatenate([part["has_mask"] for part in parts])
 
 
 def _flatten(masks: Bool[np.ndarray, "N Y X K"], k: int) -> Bool[np.ndarray, "N P"]:

@@ -51,9 +51,9 @@ from scipy.special import expit
 
 from plan_jax.heads.examples import (
     Images,
-    list_batches,
     open_images,
     pad_examples,
+    share_batches,
     take_examples,
 )
 from plan_jax.metrics import classification as classification_metrics
@@ -340,17 +340,18 @@ def _score_findings(
 
 def _compare(model: Model, images: Images, texts: Features) -> dict[str, np.ndarray]:
     """Returns the similarities [I T] of images and texts, and keeps no features of the images."""
-    parts: dict[str, list[np.ndarray]] = {}
-    batches = list_batches(len(images), IMAGE_BLOCK)
-    for indices in batches:
+
+    def compare(indices: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
         # A single block is all images, which need no copy.
-        block = images if len(batches) == 1 else take_examples(images, indices)
-        features = model.encode_image(block)
-        if len(batches) > 1:  # for blocks of one size, which are compiled once
+        is_single = len(indices) == len(images)
+        features = model.encode_image(images if is_single else take_examples(images, indices))
+        if len(images) > IMAGE_BLOCK:  # for blocks of one size, which are compiled once
             features = pad_examples(features, IMAGE_BLOCK)
-        for kind, table in model.similarity(features, texts).items():
-            parts.setdefault(kind, []).append(np.asarray(table)[: len(indices)])
-    return {kind: np.concatenate(tables) for kind, tables in parts.items()}
+        tables = model.similarity(features, texts)
+        return {kind: np.asarray(table)[: len(indices)] for kind, table in tables.items()}
+
+    blocks = share_batches(compare, len(images), IMAGE_BLOCK)
+    return {kind: np.concatenate([tables[kind] for tables in blocks]) for kind in blocks[0]}
 
 
 def _score_pair(
