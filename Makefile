@@ -7,7 +7,7 @@ PIP := -m pip install --disable-pip-version-check --quiet --no-compile
 SHORT :=
 INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 
-.PHONY: help demo model test matrix soak parity notebooks docs lint package bench clean
+.PHONY: help demo model test matrix soak parity notebooks browser docs lint package bench clean
 help:
 	@echo "make demo    train configs/demo.py on phantoms and write runs/demo/report.html"
 	@echo "make model   save runs/demo as plan_jax/models/phantom-plan, the model of the package"
@@ -17,6 +17,7 @@ help:
 	@echo "make soak    run slow tests: killed runs, two hosts, eight devices"
 	@echo "make parity  compare encoders with torch, torchvision, timm and MiniLM"
 	@echo "make notebooks  write colab/*.ipynb and run them with the versions of Colab"
+	@echo "make browser run the page of plan-jax-demo in Chromium, as a person would use it"
 	@echo "make docs    build the documentation as a site, build/site, and check it"
 	@echo "make package build the wheel and try it in an empty environment"
 	@echo "make bench   measure speed and memory"
@@ -123,6 +124,22 @@ docs: .venv-docs/.package
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --clean
 	@.venv-docs/bin/python -m pytest -q -p no:cacheprovider --override-ini addopts= \
 	  --doctest-modules --confcutdir=tests/site tests/site tools/docstrings.py
+
+# That of the system: Playwright's own would be one more download. CHROMIUM names another one.
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+.venv-browser/.package: pyproject.toml constraints.txt
+	@echo "== creating .venv-browser with gradio and Playwright (1 to 3 minutes, 1.4 GB)"
+	@$(PYTHON) -m venv .venv-browser
+	@.venv-browser/bin/python $(PIP) -c constraints.txt -e '.[demo,dicom]' \
+	  playwright==1.65.2 psutil pytest
+	@touch $@
+
+browser: .venv-browser/.package
+	@[ -x "$(CHROMIUM)" ] || { echo "Chromium is missing: apt-get install chromium, or set CHROMIUM"; exit 2; }
+	@echo "== using the page in $(CHROMIUM); screenshots go to build/browser"
+	@CHROMIUM=$(CHROMIUM) .venv-browser/bin/python -m pytest -p no:cacheprovider --durations=8 \
+	  --override-ini addopts= --confcutdir=tests/browser tests/browser
 
 lint: .venv/.test
 	@echo "== checking format and rules with ruff, shell scripts with ShellCheck, types with mypy"

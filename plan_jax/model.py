@@ -220,6 +220,7 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
         push_to_hub=pretrained.push,
         tokenizer=tokenizer,
         pair_similarity=pair_similarity,
+        identify=lambda: checkpoint.fingerprint(state["params"]),
     )
     return dataclasses.replace(model, ground=functools.partial(prediction.ground, model))
 

@@ -175,6 +175,10 @@ def _refuse_to_save(*_: Any, **__: Any) -> Any:
     raise UserError("this model has no parameters of its own to save; load one by plan_jax.load")
 
 
+def _refuse_to_identify() -> str:
+    raise UserError("this model has no parameters of its own; load one by plan_jax.load")
+
+
 def _refuse_to_ground(*_: Any, **__: Any) -> Any:
     raise UserError("this model has no config to read images by; load one by plan_jax.load")
 
@@ -192,7 +196,8 @@ class Model:
     `plan_jax.load` reads, and `push_to_hub("owner/name", ...)` uploads it; their options are those
     of `export.pretrained.Pretrained.save` and `push`. `pair_similarity` compares image b with text
     b and returns one Float[B] for each kind. `ground(image, text)` locates a phrase in an image,
-    see `prediction.ground`.
+    see `prediction.ground`. `identify()` returns the SHA-256 of the parameters, which the folder of
+    a saved model and `metrics.json` have as `params_sha256`.
     """
 
     name: str
@@ -210,6 +215,7 @@ class Model:
     tokenizer: Any = None
     pair_similarity: Callable[[Features, Features], dict[str, np.ndarray]] | None = None
     ground: Callable[..., Any] = _refuse_to_ground
+    identify: Callable[[], str] = _refuse_to_identify
 
     def __repr__(self) -> str:
         """Returns one line, which a notebook shows, instead of all parameters and functions."""

@@ -58,7 +58,13 @@ MAY_IMPORT = {
     "step": "config methods.contrastive methods.hard_negatives model state parallel types",
     "evaluate": "config model tasks data* checkpoint* logger page metrics* parallel types",
     "train": "config model evaluate state step data* parallel checkpoint* logger command types",
-    "command.scripts": "command export.__main__ main predict prepare",
+    "demo": "demo.server",
+    "demo.__main__": "demo.server command* types",
+    "demo.server": "demo.page demo.render demo.service command parallel types",
+    "demo*": (
+        "demo.* data* logger metrics* model page.figures prediction* tasks.grounding_targets types"
+    ),
+    "command.scripts": "command demo.__main__ export.__main__ main predict prepare",
     "command*": "types",
     "predict": "model prediction* data* parallel logger command* types",
     "prepare": "data.preparation data.public.document command* types",
@@ -102,6 +108,7 @@ ONLY_IN = {
     "absl.flags": ("plan_jax/main.py", "plan_jax/data/processes.py", "tests/conftest.py"),
     "tensorflow_datasets": ("plan_jax/data/tfds.py",),
     "ml_collections": ("plan_jax/main.py",),
+    "gradio": ("plan_jax/demo/page.py",),
 }
 FORBIDDEN_NAMES = re.compile(r"(^|/)(utils?|common|helpers?|misc|base_\w+)(\.py)?(/|$)")
 ARRAYS = {"Array", "ndarray", "ArrayLike"}

@@ -53,6 +53,39 @@ def test_a_window_is_applied_and_monochrome1_inverted(read):
     assert_close(inverted, 255 - expected)
 
 
+def test_another_window_takes_the_place_of_that_of_the_file(tmp_path):
+    path = tmp_path / "film.dcm"
+    elements = {"WindowCenter": 2048, "WindowWidth": 1024, "RescaleIntercept": -100, **TWELVE_BITS}
+    path.write_bytes(make_dicom(STORED, **elements))
+    own = dicom.read_window(path.read_bytes(), path)
+    assert own == (2048, 1024, STORED.min() - 100, STORED.max() - 100)
+    pixels, _ = images.read_image(path, max(SHAPE), window=(900, 400))
+    assert_close(pixels, shown(STORED - 100.0, 700, 1099))
+    data = path.read_bytes()
+    np.testing.assert_array_equal(
+        dicom.decode_dicom(data, path, window=own[:2]), dicom.decode_dicom(data, path)
+    )
+
+
+@pytest.mark.parametrize("invert", ["MONOCHROME1", "MONOCHROME2"])
+def test_without_a_window_it_is_what_is_shown(tmp_path, invert):
+    path = tmp_path / "film.dcm"
+    data = make_dicom(STORED, PhotometricInterpretation=invert, **TWELVE_BITS)
+    window = dicom.read_window(data, path)
+    assert window == (2047.5, 4095, STORED.min(), STORED.max())
+    again = dicom.decode_dicom(data, path, window=window[:2])
+    np.testing.assert_allclose(again, dicom.decode_dicom(data, path).astype(float), atol=1)
+
+
+def test_colour_has_no_window(tmp_path):
+    assert dicom.read_window(make_dicom(np.zeros((4, 4, 3), np.uint8)), tmp_path / "a.dcm") is None
+
+
+def test_the_shape_is_read_without_the_pixels(tmp_path):
+    assert dicom.read_shape(CONTENT, tmp_path / "a.dcm") == SHAPE
+    assert dicom.read_shape(make_dicom(STORED, Rows=60_000), tmp_path / "a.dcm")[0] == 60_000
+
+
 def test_a_window_is_not_stretched_to_an_image_that_does_not_fill_it(read):
     dim = STORED // 4
     pixels = read(make_dicom(dim, WindowCenter=2048, WindowWidth=4096, **TWELVE_BITS))

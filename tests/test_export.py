@@ -60,6 +60,11 @@ def test_a_run_and_its_saved_model_compute_the_same(run, saved):
     assert variables["step"] == 6 and variables["source"] == saved
 
 
+def test_a_model_knows_its_hash(run, saved):
+    expected = json.loads((saved / "checksums.json").read_text())["params_sha256"]
+    assert models.load(run).identify() == models.load(saved).identify() == expected
+
+
 def test_the_card_shows_metrics_of_these_weights_beside_their_baselines(saved):
     matter, text = read_card(saved)
     assert matter["library_name"] == "plan_jax" and matter["license"] == "apache-2.0"

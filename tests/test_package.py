@@ -46,7 +46,9 @@ def test_the_versions_of_colab_are_accepted(runtime):
 
 def test_the_tested_versions_are_accepted():
     versions = read_versions(ROOT / "constraints.txt")
-    extras = [PROJECT["optional-dependencies"][name] for name in ("test", "dicom", "matrix")]
+    extras = [
+        PROJECT["optional-dependencies"][name] for name in ("test", "dicom", "demo", "matrix")
+    ]
     for line in sum(extras, PROJECT["dependencies"]):
         requirement = Requirement(line)
         version = versions.get(canonicalize_name(requirement.name))

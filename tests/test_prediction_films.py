@@ -72,6 +72,8 @@ def test_other_dicom_is_refused_by_its_tags(elements, words):
     with pytest.raises(UserError, match=f"film.dcm {words}, not a frontal .*; leave it out"):
         films.read_film("film.dcm", 32)
     if "NumberOfFrames" not in elements:
+        fault = films.read_film("film.dcm", 32, check=False).fault
+        assert fault.startswith(films.LATERAL) == ("Modality" not in elements)
         assert films.read_film("film.dcm", 32, check=False).notes[0].startswith("is ")
 
 

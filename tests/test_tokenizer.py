@@ -355,3 +355,10 @@ def test_many_texts_are_tokenised_in_parts_that_are_not_remembered(tokenizer, mo
         np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
     with pytest.raises(UserError, match="text 5 has no word"):
         tokenization.tokenize_batch(tokenizer, [*texts[:5], "...", texts[6]], 16, 12)
+
+
+def test_words_are_returned_as_they_are_written(tokenizer):
+    sentence = "Small LEFT-sided effusion, 1.5 cm."
+    words = tokenizer.split_words(sentence)
+    assert words == ("Small", "LEFT", "sided", "effusion", "1", "5", "cm")
+    assert len(words) == len(tokenizer.tokenize_sentences(sentence)[0].word_id)

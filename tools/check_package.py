@@ -26,6 +26,8 @@ REQUIRED = (
     "plan_jax/data/vocabulary.txt",
     "plan_jax/models/phantom-plan/model.safetensors",
     "plan_jax/page/template.html",
+    "plan_jax/demo/results.html",
+    "plan_jax/demo/style.css",
 )
 CONFIG = """from configs import testing
 

@@ -45,6 +45,7 @@ class _Process:
         self.is_listening = False
         self.number = 0  # of the signal that training has handled
         self.description, self.is_saved = "", False
+        self.cleanups: list[Callable[[], None]] = []
 
 
 _process = _Process()
@@ -124,6 +125,11 @@ def describe_interruption(description: str, *, is_saved: bool = False) -> None:
       is_saved: whether the same command continues, so that SIGTERM is no failure.
     """
     _process.description, _process.is_saved = description, is_saved
+
+
+def call_at_end(clean: Callable[[], None]) -> None:
+    """Lets a signal that ends this process call a function first, as to delete temporary files."""
+    _process.cleanups.append(clean)
 
 
 # Signals -----------------------------------------------------------------------------------------
@@ -234,6 +240,9 @@ def _receive_signals(reader: socket.socket, _: socket.socket) -> None:
             if number not in STOP_SIGNALS or (stop and stop.receive(number)):
                 continue
             _print_line(_interruption())
+            for clean in _process.cleanups:
+                with contextlib.suppress(Exception):
+                    clean()
             os._exit(_exit_code(number, is_saved=_process.is_saved and not stop))
 
 

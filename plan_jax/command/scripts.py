@@ -36,3 +36,11 @@ def run_prepare() -> NoReturn:
     from plan_jax.prepare import run
 
     sys.exit(run(sys.argv[1:]))
+
+
+def run_demo() -> NoReturn:
+    """Runs `plan-jax-demo` and ends the process."""
+    command.end_on_signals(sys._getframe(1))
+    from plan_jax.demo.__main__ import run
+
+    sys.exit(run(sys.argv[1:]))

@@ -1,10 +1,11 @@
 """Reading of DICOM files as 8-bit grey, as viewers show them."""
 
+import contextlib
 import io
 import math
-from collections.abc import MutableSet
+from collections.abc import Iterator, MutableSet
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Num, UInt8
@@ -17,9 +18,38 @@ MIN_PYDICOM = 3  # the first version that has `pydicom.pixels`
 MAX_REASON = 60  # characters of a file's or a library's own words in a message
 PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "RGB", "PALETTE COLOR")  # besides YBR_...
 OVERLAY_GROUPS = range(0x6000, 0x6020, 2)
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax of compressed elements
+MAX_HEADER = 4096  # bytes that hold the transfer syntax
 PIXEL_ELEMENTS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 # What is noted of an image, besides a bit depth that was guessed.
 OWN_RANGE, SIGNED, PADDED = "own range", "signed", "padded"
+
+
+@contextlib.contextmanager
+def _report_unreadable() -> Iterator[None]:
+    """Turns what pydicom raises for a file that it cannot read into an ImageError."""
+    try:
+        yield
+    except (ImageError, UserError):
+        raise
+    except Exception as error:  # pydicom raises many kinds
+        raise ImageError(f"is not readable as DICOM ({_shorten(error)})") from None
+
+
+class Window(NamedTuple):
+    """The grey values that a viewer shows of a film, after the rescaling that the file asks for.
+
+    Attributes:
+      center: the level, shown as middle grey.
+      width: from black to white; 1 or more.
+      low: the smallest value of the film.
+      high: the largest value.
+    """
+
+    center: float
+    width: float
+    low: float
+    high: float
 
 
 def is_dicom(data: bytes) -> bool:
@@ -28,8 +58,13 @@ def is_dicom(data: bytes) -> bool:
     return data[128:132] == b"DICM" or starts_with_element
 
 
+@_report_unreadable()
 def decode_dicom(
-    data: bytes, path: Path, bit_depth: int = 0, notes: MutableSet[str | int] | None = None
+    data: bytes,
+    path: Path,
+    bit_depth: int = 0,
+    notes: MutableSet[str | int] | None = None,
+    window: tuple[float, float] | None = None,
 ) -> UInt8[np.ndarray, "Y X"]:
     """Decodes a DICOM file of one frame as grey in which bone is bright.
 
@@ -45,27 +80,83 @@ def decode_dicom(
       bit_depth: depth of an image without a window that does not say it (0: guessed).
       notes: receives the bit depth if it was guessed, OWN_RANGE if black and white are those of the
         image itself, SIGNED if black is negative, PADDED if padding was recognised by its value.
+      window: centre and width to show grey in, in place of those of the file.
 
     Raises:
       UserError: if pydicom is not installed, or too old.
       ImageError: if the pixels cannot be read; the message says what is missing.
     """
     notes = set() if notes is None else notes
+    dataset, stored = _read_pixels(data, path)
+    if _is_colour(stored, dataset):
+        return _show_colour(stored, dataset)
+    if window is not None:
+        dataset.WindowCenter, dataset.WindowWidth = window
+        dataset.VOILUTFunction = "LINEAR"
+        if "VOILUTSequence" in dataset:
+            del dataset.VOILUTSequence
+    return _show_grey(stored, dataset, bit_depth, notes)
+
+
+@_report_unreadable()
+def read_window(data: bytes, path: Path, bit_depth: int = 0) -> Window | None:
+    """Returns the window in which `decode_dicom` shows a file; None if it is in colour.
+
+    That of a look-up table is the range of its values.
+
+    Raises:
+      UserError, ImageError: as `decode_dicom`.
+    """
+    dataset, stored = _read_pixels(data, path)
+    if _is_colour(stored, dataset):
+        return None
+    from pydicom.pixels import apply_modality_lut
+
+    _repair_scale(dataset)
+    is_padding = _find_padding(stored, dataset)
+    stored = _clear_overlays(stored, dataset)
+    film = stored.ravel() if is_padding.all() else stored[~is_padding]
+    values = apply_modality_lut(film, dataset)
+    low, high = float(values.min()), float(values.max())
+    if "WindowWidth" in dataset and "VOILUTSequence" not in dataset:
+        return Window(float(dataset.WindowCenter), float(dataset.WindowWidth), low, high)
+    black, white = low, high
+    if "VOILUTSequence" not in dataset and "ModalityLUTSequence" not in dataset:
+        ends = np.asarray(_find_range(film, dataset, bit_depth, set()))
+        black, white = sorted(map(float, apply_modality_lut(ends, dataset)))
+    return Window((black + white) / 2, max(white - black, 1.0), low, high)
+
+
+def _read_pixels(data: bytes, path: Path) -> tuple[Any, Num[np.ndarray, "Y X *C"]]:
+    """Returns the dataset of a file and its stored values [Y X] or [Y X 3]."""
     pydicom = _import_pydicom(path)
     has_prefix = data[128:132] == b"DICM"
+    dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+    if not has_prefix and "Rows" not in dataset:
+        raise ImageError("is not an image that can be read")
+    _check_elements(dataset, has_prefix)
+    return dataset, _decode_pixels(dataset)
+
+
+def _is_colour(stored: Num[np.ndarray, "Y X *C"], dataset: Any) -> bool:
+    return stored.ndim == 3 or dataset.PhotometricInterpretation == "PALETTE COLOR"
+
+
+def read_shape(data: bytes, path: Path) -> tuple[int, int]:
+    """Returns the rows and columns that a file promises, without decoding it; 0 if it is silent.
+
+    Raises:
+      UserError: if pydicom is not installed, or too old.
+      ImageError: if its elements are compressed: it may be far larger than it says.
+    """
+    pydicom = _import_pydicom(path)
+    if DEFLATED in data[:MAX_HEADER]:
+        raise ImageError("is DICOM whose elements are compressed; save it uncompressed")
     try:
-        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-        if not has_prefix and "Rows" not in dataset:
-            raise ImageError("is not an image that can be read")
-        _check_elements(dataset, has_prefix)
-        stored = _decode_pixels(dataset)
-        if stored.ndim == 3 or dataset.PhotometricInterpretation == "PALETTE COLOR":
-            return _show_colour(stored, dataset)
-        return _show_grey(stored, dataset, bit_depth, notes)
-    except ImageError:
-        raise
-    except Exception as error:  # pydicom raises many kinds, each for a file it cannot read
-        raise ImageError(f"is not readable as DICOM ({_shorten(error)})") from None
+        dataset = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, force=True)
+        return _read_number(dataset, "Rows", 0), _read_number(dataset, "Columns", 0)
+    except Exception:  # `decode_dicom` says what is wrong with the file
+        return 0, 0
 
 
 def read_tags(data: bytes, path: Path) -> dict[str, str]:

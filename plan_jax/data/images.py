@@ -66,6 +66,7 @@ def read_image(
     bit_depth: int = 0,
     notes: MutableSet[str | int] | None = None,
     resampling: Image.Resampling = Image.Resampling.BILINEAR,
+    window: tuple[float, float] | None = None,
 ) -> tuple[UInt8[np.ndarray, "Y X"], tuple[int, int]]:
     """Reads an image as 8-bit grey with the longer side `size`, and its original rows and columns.
 
@@ -80,6 +81,7 @@ def read_image(
       notes: receives TURNED if the image was turned, ENLARGED if it was smaller than `size`, the
         bit depth if it was guessed, and what `dicom.decode_dicom` notes.
       resampling: filter that reduces an image; BOX is the mean over the area of a pixel.
+      window: of DICOM, see `dicom.decode_dicom`.
 
     Raises:
       OSError, ValueError: if the file is missing or is not a readable image.
@@ -88,7 +90,7 @@ def read_image(
     notes = set() if notes is None else notes
     data = path.read_bytes()
     if dicom.is_dicom(data):
-        pixels = dicom.decode_dicom(data, path, bit_depth, notes)
+        pixels = dicom.decode_dicom(data, path, bit_depth, notes, window)
         shape = pixels.shape
     else:
         try:

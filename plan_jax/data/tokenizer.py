@@ -118,6 +118,17 @@ class Tokenizer:
             self._cache[text] = sentences
         return sentences
 
+    def split_words(self, sentence: str) -> tuple[str, ...]:
+        """Returns the words of a sentence as they are written, in the order of its word slots."""
+        encoding = self.backend.encode(sentence, add_special_tokens=False)
+        spans: dict[int | None, list[int]] = {}
+        for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True):
+            if word in spans:
+                spans[word][1] = end
+            elif any(map(str.isalnum, sentence[start:end])):
+                spans[word] = [start, end]
+        return tuple(sentence[start:end] for start, end in spans.values())
+
     def _tokenize_sentence(self, sentence: str) -> Sentence:
         encoding = self.backend.encode(sentence, add_special_tokens=False)
         # The backend counts punctuation as words; here a word has at least one letter or digit.

@@ -88,7 +88,7 @@ def overlay_heat_map(
     # A constant map has no contrast to show; dividing by rounding errors would paint noise.
     if high - low > 1e-6 * max(abs(low), abs(high)):
         strength_VU = np.clip((heat_VU - low) / (high - low), 0, 1)
-        colour_VU3 = _heat_colours()[(strength_VU * 255).astype(int)]
+        colour_VU3 = heat_colours()[(strength_VU * 255).astype(int)]
         opacity_VU1 = 0.85 * strength_VU[..., None]
         mixed_VU3 = picture * (1 - opacity_VU1) + colour_VU3 * opacity_VU1
         picture = mixed_VU3.round().astype(np.uint8)
@@ -200,7 +200,7 @@ def encode_picture(picture: Shaped[np.ndarray, "V U 3"], file_format: str = "PNG
 
 def css_colour_bar() -> str:
     """Returns the colours of a heat map, from weak to strong, as a CSS gradient."""
-    stops = _heat_colours()[np.linspace(0, 255, 9).astype(int)]
+    stops = heat_colours()[np.linspace(0, 255, 9).astype(int)]
     colours = ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in stops)
     return f"linear-gradient(90deg, {colours})"
 
@@ -234,7 +234,7 @@ def import_matplotlib() -> ModuleType:
 
 
 @cache
-def _heat_colours() -> UInt8[np.ndarray, "256 3"]:
+def heat_colours() -> UInt8[np.ndarray, "256 3"]:
     """Returns 256 perceptually uniform colours, without the dark end, lost on a radiograph."""
     colours = import_matplotlib().colormaps["inferno"](np.linspace(0.3, 0.97, 256))[:, :3]
     return (colours * 255).round().astype(np.uint8)

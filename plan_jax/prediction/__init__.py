@@ -249,6 +249,7 @@ def read_film(
     check: bool = True,
     with_picture: bool = False,
     name: str = "",
+    window: tuple[float, float] | None = None,
 ) -> films.Film:
     """Reads a film as a model was trained on its images; see `films.read_film`."""
     builder = model.config.data.builder if model.config is not None else {}
@@ -261,6 +262,7 @@ def read_film(
         check=check,
         with_picture=with_picture,
         name=name,
+        window=window,
     )
 
 

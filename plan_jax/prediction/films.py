@@ -21,6 +21,7 @@ CHEST_WORDS = ("CHEST", "THORAX", "LUNG")
 MAX_HUE_SPREAD = 2.0  # of a film, also a tinted one with marks in colour
 MIN_SYMMETRY = 0.45  # of a frontal film
 MIN_RANGE = 8  # grey levels of 255 between the darkest and the brightest pixel
+LATERAL = "is a lateral view"
 SYMMETRY_SIDE = 16  # cells of the sides on which the symmetry is computed
 MAX_AXIS_SHIFT = 2  # cells that the body's axis may lie beside the centre of a film
 PICTURE_SIDE = 1024  # pixels of the longer side of a picture: more does not fit a screen
@@ -36,6 +37,7 @@ class Film:
       stored_shape: rows and columns from which it was fitted to the square.
       square: the model's input.
       picture: the image for figures, scaled down to `PICTURE_SIDE`; None if it was not asked for.
+      fault: what says that it is not a frontal film, as the end of a sentence; "" if nothing does.
       notes: sentences on what makes a heat map doubtful.
     """
 
@@ -44,6 +46,7 @@ class Film:
     stored_shape: tuple[int, int]
     square: UInt8[np.ndarray, "size size 1"]
     picture: UInt8[np.ndarray, "V U 1"] | None = None
+    fault: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -57,6 +60,7 @@ def read_film(
     check: bool = True,
     with_picture: bool = False,
     name: str = "",
+    window: tuple[float, float] | None = None,
 ) -> Film:
     """Reads a film from a file, or from an array UInt8[Y X] or UInt8[Y X 1] of grey values.
 
@@ -70,6 +74,7 @@ def read_film(
       check: whether to refuse what is not a frontal film; otherwise a note says what it is.
       with_picture: whether the picture for figures is needed.
       name: name of the image in messages; by default its path, or `the array`.
+      window: of DICOM, see `dicom.decode_dicom`.
 
     Raises:
       UserError: the image cannot be read, has no contrast or too few pixels, or is refused.
@@ -88,7 +93,9 @@ def read_film(
         try:
             fault, notes = _read_tags(path)
             if not (fault and check):
-                stored, shape = images.read_image(path, stored_size or size, bit_depth)
+                stored, shape = images.read_image(
+                    path, stored_size or size, bit_depth, window=window
+                )
                 fault = fault or _find_colour(path)
         except OSError as error:
             raise _name_unreadable(path, name, error) from None
@@ -121,8 +128,10 @@ def read_film(
                 f"may be a lateral view or turned: its symmetry is {symmetry:.2f}, below "
                 f"{MIN_SYMMETRY}"
             )
-    film = Film(name, shape, stored.shape, square, notes=tuple(notes))
-    return replace(film, picture=_read_picture(source, shape, bit_depth)) if with_picture else film
+    film = Film(name, shape, stored.shape, square, fault=fault, notes=tuple(notes))
+    if not with_picture:
+        return film
+    return replace(film, picture=_read_picture(source, shape, bit_depth, window))
 
 
 def measure_symmetry(pixels: UInt8[np.ndarray, "Y X"]) -> float:
@@ -191,9 +200,9 @@ def _read_tags(path: Path) -> tuple[str, list[str]]:
         return f"is DICOM of modality {modality}", notes
     # The rows of a frontal film run between the patient's left and right.
     if view in ("LL", "RL") or "LAT" in view:
-        return f"is a lateral view (ViewPosition {view})", notes
+        return f"{LATERAL} (ViewPosition {view})", notes
     if direction[:1] in ("A", "P"):
-        return f"is a lateral view (PatientOrientation {direction})", notes
+        return f"{LATERAL} (PatientOrientation {direction})", notes
     return "", notes
 
 
@@ -215,10 +224,13 @@ def _name_unreadable(path: Path, name: str, error: OSError) -> UserError:
 
 
 def _read_picture(
-    source: str | Path | Shaped[np.ndarray, "*shape"], shape: tuple[int, int], bit_depth: int
+    source: str | Path | Shaped[np.ndarray, "*shape"],
+    shape: tuple[int, int],
+    bit_depth: int,
+    window: tuple[float, float] | None,
 ) -> UInt8[np.ndarray, "V U 1"]:
     side = min(max(shape), PICTURE_SIDE)  # never scaled up
     if isinstance(source, np.ndarray):
         rows_and_columns = transforms.scale_shape(shape, side)
         return transforms.resize_image(_check_array(source), *rows_and_columns)[..., None]
-    return images.read_image(Path(source), side, bit_depth)[0][..., None]
+    return images.read_image(Path(source), side, bit_depth, window=window)[0][..., None]
