@@ -80,7 +80,7 @@ def encode_npz(
     `words_1` Float32[W y x] are the maps of the words on the model's grid, and `weights_1` their
     shares. `text` has the phrases, and `model` the SHA-256 of the parameters.
     """
-    arrays: dict[str, np.ndarray] = {
+    arrays: dict[str, Any] = {
         "text": np.asarray([location.text for location in locations], np.str_),
         "model": np.asarray(grounder.sha256),
     }

@@ -8,7 +8,7 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -141,7 +141,7 @@ def _read(path: Path, model: str) -> tuple[tuple[Table, Table], list[str]]:
 
 def _write(path: Path, model: str, films: Table, reports: Table) -> None:
     width = next((len(row) for table in (films, reports) for row in table.values()), 1)
-    arrays = {"format": np.asarray(FORMAT), "model": np.asarray(model)}
+    arrays: dict[str, Any] = {"format": np.asarray(FORMAT), "model": np.asarray(model)}
     for kind, table in (("films", films), ("reports", reports)):
         arrays[f"{kind}_digests"] = np.asarray(list(table), np.str_)
         rows = list(table.values())

@@ -41,7 +41,6 @@ SAVE = """(data) => {
   return "";
 }"""
 
-
 class Upload(gr.File):
     """A field for a file, whose function gets the path of the upload itself.
 
@@ -53,8 +52,11 @@ class Upload(gr.File):
     def preprocess(self, payload: Any) -> str | None:
         """Returns the path of the upload."""
         return payload.path if payload is not None else None
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component

@@ -5,6 +5,7 @@ A layer is an RGBA picture [V U 4] of the film's proportions.
 
 import base64
 import io
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
@@ -91,9 +92,9 @@ def compose(
     picture = film.astype(np.float32)
     for layer, factor in [(heat, opacity), *((layer, 1.0) for layer in lines)]:
         alpha = layer[..., 3:].astype(np.float32) / 255 * factor
-        picture = picture * (1 - alpha) + layer[..., :3] * alpha
-    picture = picture.round().astype(np.uint8)
-    return mark_sides(picture) if marks_sides else picture
+        picture = (picture * (1 - alpha) + layer[..., :3] * alpha).astype(np.float32)
+    mixed = picture.round().astype(np.uint8)
+    return mark_sides(mixed) if marks_sides else mixed
 
 
 def mark_sides(picture: UInt8[np.ndarray, "V U 3"]) -> UInt8[np.ndarray, "V U 3"]:
@@ -102,9 +103,14 @@ def mark_sides(picture: UInt8[np.ndarray, "V U 3"]) -> UInt8[np.ndarray, "V U 3"
     rows, columns = picture.shape[:2]
     size = max(12, max(rows, columns) // 24)
     canvas, font = ImageDraw.Draw(image), ImageFont.load_default(size)
-    options = {"fill": (255, 255, 255), "stroke_width": 2, "stroke_fill": (0, 0, 0), "font": font}
-    canvas.text((size // 2, size // 3), "R", anchor="lt", **options)
-    canvas.text((columns - size // 2, size // 3), "L", anchor="rt", **options)
+    options: dict[str, Any] = {
+        "fill": (255, 255, 255),
+        "stroke_width": 2,
+        "stroke_fill": (0, 0, 0),
+        "font": font,
+    }
+    canvas.text((size // 2, size // 3), "R", anchor="lt", stroke_width=2, **options)
+    canvas.text((columns - size // 2, size // 3), "L", anchor="rt", stroke_width=2, **options)
     return np.asarray(image)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from plan_jax import model as models
@@ -17,7 +18,7 @@ from plan_jax.demo.downloads import Display
 from plan_jax.demo.grounder import Grounder, OpenFilm, split_phrases
 from plan_jax.page import figures
 from plan_jax.prediction import films, phrases
-from plan_jax.types import UserError
+from plan_jax.types import Features, UserError
 
 NUM_PHANTOMS = 40
 NUM_OFFERED = 8  # phantoms in the list
@@ -37,6 +38,11 @@ OFFERED_PHRASES = (
     "cardiomegaly",
     "pulmonary oedema",
 )
+
+
+def _pool(features: Features) -> Float[np.ndarray, " D"]:
+    """Returns the features of the whole of one image or text."""
+    return np.asarray(features.pooled)[0]
 
 
 class Service:
@@ -98,14 +104,14 @@ class Service:
             def encode_film(number: int) -> np.ndarray | None:
                 bar.update()
                 film = self._read_entry(self.entries[number])
-                return None if film is None else self.grounder.encode(film).features.pooled[0]
+                return None if film is None else _pool(self.grounder.encode(film).features)
 
             def encode_report(number: int) -> np.ndarray | None:
                 try:
                     text = self.grounder.read_text(self.entries[number].report)
                 except UserError:
                     return None
-                return text.features.pooled[0]
+                return _pool(text.features)
 
             return index.load_or_build(
                 path, self.grounder.sha256, digests, reports, encode_film, encode_report
@@ -237,7 +243,7 @@ class Service:
             raise UserError("there is no report; type one")
         phrases.check_phrase(text, "the report")
         query = self.grounder.read_text(text, "the report")
-        rows, cosines = index.rank(query.features.pooled[0], self.index.films, NUM_MATCHES)
+        rows, cosines = index.rank(_pool(query.features), self.index.films, NUM_MATCHES)
         matches = []
         for row, cosine in zip(rows.tolist(), cosines.tolist(), strict=True):
             entry = self.entries[row]
@@ -262,7 +268,7 @@ class Service:
                 "the films have no reports; put film.txt beside film.png, or pass a table with the "
                 "columns image and text as --films"
             )
-        rows, cosines = index.rank(film.features.pooled[0], self.index.reports, NUM_MATCHES)
+        rows, cosines = index.rank(_pool(film.features), self.index.reports, NUM_MATCHES)
         matches = [
             (self.entries[row].name, self.entries[row].report, cosine)
             for row, cosine in zip(rows.tolist(), cosines.tolist(), strict=True)
