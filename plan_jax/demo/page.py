@@ -219,7 +219,7 @@ def _answer(function: Callable[..., tuple], num_outputs: int) -> Callable[..., l
             print(f"error of the page: {type(error).__name__} in {place}", file=sys.stderr)
             sentence = f"the page had an error ({type(error).__name__}); try something else"
         kept = [gr.skip() for _ in range(num_outputs - 1)]
-        return [render.render_message(sentence[:1].upper() + sentence[1:]), *kept]
+        return [render.render_message(sentence), *kept]
 
     return call
 
