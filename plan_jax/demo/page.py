@@ -42,19 +42,6 @@ SAVE = """(data) => {
 }"""
 
 
-class Upload(gr.File):
-    """A field for a file, whose function gets the path of the upload itself.
-
-    That of `gr.File` gets a copy's name, for which an empty file is made that nobody deletes.
-    """
-
-    is_template = True  # the browser shows it as a `gr.File`
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Returns the path of the upload."""
-        return payload.path if payload is not None else None
-
-
 @dataclass(frozen=True)
 class Components:
     """The components of the page that ask or answer something."""
@@ -125,12 +112,23 @@ def _lay_out(service: Service) -> Components:
 def _lay_out_film(service: Service) -> dict[str, Any]:
     titles = [example.title for example in service.examples[:NUM_OFFERED]]
     return {
-        "upload": Upload(label="Film: PNG, JPEG or DICOM", height=170, elem_id="upload"),
+        "upload": _make_upload(),
         "example": gr.Dropdown(titles, value=None, label="or a phantom", elem_id="example"),
         "about": gr.HTML(elem_id="about"),
         "level": gr.Slider(0, 1, label="Window level", visible=False, elem_id="level"),
         "width": gr.Slider(1, 2, label="Window width", visible=False, elem_id="width"),
     }
+
+
+def _make_upload() -> Any:
+    """Returns a field for a file, whose function gets the path of the upload itself.
+
+    By itself it gets the name of a copy, for which an empty file is made that nobody deletes. A
+    class of our own would make gradio write a stub beside this module.
+    """
+    upload = gr.File(label="Film: PNG, JPEG or DICOM", height=170, elem_id="upload")
+    upload.preprocess = lambda payload: None if payload is None else payload.path
+    return upload
 
 
 def _lay_out_phrases(service: Service) -> dict[str, Any]:
