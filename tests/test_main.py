@@ -61,7 +61,7 @@ def test_a_field_is_set(field, text, value, calls):
     assert main.run(["--config", CONFIG, f"--config.{field}", text]) == 0
     assert len(calls) == 2
     for name, config, workdir in calls:
-        assert (name, workdir) == ("train", "runs/testing")
+        assert (name, str(workdir)) == ("train", "runs/testing")
         result = dict(flatten(config.to_dict()))[field]
         assert result == (list(value) if isinstance(value, tuple) else value)
         assert isinstance(result, list if isinstance(value, tuple) else type(value))
