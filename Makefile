@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Python compiles a module when it is first imported, and most never are.
 PIP := -m pip install --disable-pip-version-check --quiet --no-compile
-# `make soak SHORT='-m "not slow"'` omits the slowest tests of soak and parity, as .ci/run does.
+# `make parity SHORT='-m "not slow"'` omits the slowest tests, as .ci/run does; so does soak's.
 SHORT :=
 INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 

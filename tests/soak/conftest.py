@@ -5,7 +5,7 @@ import os
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
 os.environ["XLA_FLAGS"] = flags
 
-# Measured: these take two thirds of the time. `.ci/run` omits them, `make soak` does not.
+# Measured: these take two thirds of the time. `make soak SHORT='-m "not slow"'` omits them.
 SLOW = (
     "test_two_processes_that_validate_can_be_resumed",
     "test_eight_devices_step_like_one_and_sixteen_pairs_are_memorised[asg]",
