@@ -7,6 +7,8 @@ os.environ["XLA_FLAGS"] = flags
 
 # Measured: these take two thirds of the time. `make soak SHORT='-m "not slow"'` omits them.
 SLOW = (
+    "test_a_run_that_is_killed_at_any_moment_ends_like_one_that_is_not",
+    "test_two_hosts_outlive_a_pause_a_signal_and_a_death",
     "test_two_processes_that_validate_can_be_resumed",
     "test_eight_devices_step_like_one_and_sixteen_pairs_are_memorised[asg]",
     "test_eight_devices_step_like_one_and_sixteen_pairs_are_memorised[gloria]",

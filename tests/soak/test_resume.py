@@ -169,7 +169,6 @@ def test_two_processes_that_validate_can_be_resumed(tmp_path, start):
     assert "resumed at step" in results[0][1] and checkpoint.load_weights(tmp_path)["step"] == 15
 
 
-@pytest.mark.slow
 def test_two_hosts_outlive_a_pause_a_signal_and_a_death(tmp_path, start):
     """Frozen for a minute, asked to stop, killed: no host waits for ever; the result is exact."""
     whole, hurt, options = tmp_path / "whole", tmp_path / "hurt", ("steps=400",)
