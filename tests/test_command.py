@@ -236,6 +236,16 @@ def test_training_whose_output_nobody_reads_is_saved():
     assert (process.returncode, out) == (128 + command.BROKEN_PIPE, f"{command.BROKEN_PIPE}\n")
 
 
+def test_a_signal_after_a_closed_pipe_is_the_first(monkeypatch, capfd):
+    monkeypatch.setattr(command, "REPEATED", 0.0)
+    stop = command.StopSignal()
+    answers = [stop.receive(number) for number in (command.BROKEN_PIPE,) * 2]
+    assert answers == [True, True] and stop.number == command.BROKEN_PIPE
+    assert stop.receive(signal.SIGHUP) and stop.number == signal.SIGHUP
+    assert stop.receive(command.BROKEN_PIPE) and not stop.receive(signal.SIGHUP)
+    assert capfd.readouterr().err.count("stopping after this step") == 2
+
+
 def test_closed_streams_do_not_give_their_number_to_a_file(tmp_path):
     body = f"print('lost'); print('lost', file=sys.stderr); f = open({str(tmp_path / 'x')!r}, 'w')"
     body += f"; open({str(tmp_path / 'numbers')!r}, 'w').write(str(f.fileno()))"

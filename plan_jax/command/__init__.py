@@ -209,8 +209,11 @@ class StopSignal:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def receive(self, number: int) -> bool:
-        """Remembers a signal; returns False for a second one, which does not wait."""
-        if self.number:
+        """Remembers a signal; returns False for a second one, which does not wait.
+
+        A pipe without a reader is not a signal of the user, and the first one still comes.
+        """
+        if self.number and (self.number != BROKEN_PIPE or number == BROKEN_PIPE):
             is_repeated = time.monotonic() - self.time < REPEATED
             return number == BROKEN_PIPE or (is_repeated and number != signal.SIGINT)
         self.number, self.time = number, time.monotonic()
