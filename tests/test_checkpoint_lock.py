@@ -127,6 +127,9 @@ def test_without_locks_a_run_on_another_host_renews_its_file(tmp_path, without_l
             pass
         assert (tmp_path / lock.FILE).stat().st_mtime > 0
     assert not (tmp_path / lock.FILE).exists()
+    with checkpoint.lock_workdir(tmp_path):
+        write_owner(tmp_path, 7, "another-host")  # to which this process seemed stale
+    assert json.loads((tmp_path / lock.FILE).read_text())["pid"] == 7
 
 
 def test_without_locks_one_of_two_runs_at_once_is_refused(tmp_path, without_locks, monkeypatch):

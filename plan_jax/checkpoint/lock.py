@@ -82,7 +82,7 @@ def _lock(workdir: Path, descriptor: int) -> bool:
     except BlockingIOError:
         # The first run may have locked the file a moment ago and not have written it yet.
         for _ in range(20):
-            if is_alive(_read_owner(path)):
+            if _is_alive(_read_owner(path)):
                 break
             time.sleep(0.05)
         raise _refusal(workdir) from None
@@ -106,13 +106,17 @@ def _lock(workdir: Path, descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def _renew(path: Path) -> Iterator[None]:
-    """Sets the time of a file every few seconds, by a thread, and removes the file at the end."""
-    has_ended = threading.Event()
+    """Sets the time of a file every few seconds, by a thread, and removes the file at the end.
+
+    It leaves the file of another process alone, which has found this one stale, as after a pause.
+    """
+    owner, has_ended = _read_owner(path), threading.Event()
 
     def renew() -> None:
         while not has_ended.wait(RENEWAL):
             with contextlib.suppress(OSError):  # as while a server does not answer
-                os.utime(path)
+                if _read_owner(path) == owner:
+                    os.utime(path)
 
     thread = threading.Thread(target=renew, name="lock", daemon=True)
     thread.start()
@@ -122,7 +126,8 @@ def _renew(path: Path) -> Iterator[None]:
         has_ended.set()
         thread.join()
         with contextlib.suppress(OSError):
-            path.unlink()
+            if _read_owner(path) == owner:
+                path.unlink()
 
 
 def _read_owner(path: Path) -> dict[str, Any]:
@@ -140,11 +145,11 @@ def _is_held(path: Path) -> bool:
     if not owner or (owner["pid"], owner.get("host")) == (os.getpid(), socket.gethostname()):
         return False
     if owner.get("host") == socket.gethostname():
-        return is_alive(owner)
+        return _is_alive(owner)
     return _find_age(path) < STALE
 
 
-def is_alive(owner: Mapping[str, Any]) -> bool:
+def _is_alive(owner: Mapping[str, Any]) -> bool:
     """Returns whether the process exists; False if it is on another host, where nobody can tell."""
     if owner.get("host") != socket.gethostname():
         return False
@@ -158,12 +163,12 @@ def is_alive(owner: Mapping[str, Any]) -> bool:
 
 
 def _find_age(path: Path) -> float:
-    """Returns the seconds since a file was renewed, by the clock of its file system."""
+    """Returns the seconds since a file was renewed, by its file system's clock; inf without it."""
     probe = path.with_name(f"{path.name}-{os.getpid()}")
     try:
         probe.touch()
         return probe.stat().st_mtime - path.stat().st_mtime
-    except OSError:
+    except FileNotFoundError:
         return float("inf")
     finally:
         probe.unlink(missing_ok=True)
