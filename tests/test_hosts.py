@@ -121,6 +121,7 @@ def test_strangers_are_no_hosts():
         b"[1]\n",
         b"[" * 5000 + b"\n",
         b'{"index": 1}\n',
+        json.dumps(hello(3, 3)).encode() + b"\n",
         b"\n",
     ):
         wait_for(lambda: is_listening(port))
@@ -141,6 +142,28 @@ def test_strangers_are_no_hosts():
         running.join()
     assert [watch.names for watch in others] == [result[0].names] * 2
     assert result[0].names[1] == "host 1 (node1, process 101)"
+
+
+def test_the_names_of_many_hosts_fit_into_an_answer():
+    long_name, count = "node." + "x" * 58, 300
+    port, results = portpicker.pick_unused_port(), []
+
+    def run():
+        own = hello(0, count, name=long_name)
+        results.append(hosts.meet(f"127.0.0.1:{port}", count, 0, 30.0, own))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_for(lambda: is_listening(port))
+    peers = []
+    for index in range(1, count):
+        peers.append(socket.create_connection(("127.0.0.1", port)))
+        peers[-1].sendall(json.dumps(hello(index, count, name=long_name)).encode() + b"\n")
+    answer = json.loads(hosts._receive_line(peers[-1]))
+    thread.join()
+    assert answer["hosts"] == results[0].names and len(answer["hosts"]) == count
+    for peer in (*peers, *results[0]._peers.values()):
+        peer.close()
 
 
 def is_listening(port):

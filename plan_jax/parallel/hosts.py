@@ -31,7 +31,7 @@ PERIOD = 5.0  # seconds between signs of life
 GRACE = 10.0  # seconds in which the main thread may report a loss itself
 NEWS = 3.0  # seconds that it waits for the watch to know which host it is
 RETRY = 0.2  # seconds between attempts to connect
-MAX_LINE = 65536  # bytes
+MAX_LINE = 1 << 18  # bytes; the names of 1000 hosts are some 50 kB
 LOST = "another host of this run has ended or cannot be reached"
 REMEDY = (
     "look at its output, then repeat the command on all hosts to resume from the last checkpoint"
@@ -86,10 +86,10 @@ def meet(
     hello = hello or describe_self(index, count)
     deadline = time.monotonic() + timeout
     if index == 0:
-        hellos, peers = _gather(address, hello, deadline, timeout)
+        names, peers = _gather(address, hello, deadline, timeout)
     else:
-        hellos, peers = _register(address, hello, deadline, timeout)
-    return Watch([_label(other) for other in hellos], index, peers)
+        names, peers = _register(address, hello, deadline, timeout)
+    return Watch(names, index, peers)
 
 
 # The meeting -------------------------------------------------------------------------------------
@@ -97,8 +97,8 @@ def meet(
 
 def _gather(
     address: str, hello: Hello, deadline: float, timeout: float
-) -> tuple[list[Hello], dict[int, socket.socket]]:
-    """Waits for the other hosts as host 0; returns what all say, and their connections."""
+) -> tuple[list[str], dict[int, socket.socket]]:
+    """Waits for the other hosts as host 0; returns the names of all, and their connections."""
     hellos: dict[int, Hello] = {0: hello}
     peers: dict[int, socket.socket] = {}
     refusal = ""
@@ -126,13 +126,13 @@ def _gather(
             # A host that is refused is told why, like the others.
             peers[-1 if refusal else position] = peer
             hellos.setdefault(position, other)
-    order = [hellos[i] for i in sorted(hellos)]
-    _answer(peers.values(), {"refusal": refusal} if refusal else {"hosts": order})
+    names = [_label(hellos[i]) for i in sorted(hellos)]
+    _answer(peers.values(), {"refusal": refusal} if refusal else {"hosts": names})
     if refusal:
         for peer in peers.values():
             peer.close()
         raise UserError(refusal)
-    return order, peers
+    return names, peers
 
 
 def _listen(address: str) -> socket.socket:
@@ -156,8 +156,8 @@ def _listen(address: str) -> socket.socket:
 
 def _register(
     address: str, hello: Hello, deadline: float, timeout: float
-) -> tuple[list[Hello], dict[int, socket.socket]]:
-    """Introduces this host to host 0; returns what all hosts say, and the connection."""
+) -> tuple[list[str], dict[int, socket.socket]]:
+    """Introduces this host to host 0; returns the names of all hosts, and the connection."""
     while (remaining := deadline - time.monotonic()) > 0:
         try:
             peer = socket.create_connection(split_address(address), timeout=remaining)
@@ -192,7 +192,7 @@ def _receive_hello(peer: socket.socket) -> Hello | None:
         if isinstance(hello, dict) and all(
             isinstance(hello.get(name), kind) for name, kind in kinds.items()
         ):
-            return hello
+            return hello if 0 <= hello["index"] < hello["count"] else None
     return None
 
 
