@@ -464,15 +464,15 @@ FREE_FIELDS = (
     "text.remat",
     "text.scan",
 )
-# What the hosts of a run may have each for itself: places and processes of their own machine.
-HOST_FIELDS = (
-    *("data.dir", "data.source", "data.builder.source", "data.cache", "parallel.cache"),
-    *("data.builder.workers", "data.workers"),
-)
 # Where data are, which a fingerprint replaces.
 PLACES = (
     *("data.builder.manifest", "data.builder.images", "data.builder.reports"),
     *("data.builder.ms_cxr", "data.builder.chest_imagenome"),
+)
+# What the hosts of a run may have each for itself: places and processes of their own machine.
+HOST_FIELDS = (
+    *("data.dir", "data.source", "data.builder.source", "data.cache", "parallel.cache"),
+    *("data.builder.workers", "data.workers", *PLACES),
 )
 # Names of fields in configs of 0.1, by which a config of that version is recognised.
 FIELDS_OF_0_1 = ("ema", "dim", "standard")
