@@ -1,6 +1,8 @@
 """Devices: eight equal one, both implementations agree, mistakes are reported in a sentence."""
 
+import functools
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -266,7 +268,7 @@ def test_an_accelerator_that_is_not_used_is_a_mistake(
 ):
     (tmp_path / "nvidia0").touch()
     path = tmp_path / ("nvidia0" if has_gpu else "none")
-    monkeypatch.setattr(parallel, "NVIDIA_DEVICE", path)
+    monkeypatch.setattr(parallel, "NVIDIA_DEVICES", str(path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     count = (num_tpus, "0x0063")
     monkeypatch.setattr(
@@ -336,24 +338,60 @@ SLURM = {
     **{"SLURM_JOB_ID": "5", "SLURM_STEP_NODELIST": "node[3-4],other", "SLURM_STEP_NUM_NODES": "3"},
     **{"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
 }
+SLURM_SCRIPT = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NUM_TASKS"}
+OPEN_MPI = {
+    **{"OMPI_MCA_orte_hnp_uri": "9732096.0;tcp://10.0.0.1,10.1.0.1:34911"},
+    **{"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+}
 
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
         ({}, None),
-        (SLURM, ("node3:61445", 4, 1, [0])),
-        ({**SLURM, "JAX_COORDINATOR_PORT": "777"}, ("node3:777", 4, 1, [0])),
-        ({**SLURM, "JAX_COORDINATOR_ADDRESS": "h:1"}, ("h:1", 4, 1, [0])),
-        # The script of a job before it calls srun, and a single task.
-        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NUM_TASKS"}, None),
-        ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, ("node3:61445", 1, 0, [0])),
+        (SLURM, ("node3:61445", 4, 1)),
+        ({**SLURM, "JAX_COORDINATOR_PORT": "777"}, ("node3:777", 4, 1)),
+        ({**SLURM, "JAX_COORDINATOR_ADDRESS": "h:1"}, ("h:1", 4, 1)),
+        # The script of a job before it calls srun, and the shell of salloc: one task of four.
+        (SLURM_SCRIPT, None),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, ("", 1, 0)),
+        ({**SLURM_SCRIPT, **OPEN_MPI}, ("10.0.0.1:63816", 2, 1)),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_MCA_orte_hnp_uri": "odd"}, ("", 1, 0)),
+        ({"TPU_PROCESS_ADDRESSES": "local"}, ("", 1, 0)),
     ],
 )
 def test_clusters_are_found_without_a_variable(monkeypatch, variables, expected):
     for variable, setting in variables.items():
         monkeypatch.setenv(variable, setting)
-    assert cluster._find_cluster() == (expected and cluster._Cluster(*expected))
+    assert cluster._find_cluster(False) == (expected and cluster._Cluster(*expected))
+
+
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch, capsys):
+    def ask(count, address, *_):
+        if address is None or not count:
+            raise RuntimeError(f"Failed to recognize {address}\nmore")
+        return address, count, 0, []
+
+    def answer(count):
+        detect = functools.partial(ask, count)
+        monkeypatch.setattr(
+            cluster.clusters.ClusterEnv, "auto_detect_unset_distributed_params", detect
+        )
+
+    answer(0)
+    parallel.initialize()  # as in a pod that may not ask Kubernetes
+    error = capsys.readouterr().err
+    assert re.search(
+        r"cannot count .* \(Failed to recognize \), and this one .*DISTRIBUTED=off", error
+    )
+    monkeypatch.setenv("JAX_DISTRIBUTED", "auto")
+    with pytest.raises(UserError, match=r"cannot count .* \(Failed to recognize \); set JAX_COOR"):
+        parallel.initialize()
+    answer(1)
+    parallel.initialize()  # alone, it needs no address
+    answer(4)
+    with pytest.raises(UserError, match=rf"{hosts.LOST}: JAX cannot find host 0 of 4 \(Failed"):
+        parallel.initialize()
 
 
 @pytest.mark.parametrize(
@@ -454,6 +492,28 @@ def test_a_process_whose_host_is_lost_ends_with_a_sentence(victim, state):
     runs[victim].communicate()
     name = f"host {victim} ({socket.gethostname()}, process {runs[victim].pid}) has ended"
     assert (runs[1 - victim].returncode, error.strip()) == (2, hosts.lost_sentence(name))
+
+
+DONE_SCRIPT = """
+    import os, time
+    from plan_jax import parallel
+    from plan_jax.parallel import hosts
+
+    hosts.GRACE = 1.0
+    parallel.initialize()
+    parallel.barrier()
+    is_failed = os.environ["JAX_PROCESS_ID"] == "0"
+    time.sleep(2 * is_failed)
+    parallel.leave(int(is_failed))
+"""
+
+
+def test_a_process_that_is_done_does_not_fail_with_another():
+    """As when host 0 evaluates alone, and a head diverges: the others have nothing left to do."""
+    runs = start_cluster(DONE_SCRIPT)
+    outputs = [run.communicate(timeout=60)[1] for run in runs]
+    assert [run.returncode for run in runs] == [1, 0], outputs
+    assert hosts.LOST not in "".join(outputs)
 
 
 def test_bfloat16_needs_a_card_that_has_it(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ hosts, and hosts share examples by `own_examples` and `share_items`. Outside, on
 import collections
 import contextlib
 import functools
+import glob
 import math
 import os
 import re
@@ -42,11 +43,11 @@ AXIS = "devices"
 IMPLEMENTATIONS = ("shard_map", "pmap")
 BFLOAT16_CAPABILITY = 8.0  # of NVIDIA's Ampere, the first with units for it
 NO_GPU = "JAX sees no NVIDIA GPU, or its CUDA plugin is not installed"
+NVIDIA_DEVICES = "/dev/nvidia[0-9]*"  # a container may have another one than the first
+NO_NVIDIA = ("", "-1", "NoDevFiles")  # CUDA_VISIBLE_DEVICES, the last one by SLURM
 PIECE_BYTES = 2**24  # that hosts exchange at once; each device holds as many from every host
 
 Item = TypeVar("Item")
-
-NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 # How an array lies on a mesh: a copy on every device, or its first axis divided among them.
 REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
@@ -91,7 +92,7 @@ def _require_accelerators() -> None:
       UserError: there is one. JAX only warns, and training would take days instead of hours.
     """
     name, extra = "", ""
-    if NVIDIA_DEVICE.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+    if glob.glob(NVIDIA_DEVICES) and os.environ.get("CUDA_VISIBLE_DEVICES") not in NO_NVIDIA:
         name, extra = "an NVIDIA GPU", "cuda12"
     with contextlib.suppress(OSError, AttributeError, ValueError):
         if hardware_utils.num_available_tpu_chips_and_device_id()[0]:

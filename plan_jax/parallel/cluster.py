@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
@@ -23,7 +24,8 @@ SIGNAL_CODE = 128  # plus the number of the signal is an exit code
 _CONNECTION = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|DEADLINE_EX", re.I)
 _COLLECTIVE = re.compile(r"gloo|nccl|heartbeat|coordination", re.I)
 
-_is_ending = threading.Lock()
+_is_ending = threading.Lock()  # taken for good by the thread that ends this process
+_is_done = threading.Event()  # this process has done its work, and waits for the others at its exit
 _watch: hosts.Watch | None = None  # of this process, which belongs to one run
 
 
@@ -45,7 +47,7 @@ def initialize() -> None:
     mode = os.environ.get("JAX_DISTRIBUTED", "")
     if mode not in ("", "auto", "off"):
         raise UserError(f"JAX_DISTRIBUTED is {mode}; use auto or off, or unset it")
-    cluster = None if mode == "off" else _read_cluster() or _find_cluster()
+    cluster = None if mode == "off" else _read_cluster() or _find_cluster(mode == "auto")
     if mode == "auto" and cluster is None:
         raise UserError(
             "JAX_DISTRIBUTED is auto, and JAX finds neither SLURM, Open MPI, GKE nor a TPU slice;"
@@ -56,12 +58,13 @@ def initialize() -> None:
     # Its handler of SIGTERM would replace the one that lets training save.
     if "jax_enable_preemption_service" in jax.config.values:  # since JAX 0.8
         jax.config.update("jax_enable_preemption_service", False)
-    address, num_processes, process_id, local_ids = cluster
+    address, num_processes, process_id = cluster
     _watch = hosts.meet(address, num_processes, process_id, _read_start_timeout())
     _watch.start(lambda reason: _end(hosts.lost_sentence(reason)))
     try:
         with _end_without_host():
-            jax.distributed.initialize(address, num_processes, process_id, local_ids)
+            # It finds the devices of a task of SLURM or Open MPI by itself.
+            jax.distributed.initialize(address, num_processes, process_id)
     except RuntimeError as error:
         if "called before" in str(error):
             raise UserError(
@@ -76,7 +79,6 @@ class _Cluster(NamedTuple):
     address: str
     num_processes: int
     process_id: int
-    local_device_ids: Any = None  # None: all of this machine
 
 
 def _read_cluster() -> _Cluster | None:
@@ -100,34 +102,88 @@ def _read_cluster() -> _Cluster | None:
     return _Cluster(address, num_processes, process_id)
 
 
-def _find_cluster() -> _Cluster | None:
-    """Returns the cluster that JAX recognises, or None if there is none or this process is alone.
+def _find_cluster(is_required: bool) -> _Cluster | None:
+    """Returns the cluster that JAX recognises, or None if there is none.
 
     Raises:
-      UserError: JAX_COORDINATOR_PORT is no port, or an address is set without a cluster.
+      UserError: the cluster does not say how many processes there are, and `is_required`, or where
+        the first is; JAX_COORDINATOR_PORT is no port, or an address is set without a cluster.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    # The script of a SLURM job has the variables of the job, but is one process: srun starts more.
-    is_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ
-    found: tuple = (None, None, None, None)
-    if not is_script:
-        with contextlib.suppress(KeyError):  # part of a cluster's variables
-            found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-                address, None, None, None, None, int(hosts.START_TIMEOUT)
-            )
-    if None in found[:3]:
-        if address:
-            raise UserError(
-                f"JAX_NUM_PROCESSES is not set; a run on several hosts needs"
-                f" {', '.join(CLUSTER_VARIABLES)}"
-            )
+    count = _count_processes(is_required)
+    if count is None and address:
+        raise UserError(
+            f"JAX_NUM_PROCESSES is not set; a run on several hosts needs"
+            f" {', '.join(CLUSTER_VARIABLES)}"
+        )
+    if count is None:
         return None
-    cluster = _Cluster(*found)
+    if count == 1:
+        return _Cluster(address or "", 1, 0)
+    timeout = _read_start_timeout()
+    try:
+        cluster = _Cluster(*_ask_cluster(address, None, timeout))
+    except Exception as error:
+        # The name of a host that has not started yet is not known, and starting again may help.
+        is_missing = re.search("recognize|Retry failed", str(error))
+        raise UserError(
+            f"{hosts.LOST + ': ' if is_missing else ''}JAX cannot find host 0 of {count}"
+            f" ({_first_line(error)}); start the same command on all hosts, or set"
+            " JAX_DISTRIBUTED=off if this process is alone"
+        ) from None
     if not address and (port := os.environ.get("JAX_COORDINATOR_PORT")):  # since JAX 0.8
         cluster = cluster._replace(address=f"{cluster.address.rpartition(':')[0]}:{port}")
         if not port.isdecimal() or not 0 < int(port) < 65536:
             raise UserError(f"JAX_COORDINATOR_PORT is {port}; must be a number from 1 to 65535")
     return cluster
+
+
+def _count_processes(is_required: bool) -> int | None:
+    """Returns the number of processes of the cluster that JAX recognises, or None.
+
+    It is asked for first: a process that is alone needs no address, which takes a service or fails.
+    """
+    variables = os.environ
+    if "SLURM_JOB_ID" in variables and "OMPI_MCA_orte_hnp_uri" not in variables:
+        # The script of a job and the shell of salloc are one process, and have the number of tasks
+        # of the job in their variables: srun starts these, in a step that has its own.
+        tasks = variables.get("SLURM_STEP_NUM_TASKS")
+        if tasks in (None, "1"):
+            return None if tasks is None else 1
+    names = variables.get("TPU_PROCESS_ADDRESSES", variables.get("TPU_WORKER_HOSTNAMES"))
+    if names and "," not in names and "MEGASCALE_NUM_SLICES" not in variables:
+        return 1  # a machine of its own, whose name may be known to nobody
+    try:
+        with warnings.catch_warnings():
+            if not is_required:
+                warnings.simplefilter("ignore")  # any pod of Kubernetes lacks a package
+            return _ask_cluster("", 0, hosts.START_TIMEOUT)[1]
+    except KeyError:  # part of a cluster's variables
+        return None
+    except Exception as error:
+        sentence = f"JAX cannot count the processes of the cluster ({_first_line(error)})"
+        if is_required:
+            raise UserError(f"{sentence}; set {', '.join(CLUSTER_VARIABLES)}") from None
+        print(
+            f"{sentence}, and this one takes itself to be alone; set JAX_DISTRIBUTED=off if it is,"
+            f" else {', '.join(CLUSTER_VARIABLES)}",
+            file=sys.stderr,
+        )
+        return None
+
+
+def _ask_cluster(address: str | None, index: int | None, timeout: float) -> tuple:
+    """Returns address, count and index by the cluster that JAX recognises, unless they are given.
+
+    It waits for the address until `timeout`, in seconds.
+    """
+    return clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        address, None, index, [], None, int(timeout)
+    )[:3]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _read_start_timeout() -> float:
@@ -139,10 +195,12 @@ def _read_start_timeout() -> float:
 
 
 def _end(sentence: str) -> None:
-    """Ends the process with a sentence, unless the main thread does so in the next seconds."""
+    """Ends the process with a sentence, unless the main thread ends it in the next seconds."""
     time.sleep(hosts.GRACE)
-    if not _is_ending.acquire(blocking=False):  # the watch and JAX notice the same end
-        return
+    # The watch and JAX notice the same end. The later one waits here: C++ aborts if it returns.
+    _is_ending.acquire()
+    if _is_done.is_set():  # another host failed after the last thing that this one had to do
+        os._exit(0)
     # Without the locks of the main thread, which may wait for the other host inside of XLA.
     os.write(2, f"\n{sentence}\n".encode())
     os._exit(2)
@@ -204,6 +262,9 @@ def leave(code: int) -> NoReturn:
     """Ends the process; one of several that has failed does not wait for the others."""
     if _watch and (not code or code > SIGNAL_CODE):  # all hosts end after a signal to one
         _watch.leave()
+    if not code:
+        sys.stdout.flush()
+        _is_done.set()
     if code and jax.distributed.is_initialized():
         sys.stdout.flush()
         os._exit(code)  # at its exit JAX waits for all hosts, for a minute
