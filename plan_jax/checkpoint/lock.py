@@ -82,7 +82,7 @@ def _lock(workdir: Path, descriptor: int) -> bool:
     except BlockingIOError:
         # The first run may have locked the file a moment ago and not have written it yet.
         for _ in range(20):
-            if _is_alive(_read_owner(path)):
+            if is_alive(_read_owner(path)):
                 break
             time.sleep(0.05)
         raise _refusal(workdir) from None
@@ -145,11 +145,11 @@ def _is_held(path: Path) -> bool:
     if not owner or (owner["pid"], owner.get("host")) == (os.getpid(), socket.gethostname()):
         return False
     if owner.get("host") == socket.gethostname():
-        return _is_alive(owner)
+        return is_alive(owner)
     return _find_age(path) < STALE
 
 
-def _is_alive(owner: Mapping[str, Any]) -> bool:
+def is_alive(owner: Mapping[str, Any]) -> bool:
     """Returns whether the process exists; False if it is on another host, where nobody can tell."""
     if owner.get("host") != socket.gethostname():
         return False
