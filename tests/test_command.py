@@ -169,7 +169,6 @@ assert signal.getsignal(signal.SIGINT) is handler and signal.set_wakeup_fd(-1) =
 """
 
 
-@pytest.mark.parametrize("alter_sys", [False, True])
 def test_what_is_registered_is_called_before_a_signal_ends_the_process():
     body = "command.call_at_end(lambda: 1 / 0); command.call_at_end(lambda: print('x', flush=True))"
     process = start(f"{body}; print('here', flush=True); time.sleep(60)")
@@ -179,6 +178,7 @@ def test_what_is_registered_is_called_before_a_signal_ends_the_process():
     assert process.returncode == 143
 
 
+@pytest.mark.parametrize("alter_sys", [False, True])
 def test_a_program_that_runs_the_module_keeps_its_signals(alter_sys):
     script = SIGNALS_AFTER_RUNPY.format(alter_sys=alter_sys)
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)

@@ -59,7 +59,7 @@ def test_another_window_takes_the_place_of_that_of_the_file(tmp_path):
     path.write_bytes(make_dicom(STORED, **elements))
     own = dicom.read_window(path.read_bytes(), path)
     assert own == (2048, 1024, STORED.min() - 100, STORED.max() - 100)
-    pixels, _ = images.read_image(path, max(SHAPE), window=(900, 400))
+    pixels, _ = images.read_image(path, max(SHAPE), window=(900.0, 400.0))
     assert_close(pixels, shown(STORED - 100.0, 700, 1099))
     data = path.read_bytes()
     np.testing.assert_array_equal(

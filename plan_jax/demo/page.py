@@ -244,48 +244,79 @@ def _show_film(film: OpenFilm) -> tuple:
 def _connect_films(blocks: Any, parts: Components, service: Service, folder: Path) -> None:
     title = service.examples[0].title
 
-    def open_upload(path: str | None, request: gr.Request) -> tuple:
+    def ground(session: str, *question: Any) -> str:
+        try:
+            return _ground(service, session, *question)
+        except UserError as error:  # of the phrases; the film is open
+            return render.render_message(str(error))
+
+    def open_upload(
+        path: str | None,
+        typed: str,
+        picked: list[str],
+        threshold: float,
+        rounds: float,
+        request: gr.Request,
+    ) -> tuple:
         if not path:
             raise UserError(f"no file has come; {uploads.REMEDY}")
-        film = service.open_upload(str(request.session_hash), Path(path), folder)
-        return None, None, *_show_film(film)
+        session = str(request.session_hash)
+        film = service.open_upload(session, Path(path), folder)
+        results = ground(session, typed, picked, threshold, rounds)
+        return None, *_show_film(film), results
 
-    def open_example(title: str, request: gr.Request) -> tuple:
-        film = service.open_example(str(request.session_hash), title)
-        return "\n".join(film.phrases[:MAX_PHRASES]), [], *_show_film(film)
+    def open_example(title: str, threshold: float, rounds: float, request: gr.Request) -> tuple:
+        session = str(request.session_hash)
+        film = service.open_example(session, title)
+        typed = "\n".join(film.phrases[:MAX_PHRASES])
+        return typed, [], *_show_film(film), ground(session, typed, [], threshold, rounds)
 
-    def start(request: gr.Request) -> tuple:
-        return title, *open_example(title, request)
+    def start(threshold: float, rounds: float, request: gr.Request) -> tuple:
+        return title, *open_example(title, threshold, rounds, request)
 
-    def change_window(level: float, width: float, request: gr.Request) -> tuple:
-        film = service.change_window(str(request.session_hash), level, width)
-        return (render.render_film(film, film.film.name),)
+    def change_window(
+        level: float,
+        width: float,
+        typed: str,
+        picked: list[str],
+        threshold: float,
+        rounds: float,
+        request: gr.Request,
+    ) -> tuple:
+        session = str(request.session_hash)
+        film = service.change_window(session, level, width)
+        results = ground(session, typed, picked, threshold, rounds)
+        return render.render_film(film, film.film.name), results
 
-    shown = [parts.about, parts.level, parts.width]
+    question = [parts.typed, parts.picked, parts.threshold, parts.rounds]
+    shown = [parts.about, parts.level, parts.width, parts.results]
     opened = [parts.typed, parts.picked, *shown]
     first = [parts.message, parts.example, *opened]
-    events = [
-        _listen(blocks.load, start, [], first),
-        _listen(parts.example.input, open_example, [parts.example], [parts.message, *opened]),
-        _listen(
-            parts.upload.upload,
-            open_upload,
-            [parts.upload],
-            [parts.message, parts.upload, parts.example, *shown],
-        ),
-    ]
+    _listen(blocks.load, start, question[2:], first)
+    inputs = [parts.example, *question[2:]]
+    _listen(parts.example.input, open_example, inputs, [parts.message, *opened])
+    sent = _listen(
+        parts.upload.upload,
+        open_upload,
+        [parts.upload, *question],
+        [parts.message, parts.example, *shown],
+    )
+    # Also of a file that was refused, which is deleted too.
+    sent.then(lambda: None, None, [parts.upload], api_visibility="private", show_progress="hidden")
     for slider in (parts.level, parts.width):
-        events.append(
-            _listen(
-                slider.input,
-                change_window,
-                [parts.level, parts.width],
-                [parts.message, parts.about],
-                trigger_mode="always_last",
-            )
+        _listen(
+            slider.input,
+            change_window,
+            [parts.level, parts.width, *question],
+            [parts.message, parts.about, parts.results],
+            trigger_mode="always_last",
         )
-    for event in events:
-        _connect_results(event.success, parts, service)
+
+
+def _ground(
+    service: Service, session: str, typed: str, picked: list[str], threshold: float, rounds: float
+) -> str:
+    return service.ground(session, typed, picked, threshold, int(rounds))
 
 
 def _connect_results(trigger: Any, parts: Components, service: Service, **options: Any) -> None:
@@ -293,7 +324,7 @@ def _connect_results(trigger: Any, parts: Components, service: Service, **option
         typed: str, picked: list[str], threshold: float, rounds: float, request: gr.Request
     ) -> tuple:
         session = str(request.session_hash)
-        return (service.ground(session, typed, picked, threshold, int(rounds)),)
+        return (_ground(service, session, typed, picked, threshold, rounds),)
 
     question = [parts.typed, parts.picked, parts.threshold, parts.rounds]
     _listen(trigger, ground, question, [parts.message, parts.results], **options)

@@ -109,8 +109,8 @@ def mark_sides(picture: UInt8[np.ndarray, "V U 3"]) -> UInt8[np.ndarray, "V U 3"
         "stroke_fill": (0, 0, 0),
         "font": font,
     }
-    canvas.text((size // 2, size // 3), "R", anchor="lt", stroke_width=2, **options)
-    canvas.text((columns - size // 2, size // 3), "L", anchor="rt", stroke_width=2, **options)
+    canvas.text((size // 2, size // 3), "R", anchor="lt", **options)
+    canvas.text((columns - size // 2, size // 3), "L", anchor="rt", **options)
     return np.asarray(image)
 
 
