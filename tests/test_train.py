@@ -129,9 +129,11 @@ def initial_state(step=0):
     )
 
 
-def test_a_run_names_the_parameters_that_it_measures(monkeypatch):
-    monkeypatch.setattr(parallel, "is_main", lambda: False)  # the main process evaluates too
-    run = train.Run(*[None] * 6, SimpleNamespace(history=[]), None)
+def test_a_run_names_the_parameters_that_it_measures(monkeypatch, tmp_path):
+    monkeypatch.setattr(parallel, "is_main", lambda: False)  # which writes, too
+    monkeypatch.setattr(train, "make_model", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda *_: Result({"task/metric": 1.0}))
+    run = train.Run(make_config(), *[None] * 5, Logger(tmp_path, {}, 1), None)
     state = initial_state()
     assert train.finish(run, state)["params_sha256"] == checkpoint.fingerprint(state.params)
     average = {"w": jnp.ones(2)}

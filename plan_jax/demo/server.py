@@ -101,6 +101,7 @@ def _import_page(folder: Path) -> Any:
     Raises:
       UserError: gradio is not installed.
     """
+    before = dict(os.environ)
     # Variables of gradio can make a page public, or offer folders.
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
@@ -111,6 +112,8 @@ def _import_page(folder: Path) -> Any:
     try:
         from plan_jax.demo import page
     except ModuleNotFoundError as error:
+        os.environ.clear()
+        os.environ.update(before)
         if error.name != "gradio":
             raise
         raise UserError(

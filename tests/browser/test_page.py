@@ -190,12 +190,16 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_one_sentence_and_stays_nowhere(name, page, server):
+def test_a_bad_file_is_one_sentence_and_stays_nowhere(name, page, server, tmp_path):
     make, pattern = BAD_FILES[name]
     before = page.locator(".pj-about").text_content()
     content = make()
-    assert name != "film.tif" or len(content) > 40e6
-    send(page, name, content)
+    if name == "film.tif":  # too large for a message to the browser
+        assert len(content) > 40e6
+        (tmp_path / name).write_bytes(content)
+        page.locator("#upload input[type=file]").set_input_files(tmp_path / name)
+    else:
+        send(page, name, content)
     expect_message(page, pattern)
     assert page.locator(".pj-about").text_content() == before
     assert page.locator(".pj-card").count() >= 1
@@ -211,6 +215,8 @@ def test_a_bad_file_is_one_sentence_and_stays_nowhere(name, page, server):
         ("\U0001f480 \U0001f480", "has no word; pass a phrase"),
         ("a\nb\nc\nd\ne\nf\ng", "there are 7 phrases, more than the 6"),
         ("\u5de6\u4fa7\u80f8\u8154\u79ef\u6db2", "of the pieces of the phrase are unknown"),
+        ("effusion \U0001f480", "50% of the pieces of the phrase are unknown"),
+        ("${alert(3)} {{ 7 * 7 }} effusion", "of the pieces of the phrase are unknown"),
         ("effusion " * 1000, "more than 4,000"),
     ],
 )
@@ -224,8 +230,8 @@ def test_a_bad_phrase_is_one_sentence(phrase, pattern, page):
 
 
 def test_odd_phrases_are_shown_as_text(page):
-    type_phrases(page, SCRIPT, "${alert(3)} {{ 7 * 7 }} effusion", "effusion \U0001f480")
-    expect_cards(page, SCRIPT, "${alert(3)} {{ 7 * 7 }} effusion", "effusion \U0001f480")
+    type_phrases(page, SCRIPT, "no effusion")
+    expect_cards(page, SCRIPT, "no effusion")
     long = " ".join(["effusion"] * 400)
     type_phrases(page, long)
     expect_cards(page, long)
@@ -296,8 +302,8 @@ def test_the_keyboard_alone(page):
     slider = page.locator("#threshold input[type=range]")
     slider.focus()
     before = page.locator(".pj-summary").text_content()
-    for _ in range(60):
-        page.keyboard.press("ArrowRight")
+    for _ in range(30):
+        page.keyboard.press("ArrowLeft")
     page.wait_for_function(
         "(before) => document.querySelector('.pj-summary').textContent !== before", arg=before
     )
