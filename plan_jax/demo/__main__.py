@@ -14,6 +14,8 @@ from plan_jax import command
 if __name__ == "__main__":
     command.end_on_signals()  # before the imports, which take seconds
 
+import contextlib
+import ctypes
 import sys
 import threading
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from plan_jax.command.arguments import ArgumentParser, local_path
 from plan_jax.types import UserError
 
 MAX_PORT = 65535
+MAX_ARENAS = (-8, 2)  # of glibc's mallopt: M_ARENA_MAX, and its value
 
 
 def run(argv: Sequence[str]) -> int:
@@ -55,6 +58,9 @@ def run_command(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     if not 0 <= options.port <= MAX_PORT:
         raise UserError(f"--port is {options.port}; use 1 to {MAX_PORT}, or leave it out")
+    # Each of the server's forty threads would have an arena of its own, which keeps what is freed.
+    with contextlib.suppress(OSError, AttributeError):  # another library of C
+        ctypes.CDLL("libc.so.6").mallopt(*MAX_ARENAS)
     # Imported once the arguments are known to be sensible: JAX takes seconds.
     from plan_jax.demo import server
 
