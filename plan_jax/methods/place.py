@@ -20,8 +20,8 @@ j text; x local pixels, w local words, r pixels before their head, or x if the e
 (4) PCMA                InfoNCE of `s_ij / tau_local`, both directions summed; with "attn", among
     all sentences, each with its observation of its own image (which can give the pairing away)
 (5) variety             `mean_{k != l} <o_k, o_l>^2`, so that the queries do not all become one
-(6) correlations        `C_pq` = correlation over channels of r_p and r_q, after each channel has
-    been standardised over the pixels; no gradient
+(6) correlations        `C_pq` = cosine of r_p and r_q, after each channel has been standardised
+    over the pixels; no gradient
 (7) prediction          a learned token hides some patches; a decoder (blocks as in (1), from pixels
     to words, with a code of each position) returns y_p, and
     `G_pq = cos(y_p - mean y, y_q - mean y)`
