@@ -6,6 +6,7 @@ one model. What it lacks is encoded, and a file that is damaged, or of another m
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,7 +124,7 @@ def _read(path: Path, model: str) -> tuple[tuple[Table, Table], list[str]]:
             if str(arrays["model"]) != model:
                 return empty, ["the index was of another model and is built again"]
             parts = [(arrays[f"{kind}_digests"], arrays[kind]) for kind in ("films", "reports")]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         return empty, ["the index was damaged and is built again"]
     tables = []
     for digests, features in parts:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,10 @@ from plan_jax.types import ExampleScores, PhraseExample, UserError
 
 FILE = "examples.npz"
 _PICTURES = ("image", "truth", "heat_maps")
+_READ_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error),
+    RuntimeError,  # an archive with a password or of an unknown method, deeply nested JSON
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def load_examples(folder: Path) -> StoredExamples:
                     PhraseExample(kind, phrase, image, truth, heat_maps, cnr, pointing, name)
                 )
             return StoredExamples(content["data"], scores, phrases)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or "it is damaged"
         raise UserError(
             f"{path} cannot be read ({reason}); delete it, or evaluate the run again"
