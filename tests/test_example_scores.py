@@ -48,6 +48,16 @@ def test_examples_have_the_same_names_for_every_model(task):
         assert scores.names == second.scores[key].names
 
 
+def test_a_name_says_what_was_asked():
+    """Phrases of findings without a name are told apart by their words."""
+    sides = [grounding.PhraseScores(False) for _ in range(2)]
+    for side, text in zip(sides, ("nodule", "effusion"), strict=True):
+        side.names, side.texts, side.images = ["other"], [text], [0]
+        side.add("", {"cnr_signed": np.ones(1)})
+    names = [grounding._score_images(side, "cnr_signed").names for side in sides]
+    assert names[0] != names[1]
+
+
 def test_an_interval_of_a_difference_belongs_to_its_metric():
     first, second = (evaluate(grounding, seed).scores["cnr_signed"] for seed in (0, 1))
     difference = intervals.macro_mean(second.table) - intervals.macro_mean(first.table)

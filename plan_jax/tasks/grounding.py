@@ -249,6 +249,7 @@ class PhraseScores:
     Attributes:
       bare: whether the phrases are bare.
       names: the finding of each scored phrase.
+      texts: its words.
       images: the index of its record.
       skipped: phrases without a usable truth.
       outside: phrases that are true only outside of the crop.
@@ -259,6 +260,7 @@ class PhraseScores:
 
     bare: bool
     names: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     skipped: int = 0
     outside: int = 0
@@ -284,6 +286,7 @@ class PhraseScores:
     def extend(self, tree: Mapping[str, Any]) -> None:
         """Adds what `to_tree` returned for a block."""
         self.names += tree["names"]
+        self.texts += tree["texts"]
         self.images += tree["images"]
         self.skipped += tree["skipped"]
         self.outside += tree["outside"]
@@ -500,6 +503,7 @@ def _score_block(
         side.add(f"round{rounds}", score(compute_maps(rounds)))
     names = [_finding_name(target, findings) for target in targets]
     side.names += names
+    side.texts += [target.text for target in targets]
     side.images += [start + target.record_index for target in targets]
     if not side.bare:
         side.phrases += _to_phrases(targets, names, scores, start)
@@ -830,10 +834,11 @@ def _sum_by_image(
 
 def _score_images(side: PhraseScores, key: str) -> ExampleScores:
     """Returns a score of each image's phrases, by finding."""
-    findings: dict[int, list[str]] = {}
-    for image, name in zip(side.images, side.names, strict=True):
-        findings.setdefault(image, []).append(name)
-    examples = [f"{image} {findings[image]}" for image in sorted(findings)]
+    phrases: dict[int, list[tuple[str, str]]] = {}
+    for image, name, text in zip(side.images, side.names, side.texts, strict=True):
+        phrases.setdefault(image, []).append((name, text))
+    # With the texts: the phrases of two manifests without labels all have the finding `other`.
+    examples = [f"{image} {phrases[image]}" for image in sorted(phrases)]
     return ExampleScores(examples, _sum_by_image(side.join("")[key], side.names, side.images))
 
 
