@@ -1,6 +1,8 @@
 """The page that compares runs: differences with intervals, curves, phrases, and bad folders."""
 
+import contextlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -108,7 +110,9 @@ def test_a_difference_without_single_examples_has_no_interval(pair):
     (pair[1] / "examples.npz").unlink()
     html = render(pair)
     assert "b has no scores of single examples" in html
-    assert "different data" in cells(html, "CNR, signed")
+    assert "It is not stored on which data b was evaluated" in html
+    row = cells(html, "CNR, signed")
+    assert "+0.25" in row and "better" not in row and "different data" not in row
 
 
 def test_other_examples_have_no_interval(tmp_path):
@@ -116,6 +120,24 @@ def test_other_examples_have_no_interval(tmp_path):
     second = write_run(tmp_path / "b", 1.25, names=[f"{i} effusion" for i in range(40)])
     row = cells(render([first, second]), "CNR, signed")
     assert "other examples: no interval" in row and "better" not in row
+
+
+def test_a_metric_without_single_examples_is_marked_where_its_task_has_others(tmp_path):
+    first = write_run(tmp_path / "a", 1.0)
+    second = write_run(tmp_path / "b", 1.25, names=[f"{i} effusion" for i in range(40)])
+    for folder in (first, second):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(metrics | {"grounding/miou_z": 0.3}))
+    html = render([first, second])
+    assert "other examples: no interval" in cells(html, "mIoU, above the mean")
+    assert "other examples: no interval" not in cells(html, "R@5")
+
+
+def test_names_of_folders_are_legible_and_their_links_work(tmp_path):
+    folders = [write_run(tmp_path / name, 1.0) for name in ("_old", "javascript:a#b")]
+    html = page.render_runs(page_runs.read_runs(folders), CATALOGUE, TITLES, folder=tmp_path)
+    assert 'href="javascript%3Aa%23b/report.html"' in html
+    assert re.search(r"> ?_old</text>", html.split("Training curves")[1])
 
 
 def test_runs_of_different_data_are_not_compared(tmp_path):
@@ -163,6 +185,13 @@ def _rest():
     return np.ones((24, 24), bool), np.zeros((1, 2, 2), np.float32), 0.0, 0.0
 
 
+def test_one_run_is_not_compared_with_itself(tmp_path):
+    folders = [write_run(tmp_path / "a", 1.0), write_run(tmp_path / "b", 1.0)]
+    save_examples(folders[0], "phantom, test", {}, [phrase_example(0, 1.0)] * 2)
+    save_examples(folders[1], "phantom, test", {}, [])
+    assert not page_runs.compare_phrases(page_runs.read_runs(folders))
+
+
 def test_stored_examples_return_without_their_names(tmp_path):
     folder = write_run(tmp_path / "a", 1.0, names=["7 John Doe has a nodule"])
     stored = load_examples(folder)
@@ -179,6 +208,15 @@ def test_a_damaged_file_is_one_sentence(pair, part, content):
     (pair[1] / part).write_bytes(content)
     with pytest.raises(UserError, match=rf"^[^\n]*b/{part} (cannot be read|is not a JSON)[^\n]*$"):
         page_runs.read_runs(pair)
+
+
+def test_damage_inside_an_archive_is_one_sentence(pair):
+    path = pair[1] / "examples.npz"
+    content = path.read_bytes()
+    for start in range(0, len(content), 97):
+        path.write_bytes(content[:start] + b"\xff" * 8 + content[start + 8 :])
+        with contextlib.suppress(UserError):
+            load_examples(pair[1])
 
 
 MISTAKES = {

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from jaxtyping import UInt8
@@ -170,7 +171,8 @@ def render_runs(
     """
     pages = [(run.label, run.folder / "report.html") for run in runs]
     links = [
-        (label, Path(os.path.relpath(page.absolute(), folder)).as_posix())
+        # Quoted: a folder may be named `a#b`, or begin like the scheme of an address.
+        (label, quote(Path(os.path.relpath(page.absolute(), folder)).as_posix()))
         for label, page in pages
         if folder is not None and page.exists()
     ]

@@ -146,6 +146,8 @@ def _draw_panel(axes: Any, history: Sequence[Mapping[str, Any]], panel: Panel) -
         steps, values = np.array(points).reshape(-1, 2).T
         # Not by colour alone.
         style = LINE_STYLES[i % len(LINE_STYLES)]
+        # matplotlib leaves a label that begins with an underscore out of the legend.
+        label = f" {label}" if label.startswith("_") else label
         axes.plot(steps, values, color=colour, ls=style, label=label, lw=1.4, marker=marker, ms=3)
     for (label, level), style in zip(panel.levels.items(), LEVEL_STYLES, strict=False):
         axes.axhline(level, color=INK, lw=0.9, ls=style, alpha=0.6, label=label)

@@ -19,7 +19,7 @@ from plan_jax.logger import read_rows
 from plan_jax.metrics import Catalogue, Entry, entries, is_number
 from plan_jax.metrics.intervals import bootstrap_difference
 from plan_jax.page import charts, figures
-from plan_jax.page.examples import StoredExamples, load_examples
+from plan_jax.page.examples import ScoreTable, StoredExamples, load_examples
 from plan_jax.page.tables import (
     Cell,
     Note,
@@ -56,6 +56,11 @@ class StoredRun:
     def data(self) -> str:
         """Returns the dataset and the split it was evaluated on; "" if that is not known."""
         return self.examples.data
+
+    def scores_of(self, task: str) -> dict[str, ScoreTable]:
+        """Returns the scores of single examples of a task, by key of the metric."""
+        scores = self.examples.scores.items()
+        return {key: table for key, table in scores if key.startswith(f"{task}/")}
 
 
 class PhraseComparison(NamedTuple):
@@ -146,6 +151,13 @@ def list_remarks(runs: Sequence[StoredRun]) -> list[str]:
         remarks.append(
             f"These runs were evaluated on different data ({parts}). Their values cannot be "
             "compared, and no differences are shown between different data."
+        )
+    unknown = [run.label for run in evaluated if not run.data]
+    if unknown:
+        remarks.append(
+            f"It is not stored on which data {', '.join(unknown)} "
+            f"{'was' if len(unknown) == 1 else 'were'} evaluated; a difference means something on "
+            "the same data only."
         )
     without = [run.label for run in evaluated if not run.examples.scores]
     if without:
@@ -241,16 +253,20 @@ def _difference_cell(
     """Returns how far a run is from the reference, with the interval of the difference."""
     if first is None or second is None or math.isnan(first.value) or math.isnan(second.value):
         return Cell("–")
-    if reference.data != run.data:
+    # Runs of earlier versions have not stored it.
+    if reference.data and run.data and reference.data != run.data:
         return Cell("–", notes=(Note("different data", "muted"),))
     difference = second.value - first.value
     text = f"{difference:+.{second.metric.digits}f}".replace("-", _MINUS)
-    scores = [source.examples.scores.get(first.key) for source in (reference, run)]
-    if scores[0] is None or scores[1] is None:
-        return Cell(text)
-    if not np.array_equal(scores[0].digests, scores[1].digests):
+    scores, own_scores = (source.scores_of(first.task) for source in (reference, run))
+    # Also where a metric has no such scores itself: the data may have one name and other images.
+    shared = [key for key in scores if key in own_scores]
+    if not all(np.array_equal(scores[key].digests, own_scores[key].digests) for key in shared):
         return Cell(text, notes=(Note("other examples: no interval", "muted"),))
-    low, high = bootstrap_difference(scores[0].table, scores[1].table, scores[0].statistic)
+    if first.key not in shared:
+        return Cell(text)
+    stored, own = scores[first.key], own_scores[first.key]
+    low, high = bootstrap_difference(stored.table, own.table, stored.statistic)
     if math.isnan(low) or math.isnan(high):
         return Cell(text)
     interval = f"{low:+.2g} to {high:+.2g}".replace("-", _MINUS)
@@ -294,7 +310,9 @@ def compare_phrases(runs: Sequence[StoredRun]) -> list[PhraseComparison]:
     for run in runs:
         for example in run.examples.phrases:
             group = examples.setdefault(example.name, [])
-            if not group or _is_same_film(group[0][1].image, example.image):
+            # One run may have the same words of two findings in a film.
+            is_new = not group or group[-1][0] is not run
+            if is_new and (not group or _is_same_film(group[0][1].image, example.image)):
                 group.append((run, example))
     groups = [group for group in examples.values() if len(group) > 1]
     # Those that most runs have come first; then the order of the first run.
