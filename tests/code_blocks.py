@@ -4,6 +4,7 @@ A comment right above a block says so: `<!-- run -->`, or `<!-- not run: reason 
 """
 
 import re
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FIRST_PAGES = ("tutorial", "own_data", "predict", "sharing")
 GENERATED_PAGES = ("datasets",)  # by `plan-jax-prepare --document`, which has no films to read
 _BLOCK = re.compile(
-    r"^(?:<!-- (?P<mark>.*?) -->\n)?```(?P<language>sh|python)\n(?P<code>.*?)^```$", re.M | re.S
+    r"^(?P<indent> *)(?:<!-- (?P<mark>.*?) -->\n(?P=indent))?"
+    r"```(?P<language>sh|python)\n(?P<code>.*?)^(?P=indent)```$",
+    re.M | re.S,
 )
 
 
@@ -42,7 +45,7 @@ def list_blocks() -> list[Block]:
     written = sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
     others = [page for page in written if page not in (*FIRST_PAGES, *GENERATED_PAGES)]
     return [
-        Block(page, number, match["language"], match["code"], match["mark"] or "")
+        Block(page, number, match["language"], textwrap.dedent(match["code"]), match["mark"] or "")
         for page in (*FIRST_PAGES, *others)
         for number, match in enumerate(
             _BLOCK.finditer((ROOT / f"docs/{page}.md").read_text("utf-8")), 1

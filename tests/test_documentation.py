@@ -72,6 +72,13 @@ def test_every_block_of_code_is_run_or_says_why_not(capsys):
     for block in blocks:
         assert block.is_run or block.reason, f"docs/{block.page}.md, block {block.number}: no mark"
         print(f"{block.page} {block.number}: {block.mark}")
+    for page in {block.page for block in blocks}:
+        # `list_blocks` knows the first two.
+        text = (ROOT / f"docs/{page}.md").read_text("utf-8")
+        fences = re.findall(r"^[ >]*```(\w+)", text, re.M)
+        assert set(fences) <= {"sh", "python", "json"}, page
+        count = sum(block.page == page for block in blocks)
+        assert len(fences) - fences.count("json") == count, page
     run = [block for block in blocks if block.is_run]
     assert {block.page for block in run} >= {"tutorial", "own_data", "predict", "sharing"}
     assert len(run) >= 10
