@@ -24,7 +24,8 @@ from plan_jax.command.arguments import ArgumentParser, local_path
 from plan_jax.types import UserError
 
 MAX_PORT = 65535
-MAX_ARENAS = (-8, 2)  # of glibc's mallopt: M_ARENA_MAX, and its value
+# Of glibc's mallopt: M_ARENA_MAX and M_MMAP_THRESHOLD, and their values.
+MEMORY_OPTIONS = ((-8, 2), (-3, 2**18))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -59,8 +60,10 @@ def run_command(argv: Sequence[str]) -> None:
     if not 0 <= options.port <= MAX_PORT:
         raise UserError(f"--port is {options.port}; use 1 to {MAX_PORT}, or leave it out")
     # Each of the server's forty threads would have an arena of its own, which keeps what is freed.
+    # So would films and answers of some megabytes leave gaps, unless each has pages of its own.
     with contextlib.suppress(OSError, AttributeError):  # another library of C
-        ctypes.CDLL("libc.so.6").mallopt(*MAX_ARENAS)
+        for option in MEMORY_OPTIONS:
+            ctypes.CDLL("libc.so.6").mallopt(*option)
     # Imported once the arguments are known to be sensible: JAX takes seconds.
     from plan_jax.demo import server
 
