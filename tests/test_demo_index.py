@@ -35,7 +35,7 @@ def test_an_index_is_built_once(tmp_path):
     path = tmp_path / "folder" / "index.npz"
     first, notes, films, reports = build(path)
     assert (films, reports) == ([0, 1], [0, 2])
-    assert notes == (BUILT, "1 film cannot be used and were left out")
+    assert notes == (BUILT, "1 film that cannot be used left out")
     second, notes, films, reports = build(path)
     assert (films, reports) == ([], []) and notes[0] == "the index was read from the disk"
     np.testing.assert_array_equal(first.films, second.films)

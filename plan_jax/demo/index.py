@@ -5,8 +5,6 @@ one model. What it lacks is encoded, and a file that is damaged, or of another m
 """
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,9 +82,13 @@ def load_or_build(
             notes.append("the index cannot be written, so the next start builds it again")
     else:
         notes.append("the index was read from the disk")
-    num_lost = sum(1 for digest in films if digest not in known[0])
-    if num_lost:
-        notes.append(f"{quoting.count(num_lost, 'film')} cannot be used and were left out")
+    num_lost = (
+        sum(digest not in known[0] for digest in films),
+        sum(bool(digest) and digest not in known[1] for digest in reports),
+    )
+    for count, noun in zip(num_lost, ("film", "report"), strict=True):
+        if count:
+            notes.append(f"{quoting.count(count, noun)} that cannot be used left out")
     width = next((len(row) for table in known for row in table.values()), 1)
     rows = [
         np.stack([table.get(digest, np.zeros(width, np.float32)) for digest in digests])
@@ -124,7 +126,7 @@ def _read(path: Path, model: str) -> tuple[tuple[Table, Table], list[str]]:
             if str(arrays["model"]) != model:
                 return empty, ["the index was of another model and is built again"]
             parts = [(arrays[f"{kind}_digests"], arrays[kind]) for kind in ("films", "reports")]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # zipfile and numpy raise many kinds for a damaged file
         return empty, ["the index was damaged and is built again"]
     tables = []
     for digests, features in parts:
