@@ -65,9 +65,7 @@ def encode_png(
             pictures.draw_boxes(grounding.boxes, grounding.scores, base.shape[:2]),
         ]
         heat = pictures.paint_heat(grounding.heat_map, grounder.limits)
-        picture = pictures.compose(
-            base, heat, lines, display.opacity, marks_sides=not film.is_lateral
-        )
+        picture = pictures.compose(base, heat, lines, display.opacity, marks_sides=film.has_sides)
         parts.append(pictures.add_caption(picture, location.text))
     return figures.encode_picture(figures.concatenate(parts))
 
@@ -105,6 +103,8 @@ def encode_json(
     rows = []
     for location in locations:
         row = place(grounder, film, location, display.threshold).to_row()
+        if not film.has_sides:
+            row["side"] = None
         row["words"] = [
             {"word": word, "weight": float(share)}
             for word, share in zip(location.words, location.shares, strict=True)

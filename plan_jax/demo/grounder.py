@@ -46,6 +46,7 @@ class OpenFilm:
       window: of DICOM in grey; else None.
       source: content of the DICOM file, for another window; else b"".
       phrases: what is true in it, if that is known.
+      upload: the path that it was sent to, which names its content; else "".
     """
 
     film: films.Film
@@ -53,11 +54,13 @@ class OpenFilm:
     window: dicom.Window | None = None
     source: bytes = b""
     phrases: tuple[str, ...] = ()
+    upload: str = ""
 
     @property
-    def is_lateral(self) -> bool:
-        """Returns whether its file says that it is a lateral view, which has no left and right."""
-        return self.film.fault.startswith(films.LATERAL)
+    def has_sides(self) -> bool:
+        """Returns whether its left half is the patient's right, as far as its file says."""
+        notes = self.film.notes
+        return not any(note.startswith((films.LATERAL, films.MIRRORED)) for note in notes)
 
 
 class Score(NamedTuple):

@@ -50,7 +50,7 @@ def render_results(
     return _environment().get_template("results.html").render(
         film=address,
         proportions=f"{base.shape[1]} / {base.shape[0]}",
-        marks_sides=not film.is_lateral,
+        marks_sides=film.has_sides,
         cards=cards,
         most_words=max(len(card["words"]) for card in cards),
         colours=figures.css_colour_bar(),
@@ -73,7 +73,7 @@ def _describe_card(
     grounding = downloads.place(grounder, film, location, threshold, shape)
     null_name, null_map = nulls.find(location.text)
     null = _enlarge(grounder, film, null_map, shape)
-    side = "" if film.is_lateral else find_side(location.text)
+    side = find_side(location.text) if film.has_sides else ""
     similarities = [score.similarity for score in location.scores]
     return {
         "text": location.text,

@@ -22,6 +22,7 @@ MAX_HUE_SPREAD = 2.0  # of a film, also a tinted one with marks in colour
 MIN_SYMMETRY = 0.45  # of a frontal film
 MIN_RANGE = 8  # grey levels of 255 between the darkest and the brightest pixel
 LATERAL = "is a lateral view"
+MIRRORED = "is mirrored"
 SYMMETRY_SIDE = 16  # cells of the sides on which the symmetry is computed
 MAX_AXIS_SHIFT = 2  # cells that the body's axis may lie beside the centre of a film
 PICTURE_SIDE = 1024  # pixels of the longer side of a picture: more does not fit a screen
@@ -203,6 +204,11 @@ def _read_tags(path: Path) -> tuple[str, list[str]]:
         return f"{LATERAL} (ViewPosition {view})", notes
     if direction[:1] in ("A", "P"):
         return f"{LATERAL} (PatientOrientation {direction})", notes
+    if direction[:1] == "R":  # towards which the rows run; in a frontal film it is the left
+        notes.append(
+            f"{MIRRORED} (PatientOrientation {direction}), so that its left half is the patient's "
+            "left, and the model takes it for the right"
+        )
     return "", notes
 
 
