@@ -148,6 +148,8 @@ def test_distractors():
     }
     (opposite,) = distractors.write_distractors("No pneumothorax")
     assert opposite.text == "Pneumothorax"
+    for text in ("no pneumothorax on the left", "effusions left and right", "no spot on the left"):
+        assert "the other side" not in {d.name for d in distractors.write_distractors(text)}
     (opposite,) = distractors.write_distractors("a shadow of unknown kind")
     assert opposite.text == "no a shadow of unknown kind"
 
@@ -180,6 +182,19 @@ def test_an_upload_is_deleted_in_any_case(tmp_path):
         ):
             pass
     assert outside.exists()
+    first, second = (save(tmp_path / "c3" / name, b"x") for name in ("a.png", "b.png"))
+    with uploads.consume(first, tmp_path):
+        pass
+    assert not first.exists() and second.exists()  # of another tab, with the same content
+
+
+def test_old_files_are_deleted(tmp_path):
+    for name in ("a1/film.png", "tmp1"):
+        os.utime(save(tmp_path / name, b"x"), (0, 0))
+    save(tmp_path / "new" / "film.png", b"x")
+    uploads.delete_old(tmp_path, 60)
+    assert not (tmp_path / "tmp1").exists() and not (tmp_path / "a1" / "film.png").exists()
+    assert (tmp_path / "new" / "film.png").exists()
 
 
 def make_bomb():
@@ -241,12 +256,24 @@ def test_a_lateral_film_is_noted(desk, tmp_path):
     stored = FILM.astype(np.uint16) * 16
     path = save(tmp_path / "film.dcm", make_dicom(stored, BitsStored=12, ViewPosition="LL"))
     film = desk.open_file(path, "film.dcm")
-    assert film.is_lateral and film.film.notes[0] == "is a lateral view (ViewPosition LL)"
+    assert not film.has_sides and film.film.notes[0] == "is a lateral view (ViewPosition LL)"
     html = render.render_results(
         desk, film, [desk.locate(film, TEXT)], examples.NullMaps(None, (), 0), 0.2
     )
     assert "pj-right" not in html and "patient's" not in html
     assert "is a lateral view" in render.render_film(film, "film.dcm")
+
+
+def test_a_mirrored_film_has_no_marks(desk, tmp_path):
+    stored = FILM.astype(np.uint16) * 16
+    data = make_dicom(stored, BitsStored=12, PatientOrientation=["R", "F"])
+    film = desk.open_file(save(tmp_path / "film.dcm", data), "film.dcm")
+    assert not film.has_sides and film.film.notes[0].startswith(
+        "is mirrored (PatientOrientation R)"
+    )
+    display = downloads.Display(0.1, 0.8)
+    result = json.loads(downloads.encode_json(desk, film, [desk.locate(film, TEXT)], display))
+    assert result["phrases"][0]["side"] is None
 
 
 def test_another_window_is_what_the_model_reads(desk, tmp_path):
@@ -385,6 +412,7 @@ def test_each_tab_has_its_own_film(page, tmp_path):
     path = save(tmp_path / "a2" / "film.png", encode(FILM))
     page.open_upload("first", path, tmp_path)
     assert list(tmp_path.iterdir()) == []
+    assert page.open_upload("second", path, tmp_path).features is page.find("first").features
     assert "pj-card" in page.ground("first", TEXT, ["nodule"], 0.2, 1)
     with pytest.raises(UserError, match="the film has no window; open a DICOM file"):
         page.change_window("first", 1.0, 2.0)

@@ -21,7 +21,6 @@ from plan_jax.types import UserError
 
 OPACITY = 0.85
 LINES = ["contour", "boxes"]
-SWEEP_SECONDS = 60  # files of uploads that were broken off are deleted at this age
 DOWNLOADS = {"png": "picture (PNG)", "npz": "maps (NPZ)", "json": "boxes and scores (JSON)"}
 SET_OPACITY = "(value) => document.documentElement.style.setProperty('--pj-opacity', value)"
 SET_LINES = """(shown) => {
@@ -70,7 +69,7 @@ class Components:
 
 def build(service: Service, folder: Path) -> Any:
     """Returns the page of a service, whose uploads come into `folder`."""
-    sweep = (SWEEP_SECONDS, SWEEP_SECONDS)
+    sweep = (uploads.SWEEP_SECONDS, uploads.SWEEP_SECONDS)
     with gr.Blocks(
         title="plan_jax", analytics_enabled=False, fill_width=True, delete_cache=sweep
     ) as blocks:
@@ -80,7 +79,11 @@ def build(service: Service, folder: Path) -> Any:
         _connect_retrieval(components, service)
 
         def close(request: gr.Request) -> None:
-            service.close(str(request.session_hash))
+            session = str(request.session_hash)
+            service.close(session)
+            # Otherwise gradio keeps what the tab has shown, with its film and its phrases.
+            blocks.state_holder.session_data.pop(session, None)
+            blocks.state_holder.time_last_used.pop(session, None)
 
         blocks.unload(close)
     return blocks
@@ -164,7 +167,7 @@ def _lay_out_sliders(service: Service) -> dict[str, Any]:
         "threshold": gr.Slider(
             0,
             1,
-            value=round((low + high) / 2, 2),
+            value=min(max(round((low + high) / 2, 2), 0.0), 1.0),
             step=0.01,
             label="Threshold of contour and boxes",
             elem_id="threshold",

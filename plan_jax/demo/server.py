@@ -8,12 +8,15 @@ import atexit
 import os
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from plan_jax import command, parallel
-from plan_jax.demo import render
+from plan_jax.demo import render, uploads
 from plan_jax.demo.service import Service
 from plan_jax.types import UserError
 
@@ -24,6 +27,8 @@ MAX_RECEIVED = "256mb"
 # Nothing is kept of a run, on the disk or in the browser, and nothing is reported.
 SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
 MAX_SESSIONS = 64  # browser tabs of which gradio keeps what they show
+# Routes of gradio that fetch from other machines, or write what a tab shows into a file.
+CLOSED_ROUTES = ("/file=", "/file/", "/proxy=", "/deep_link")
 PROGRAMS = "~/.cache/plan_jax/programs"  # compiled ones: the next start takes seconds
 
 
@@ -66,6 +71,7 @@ def launch(
             quiet=True,
             show_error=False,
             allowed_paths=[],
+            app_kwargs={"middleware": [(CloseRoutes, (), {})]},
             max_file_size=MAX_RECEIVED,
             state_session_capacity=MAX_SESSIONS,
             ssr_mode=False,
@@ -83,8 +89,28 @@ def launch(
     return blocks
 
 
+class CloseRoutes:
+    """Answers requests for `CLOSED_ROUTES` as if there were none; an ASGI middleware."""
+
+    def __init__(self, app: Any) -> None:
+        """Keeps the application that answers all other requests."""
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Answers a request."""
+        if not any(route in scope.get("path", "") for route in CLOSED_ROUTES):
+            await self.app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@cache
 def _make_folder() -> Path:
-    """Returns a new folder for uploads, which is deleted when the process ends."""
+    """Returns the folder of this process for uploads, which is deleted when it ends.
+
+    All pages of a notebook have it: gradio takes the uploads of one folder at a time.
+    """
     folder = Path(tempfile.mkdtemp(prefix="plan_jax_page_")).resolve()
 
     def clean() -> None:
@@ -92,6 +118,14 @@ def _make_folder() -> Path:
 
     atexit.register(clean)
     command.call_at_end(clean)
+
+    # An upload that was broken off is a file of which gradio knows nothing any more.
+    def sweep() -> None:
+        while True:
+            time.sleep(uploads.SWEEP_SECONDS)
+            uploads.delete_old(folder, uploads.SWEEP_SECONDS)
+
+    threading.Thread(target=sweep, name="sweep", daemon=True).start()
     return folder
 
 

@@ -4,6 +4,7 @@ import base64
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,20 @@ class Service:
           UserError: it cannot be used; the film that was open stays.
         """
         with uploads.consume(path, folder) as file:
-            film = self.grounder.open_file(file, uploads.show_name(path.name))
-        return self._keep(session, film)
+            film = self._find_twin(file) or self.grounder.open_file(
+                file, uploads.show_name(path.name)
+            )
+        return self._keep(session, replace(film, upload=str(file)))
+
+    def _find_twin(self, path: Path) -> OpenFilm | None:
+        """Returns the film of a file that is gone, if another tab has it open.
+
+        A server gives two tabs that send the same file one path, and the first tab deletes it.
+        """
+        if path.exists():
+            return None
+        with self._lock:
+            return next((film for film in self._open.values() if film.upload == str(path)), None)
 
     def open_example(self, session: str, title: str) -> OpenFilm:
         """Opens a phantom by its title.

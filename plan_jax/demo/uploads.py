@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from plan_jax.types import UserError
 
 MAX_BYTES = 2**26
 MAX_PIXELS = 2**26  # twice those of the largest detectors
+SWEEP_SECONDS = 60  # files of uploads that nobody has read are deleted at this age
 KINDS = ("PNG", "JPEG")
 REMEDY = "open a PNG, a JPEG or a DICOM file"
 
@@ -22,7 +23,7 @@ REMEDY = "open a PNG, a JPEG or a DICOM file"
 def consume(path: Path, folder: Path) -> Iterator[Path]:
     """Yields an upload, which is deleted in any case when the context ends.
 
-    A server puts each upload into a folder of its own below `folder`; that goes too.
+    A server puts uploads of one content into one folder below `folder`; that goes once it is empty.
 
     Raises:
       UserError: the path is not in the folder.
@@ -33,11 +34,18 @@ def consume(path: Path, folder: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        own = folder / path.relative_to(folder).parts[0]
-        if own.is_dir():
-            shutil.rmtree(own, ignore_errors=True)
-        else:
-            own.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        if path.parent != folder:
+            with contextlib.suppress(OSError):  # another tab has sent the same film by another name
+                path.parent.rmdir()
+
+
+def delete_old(folder: Path, age: int) -> None:
+    """Deletes what is below a folder and has not changed for `age` seconds."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # files before their folders
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime > age:
+                path.rmdir() if path.is_dir() else path.unlink()
 
 
 def show_name(name: str) -> str:
@@ -72,7 +80,7 @@ def check_file(path: Path, name: str) -> bytes:
         what = f"is a file of kind {kind}" if kind else "is not an image"
         raise UserError(f"{name} {what if data else 'is an empty file'}; {REMEDY}")
     try:
-        rows, columns = dicom.read_shape(data, path) if kind == "DICOM" else _read_shape(data)
+        rows, columns = dicom.read_shape(data, Path(name)) if kind == "DICOM" else _read_shape(data)
     except ImageError as error:
         raise UserError(f"{name} {error}") from None
     if rows * columns > MAX_PIXELS:
