@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,35 +128,10 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
         features: Any = encoder.apply(variables, inputs, method=method)
         return features.replace(raw=None)
 
-    def compare_with_images(
-        constants: tuple[PyTree, PyTree, Features], texts: Features
-    ) -> dict[str, jax.Array]:
-        tables = method.similarity(*constants, texts, hyper)
-        return {kind: table.T for kind, table in tables.items()}
-
-    def compare_pairs(
-        constants: tuple[PyTree, PyTree], pairs: tuple[Features, Features]
-    ) -> dict[str, jax.Array]:
-        def compare(pair: PyTree) -> dict[str, jax.Array]:
-            image, text = jax.tree.map(lambda leaf: leaf[None], pair)
-            tables = method.similarity(*constants, image, text, hyper)
-            return {kind: table[0, 0] for kind, table in tables.items()}
-
-        return jax.vmap(compare)(pairs)
-
-    @functools.cache
-    def apply_heatmap(constants: Any) -> parallel.ExampleFunction:
-        def locate(
-            state: tuple[PyTree, PyTree], pairs: tuple[Features, Features]
-        ) -> tuple[jax.Array, jax.Array]:
-            return method.heatmap(state[0], state[1], pairs[0], pairs[1], constants)
-
-        return parallel.ExampleFunction(locate)
-
     apply_image = parallel.ExampleFunction(functools.partial(encode, "encode_image"))
     apply_text = parallel.ExampleFunction(functools.partial(encode, "encode_text"))
-    apply_similarity = parallel.ExampleFunction(compare_with_images)
-    apply_pairs = parallel.ExampleFunction(compare_pairs)
+    apply_similarity = _similarity_function(method.similarity, hyper)
+    apply_pairs = _pair_function(method.similarity, hyper)
     encoder_copies, method_copies = parallel.Replicas(encoders), parallel.Replicas((params, memory))
     batch = config.eval.batch
 
@@ -197,7 +172,8 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
             if not hasattr(hyper, "rounds"):
                 raise UserError(f"rounds is {rounds}, and {config.method} has none; leave it out")
             constants = dataclasses.replace(hyper, rounds=rounds)
-        return apply_heatmap(constants)(method_copies.get(), (images, texts))
+        apply_heatmap = _heatmap_function(method.heatmap, constants)
+        return apply_heatmap(method_copies.get(), (images, texts))
 
     known = {name: variables[name] for name in SOURCE_FIELDS if name in variables}
     pretrained = Pretrained(config, tokenizer, lambda: state, **known)
@@ -223,6 +199,51 @@ def make_model(components: Components, config: Config, variables: Mapping[str, A
         identify=lambda: checkpoint.fingerprint(state["params"]),
     )
     return dataclasses.replace(model, ground=functools.partial(prediction.ground, model))
+
+
+# One function for all models of a method, so that each validation of a run does not compile again.
+
+
+@functools.cache
+def _similarity_function(similarity: Callable, hyper: Any) -> parallel.ExampleFunction:
+    """Returns a function that compares texts with all images, which are constants."""
+
+    def compare_with_images(
+        constants: tuple[PyTree, PyTree, Features], texts: Features
+    ) -> dict[str, jax.Array]:
+        tables = similarity(*constants, texts, hyper)
+        return {kind: table.T for kind, table in tables.items()}
+
+    return parallel.ExampleFunction(compare_with_images)
+
+
+@functools.cache
+def _pair_function(similarity: Callable, hyper: Any) -> parallel.ExampleFunction:
+    """Returns a function that compares image b with text b."""
+
+    def compare_pairs(
+        constants: tuple[PyTree, PyTree], pairs: tuple[Features, Features]
+    ) -> dict[str, jax.Array]:
+        def compare(pair: PyTree) -> dict[str, jax.Array]:
+            image, text = jax.tree.map(lambda leaf: leaf[None], pair)
+            tables = similarity(*constants, image, text, hyper)
+            return {kind: table[0, 0] for kind, table in tables.items()}
+
+        return jax.vmap(compare)(pairs)
+
+    return parallel.ExampleFunction(compare_pairs)
+
+
+@functools.cache
+def _heatmap_function(heatmap: Callable, hyper: Any) -> parallel.ExampleFunction:
+    """Returns a function from image b and text b to heat map b."""
+
+    def locate(
+        constants: tuple[PyTree, PyTree], pairs: tuple[Features, Features]
+    ) -> tuple[jax.Array, jax.Array]:
+        return heatmap(*constants, *pairs, hyper)
+
+    return parallel.ExampleFunction(locate)
 
 
 def make_tower(encoder: DualEncoder, variables: Mapping[str, Any]) -> Tower:
