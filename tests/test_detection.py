@@ -172,7 +172,7 @@ def test_typical_boxes_come_first():
 
 def fake_head(**functions):
     """A head on a tower of which only the given functions are called."""
-    unused = dict.fromkeys(("examples", "loss", "features", "predict"))
+    unused = dict.fromkeys(("examples", "loss", "features", "compute_features", "predict"))
     return HeadOnTower(**{"params": {}, "stats": {}} | unused | functions)
 
 

@@ -37,6 +37,7 @@ class HeadOnTower:
         once; images on disk are not held.
       loss: `loss(params, stats, examples, key, train)`, as `fit_head` calls it.
       features: `features(params, stats, examples)` returns the input of the head.
+      compute_features: the same for any number of examples, in numpy.
       predict: `predict(params, stats, examples)` returns the head's output for any number of
         examples.
     """
@@ -46,6 +47,7 @@ class HeadOnTower:
     examples: Callable[[Images], dict[str, PyTree]]
     loss: Callable[..., tuple[Float[Array, ""], PyTree]]
     features: Callable[[PyTree, PyTree, Mapping[str, PyTree]], PyTree]
+    compute_features: Callable[[PyTree, PyTree, Mapping[str, PyTree]], PyTree]
     predict: Callable[[PyTree, PyTree, Mapping[str, PyTree]], PyTree]
 
 
@@ -104,7 +106,7 @@ def attach_head(
         return apply_tower(params, stats, examples, False)[0]
 
     @ExampleFunction
-    def compute_features(state, examples):
+    def apply_features(state, examples):
         return apply_tower(*state, examples, False)[0]
 
     @ExampleFunction
@@ -122,13 +124,15 @@ def attach_head(
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(features))
     bytes_per_image = num_bytes // len(example["image"])
 
+    def compute_features(params, stats, examples):
+        return map_chunks(apply_features.bind((params, stats)), examples)
+
     def examples_of(images: Images) -> dict[str, PyTree]:
         # Only a frozen tower gives an image the same features in every epoch.
         if mode != "frozen" or bytes_per_image * len(images) > cache_bytes:
             return {"image": images}
 
-        compute = compute_features.bind((params, stats))
-        return {"features": require_finite(map_chunks(compute, {"image": images}))}
+        return {"features": require_finite(compute_features(params, stats, {"image": images}))}
 
     return HeadOnTower(
         params | {"head": head_variables["params"]},
@@ -136,6 +140,7 @@ def attach_head(
         examples_of,
         loss,
         features_of,
+        compute_features,
         lambda p, s, examples: map_chunks(compute_outputs.bind((p, s)), examples),
     )
 

@@ -39,13 +39,7 @@ import optax
 from jaxtyping import Bool, Float, Int, PyTree
 from scipy.special import expit, log_softmax
 
-from plan_jax.heads.examples import (
-    ExampleFunction,
-    map_chunks,
-    open_images,
-    read_examples,
-    take_examples,
-)
+from plan_jax.heads.examples import open_images, read_examples, take_examples
 from plan_jax.heads.fit import FitResult, fit_head
 from plan_jax.heads.head_on_tower import HeadOnTower, attach_head, require_tower
 from plan_jax.heads.linear import LOSSES, Linear, feature_statistics
@@ -411,8 +405,7 @@ def _fit_share(
         # Those of a frozen tower have been computed.
         features = train.get("features")
         if features is None:
-            compute = ExampleFunction(lambda state, x: attached.features(state[0], state[1], x))
-            features = map_chunks(compute.bind((attached.params, attached.stats)), train)
+            features = attached.compute_features(attached.params, attached.stats, train)
         stats = stats | {"head": feature_statistics(features)}
     steps = options.epochs * (count // min(options.batch, count))
     loss = LOSSES[options.kind]
