@@ -97,6 +97,21 @@ def open_eval_data(config: Config, split: str) -> DatasetEvalData:
     return data
 
 
+def require_same_data(fingerprint: str) -> None:
+    """Checks that all hosts have the same data, each in its own place.
+
+    Raises:
+      UserError: two differ; in every host.
+    """
+    first, *others = parallel.gather_strings(fingerprint)
+    for index, other in enumerate(others, 1):
+        if other != first:
+            raise UserError(
+                f"{parallel.host_name(index)} has data of fingerprint {other}, and"
+                f" {parallel.host_name(0)} of {first}; give all hosts the same files"
+            )
+
+
 def check_requirements(task: str, data: EvalData, options: Any) -> None:
     """Raises UserError if no evaluated record has a field of `Record` that a task needs."""
     for field in TASKS[task].requirements(options):
@@ -133,9 +148,11 @@ def evaluate_model(
     each task and after each epoch of a fit, and ends the evaluation by an exception.
 
     Raises:
-      UserError: see `open_eval_data`.
+      UserError: see `open_eval_data` and `require_same_data`.
     """
     data = open_eval_data(config, split)
+    # Hosts with other records would wait for each other, or join parts of different data.
+    require_same_data(data.dataset.fingerprint)
     context = TaskContext(
         seed=config.seed,
         folder=folder and folder / "fits",

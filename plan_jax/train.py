@@ -99,7 +99,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     # Stored with the run, which then accepts the same data in any folder, and no others.
     data = dataclasses.replace(config.data, fingerprint=dataset.fingerprint)
     config = dataclasses.replace(config, data=data)
-    require_same_data(dataset.fingerprint)
+    evaluate.require_same_data(dataset.fingerprint)
     unknown_share = loader.check_texts(dataset, components.tokenizer)
     about_variants = loader.describe_variants(dataset, config.hard_negatives.kinds)
     batches = iterate_batches(config, components, dataset)
@@ -185,21 +185,6 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
             logger.info(f"stopped at step {int(state.step)} and saved; the same command resumes")
             return {}
         return finish(run, state)
-
-
-def require_same_data(fingerprint: str) -> None:
-    """Checks that all hosts have the same training data, each in its own place.
-
-    Raises:
-      UserError: two differ; in every host.
-    """
-    first, *others = parallel.gather_strings(fingerprint)
-    for index, other in enumerate(others, 1):
-        if other != first:
-            raise UserError(
-                f"{parallel.host_name(index)} has training data of fingerprint {other}, and"
-                f" {parallel.host_name(0)} of {first}; give all hosts the same files"
-            )
 
 
 def iterate_batches(

@@ -246,10 +246,10 @@ def test_hosts_with_different_configs_are_refused(field, value, difference, monk
 def test_hosts_with_other_data_are_refused(monkeypatch):
     fingerprints = ["ab", "ab", "cd"]
     monkeypatch.setattr(parallel, "gather_strings", lambda _: fingerprints)
-    with pytest.raises(UserError, match="host 2 has training data of fingerprint cd, .* 0 of ab;"):
-        train.require_same_data("ab")
+    with pytest.raises(UserError, match="host 2 has data of fingerprint cd, .* 0 of ab;"):
+        evaluate.require_same_data("ab")
     fingerprints.pop()
-    train.require_same_data("ab")
+    evaluate.require_same_data("ab")
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
