@@ -1,5 +1,6 @@
 """Evaluations on several devices and hosts: their numbers are those of one device."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -75,6 +76,44 @@ def test_constants_are_copied_once():
         array = copies.get()["a"]
         assert len(array.sharding.device_set) == 8 and copies.get()["a"] is array
     assert isinstance(copies.get()["a"], np.ndarray)
+
+
+def test_no_examples_have_no_batches():
+    assert examples.share_batches(len, 0, 4) == []
+
+
+def test_hosts_join_their_rows_in_pieces(monkeypatch):
+    """The third host has copies of the last example, which are left out."""
+    values, calls = np.arange(14.0).reshape(7, 2), []
+    parts = [values[rows] for rows in ([0, 1, 2], [3, 4, 5], [6, 6, 6])]
+
+    def gather(content):
+        first = 2 * len(calls)
+        calls.append(content)
+        return [part[first : first + 2].tobytes() for part in parts]
+
+    monkeypatch.setattr(parallel, "_shares_examples", lambda: True)
+    monkeypatch.setattr(parallel, "gather_bytes", gather)
+    monkeypatch.setattr(parallel, "PIECE_BYTES", 2 * values[0].nbytes)
+    np.testing.assert_array_equal(parallel.join_examples(parts[0], 7), values)
+    assert calls == [parts[0][:2].tobytes(), parts[0][2:].tobytes()]
+
+
+def test_models_of_a_method_share_its_programs():
+    """Each validation of a run makes a model."""
+    compiled = []
+    images = np.zeros((2, 32, 32, 1), np.uint8)
+    for model in (make_tiny_model(), make_tiny_model.__wrapped__()):
+        features, texts = model.encode_image(images), model.encode_text(["heart", "lung"])
+        # It cannot be removed again, and counts from the first model on.
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+        )
+        compiled.clear()
+        model.similarity(features, texts)
+        model.heatmap(features, texts)
+        model.pair_similarity(features, texts)
+    assert not compiled
 
 
 def test_maps_on_eight_devices():
@@ -173,8 +212,8 @@ def test_a_model_on_eight_devices(data_dir):
     results = {}
     for devices in (1, 8):
         config = make_config(data_dir, tasks=tasks)
-        config = evaluate.dataclasses.replace(
-            config, parallel=evaluate.dataclasses.replace(config.parallel, devices=devices)
+        config = dataclasses.replace(
+            config, parallel=dataclasses.replace(config.parallel, devices=devices)
         )
         result = evaluate.evaluate_model(make_tiny_model(), config, "test")
         results[devices] = without_seconds(result.metrics)

@@ -216,7 +216,7 @@ def share_batches(
       count: the number of examples.
       size: the largest size of a batch; several hosts take smaller ones where some would have none.
     """
-    batches = list_batches(count, min(size, -(-count // count_parts())))
+    batches = list_batches(count, max(1, min(size, -(-count // count_parts()))))
     if count_parts() == 1:
         return [compute(batch) for batch in batches]
     numbers = range(len(batches))

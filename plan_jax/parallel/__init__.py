@@ -504,12 +504,15 @@ def num_devices_in_use() -> int:
 def _place(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """Returns arrays on every device of this host in use, from wherever they are."""
 
+    sharding = None if mesh is None else NamedSharding(mesh, REPLICATED)
+
     def place(leaf: Any) -> Any:
         # What all hosts have together lies on the devices of this one already.
         is_spread = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
-        if mesh is None:
+        if sharding is None:
             return leaf.addressable_data(0) if is_spread else jax.device_put(leaf)
-        sharding = NamedSharding(mesh, REPLICATED)
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
         if not is_spread:
             return jax.device_put(leaf, sharding)
         copies = [shard.data for shard in leaf.addressable_shards]
@@ -680,10 +683,14 @@ def join_examples(rows: PyTree, count: int) -> PyTree:
 
     def join(leaf: Any) -> np.ndarray:
         joined = np.empty((count, *leaf.shape[1:]), leaf.dtype)
-        for process, content in enumerate(gather_bytes(leaf.tobytes())):
-            part = np.frombuffer(content, leaf.dtype).reshape(leaf.shape)
-            start = process * len(leaf)
-            joined[start : start + len(leaf)] = part[: max(count - start, 0)]
+        # Some rows at a time: those of all hosts would be held twice.
+        num_rows = max(1, PIECE_BYTES // max(1, leaf[:1].nbytes))
+        for first in range(0, len(leaf), num_rows):
+            own = leaf[first : first + num_rows]
+            for process, content in enumerate(gather_bytes(own.tobytes())):
+                part = np.frombuffer(content, leaf.dtype).reshape(own.shape)
+                start = process * len(leaf) + first
+                joined[start : start + len(part)] = part[: max(count - start, 0)]
         return joined
 
     return jax.tree.map(join, rows)
