@@ -85,6 +85,12 @@ def test_an_address_that_does_not_work_is_one_sentence(address, sentence, monkey
     assert "\n" not in str(error.value)
 
 
+def test_a_password_is_refused_and_not_repeated():
+    with pytest.raises(UserError, match="^workdir is an address of ftp with a password") as error:
+        storage.find_place("workdir", "ftp://me:secret@host/run")
+    assert "secret" not in str(error.value)
+
+
 # Objects -----------------------------------------------------------------------------------------
 
 

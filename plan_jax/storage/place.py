@@ -181,6 +181,11 @@ def find_place(name: str, path: str | os.PathLike[str]) -> Place | None:
     protocol, separator, rest = text.partition("://")
     if not separator or protocol.lower().startswith("http") or not rest.strip("/"):
         check_local(name, path)
+    if re.match("[^/@]*:[^/]*@", rest):  # what names the address is printed, logged and saved
+        raise UserError(
+            f"{name} is an address of {protocol} with a password in it; leave it out, and set it"
+            " in the configuration of fsspec"
+        )
     options = {"auto_mkdir": True} if protocol in ("file", "local") else {}
     try:
         files, root = fsspec.core.url_to_fs(text, **options)
