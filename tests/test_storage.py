@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -227,6 +228,10 @@ DAMAGES = {
     f"{CHECKSUMS} is not what": lambda path: (path.parent.parent / CHECKSUMS).write_text(
         '{"../outside": [1, 1]}'
     ),
+    f"{CHECKSUMS} is": lambda path: (path.parent.parent / CHECKSUMS).write_text(
+        '{"config": [Infinity, 1]}'
+    ),
+    "all files are missing": lambda path: shutil.rmtree(path.parent.parent),
 }
 
 
@@ -261,6 +266,17 @@ def test_a_read_that_fails_is_no_damage(bucket, folder, tmp_path):
     with pytest.raises(UserError, match="cannot be read .Input/output error."):
         storage.download_folder(bucket, "3", tmp_path / "3")
     assert bucket.list() == before and not (tmp_path / "3").exists()
+
+
+def test_a_folder_that_is_the_same_stays_for_its_readers(bucket, folder, tmp_path):
+    storage.upload_folder(folder, bucket, "3", "config")
+    part = tmp_path / "back/.3.1234567.part"  # of a process that was killed
+    part.mkdir(parents=True)
+    storage.download_folder(bucket, "3", tmp_path / "back/3")
+    number = (tmp_path / "back/3").stat().st_ino
+    storage.download_folder(bucket, "3", tmp_path / "back/3")
+    assert (tmp_path / "back/3").stat().st_ino == number
+    assert [path.name for path in (tmp_path / "back").iterdir()] == ["3"]
 
 
 def test_a_folder_of_another_program_has_no_checksums(bucket, folder, tmp_path):

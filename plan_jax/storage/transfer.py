@@ -6,6 +6,8 @@ incomplete, so a kill at any moment leaves a whole folder or none. The checksums
 
 import contextlib
 import fcntl
+import filecmp
+import glob
 import json
 import os
 import shutil
@@ -114,10 +116,14 @@ def download_folder(place: Place, name: str, folder: Path) -> None:
       UserError: a file cannot be read for another reason, or cannot be written here.
     """
     expected = _list_expected(place, name)
+    if not expected:  # it has been deleted meanwhile
+        raise DamagedError("all files are missing")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     with report_write_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    # Of processes that were killed: whoever downloads holds the lock of the copy.
+    for part in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        shutil.rmtree(part, ignore_errors=True)
     try:
         for file, (size, checksum) in expected.items():
             target = temporary / file
@@ -132,6 +138,8 @@ def download_folder(place: Place, name: str, folder: Path) -> None:
                 if attempt == 2:
                     raise DamagedError(f"{file} {fault}")
         with report_write_errors(folder):
+            if _has_same_files(temporary, folder):  # which another process may be reading
+                return
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
     finally:
@@ -146,6 +154,14 @@ def is_equal(folder: Path, place: Place, name: str) -> bool:
     files = list_files(folder)
     return files.keys() == checksums.keys() and all(
         not _find_fault(files[file], size, checksum) for file, (size, checksum) in checksums.items()
+    )
+
+
+def _has_same_files(folder: Path, other: Path) -> bool:
+    """Returns whether two folders have the same files, byte by byte."""
+    files, others = list_files(folder), list_files(other)
+    return files.keys() == others.keys() and all(
+        filecmp.cmp(file, others[name], shallow=False) for name, file in files.items()
     )
 
 
@@ -172,7 +188,7 @@ def _read_checksums(place: Place, name: str) -> dict[str, tuple[int, int | None]
             file: (int(size), int(checksum))
             for file, (size, checksum) in json.loads(content).items()
         }
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise DamagedError(f"{CHECKSUMS} is not what was written") from None
     if not values or not all(map(_is_inside, values)):
         raise DamagedError(f"{CHECKSUMS} is not what was written")
@@ -181,7 +197,9 @@ def _read_checksums(place: Place, name: str) -> dict[str, tuple[int, int | None]
 
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    if not name or {"\\", "\0"} & set(name):
+        return False
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _find_fault(file: Path, size: int, checksum: int | None) -> str:
