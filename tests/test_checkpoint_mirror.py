@@ -444,6 +444,17 @@ def test_a_run_whose_lock_is_taken_uploads_no_more(address, finished):
     assert objects(address) == {} and json.loads(place.read(".lock"))["pid"] == 7
 
 
+def test_a_run_that_was_frozen_leaves_the_steps_of_the_next_one(address, finished, monkeypatch):
+    place = storage.find_place("workdir", address)
+    monkeypatch.setattr(address_lock, "BEAT", 60.0)
+    monkeypatch.setattr(mirror, "SECONDS", 60.0)
+    with pytest.raises(UserError, match="in use by process 7 on other"), open_run(address) as run:
+        place.write(".lock", owner(host="other", pid=7))
+        place.write("checkpoints/4/state/part", b"")  # which the other run is uploading
+        shutil.copytree(finished, run, ignore=shutil.ignore_patterns(".lock"))
+    assert objects(address) == {"checkpoints/4/state/part": b""}
+
+
 # Readers -----------------------------------------------------------------------------------------
 
 

@@ -61,7 +61,13 @@ class AddressLock:
                 self.place.delete([FILE])
 
     def require(self) -> None:
-        """Raises UserError if another run has taken the lock, as while this process was frozen."""
+        """Raises UserError if another run has taken the lock, as while this process was frozen.
+
+        The lock is read, since the next beat of a process that goes on may be seconds away.
+        """
+        owner = self._read()
+        if owner and owner.get("token") != self.token:
+            self.usurper = owner
         if self.usurper:
             raise self._refusal(self.usurper)
 

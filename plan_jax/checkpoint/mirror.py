@@ -78,18 +78,18 @@ def open_run(workdir: str | Path) -> Iterator[Path]:
             if (run / "config.json").exists():
                 try:
                     upload.copy()
-                except UserError as error:  # the reason for the end counts more
+                except (UserError, OSError) as error:  # the reason for the end counts more
                     parallel.print_once(_describe_failure(place, run, error))
             raise
         upload.stop(thread)
         try:
             upload.copy()
-        except UserError as error:
+        except (UserError, OSError) as error:
             raise UserError(_describe_failure(place, run, error)) from error
         parallel.print_once(f"run {run} is copied to {place.address}")
 
 
-def _describe_failure(place: Place, run: Path, error: UserError) -> str:
+def _describe_failure(place: Place, run: Path, error: Exception) -> str:
     return (
         f"run {place.address} is not copied completely: {error}; it is in {run}, from where the"
         " same command on this host copies it"
@@ -135,6 +135,7 @@ class _Upload:
           UserError: something cannot be written, or another run has taken the address.
         """
         if self.is_first:
+            self.lock.require()  # else the remains may be a step that another run uploads
             self._delete_remains()
             self.is_first = False
         while True:
@@ -179,7 +180,8 @@ class _Upload:
         shutil.rmtree(hold, ignore_errors=True)
         try:
             try:
-                shutil.copytree(self.run / name, hold, copy_function=_link)
+                ignore = shutil.ignore_patterns("*.part")  # metrics that are being added
+                shutil.copytree(self.run / name, hold, ignore=ignore, copy_function=_link)
             except OSError as error:  # shutil has a kind of its own, for several
                 if not (self.run / name).is_dir():
                     return
@@ -194,7 +196,8 @@ class _Upload:
             else:
                 upload_folder(hold, self.place, name, MARKER)
             self.steps[step] = current
-            (self.run.parent / "copied").touch()
+            with report_write_errors(self.run.parent):
+                (self.run.parent / "copied").touch()
         finally:
             shutil.rmtree(hold, ignore_errors=True)
 
@@ -216,8 +219,9 @@ class _Upload:
         names = self.place.list(FOLDER)
         complete = find_remote_steps(names)
         self.remote_steps |= complete
-        numbers = {name.split("/")[1] for name in names if re.fullmatch(r"\d+", name.split("/")[1])}
-        for step in map(int, numbers):
+        pattern = re.compile(rf"{FOLDER}/(0|[1-9]\d*)/.+")
+        matches = filter(None, map(pattern.fullmatch, names))
+        for step in {int(match[1]) for match in matches}:
             if step not in complete:
                 self._delete(step)
 
@@ -237,9 +241,11 @@ def _link(source: str, target: str) -> None:
 
 
 def _describe_files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Returns size and time of change of each file below a folder."""
+    """Returns size and time of change of each file of a step, but what is being added."""
     files = {}
     for name, file in list_files(folder).items():
+        if name.split("/")[0].endswith(".part"):
+            continue
         with contextlib.suppress(FileNotFoundError):
             status = file.stat()
             files[name] = (status.st_size, status.st_mtime_ns)
@@ -289,7 +295,8 @@ def _fetch_run(place: Place, run: Path) -> set[int]:
     for step, reason in failures.items():
         report_broken(place, f"{FOLDER}/{step}", reason, max(equal, default=None))
     if equal:
-        (run.parent / "copied").touch()
+        with report_write_errors(run.parent):
+            (run.parent / "copied").touch()
     return equal
 
 
