@@ -237,6 +237,8 @@ def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[s
     """
     check_local("folder", out)
     weights = models.load_variables(folder)
+    params_sha256 = checkpoint.fingerprint(weights["params"])
+    require_same_weights(int(weights["step"]), params_sha256)
     # The page shows the training curves of the run, which a saved model does not have.
     history = read_rows(weights["source"] / "metrics.jsonl")
     model = models.make_model(models.build_components(config), config, weights)
@@ -245,7 +247,7 @@ def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[s
     metrics: dict[str, Any] = result.metrics | {
         "steps": float(weights["step"]),
         "evaluated_s": time.monotonic() - start,
-        "params_sha256": checkpoint.fingerprint(weights["params"]),
+        "params_sha256": params_sha256,
     }
     try:
         if parallel.is_main():
@@ -253,6 +255,22 @@ def evaluate_checkpoint(config: Config, folder: str | Path, out: Path) -> dict[s
     finally:
         parallel.barrier("evaluated")
     return metrics
+
+
+def require_same_weights(step: int, params_sha256: str) -> None:
+    """Checks that all hosts evaluate the same weights: a run may save while they read the newest.
+
+    Raises:
+      UserError: two differ; in every host.
+    """
+    first, *others = parallel.gather_strings(f"step {step} ({params_sha256[:12]})")
+    for index, other in enumerate(others, 1):
+        if other != first:
+            raise UserError(
+                f"{parallel.host_name(index)} has read {other} of the checkpoint, and"
+                f" {parallel.host_name(0)} {first}; pass one step as --checkpoint, or wait for the"
+                " end of its run"
+            )
 
 
 def compare_runs(runs: Mapping[str, str | Path]) -> page.Comparison:

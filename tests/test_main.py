@@ -252,6 +252,15 @@ def test_hosts_with_other_data_are_refused(monkeypatch):
     evaluate.require_same_data("ab")
 
 
+def test_hosts_with_other_weights_are_refused(monkeypatch):
+    texts = ["step 3 (ab)", "step 6 (cd)"]
+    monkeypatch.setattr(parallel, "gather_strings", lambda _: texts)
+    with pytest.raises(UserError, match=r"^host 1 has read step 6 .cd. .* host 0 step 3 .ab.;"):
+        evaluate.require_same_weights(3, "ab")
+    texts.pop()
+    evaluate.require_same_weights(3, "ab")
+
+
 def test_a_bug_is_not_hidden(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
