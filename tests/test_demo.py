@@ -459,7 +459,12 @@ def test_a_second_start_reads_the_index(page, tmp_path, monkeypatch):
 def test_mistakes_of_the_command(arguments, sentence, capsys, monkeypatch):
     stub = types.SimpleNamespace(build=None)
     monkeypatch.setitem(sys.modules, "plan_jax.demo.page", stub)
-    assert demo.run(arguments) == 2
+    before = dict(os.environ)  # which the server changes for gradio
+    try:
+        assert demo.run(arguments) == 2
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     out, err = capsys.readouterr()
     assert out == "" and sentence in err and err.count("\n") == 1
 
