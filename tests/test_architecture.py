@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "train": "config model evaluate state step data* parallel checkpoint* logger command types",
     "demo": "demo.server",
     "demo.__main__": "demo.server command* types",
-    "demo.server": "demo.page demo.render demo.service command parallel types",
+    "demo.server": "demo.page demo.render demo.service demo.uploads command parallel types",
     "demo*": (
         "demo.* data* logger metrics* model page.figures prediction* tasks.grounding_targets types"
     ),
