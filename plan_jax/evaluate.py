@@ -103,13 +103,12 @@ def require_same_data(fingerprint: str) -> None:
     Raises:
       UserError: two differ; in every host.
     """
-    first, *others = parallel.gather_strings(fingerprint)
-    for index, other in enumerate(others, 1):
-        if other != first:
-            raise UserError(
-                f"{parallel.host_name(index)} has data of fingerprint {other}, and"
-                f" {parallel.host_name(0)} of {first}; give all hosts the same files"
+    if difference := parallel.find_difference(fingerprint):
+        raise UserError(
+            "{} has data of fingerprint {}, and {} of {}; give all hosts the same files".format(
+                *difference
             )
+        )
 
 
 def check_requirements(task: str, data: EvalData, options: Any) -> None:
@@ -263,14 +262,11 @@ def require_same_weights(step: int, params_sha256: str) -> None:
     Raises:
       UserError: two differ; in every host.
     """
-    first, *others = parallel.gather_strings(f"step {step} ({params_sha256[:12]})")
-    for index, other in enumerate(others, 1):
-        if other != first:
-            raise UserError(
-                f"{parallel.host_name(index)} has read {other} of the checkpoint, and"
-                f" {parallel.host_name(0)} {first}; pass one step as --checkpoint, or wait for the"
-                " end of its run"
-            )
+    if difference := parallel.find_difference(f"step {step} ({params_sha256[:12]})"):
+        raise UserError(
+            "{} has read {} of the checkpoint, and {} {}; pass one step as --checkpoint, or wait"
+            " for the end of its run".format(*difference)
+        )
 
 
 def compare_runs(runs: Mapping[str, str | Path]) -> page.Comparison:

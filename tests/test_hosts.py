@@ -82,7 +82,7 @@ def test_hosts_know_each_other_in_their_order():
     [
         ([hello(0)], "of 2 hosts, 1 has not started within 1 s; start the same command on all"),
         ([hello(0, 4), hello(2, 4)], "of 4 hosts, 1, 3 have not started within 1 s"),
-        ([hello(1)], "0 does not answer at 127.0.0.1:"),
+        ([hello(1)], "host 0 of 2 does not answer at 127.0.0.1:"),
         (
             [hello(0), hello(1, 3)],
             r"host 1 \(node1, process 101\) belongs to a run of 3 hosts and host 0 \(node0, pro.* "

@@ -16,7 +16,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from plan_jax import parallel
-from plan_jax.checkpoint.lock import FILE, is_alive
+from plan_jax.checkpoint.lock import (
+    FILE,
+    describe_owner,
+    is_alive,
+    parse_owner,
+    refuse_second,
+)
 from plan_jax.storage import Place
 from plan_jax.types import UserError
 
@@ -81,12 +87,7 @@ class AddressLock:
                 self._write()
 
     def _read(self) -> dict[str, Any]:
-        content = self.place.read(FILE)
-        with contextlib.suppress(ValueError, RecursionError):
-            owner = json.loads(content or b"{}")
-            if isinstance(owner, dict) and isinstance(owner.get("pid"), int) and owner["pid"] > 0:
-                return owner
-        return {}
+        return parse_owner(self.place.read(FILE) or b"")
 
     def _write(self) -> None:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
@@ -102,8 +103,8 @@ class AddressLock:
             return False
         seconds = 3 * BEAT
         parallel.print_once(
-            f"{self.place.address} was in use by {_name(owner)}; waiting {seconds:.0f} s to see"
-            " whether it still is"
+            f"{self.place.address} was in use by {describe_owner(owner)}; waiting {seconds:.0f} s"
+            " to see whether it still is"
         )
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -114,11 +115,4 @@ class AddressLock:
         return False
 
     def _refusal(self, owner: Mapping[str, Any]) -> UserError:
-        return UserError(
-            f"workdir {self.place.address} is in use by {_name(owner)}; pass another --workdir, or"
-            " wait for its end"
-        )
-
-
-def _name(owner: Mapping[str, Any]) -> str:
-    return f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}"
+        return refuse_second(self.place.address, describe_owner(owner))

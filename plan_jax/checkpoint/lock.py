@@ -132,11 +132,23 @@ def _renew(path: Path) -> Iterator[None]:
 
 def _read_owner(path: Path) -> dict[str, Any]:
     """Returns `pid` and `host` of the process that locked the file last, or {}."""
-    with contextlib.suppress(OSError, ValueError):
-        owner = json.loads(path.read_text())
+    with contextlib.suppress(OSError):
+        return parse_owner(path.read_bytes())
+    return {}
+
+
+def parse_owner(content: bytes) -> dict[str, Any]:
+    """Returns what a lock says of its process, or {} if it is damaged."""
+    with contextlib.suppress(ValueError, RecursionError):
+        owner = json.loads(content)
         if isinstance(owner, dict) and isinstance(owner.get("pid"), int) and owner["pid"] > 0:
             return owner
     return {}
+
+
+def describe_owner(owner: Mapping[str, Any]) -> str:
+    """Returns how a sentence names the process of a lock."""
+    return f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}"
 
 
 def _is_held(path: Path) -> bool:
@@ -176,9 +188,14 @@ def _find_age(path: Path) -> float:
 
 def _refusal(workdir: Path) -> UserError:
     owner = _read_owner(workdir / FILE)
-    process = f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}"
+    process = describe_owner(owner)
     if isinstance(owner.get("time"), int | float):
         process += time.strftime(" since %Y-%m-%d %H:%M", time.localtime(owner["time"]))
+    return refuse_second(workdir, process)
+
+
+def refuse_second(workdir: Path | str, process: str) -> UserError:
+    """Returns the error of a second run, by the place of the first one and its process."""
     return UserError(
         f"workdir {workdir} is in use by {process}; pass another --workdir, or wait for its end"
     )

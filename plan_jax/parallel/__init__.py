@@ -198,6 +198,19 @@ def gather_strings(text: str) -> list[str]:
     return [content.decode() for content in gather_bytes(text.encode())]
 
 
+def find_difference(text: str) -> tuple[str, str, str, str] | None:
+    """Returns the first host whose text is not that of host 0; every process must call it.
+
+    Returns:
+      The host's name and text, and those of host 0; None if all have the same text.
+    """
+    first, *others = gather_strings(text)
+    for index, other in enumerate(others, 1):
+        if other != first:
+            return host_name(index), other, host_name(0), first
+    return None
+
+
 def gather_bytes(content: bytes) -> list[bytes]:
     """Returns the bytes of all processes, in their order. Every process must call it.
 

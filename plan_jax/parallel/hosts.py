@@ -36,6 +36,9 @@ LOST = "another host of this run has ended or cannot be reached"
 REMEDY = (
     "look at its output, then repeat the command on all hosts to resume from the last checkpoint"
 )
+START_REMEDY = (
+    "start the same command on all hosts, or set JAX_DISTRIBUTED=off if this process is alone"
+)
 
 Hello = Mapping[str, Any]
 
@@ -179,8 +182,10 @@ def _register(
             peer.close()
             raise UserError(str(answer["refusal"]))
         return answer["hosts"], {0: peer}
-    missing = _describe_missing([0], hello["count"], timeout)
-    raise UserError(missing.replace("has not started", f"does not answer at {address}"))
+    raise UserError(
+        f"{LOST}: host 0 of {hello['count']} does not answer at {address} within {timeout:.0f} s;"
+        f" {START_REMEDY}"
+    )
 
 
 def _receive_hello(peer: socket.socket) -> Hello | None:
@@ -222,8 +227,8 @@ def _describe_missing(missing: list[int], count: int, timeout: float) -> str:
     names = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
     verb = "has" if len(missing) == 1 else "have"
     return (
-        f"{LOST}: of {count} hosts, {names} {verb} not started within {timeout:.0f} s; start the"
-        " same command on all hosts, or set JAX_DISTRIBUTED=off if this process is alone"
+        f"{LOST}: of {count} hosts, {names} {verb} not started within {timeout:.0f} s;"
+        f" {START_REMEDY}"
     )
 
 
