@@ -120,6 +120,21 @@ def test_a_model_that_diverged_scores_nan():
     assert np.isnan([metrics["cnr_signed"], metrics["pointing"], metrics["miou_z"]]).all()
 
 
+def test_a_map_that_is_not_finite_is_counted():
+    records = make_records(10)
+    finite = make_oracle(records)
+
+    lost = records[0].phrases[0].text
+
+    def heatmap(image, text, rounds):
+        return np.full(GRID, np.nan) if text == lost else finite(image, text, rounds)
+
+    metrics, phrases = grounding.score_phrases(make_model(heatmap), records, FINDINGS)
+    num_lost = sum(phrase.text == lost for phrase in phrases)
+    assert metrics["not_finite"] == num_lost > 0 and np.isnan(metrics["pointing"])
+    assert np.isfinite(metrics["wrong_side"]) and "bare/not_finite" not in metrics
+
+
 def test_records_without_phrases_have_counts_only():
     records = make_records(3)
     model = make_model(make_oracle(records))

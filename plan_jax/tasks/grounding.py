@@ -28,7 +28,8 @@ Keys of the metrics:
   maps of `grounding_targets.null_maps`, scored in the same way.
 - `round<t>/...`: the model after t rounds, if it refines.
 - `n`: scored phrases. `skipped`: phrases without a usable truth. `outside`: phrases that are true
-  only where a crop cuts the image away.
+  only where a crop cuts the image away. `not_finite`: scored phrases whose map is not finite, if
+  there are any; `wrong_side` and `miou_afloc` leave them out, and other means are NaN.
 - `bare/...`: all of these again for bare phrases.
 """
 
@@ -173,6 +174,13 @@ METRICS = {
     **_describe_scores("bare/micro/", ", mean over bare phrases", keys=PRIMARY_KEYS),
     "n": Metric("phrases", "Number of scored phrases.", digits=0),
     "skipped": Metric("skipped phrases", "Phrases without a usable truth.", digits=0),
+    "not_finite": Metric(
+        "maps that are not finite",
+        "Scored phrases whose map is not finite; the heat on the wrong side and AFLoc's mIoU leave "
+        "them out.",
+        digits=0,
+        higher_is_better=False,
+    ),
     **_describe_scores("round{t}/", ", round {t}", keys=_ROUND_KEYS),
     **_describe_scores("bare/round{t}/", ", bare phrases, round {t}", keys=_ROUND_KEYS),
     **_describe_scores("{finding}/", ", {finding}", "NULL/{finding}/", keys=PRIMARY_KEYS),
@@ -422,6 +430,8 @@ def _summarise_sides(
             part["outside"] = float(side.outside)
         if side.names:
             part |= _summarise(side, rounds, options.bootstrap_samples, seed)
+            if num_lost := np.isnan(side.join("")["pointing"]).sum():
+                part["not_finite"] = float(num_lost)
         elif not side.bare:
             part |= dict.fromkeys(PRIMARY_KEYS, float("nan"))
         metrics |= {f"{prefix}{key}": value for key, value in part.items()}
