@@ -206,7 +206,11 @@ def write_results(
         write_atomically(folder / "metrics.json", encode_json(metrics, indent=2, sort_keys=True))
         write_atomically(folder / "table.md", page.markdown(metrics, CATALOGUE, TITLES))
         data = f"{config.data.name}, {config.eval.split}"
-        page.save_examples(folder, data, result.scores, result.rows)
+        options = {
+            task: dataclasses.asdict(config.eval.options[task]) | {"size": config.data.size}
+            for task in config.eval.tasks
+        }
+        page.save_examples(folder, data, result.scores, result.rows, options)
         return page.write_page(
             folder,
             config=config.to_dict(),

@@ -578,8 +578,8 @@ def check_options(task: str, options: Any, minima: Mapping[str, int | float]) ->
 class PhraseExample:
     """A phrase in an image: its truth, and its heat maps after rounds 0..T on the model's grid.
 
-    `kind` is how the example was selected: `best`, `random` or `worst`. `name` is the phrase's own
-    in its data, the same for any model.
+    `kind` is how the example was selected: `best`, `random` or `worst`. `name` is that of the
+    phrase in its data and of the protocol, the same for any model.
     """
 
     kind: str

@@ -13,6 +13,7 @@ from plan_jax import model as models
 from plan_jax.config import Config
 from plan_jax.data import eval_data, schema
 from plan_jax.data.dataset import Dataset
+from plan_jax.page.examples import load_examples
 from plan_jax.tasks import CATALOGUE, TASKS, TITLES
 from plan_jax.types import (
     Metric,
@@ -214,5 +215,8 @@ def test_only_the_page_and_the_phrases_behind_it_hold_report_text(data_dir, tmp_
     # Compressed, so that its bytes do not show it: the phrases that runs are compared by.
     with np.load(tmp_path / "examples.npz") as arrays:
         assert [name for name in arrays if "Zebra" in str(arrays[name])] == ["content"]
+    config, options = make_config(data_dir), load_examples(tmp_path).options
+    assert set(options) == set(config.eval.tasks)
+    assert (options["grounding"]["crop"], options["grounding"]["size"]) == (1, config.data.size)
     assert not any("zebra" in str(path.relative_to(tmp_path)).lower() for path in files)
     assert "<b>nodules" not in (tmp_path / "report.html").read_text()

@@ -467,6 +467,8 @@ def test_maps_and_noise_are_smoothed_on_the_grid():
         assert metrics[f"{prefix}cnr_signed"] == pytest.approx(expected, abs=1e-3)
     examples = grounding.illustrate(make_bright_model(), [record], phrases, options=options)
     np.testing.assert_allclose(examples[0].heat_maps[0], loop_smooth(small, 1.5), rtol=1e-4)
+    (other,) = grounding.illustrate(make_bright_model(), [record], phrases)
+    assert examples[0].name != other.name, "pages would show them as one example"
 
 
 def test_maps_that_are_not_finite_give_nan_through_boxes_and_smoothing():

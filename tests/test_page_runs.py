@@ -29,7 +29,17 @@ def phrase_example(index, level, size=24):
     )
 
 
-def write_run(folder, level, *, data="phantom, test", names=NAMES, size=24, history=True):
+def write_run(
+    folder,
+    level,
+    *,
+    data="phantom, test",
+    names=NAMES,
+    size=24,
+    history=True,
+    options=None,
+    more=None,
+):
     """Writes what training leaves: a model whose CNR is `level` above noise of the examples."""
     folder.mkdir(parents=True)
     config = {"method": "plan", "seed": 3, "steps": 20, "data": {"name": "phantom"}}
@@ -43,7 +53,7 @@ def write_run(folder, level, *, data="phantom, test", names=NAMES, size=24, hist
         "retrieval/i2t_median_rank": 7.0,
         "zero_shot/auroc_macro": None,
         "params_sha256": "ab" * 32,
-    }
+    } | (more or {})
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "report.html").write_text("<!doctype html>")
     if history:
@@ -51,7 +61,7 @@ def write_run(folder, level, *, data="phantom, test", names=NAMES, size=24, hist
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scores = {"grounding/cnr_signed": ExampleScores(names, table)}
     phrases = [phrase_example(i, level, size) for i in range(3)]
-    save_examples(folder, data, scores, phrases)
+    save_examples(folder, data, scores, phrases, options)
     return folder
 
 
@@ -123,14 +133,40 @@ def test_other_examples_have_no_interval(tmp_path):
 
 
 def test_a_metric_without_single_examples_is_marked_where_its_task_has_others(tmp_path):
-    first = write_run(tmp_path / "a", 1.0)
-    second = write_run(tmp_path / "b", 1.25, names=[f"{i} effusion" for i in range(40)])
-    for folder in (first, second):
-        metrics = json.loads((folder / "metrics.json").read_text())
-        (folder / "metrics.json").write_text(json.dumps(metrics | {"grounding/miou_z": 0.3}))
+    more, names = {"grounding/miou_z": 0.3}, [f"{i} effusion" for i in range(40)]
+    first = write_run(tmp_path / "a", 1.0, more=more)
+    second = write_run(tmp_path / "b", 1.25, names=names, more=more)
     html = render([first, second])
     assert "other examples: no interval" in cells(html, "mIoU, above the mean")
     assert "other examples: no interval" not in cells(html, "R@5")
+
+
+def test_examples_of_other_options_are_not_paired(tmp_path):
+    options = {"crop": 1.0, "size": 24, "num_examples": 4}
+    others = {"a": {}, "b": {"num_examples": 9}, "c": {"crop": 0.875}, "d": {"size": 48}}
+    a, b, c, d = (
+        write_run(tmp_path / name, 1.0 + i, options={"grounding": options | other})
+        for i, (name, other) in enumerate(others.items())
+    )
+    html = render([a, b])
+    assert "not paired" not in html and "better" in cells(html, "CNR, signed")
+    for folder, part in ((c, "crop 1.0 and 0.875"), (d, "size 24 and 48")):
+        html = render([a, folder])
+        assert f"by grounding with different options ({part}), so their examples are not" in html
+        row = cells(html, "CNR, signed")
+        assert "other options: no interval" in row and "better" not in row
+
+
+def test_examples_of_other_metrics_are_left_out(pair):
+    for name in ("metrics.json", "examples.npz"):  # an evaluation that did not end, or a copy
+        content = (pair[1] / name).read_bytes()
+        other = write_run(pair[1].parent / f"other {name}", 3.0)
+        (pair[1] / name).write_bytes((other / name).read_bytes())
+        html = render(pair)
+        assert "The examples.npz of b belongs to other metrics than its metrics.json" in html
+        assert "no scores of single examples" not in html and "The same phrases" not in html
+        assert "better" not in cells(html, "CNR, signed")
+        (pair[1] / name).write_bytes(content)
 
 
 def test_names_of_folders_are_legible_and_their_links_work(tmp_path):

@@ -40,23 +40,38 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class StoredExamples:
-    """The content of `examples.npz`: data and split, scores by key of the metric, and phrases."""
+    """The content of `examples.npz`: data and split, scores by key of the metric, and phrases.
+
+    Attributes:
+      data: the dataset and the split.
+      scores: scores of single examples, by the key of the metric.
+      phrases: those of the page.
+      options: what each task was measured with, by its name.
+      is_stale: whether the file was left out, because it belongs to other metrics.
+    """
 
     data: str = ""
     scores: Mapping[str, ScoreTable] = field(default_factory=dict)
     phrases: Sequence[PhraseExample] = ()
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    is_stale: bool = False
 
 
 def save_examples(
-    folder: Path, data: str, scores: Mapping[str, ExampleScores], rows: Sequence[Any]
+    folder: Path,
+    data: str,
+    scores: Mapping[str, ExampleScores],
+    rows: Sequence[Any],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes `examples.npz` into a folder.
+    """Writes `examples.npz` into a folder, for the `metrics.json` that is there.
 
     Args:
       folder: the folder of a run or of an evaluation.
       data: the dataset and the split, for people.
       scores: scores of single examples, by the key of the metric.
       rows: examples of the page, of which those of phrases are stored.
+      options: what each task was measured with, by its name.
     """
     phrases = [row for row in rows if isinstance(row, PhraseExample)]
     arrays: dict[str, np.ndarray] = {}
@@ -67,6 +82,8 @@ def save_examples(
         arrays |= {f"{name}_{i}": np.asarray(getattr(phrase, name)) for name in _PICTURES}
     content = {
         "data": data,
+        "options": options or {},
+        "metrics": _hash_metrics(folder),
         "scores": [[key, scored.statistic] for key, scored in scores.items()],
         "phrases": [
             [phrase.kind, phrase.phrase, phrase.cnr, phrase.pointing, str(digest(phrase.name))]
@@ -81,6 +98,8 @@ def save_examples(
 def load_examples(folder: Path) -> StoredExamples:
     """Loads `examples.npz`; runs of earlier versions have none, and then it is empty.
 
+    It is empty too if the file was written for other metrics than those in the folder.
+
     Raises:
       UserError: the file cannot be read.
     """
@@ -90,6 +109,8 @@ def load_examples(folder: Path) -> StoredExamples:
     try:
         with np.load(path) as arrays:
             content = json.loads(str(arrays["content"]))
+            if content.get("metrics") != _hash_metrics(folder):
+                return StoredExamples(is_stale=True)
             scores = {
                 key: ScoreTable(arrays[f"digests_{i}"], arrays[f"table_{i}"], statistic)
                 for i, (key, statistic) in enumerate(content["scores"])
@@ -101,12 +122,17 @@ def load_examples(folder: Path) -> StoredExamples:
                 phrases.append(
                     PhraseExample(kind, phrase, image, truth, heat_maps, cnr, pointing, name)
                 )
-            return StoredExamples(content["data"], scores, phrases)
+            return StoredExamples(content["data"], scores, phrases, content["options"])
     except _READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or "it is damaged"
         raise UserError(
             f"{path} cannot be read ({reason}); delete it, or evaluate the run again"
         ) from None
+
+
+def _hash_metrics(folder: Path) -> str:
+    path = folder / "metrics.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def digest(name: str) -> int:

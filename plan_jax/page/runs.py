@@ -1,7 +1,8 @@
 """The page that compares runs: their curves, metrics with differences, and the same phrases.
 
 The first run is the reference. The others are compared with it example by example where both have
-stored the scores of the same examples: the interval of a difference is that of a paired bootstrap.
+stored the scores of the same examples, measured with the same options: the interval of a difference
+is that of a paired bootstrap.
 """
 
 import json
@@ -35,6 +36,7 @@ MAX_PANELS = 12
 MAX_PHRASES = 12
 # Grey levels by which thumbnails of one film may differ at two sizes of the model's input.
 THUMBNAIL_TOLERANCE = 8
+UNPAIRED_OPTIONS = ("bootstrap_samples", "num_examples")  # the scores do not depend on them
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -159,7 +161,23 @@ def list_remarks(runs: Sequence[StoredRun]) -> list[str]:
             f"{'was' if len(unknown) == 1 else 'were'} evaluated; a difference means something on "
             "the same data only."
         )
-    without = [run.label for run in evaluated if not run.examples.scores]
+    remarks += [
+        f"The examples.npz of {run.label} belongs to other metrics than its metrics.json, so it is "
+        "left out and differences have no interval; plan-jax --mode eval --checkpoint RUN writes "
+        "both."
+        for run in runs
+        if run.examples.is_stale
+    ]
+    for run in runs[1:]:
+        for task in run.examples.options:
+            if other := _find_other_options(runs[0], run, task):
+                parts = ", ".join(f"{name} {a} and {b}" for name, (a, b) in other.items())
+                remarks.append(
+                    f"{runs[0].label} and {run.label} were measured by {task} with different "
+                    f"options ({parts}), so their examples are not paired: differences have no "
+                    "interval."
+                )
+    without = [run.label for run in evaluated if not (run.examples.scores or run.examples.is_stale)]
     if without:
         verb = "has" if len(without) == 1 else "have"
         remarks.append(
@@ -167,6 +185,16 @@ def list_remarks(runs: Sequence[StoredRun]) -> list[str]:
             "interval; plan-jax --mode eval --checkpoint RUN writes them."
         )
     return remarks
+
+
+def _find_other_options(first: StoredRun, second: StoredRun, task: str) -> dict[str, tuple]:
+    """Returns the two values of each option of a task in which runs that measured it differ."""
+    options, own = (run.examples.options.get(task, {}) for run in (first, second))
+    return {
+        name: (options.get(name), own.get(name))
+        for name in {**options, **own}
+        if name not in UNPAIRED_OPTIONS and options and own and options.get(name) != own.get(name)
+    }
 
 
 def run_table(runs: Sequence[StoredRun]) -> Table:
@@ -258,6 +286,8 @@ def _difference_cell(
         return Cell("–", notes=(Note("different data", "muted"),))
     difference = second.value - first.value
     text = f"{difference:+.{second.metric.digits}f}".replace("-", _MINUS)
+    if _find_other_options(reference, run, first.task):
+        return Cell(text, notes=(Note("other options: no interval", "muted"),))
     scores, own_scores = (source.scores_of(first.task) for source in (reference, run))
     # Also where a metric has no such scores itself: the data may have one name and other images.
     shared = [key for key in scores if key in own_scores]

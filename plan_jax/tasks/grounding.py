@@ -583,7 +583,8 @@ def illustrate(
             heat_maps=heat_maps,
             cnr=phrase.cnr,
             pointing=phrase.pointing,
-            name=f"{phrase.record_index} {phrase.text}",
+            # Pages compare runs by it: what another protocol shows is another example.
+            name=f"{phrase.record_index} {phrase.text} {options.crop} {options.smooth}",
         )
         for (kind, phrase), view, heat_maps in zip(selection, views, heat_maps_NTyx, strict=True)
     ]
