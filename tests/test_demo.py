@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -416,6 +417,23 @@ def test_each_tab_has_its_own_film(page, tmp_path):
     assert "pj-card" in page.ground("first", TEXT, ["nodule"], 0.2, 1)
     with pytest.raises(UserError, match="the film has no window; open a DICOM file"):
         page.change_window("first", 1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("level", "width", "sentence"),
+    [
+        (1000.0, 0.5, "the window width is 0.5; use 1 to 4,294,967,296"),
+        (1000.0, None, "the window width is empty; type a number"),
+        (None, 500.0, "the window level is empty; type a number"),
+        (float("nan"), 500.0, "the window level is nan; use -4,294,967,296 to"),
+    ],
+)
+def test_a_window_that_shows_nothing_is_one_sentence(level, width, sentence, page, tmp_path):
+    data = make_dicom(np.round(draw_picture(64, 64) * 4095).astype(np.uint16), BitsStored=12)
+    film = page.open_upload("tab", save(tmp_path / "a1" / "film.dcm", data), tmp_path)
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
+        page.change_window("tab", level, width)
+    assert page.find("tab") is film
 
 
 def test_few_films_are_kept(page, monkeypatch):

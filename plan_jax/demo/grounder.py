@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -294,6 +294,19 @@ def split_phrases(typed: str, picked: Sequence[str] = ()) -> list[str]:
         if len(text) <= MAX_CHARACTERS:
             phrases.check_phrase(text, f"phrase {quoting.quote(text)}"[:80])
     return texts
+
+
+def check_number(value: Any, name: str, low: int, high: int) -> float:
+    """Returns the number that stands in a field.
+
+    Raises:
+      UserError: the field is empty, or the number is out of its range.
+    """
+    if not isinstance(value, (int, float)):
+        raise UserError(f"the {name} is empty; type a number")
+    if not low <= value <= high:
+        raise UserError(f"the {name} is {value:,}; use {low:,} to {high:,}")
+    return float(value)
 
 
 def _primary(kinds: Mapping[str, float]) -> float:

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.state_holder import SessionState
 
 from plan_jax.demo import library, render, uploads
 from plan_jax.demo.downloads import Display
-from plan_jax.demo.grounder import MAX_PHRASES, OpenFilm
+from plan_jax.demo.grounder import MAX_PHRASES, OpenFilm, check_number
 from plan_jax.demo.service import NUM_OFFERED, OFFERED_PHRASES, Service
 from plan_jax.types import UserError
 
+# Otherwise each tab keeps its phrases, answers and downloads, for deep links, which are closed.
+SessionState._update_value_in_config = lambda *_: None
 OPACITY = 0.85
 LINES = ["contour", "boxes"]
 DOWNLOADS = {"png": "picture (PNG)", "npz": "maps (NPZ)", "json": "boxes and scores (JSON)"}
@@ -81,7 +84,7 @@ def build(service: Service, folder: Path) -> Any:
         def close(request: gr.Request) -> None:
             session = str(request.session_hash)
             service.close(session)
-            # Otherwise gradio keeps what the tab has shown, with its film and its phrases.
+            # Otherwise gradio keeps the components of the tab for an hour.
             blocks.state_holder.session_data.pop(session, None)
             blocks.state_holder.time_last_used.pop(session, None)
 
@@ -115,23 +118,12 @@ def _lay_out(service: Service) -> Components:
 def _lay_out_film(service: Service) -> dict[str, Any]:
     titles = [example.title for example in service.examples[:NUM_OFFERED]]
     return {
-        "upload": _make_upload(),
+        "upload": gr.File(label="Film: PNG, JPEG or DICOM", height=170, elem_id="upload"),
         "example": gr.Dropdown(titles, value=None, label="or a phantom", elem_id="example"),
         "about": gr.HTML(elem_id="about"),
         "level": gr.Slider(0, 1, label="Window level", visible=False, elem_id="level"),
         "width": gr.Slider(1, 2, label="Window width", visible=False, elem_id="width"),
     }
-
-
-def _make_upload() -> Any:
-    """Returns a field for a file, whose function gets the path of the upload itself.
-
-    By itself it gets the name of a copy, for which an empty file is made that nobody deletes. A
-    class of our own would make gradio write a stub beside this module.
-    """
-    upload = gr.File(label="Film: PNG, JPEG or DICOM", height=170, elem_id="upload")
-    upload.preprocess = lambda payload: None if payload is None else payload.path
-    return upload
 
 
 def _lay_out_phrases(service: Service) -> dict[str, Any]:
@@ -228,8 +220,13 @@ def _answer(function: Callable[..., tuple], num_outputs: int) -> Callable[..., l
 def _listen(
     trigger: Any, function: Callable[..., tuple], inputs: list, outputs: list, **options: Any
 ) -> Any:
-    """Lets an event call a function; `outputs` begins with the message."""
+    """Lets an event call a function; `outputs` begins with the message.
+
+    The function gets what the browser has sent. Otherwise gradio makes an empty file for each
+    upload, which nobody deletes, and has no sentence for a number that is missing or out of range.
+    """
     options = {"show_progress": "minimal", "api_visibility": "private"} | options
+    options["preprocess"] = False
     return trigger(_answer(function, len(outputs)), inputs, outputs, **options)
 
 
@@ -254,17 +251,17 @@ def _connect_films(blocks: Any, parts: Components, service: Service, folder: Pat
             return render.render_message(str(error))
 
     def open_upload(
-        path: str | None,
+        file: dict[str, Any] | None,
         typed: str,
         picked: list[str],
         threshold: float,
         rounds: float,
         request: gr.Request,
     ) -> tuple:
-        if not path:
+        if not file:
             raise UserError(f"no file has come; {uploads.REMEDY}")
         session = str(request.session_hash)
-        film = service.open_upload(session, Path(path), folder)
+        film = service.open_upload(session, Path(file["path"]), folder)
         results = ground(session, typed, picked, threshold, rounds)
         return None, *_show_film(film), results
 
@@ -319,7 +316,19 @@ def _connect_films(blocks: Any, parts: Components, service: Service, folder: Pat
 def _ground(
     service: Service, session: str, typed: str, picked: list[str], threshold: float, rounds: float
 ) -> str:
-    return service.ground(session, typed, picked, threshold, int(rounds))
+    display = _read_display(service, threshold, OPACITY, rounds)
+    return service.ground(session, typed, picked, display.threshold, display.rounds)
+
+
+def _read_display(
+    service: Service, threshold: float | None, opacity: float | None, rounds: float | None
+) -> Display:
+    most = service.grounder.max_rounds
+    return Display(
+        check_number(threshold, "threshold", 0, 1),
+        check_number(opacity, "opacity", 0, 1),
+        int(check_number(rounds, "number of rounds", 0, most)),
+    )
 
 
 def _connect_results(trigger: Any, parts: Components, service: Service, **options: Any) -> None:
@@ -351,7 +360,7 @@ def _connect_phrases(parts: Components, service: Service) -> None:
             rounds: float,
             request: gr.Request,
         ) -> tuple:
-            display = Display(threshold, opacity, int(rounds))
+            display = _read_display(service, threshold, opacity, rounds)
             session = str(request.session_hash)
             return (service.download(session, kind, typed, picked, display),)
 

@@ -16,7 +16,7 @@ from plan_jax import model as models
 from plan_jax import prediction
 from plan_jax.demo import downloads, examples, index, library, pictures, render, uploads
 from plan_jax.demo.downloads import Display
-from plan_jax.demo.grounder import Grounder, OpenFilm, split_phrases
+from plan_jax.demo.grounder import Grounder, OpenFilm, check_number, split_phrases
 from plan_jax.page import figures
 from plan_jax.prediction import films, phrases
 from plan_jax.types import Features, UserError
@@ -25,6 +25,7 @@ NUM_PHANTOMS = 40
 NUM_OFFERED = 8  # phantoms in the list
 NUM_REFERENCES = 6  # films by which the colour scale is fixed
 NUM_MATCHES = 5
+MAX_WINDOW = 2**32  # grey values of a film of the most bits that DICOM has
 MAX_OPEN = 64  # films that are kept, one for each browser tab
 # What anybody may ask of a film; they also fix the colour scale.
 OFFERED_PHRASES = (
@@ -171,7 +172,7 @@ class Service:
                 return self._keep(session, film)
         raise UserError("there is no such phantom; pick one of the list")
 
-    def change_window(self, session: str, level: float, width: float) -> OpenFilm:
+    def change_window(self, session: str, level: float | None, width: float | None) -> OpenFilm:
         """Shows the open DICOM film in another window, and reads it so.
 
         Raises:
@@ -180,8 +181,8 @@ class Service:
         film = self.find(session)
         if film.window is None:
             raise UserError("the film has no window; open a DICOM file")
-        if not np.isfinite([level, width]).all() or width < 1:
-            raise UserError(f"the window has a width of {width}; use 1 or more")
+        level = check_number(level, "window level", -MAX_WINDOW, MAX_WINDOW)
+        width = check_number(width, "window width", 1, MAX_WINDOW)
         new = self.grounder.open_bytes(film.source, film.film.name, (float(level), float(width)))
         return self._keep(session, new)
 

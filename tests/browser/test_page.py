@@ -1,11 +1,13 @@
 """The page as a person uses it: upload, type, click, sliders, downloads, the keyboard alone."""
 
+import asyncio
 import io
 import json
 import re
 import time
 import zlib
 
+import gradio as gr
 import numpy as np
 import psutil
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 from radiographs import make_dicom, make_png, make_tiff
 
 from plan_jax.data import phantom
+from plan_jax.demo import page as demo_page
 
 SCRIPT = "effusion <script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -119,6 +122,23 @@ def test_sliders_and_lines(page):
     page.wait_for_function("(heat) => document.querySelector('.pj-layer-0').src !== heat", arg=heat)
 
 
+@pytest.mark.parametrize(("name", "title"), [("threshold", "threshold"), ("rounds", "number of")])
+def test_an_empty_number_is_one_sentence(name, title, page):
+    page.locator(f"#{name} input[type=number]").fill("")
+    expect_message(page, f"the {title}.* is empty; type a number")
+    type_phrases(page, "cardiomegaly")
+    assert page.locator(".pj-card").count() >= 1
+
+
+def test_gradio_keeps_nothing_of_a_tab():
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        field = gr.Textbox()
+        field.change(str.upper, field, field)
+    state = demo_page.SessionState(blocks)
+    answer = asyncio.run(blocks.process_api(blocks.fns[0], ["secret"], state=state))
+    assert answer["data"] == ["SECRET"] and "secret" not in str(state.config_values).lower()
+
+
 def test_words_are_chips_with_their_maps(page):
     type_phrases(page, "small effusion on the left")
     expect_cards(page, "small effusion on the left")
@@ -156,6 +176,8 @@ def test_dicom_has_a_window(page, server):
     page.wait_for_function("(film) => document.querySelector('.pj-film').src !== film", arg=film)
     assert server.list_files() == []
     take_screenshot(page, "window")
+    page.locator("#width input[type=number]").fill("0")
+    expect_message(page, "the window width is 0; use 1 to")
 
 
 def test_a_lateral_film_is_said_and_shown(page):
