@@ -12,6 +12,7 @@ import optax
 import pytest
 from records import ANATOMY_NAMES, REGION_NAMES, make_record
 from test_train import random_batch
+from tiny_models import TOWERS
 
 from configs import testing
 from plan_jax import parallel
@@ -115,20 +116,8 @@ def test_a_text_without_a_variant_has_no_loss_and_no_gradient():
 @cache
 def take_step(devices, microbatch, kinds=("negation",)):
     """Returns the metrics and the gradients of a step of GLoRIA with towers without BatchNorm."""
-    towers = {
-        "method": "gloria",
-        "vision": {"name": "vit_tiny"},
-        "text": {"name": "bert_tiny", "dropout": 0.3},
-        "heads": {
-            "image_global": "mlp_ln",
-            "image_local": "linear",
-            "text_global": "mlp_ln",
-            "text_local": "linear",
-        },
-        "fine_map": False,
-        "hyper": {},
-    }
-    config = Config.from_dict(testing.get_config().to_dict() | towers)
+    content = testing.get_config().to_dict() | TOWERS | {"method": "gloria", "hyper": {}}
+    config = Config.from_dict(content)
     components = build_components(config, parallel.AXIS)
     batch = random_batch(16)
     if kinds:

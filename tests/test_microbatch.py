@@ -14,6 +14,7 @@ import optax
 import pytest
 from flax import linen as nn
 from test_train import random_batch
+from tiny_models import TOWERS
 
 from configs import testing
 from plan_jax import parallel
@@ -35,20 +36,6 @@ HYPER = {
     "asg": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "dropout_rate": 0.1},
     "place": {"num_queries": 4, "num_blocks": 1, "num_decoder_blocks": 1, "tile_size": 16},
 }
-# Towers without BatchNorm, and with dropout.
-TOWERS = {
-    "vision": {"name": "vit_tiny"},
-    "text": {"name": "bert_tiny", "dropout": 0.3},
-    "heads": {
-        "image_global": "mlp_ln",
-        "image_local": "linear",
-        "text_global": "mlp_ln",
-        "text_local": "linear",
-    },
-    "fine_map": False,
-}
-
-
 FEATURES = features.draw_features(PAIRS, words=10)
 
 

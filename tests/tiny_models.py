@@ -1,4 +1,4 @@
-"""A model of the testing config with random weights, for tests that need all of its parts."""
+"""Towers of tests, and a model of the testing config with random weights and all of its parts."""
 
 from functools import cache
 
@@ -10,6 +10,19 @@ from plan_jax.config import Config
 from plan_jax.data.tokenizer import tokenize_batch
 from plan_jax.state import init_state
 from plan_jax.types import Batch
+
+# Of a config: towers without BatchNorm, and with dropout.
+TOWERS = {
+    "vision": {"name": "vit_tiny"},
+    "text": {"name": "bert_tiny", "dropout": 0.3},
+    "heads": {
+        "image_global": "mlp_ln",
+        "image_local": "linear",
+        "text_global": "mlp_ln",
+        "text_local": "linear",
+    },
+    "fine_map": False,
+}
 
 
 @cache
