@@ -40,6 +40,15 @@ def test_a_paired_difference_needs_no_independent_noise():
     assert low < 0 < high
 
 
+def test_an_interval_over_seeds_is_wider_than_one_over_images():
+    first = np.stack([np.zeros(50), np.ones(50)], 1)[None, :, :, None].repeat(4, 0)
+    second = first.copy()
+    second[:, :, 0, 0] += np.array([0.0, 1, 2, 3])[:, None]
+    low, high = intervals.bootstrap_difference_over_seeds(first, second)
+    assert 0 <= low < 1 and 2 < high <= 3
+    assert intervals.bootstrap_difference(first[0], second[2]) == (2, 2)
+
+
 def test_means_are_over_groups_that_have_a_count():
     table = np.zeros((3, 2, 3))
     table[:, 0, 0], table[:, 1, 0] = [1, 2, 6], 1

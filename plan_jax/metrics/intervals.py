@@ -57,9 +57,31 @@ def bootstrap_difference(
     >>> bootstrap_difference(first, first * [[3.0], [1.0]])
     (2.0, 2.0)
     """
+    return bootstrap_difference_over_seeds(first[None], second[None], statistic, n, seed, level)
+
+
+def bootstrap_difference_over_seeds(
+    first: Float[np.ndarray, "S N 2 F"],
+    second: Float[np.ndarray, "S N 2 F"],
+    statistic: str = "mean",
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Returns the interval of `bootstrap_difference` for metrics that are means over S seeds.
+
+    Tables s are of the runs of seed s. A resample draws examples, and independently of them seeds,
+    the same of both models. So the interval is of other images and of other runs.
+    """
     compute = STATISTICS[statistic]
-    pairs = np.stack([first, second], 1)
-    return bootstrap(pairs, lambda rows: compute(rows[:, 1]) - compute(rows[:, 0]), n, seed, level)
+    draw = np.random.default_rng([seed, 1])  # not the numbers that draw the examples
+
+    def difference(rows: np.ndarray) -> float:
+        seeds = draw.integers(len(first), size=len(first))
+        return float(np.mean([compute(rows[:, 1, s]) - compute(rows[:, 0, s]) for s in seeds]))
+
+    pairs = np.moveaxis(np.stack([first, second]), 2, 0)
+    return bootstrap(pairs, difference, n, seed, level)
 
 
 def macro_mean(sum_and_count: Float[np.ndarray, "N 2 F"]) -> float:
