@@ -18,6 +18,25 @@ METHODS = {
     "place": "PLACE",
     "plan": "PLAN, T = 1",
 }
+# What `tools/compare.py --tune` tries beside the default: of every method two values of each of two
+# constants, and one of the learning rate. So each method has the same number of trials.
+LEARNING_RATE_FACTOR = 1 / 3
+TUNED = {
+    # The contrast is all of ConVIRT, and these are its constants.
+    "convirt": {"tau": (0.05, 0.2), "image_to_text": (0.5, 0.9)},
+    # With cosines a word attends nearly evenly at 4; the scale is that of both contrasts.
+    "gloria": {"attention_sharpness": (16.0, 64.0), "logit_scale": (5.0, 20.0)},
+    # Only the token losses reach the heat map: how sharp they are, and how much they count.
+    "mgca": {"tau_token": (0.05, 0.2), "weight_token": (0.3, 3.0)},
+    # The temperature of three of four losses, and the weight of the one that grounds words.
+    "asg": {"tau": (0.04, 0.15), "weight_region": (0.3, 3.0)},
+    # Of the local contrast, and of the match and the queries that make the heat map.
+    "place": {"tau_local": (0.04, 0.15), "tau_match": (0.05, 0.2)},
+    # How sharp the region of a word is, and how many words of a report are contrasted.
+    "plan": {"tau_region": (0.05, 0.2), "num_sampled_words": (6, 24)},
+}
+# On hard phantoms: the longest of 150 reports has 18 sentences, and PLACE's default reads 12.
+HARD_HYPER = {"place": {"max_sentences": 24}}
 ABLATION = {
     "plan_0": "PLAN, T = 0",
     "plan_2": "PLAN, T = 2",
