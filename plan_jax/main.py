@@ -249,8 +249,9 @@ def _train_in_folder(
 ) -> None:
     """Trains a config in the local folder of a run, unless it holds another one."""
     from plan_jax import config as configs
+    from plan_jax import parallel
 
-    previous = read_run_config(folder)
+    previous = parallel.ask_main(lambda: read_run_config(folder))
     if previous:
         configs.check_version(previous, f"workdir {workdir}")
         try:

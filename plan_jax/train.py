@@ -74,7 +74,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     """Trains a config in `workdir`, evaluates the result and returns the final metrics.
 
     Returns {} if the run was stopped by a signal; its state is saved. A run at an address, as
-    gs://bucket/run, is written into a local folder and uploaded at each save.
+    gs://bucket/run, is written into a local folder and uploaded at each save. Of several hosts the
+    main one alone reads and writes the run.
 
     Raises:
       UserError: the batch is not divisible by the devices, or its part on one device by
@@ -112,7 +113,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     #   3. Fresh after all: the folder exists, but the run was killed before its first checkpoint.
     #      As 1, and only now is it known that published weights are needed.
     folder = workdir / checkpoint.FOLDER
-    is_fresh = not folder.exists()
+    is_fresh = parallel.ask_main(lambda: not folder.exists())
     state, optimiser = init_state(
         components, config, example, dataset.findings, load_weights=is_fresh
     )
@@ -465,7 +466,7 @@ def diverged_error(error: NotFinite, config: Config, folder: Path) -> DivergedEr
         remedies = ["look at config.hyper, config.weights and the data of the first batch"]
     if config.dtype != "float32":
         remedies.append("use config.dtype=float32")
-    steps = list_steps(folder)
+    steps = parallel.ask_main(lambda: list_steps(folder))
     saved = (
         f"checkpoint {folder / str(steps[-1])} has the last finite weights that were saved"
         if steps

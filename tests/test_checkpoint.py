@@ -1,6 +1,5 @@
 """Checkpoints: a round trip is exact, a broken step is skipped, and every failure is reported."""
 
-import errno
 import json
 import os
 import re
@@ -665,42 +664,6 @@ def test_old_steps_do_not_fill_the_disk(tmp_path):
         assert steps == ([str(step - 1)] if step else [])
     checkpoint.close(manager)
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
-
-
-@pytest.mark.parametrize("is_main", [True, False])
-def test_the_main_process_finds_broken_steps_for_all(damaged, is_main, monkeypatch):
-    """It may have renamed one before another process looks."""
-    (damaged / "3/config/metadata").unlink()
-    monkeypatch.setattr(parallel, "is_main", lambda: is_main)
-    message = json.dumps([[1, 2, 3], {"3": "config/metadata is missing"}, ""])
-    texts = []
-
-    def gather(text):
-        texts.append(text)
-        return [message, json.dumps([[], {}, ""])]
-
-    monkeypatch.setattr(parallel, "gather_strings", gather)
-    assert checkpoint._find_faults(damaged) == ([1, 2, 3], {3: "config/metadata is missing"})
-    assert texts == [message if is_main else json.dumps([[], {}, ""])]
-
-
-@pytest.mark.parametrize("is_main", [True, False])
-def test_all_processes_refuse_steps_that_the_main_one_cannot_read(damaged, is_main, monkeypatch):
-    def refuse(_):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    texts = []
-
-    def gather(text):
-        texts.append(text)
-        return [text if is_main else json.dumps([[1], {}, "checkpoint 1 cannot be read"])]
-
-    monkeypatch.setattr(checkpoint, "find_fault", refuse)
-    monkeypatch.setattr(parallel, "is_main", lambda: is_main)
-    monkeypatch.setattr(parallel, "gather_strings", gather)
-    with pytest.raises(UserError, match="checkpoint .*1 cannot be read"):
-        checkpoint._find_faults(damaged)
-    assert len(texts) == 1  # the main process answers before it stops
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -83,11 +84,13 @@ def test_the_lock_ends_with_its_block(tmp_path):
 
 
 def test_only_the_main_process_of_a_run_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(parallel, "is_main", lambda: False)
+    monkeypatch.setattr(parallel, "gather_strings", lambda _: ['[null, ""]', ""])
     with checkpoint.lock_workdir(tmp_path / "run"), checkpoint.lock_workdir(tmp_path / "run"):
         assert not (tmp_path / "run").exists()
     # Where the main process is refused, no other one waits for it.
-    monkeypatch.setattr(parallel, "gather_strings", lambda _: ["workdir is in use", ""])
+    monkeypatch.setattr(parallel, "gather_strings", lambda _: ['[null, "it is in use"]', ""])
     with pytest.raises(UserError, match="in use"), checkpoint.lock_workdir(tmp_path / "run"):
         pass
 

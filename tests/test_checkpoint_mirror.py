@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
+import portpicker
 import pytest
 from bucket import BucketFileSystem
 from test_checkpoint import CONFIG, flip_one_bit, is_identical, make_state
@@ -186,13 +188,81 @@ def test_a_broken_step_is_not_uploaded(address, finished, capsys):
     assert not any(name.startswith("checkpoints/3/") for name in objects(address))
 
 
-def test_several_hosts_are_refused(address, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 4)
-    with (
-        pytest.raises(UserError, match="4 hosts of one run need a folder .*gcsfuse"),
-        open_run(address),
-    ):
-        raise AssertionError("the body must not begin")
+HOSTS = """
+import sys
+sys.path.insert(0, "tests")
+import jax, numpy as np
+import bucket
+from plan_jax import checkpoint, command, parallel, storage
+from plan_jax.checkpoint import address_lock
+from plan_jax.checkpoint.mirror import open_run
+from plan_jax.types import UserError
+
+def make_state(step):
+    return parallel.replicate({"a": np.array([-0.0, step, np.nan], np.float32), "b": np.int32(3)})
+
+def run():
+    parallel.initialize()
+    address_lock.SETTLE = 0.0
+    for step in (1, 2):
+        with open_run(sys.argv[1]) as folder:
+            assert folder.parent.exists() == parallel.is_main()
+            manager = checkpoint.open_manager(folder / "checkpoints")
+            restored = checkpoint.restore(manager, make_state(5))
+            assert (restored.step if restored else 0) == step - 1
+            if restored:
+                prints = map(checkpoint.fingerprint, (restored.state, make_state(1)))
+                assert len(set(prints)) == 1
+                assert restored.data == {"host": jax.process_index()}
+                assert restored.state["a"].sharding == make_state(1)["a"].sharding
+            data = {"host": jax.process_index()} if step == 1 else {"next": 2}
+            saves = checkpoint.save(manager, step, make_state(step), data, {})
+            assert saves == parallel.is_main()
+            checkpoint.close(manager)
+            if parallel.is_main():
+                (folder / "config.json").touch()
+    try:
+        with open_run(sys.argv[1]):
+            parallel.ask_main(lambda: storage.find_place("workdir", sys.argv[1]).write(
+                ".lock", b'{"pid": 7, "host": "other", "token": "x"}'))
+    except UserError as error:
+        print(error)
+
+parallel.leave(command.run(run))
+"""
+
+
+def test_the_main_one_of_two_hosts_has_the_run(address, tmp_path):
+    """Each has a disk of its own; what the first cannot upload, both say."""
+    port = portpicker.pick_unused_port()
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOSTS, address],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **cluster,
+                "JAX_PROCESS_ID": str(index),
+                "PLAN_JAX_CACHE": str(tmp_path / f"host_{index + 2}"),
+            },
+        )
+        for index in range(2)
+    ]
+    outputs = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    sentence = f"run {address} is not copied completely: .* is in use by process 7 on other"
+    assert all(re.search(sentence, out.splitlines()[-1]) for out, _ in outputs), outputs
+    assert not list(tmp_path.glob("host_3/*"))
+    storage.find_place("workdir", address).delete([".lock"])
+    with open_run(address) as run:
+        manager = checkpoint.open_manager(run / "checkpoints")
+        restored = checkpoint.restore(manager, {"a": np.zeros(3, np.float32), "b": np.int32(0)})
+        checkpoint.close(manager)
+    assert (restored.step, restored.data, restored.state["a"][1]) == (2, {"next": 2}, 2)
 
 
 # Kills and failures ------------------------------------------------------------------------------

@@ -412,6 +412,7 @@ def test_clusters_that_cannot_be_joined(monkeypatch, variables, sentence):
 CLUSTER_SCRIPT = """
     import jax, numpy as np
     from plan_jax import parallel
+    from plan_jax.types import UserError
     parallel.initialize()
     process = jax.process_index()
     def step(state, batch):
@@ -433,6 +434,22 @@ CLUSTER_SCRIPT = """
     expected = [(False, False)] * 4 + [(False, True), (True, False), (False, False)]
     assert flags == expected, flags
     assert parallel.gather_strings("x" * (process + 1)) == ["x", "xx"]
+    assert parallel.ask_main(lambda: [process, "x"]) == [0, "x"]
+    refusal = ""
+    try:
+        parallel.ask_main(lambda: parallel.split_batch(process, 0 * process + 2))
+    except UserError as error:
+        refusal = str(error)
+    assert refusal == "batch 0 is not divisible by 2 devices; use 2"
+    arrays = {
+        "bits": np.array([-0.0, np.nan, 2.0**-149, process], np.float32),
+        "large": np.full(9_000_000, 1.5 + process, jax.numpy.bfloat16),  # of two pieces
+        "number": np.int32(3 + process),
+    }
+    sent = parallel.broadcast(arrays)
+    assert sent["bits"].tobytes() == np.array([-0.0, np.nan, 2.0**-149, 0], np.float32).tobytes()
+    assert sent["large"].dtype == "bfloat16" and (sent["large"] == 1.5).all()
+    assert sent["number"] == 3
     parallel.barrier()
     print("done", parallel.is_main())
 """

@@ -5,6 +5,9 @@ process's data iterator) and `config` (with the format, the version of plan_jax 
 every item). A step appears under its number once it is complete. If the disk damages a step later,
 even by a single bit, `restore` renames it to `broken-<step>` and falls back to the newest complete
 one. A step that only cannot be read at the moment stops the run instead (see `faults`).
+
+Of several hosts the main one alone reads and writes the steps of a run. All hosts have the same
+state, so the main one has all of it to save, and sends them what it has restored.
 """
 
 import base64
@@ -62,6 +65,8 @@ __all__ = [
 # Raised whenever names of parameters or config fields change. Checkpoints of 0.1 have no number.
 FORMAT = 2
 WEIGHTS = ("params", "ema_params", "batch_stats", "memory")
+# Orbax takes all hosts to write by default, and waits for them.
+MAIN_ONLY = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 # How often a reader starts again because the run has replaced the step that it was reading.
 MAX_READS = 100
 
@@ -80,10 +85,11 @@ class Checkpoint(NamedTuple):
 
 def open_manager(
     folder: str | Path, keep: int = 3, best_metric: str | None = None
-) -> ocp.CheckpointManager:
+) -> ocp.CheckpointManager | None:
     """Opens `folder` for writing; broken steps in it are renamed first.
 
-    Only one process at a time may write into a folder: see `lock_workdir`.
+    Only one process at a time may write into a folder: see `lock_workdir`. The other hosts of a run
+    get None, and call the functions below with that.
 
     Args:
       folder: where the steps are; created if it does not exist.
@@ -92,9 +98,15 @@ def open_manager(
         steps only.
 
     Raises:
-      UserError: `folder` cannot be created or read, or is a file.
+      UserError: `folder` cannot be created or read, or is a file; in every process.
     """
-    folder = Path(folder).absolute()
+    managers: list[ocp.CheckpointManager] = []
+    path = Path(folder).absolute()
+    parallel.ask_main(lambda: managers.append(_open_manager(path, keep, best_metric)))
+    return managers[0] if managers else None
+
+
+def _open_manager(folder: Path, keep: int, best_metric: str | None) -> ocp.CheckpointManager:
     folders.check_name(folder)
     silence_orbax()
     rules: list = [policies.LatestN(keep)]
@@ -112,6 +124,8 @@ def open_manager(
         best_fn=rank,
         preservation_policy=policies.AnyPreservationPolicy(rules),
         cleanup_tmp_directories=True,  # what a killed save left behind
+        create=False,  # orbax does not create a folder for one of several hosts
+        multiprocessing_options=MAIN_ONLY,
         # An old step is renamed before it is deleted, so that a kill leaves no half of it.
         todelete_subdir=folders.DELETED,
     )
@@ -130,27 +144,12 @@ def open_manager(
 def _find_faults(folder: Path) -> tuple[list[int], dict[int, str]]:
     """Returns the steps in `folder`, and what is wrong with the small files of the broken ones.
 
-    The main process decides for all. It may rename a step before another process has looked.
-
     Raises:
       UserError: a step cannot be read.
     """
-    steps: list[int] = []
-    faults: dict[str, str] = {}
-    refusal = ""
-    if parallel.is_main():
-        try:
-            steps = folders.list_steps(folder)
-            for step in steps:
-                if fault := _find_fault(folder / str(step)):
-                    faults[str(step)] = fault
-        except UserError as error:
-            refusal = str(error)  # shared, because the other processes wait for an answer
-    answer = parallel.gather_strings(json.dumps([steps, faults, refusal]))[0]
-    steps, faults, refusal = json.loads(answer)
-    if refusal:
-        raise UserError(refusal)
-    return steps, {int(step): fault for step, fault in faults.items()}
+    steps = folders.list_steps(folder)
+    faults = {step: _find_fault(folder / str(step)) for step in steps}
+    return steps, {step: fault for step, fault in faults.items() if fault}
 
 
 def _find_fault(step_folder: Path) -> str:
@@ -161,7 +160,7 @@ def _find_fault(step_folder: Path) -> str:
 
 
 def save(
-    manager: ocp.CheckpointManager,
+    manager: ocp.CheckpointManager | None,
     step: int,
     state: PyTree,
     data: Any,
@@ -169,6 +168,8 @@ def save(
     metrics: Mapping[str, float] | None = None,
 ) -> bool:
     """Starts saving a step, and returns as soon as `state` may be overwritten.
+
+    Every host calls it, since each has its own position in the data.
 
     Args:
       manager: from `open_manager`.
@@ -179,13 +180,17 @@ def save(
       metrics: numbers by which the best step is selected.
 
     Returns:
-      False if the step has been saved before, and nothing is written.
+      False if this process writes nothing: the step has been saved before, or it is not the main
+      one.
 
     Raises:
       UserError: this save, or the previous one in the background, could not be written.
     """
-    # Only the main process writes these items, so it gathers the positions of all.
     positions = {"processes": parallel.gather_strings(_encode_json(data))}
+    if manager is None:
+        return False
+    if jax.process_count() > 1:  # of an array of all hosts, orbax would write this one's part
+        state = parallel.to_host(state)
     # Checksums come first: once orbax has its copy, the next step may donate these arrays.
     about = {
         "format": FORMAT,
@@ -209,7 +214,9 @@ def save(
         return manager.save(step, args=args, metrics=values, force=True)
 
 
-def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]) -> None:
+def add_metrics(
+    manager: ocp.CheckpointManager | None, step: int, metrics: Mapping[str, float]
+) -> None:
     """Adds the metrics by which the best step is selected to a saved step that has none.
 
     The step itself is not touched, so a kill at any moment loses nothing.
@@ -217,8 +224,10 @@ def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str,
     Raises:
       UserError: they could not be written.
     """
+    if manager is None:
+        return
     folder = Path(manager.directory) / str(step)
-    if parallel.is_main() and not (folder / "metrics").exists():
+    if not (folder / "metrics").exists():
         with _report_write_errors(manager):
             temporary = folder / "metrics.part"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -226,16 +235,17 @@ def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str,
             values = {name: float(value) for name, value in metrics.items()}
             (temporary / "metrics").write_text(json.dumps(values))
             temporary.rename(folder / "metrics")
-    parallel.barrier("metrics added")
     manager.reload()
 
 
-def close(manager: ocp.CheckpointManager) -> None:
+def close(manager: ocp.CheckpointManager | None) -> None:
     """Waits until everything is on disk, and closes the manager.
 
     Raises:
       UserError: a save in the background could not be written.
     """
+    if manager is None:
+        return
     with _report_write_errors(manager):
         manager.wait_until_finished()
         manager.check_for_errors()
@@ -246,32 +256,49 @@ def close(manager: ocp.CheckpointManager) -> None:
 # Reading -----------------------------------------------------------------------------------------
 
 
-def restore(manager: ocp.CheckpointManager, template: PyTree) -> Checkpoint | None:
+def restore(manager: ocp.CheckpointManager | None, template: PyTree) -> Checkpoint | None:
     """Returns the newest complete checkpoint, or None if there is none.
 
     Broken ones are renamed to `broken-<step>`, and one line on stderr says which, why, and which
-    step is used instead.
+    step is used instead. Every host calls it, and gets the state that the main one has read.
 
     Args:
       manager: from `open_manager`.
-      template: a tree of arrays; the restored ones have its structure and its placement on devices.
+      template: a tree of arrays; the restored ones have its structure and its placement on devices,
+        with several hosts on all of them.
 
     Raises:
       UserError: the newest complete checkpoint has another format or other arrays than `template`,
         or belongs to another number of processes, each at its own position in the data; or a step
         cannot be read, without a proof that it is broken.
     """
-    folder = Path(manager.directory)
-    content, step, failures = _read_first(
-        lambda step_folder: _read_state(step_folder, template), folder, folders.list_steps(folder)
-    )
-    for broken_step, failure in failures.items():
-        folders.set_aside(folder, broken_step, failure.reason, step)
-    if failures:
-        manager.reload()
-    if step is None:
+    is_shared = jax.process_count() > 1
+    state = template = parallel.to_host(template) if is_shared else template
+
+    def read() -> tuple[int, list[str], dict] | None:
+        nonlocal state
+        assert manager is not None
+        folder = Path(manager.directory)
+        content, step, failures = _read_first(
+            lambda step_folder: _read_state(step_folder, template),
+            folder,
+            folders.list_steps(folder),
+        )
+        for broken_step, failure in failures.items():
+            folders.set_aside(folder, broken_step, failure.reason, step)
+        if failures:
+            manager.reload()
+        if step is None:
+            return None
+        state, positions, config = content
+        return step, positions, config
+
+    answer = parallel.ask_main(read)
+    if answer is None:
         return None
-    state, positions, config = content
+    step, positions, config = answer
+    if is_shared:
+        state = parallel.replicate(parallel.broadcast(state))
     data = json.loads(_select_position(positions, step), object_hook=_decode_bytes)
     return Checkpoint(step, state, data, config)
 
@@ -351,7 +378,7 @@ def _read_state(step_folder: Path, template: PyTree) -> tuple[PyTree, list[str],
     about, positions = _read_about(step_folder), read_json(step_folder / "data/metadata")
     if about.get("data_checksum") not in (None, checksums.json_checksum(positions)):
         raise BrokenError("data is not what was saved")
-    reader = ocp.StandardCheckpointer()
+    reader = ocp.StandardCheckpointer(multiprocessing_options=MAIN_ONLY)
     metadata = _read_metadata(reader, step_folder)
     if checksums.named_leaves(metadata).keys() != about["checksums"].keys():
         raise BrokenError("state/_METADATA is not what was saved")
@@ -475,7 +502,7 @@ def _installed_version() -> str:
 def _report_write_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Turns any error of a save into a sentence for the user."""
     try:
-        with parallel.report_lost_host():  # a save waits for all hosts
+        with parallel.report_lost_host():  # orbax asks JAX's service for a preemption
             yield
     except UserError:
         raise

@@ -100,16 +100,13 @@ def set_aside(folder: Path, step: int, reason: str, substitute: int | None) -> N
     Raises:
       UserError: the step cannot be renamed.
     """
-    if parallel.is_main():
-        name, count = f"broken-{step}", 1
-        while (folder / name).exists():
-            name, count = f"broken-{step}-{count}", count + 1
-        with report_write_errors(folder / name):
-            (folder / str(step)).rename(folder / name)
-        remedy = "there is no other one" if substitute is None else f"using step {substitute}"
-        parallel.print_once(f"checkpoint {step} is broken ({reason}), renamed to {name}; {remedy}")
-    # No process may look for the newest step while the main one still renames it.
-    parallel.barrier(f"set aside {step}")
+    name, count = f"broken-{step}", 1
+    while (folder / name).exists():
+        name, count = f"broken-{step}-{count}", count + 1
+    with report_write_errors(folder / name):
+        (folder / str(step)).rename(folder / name)
+    remedy = "there is no other one" if substitute is None else f"using step {substitute}"
+    parallel.print_once(f"checkpoint {step} is broken ({reason}), renamed to {name}; {remedy}")
 
 
 def empty_deleted(folder: Path) -> None:
@@ -118,6 +115,5 @@ def empty_deleted(folder: Path) -> None:
     Raises:
       UserError: they cannot be deleted.
     """
-    if parallel.is_main():
-        with report_write_errors(folder / DELETED), contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder / DELETED)
+    with report_write_errors(folder / DELETED), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder / DELETED)

@@ -38,18 +38,14 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
       UserError: another run holds it, in every process; or the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        refusal = ""
-        if parallel.is_main():
-            try:
-                descriptor, has_locks = _open_locked(workdir)
-                stack.callback(os.close, descriptor)
-                if not has_locks:
-                    stack.enter_context(_renew(workdir / FILE))
-            except UserError as error:
-                refusal = str(error)
-        # The other hosts would wait forever for a main process that has left.
-        if refusal := parallel.gather_strings(refusal)[0]:
-            raise UserError(refusal)
+
+        def lock() -> None:
+            descriptor, has_locks = _open_locked(workdir)
+            stack.callback(os.close, descriptor)
+            if not has_locks:
+                stack.enter_context(_renew(workdir / FILE))
+
+        parallel.ask_main(lock)
         yield
 
 

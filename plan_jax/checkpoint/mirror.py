@@ -4,6 +4,8 @@ A run is fetched before it is resumed, and trains in the local folder. In the ba
 are uploaded after each save and at the end: first the log, then each complete step, whose last file
 makes it valid there. A killed run leaves the older steps, and the newest one if all of it had
 arrived. What lies at the address has the names that it has in a folder.
+
+Of several hosts the main one alone has the local folder, fetches and uploads.
 """
 
 import contextlib
@@ -15,7 +17,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 from tqdm import tqdm
 
 from plan_jax import parallel
@@ -53,26 +54,36 @@ def open_run(workdir: str | Path) -> Iterator[Path]:
     upload that fails during the training is reported in one line and tried again; training goes on.
 
     Raises:
-      UserError: the address cannot be used, another run writes there, or the last upload failed.
+      UserError: the address cannot be used, another run writes there, or the last upload failed;
+        in every process.
     """
     place = find_place("workdir", workdir)
     if place is None:
         yield Path(workdir)
         return
-    if jax.process_count() > 1:
-        raise UserError(
-            f"workdir {place.address} is an address, and {jax.process_count()} hosts of one run"
-            " need a folder that all of them see; mount the bucket on each (gcsfuse) and pass that"
-        )
     mirror = cache_folder("runs", place.address)
     check_name(mirror)
     run = mirror / "run"
-    with lock_workdir(mirror), AddressLock(place) as lock:
+    with lock_workdir(mirror), contextlib.ExitStack() as stack:
+        parallel.ask_main(lambda: stack.enter_context(_copy_run(place, run)))
+        yield run
+        parallel.ask_main(stack.close)
+    parallel.print_once(f"run {run} is copied to {place.address}")
+
+
+@contextlib.contextmanager
+def _copy_run(place: Place, run: Path) -> Iterator[None]:
+    """Fetches a run, and uploads what the body writes, while it runs and once more at its end.
+
+    Raises:
+      UserError: as `open_run`.
+    """
+    with AddressLock(place) as lock:
         upload = _Upload(run, place, lock, _fetch_run(place, run))
         thread = threading.Thread(target=upload.repeat, name="uploads", daemon=True)
         thread.start()
         try:
-            yield run
+            yield
         except BaseException:
             upload.stop(thread)
             if (run / "config.json").exists():
@@ -86,7 +97,6 @@ def open_run(workdir: str | Path) -> Iterator[Path]:
             upload.copy()
         except (UserError, OSError) as error:
             raise UserError(_describe_failure(place, run, error)) from error
-        parallel.print_once(f"run {run} is copied to {place.address}")
 
 
 def _describe_failure(place: Place, run: Path, error: Exception) -> str:

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import functools
 import glob
+import json
 import math
 import os
 import re
@@ -161,6 +162,31 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def ask_main(compute: Callable[[], Item]) -> Item:
+    """Returns in all processes what a function returns in the main one, which alone calls it.
+
+    Every process must call this, and waits for the answer.
+
+    Args:
+      compute: returns what JSON can hold.
+
+    Raises:
+      UserError: the function raised one; in every process.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    answer, refusal = None, ""
+    if is_main():
+        try:
+            answer = compute()
+        except UserError as error:
+            refusal = str(error)  # shared, because the other processes wait for an answer
+    answer, refusal = json.loads(gather_strings(json.dumps([answer, refusal]))[0])
+    if refusal:
+        raise UserError(refusal)
+    return answer  # type: ignore[return-value]
+
+
 class Agreement:
     """Agrees in every step on the flags that any process has raised, without waiting for an answer.
 
@@ -233,6 +259,26 @@ def gather_bytes(content: bytes) -> list[bytes]:
         for part, row, size in zip(parts, rows, sizes, strict=True):
             part.append(row[: max(size - start, 0)].tobytes())
     return [b"".join(part) for part in parts]
+
+
+def broadcast(tree: PyTree) -> PyTree:
+    """Returns the arrays of the main process in all of them, in numpy and bit for bit.
+
+    Every process must call it, with arrays of the same shapes and types. They pass through the
+    devices in pieces.
+    """
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
+    # As bytes: JAX adds the zeros of the other processes, by which -0.0 becomes 0.0.
+    content = np.frombuffer(b"".join(leaf.tobytes() for leaf in leaves), np.uint8).copy()
+    for start in range(0, content.size, PIECE_BYTES):
+        piece = slice(start, start + PIECE_BYTES)
+        content[piece] = multihost_utils.broadcast_one_to_all(content[piece])
+    parts = np.split(content, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
+    values = [
+        np.frombuffer(part.tobytes(), leaf.dtype).reshape(leaf.shape)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, values)
 
 
 # Devices -----------------------------------------------------------------------------------------
