@@ -240,6 +240,8 @@ def train(content: Mapping[str, Any] | None, overrides: Mapping[str, str], workd
     parent = storage.cache_root() if is_remote else Path(workdir).absolute().parent
     cache = config.parallel.cache or parent / "programs"
     parallel.configure_backend(config.parallel.cpu_devices, cache)
+    require_same_config(config)
+    require_same_workdir(workdir)
     with open_run(workdir) as folder:
         _train_in_folder(config, overrides, workdir, folder)
 
@@ -272,7 +274,6 @@ def _train_in_folder(
             config = configs.expect_data(config, previous_config, is_own=True)
     else:
         configs.check_image_size(config, is_training=True)
-    require_same_config(config)
     from plan_jax.train import train as train_run
 
     command.describe_interruption("the same command continues")
@@ -349,6 +350,8 @@ def evaluate(
     require_writable(out, "folder", "pass another for the results as --workdir")
     programs = parent.absolute().parent / "programs"
     parallel.configure_backend(1, config.parallel.cache or programs)
+    require_same_config(config)
+    require_same_workdir(workdir or "")
     command.describe_interruption("no results were written")
 
     def compute_metrics() -> Mapping[str, Any]:
@@ -436,6 +439,20 @@ def require_same_config(config: Any) -> None:
                 f"{parallel.host_name(index)} does not have the config of {parallel.host_name(0)},"
                 f" which has {difference}; start the same command on all hosts"
             )
+
+
+def require_same_workdir(workdir: str) -> None:
+    """Checks that all hosts of a run have the same folder or address.
+
+    Raises:
+      UserError: two differ; in every host.
+    """
+    from plan_jax import parallel
+
+    if difference := parallel.find_difference(workdir or "that of the checkpoint"):
+        raise UserError(
+            "{} has workdir {}, and {} {}; pass the same --workdir on all hosts".format(*difference)
+        )
 
 
 def report_results(compute_metrics: Callable[[], Mapping[str, Any]], page: Path) -> None:

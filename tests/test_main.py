@@ -243,6 +243,15 @@ def test_hosts_with_different_configs_are_refused(field, value, difference, monk
         main.require_same_config(own)
 
 
+def test_hosts_with_other_workdirs_are_refused(monkeypatch):
+    texts = ["runs/a", "runs/b"]
+    monkeypatch.setattr(parallel, "gather_strings", lambda _: texts)
+    with pytest.raises(UserError, match="^host 1 has workdir runs/b, and host 0 runs/a; pass the"):
+        main.require_same_workdir("runs/a")
+    texts.pop()
+    main.require_same_workdir("runs/a")
+
+
 def test_hosts_with_other_data_are_refused(monkeypatch):
     fingerprints = ["ab", "ab", "cd"]
     monkeypatch.setattr(parallel, "gather_strings", lambda _: fingerprints)
