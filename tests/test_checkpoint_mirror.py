@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 import portpicker
 import pytest
 from bucket import BucketFileSystem
@@ -260,7 +259,8 @@ def test_the_main_one_of_two_hosts_has_the_run(address, tmp_path):
     storage.find_place("workdir", address).delete([".lock"])
     with open_run(address) as run:
         manager = checkpoint.open_manager(run / "checkpoints")
-        restored = checkpoint.restore(manager, {"a": np.zeros(3, np.float32), "b": np.int32(0)})
+        template = {"a": jax.numpy.zeros(3), "b": jax.numpy.int32(0)}
+        restored = checkpoint.restore(manager, template)
         checkpoint.close(manager)
     assert (restored.step, restored.data, restored.state["a"][1]) == (2, {"next": 2}, 2)
 
@@ -398,12 +398,55 @@ def test_steps_that_were_not_uploaded_go_on(uploaded):
     assert "checkpoints/4/config/metadata" in objects(uploaded)
 
 
-def test_a_run_that_was_deleted_begins_anew(uploaded):
+def test_a_run_that_was_deleted_begins_anew(uploaded, capsys):
     with open_run(uploaded) as run:
         pass
     shutil.rmtree(uploaded.removeprefix("bucket://"))
     with open_run(uploaded) as run:
         assert not run.exists()
+    # Should that have been a mistake, the steps are still there.
+    assert (run.parent / "replaced/3/config/metadata").exists()
+    assert "step 3 of this host does not continue the run at bucket://" in capsys.readouterr().err
+
+
+def test_a_fetch_that_fails_leaves_the_steps_of_this_host(uploaded, tmp_path, monkeypatch):
+    with open_run(uploaded) as run:
+        pass
+    with monkeypatch.context() as patch:
+        use_host(patch, tmp_path, 2)
+        with open_run(uploaded) as other:
+            save(other, 4)
+    save(run, 5)
+    before = contents(run)
+
+    def fail(self, path, *arguments, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketFileSystem, "get_file", fail)
+        with pytest.raises(UserError, match="cannot be read .Input/output"), open_run(uploaded):
+            raise AssertionError("the body must not begin")
+    assert contents(run) == before
+    with open_run(uploaded) as run:
+        assert restore(run) == 4
+    assert (run.parent / "replaced/5/config/metadata").exists()
+
+
+@pytest.mark.parametrize("steps", [(3,), (1, 2, 3)])
+def test_damaged_checksums_at_the_address_cost_no_step_of_this_host(uploaded, steps, capsys):
+    with open_run(uploaded) as run:
+        pass
+    folder = Path(uploaded.removeprefix("bucket://"))
+    for step in steps:
+        (folder / f"checkpoints/{step}/uploaded.json").write_text("[]")
+    save(run, 4)  # which could not be uploaded
+    with open_run(uploaded) as run:
+        assert restore(run) == 4
+    assert "checkpoints/3 is broken (uploaded.json is not what" in capsys.readouterr().err
+    shutil.rmtree(run.parent)
+    with open_run(uploaded) as run:
+        assert {path.name for path in run.glob("checkpoints/?")} >= {"2", "3", "4"}
+    assert "broken" not in capsys.readouterr().err
 
 
 # Damage at the address ---------------------------------------------------------------------------
@@ -540,6 +583,34 @@ def test_a_reader_fetches_the_newest_step(uploaded, finished, monkeypatch):
     step = fetch_source(f"{uploaded}/checkpoints/2")
     assert contents(step) == contents(finished / "checkpoints/2")
     assert fetch_source(f"{uploaded}/checkpoints").name == "3"
+
+
+READ = """
+import sys
+sys.path.insert(0, "tests")
+import bucket
+from plan_jax.checkpoint.fetch import fetch_source
+print(fetch_source(sys.argv[1]), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_step_that_another_process_reads_is_not_deleted(uploaded):
+    folder = Path(uploaded.removeprefix("bucket://")) / "checkpoints"
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READ, uploaded],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    path = Path(reader.stdout.readline().strip())
+    assert path.name == "3"
+    shutil.copytree(folder / "3", folder / "4")
+    assert fetch_source(uploaded).name == "4" and (path / "config/metadata").exists()
+    reader.communicate()
+    shutil.copytree(folder / "3", folder / "5")
+    assert fetch_source(uploaded).name == "5" and not path.exists()
 
 
 def test_a_reader_takes_an_older_step_and_says_so(uploaded, capsys):

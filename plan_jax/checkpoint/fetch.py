@@ -1,13 +1,16 @@
 """Trained models at an address, as gs://bucket/run: fetched into a folder of this machine."""
 
 import contextlib
+import fcntl
 import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 from plan_jax import parallel
 from plan_jax.checkpoint.folders import FOLDER, check_name, list_steps
+from plan_jax.logger import report_write_errors
 from plan_jax.storage import (
     DamagedError,
     Place,
@@ -24,6 +27,8 @@ MARKER = "config/metadata"
 # The file of a saved model by which it is known.
 MODEL_FILE = "model.safetensors"
 MAX_READS = 10  # of a run that replaces its steps meanwhile
+
+_locks: dict[Path, IO[str]] = {}  # of the copies that this process has fetched, and may be reading
 
 
 def fetch_source(source: str | Path) -> str | Path:
@@ -101,10 +106,33 @@ def _fetch_newest(run: Place, steps: Sequence[int], local: Path) -> Path | None:
         )
     with contextlib.suppress(FileNotFoundError):  # the curves of the page
         run.download("metrics.jsonl", local / "metrics.jsonl")
+    _keep(local / FOLDER / str(newest))
     for other in list_steps(local / FOLDER):
         if other != newest:
-            shutil.rmtree(local / FOLDER / str(other), ignore_errors=True)
+            _delete_unused(local / FOLDER / str(other))
     return local / FOLDER / str(newest)
+
+
+def _open_lock(folder: Path) -> IO[str]:
+    path = folder.with_name(f".{folder.name}.lock")
+    with report_write_errors(path):
+        return path.open("w")
+
+
+def _keep(folder: Path) -> None:
+    """Keeps other processes from deleting a copy as long as this one lives."""
+    if folder not in _locks:
+        _locks[folder] = _open_lock(folder)
+        with contextlib.suppress(OSError):  # without locks, nothing is deleted
+            fcntl.flock(_locks[folder], fcntl.LOCK_SH)
+
+
+def _delete_unused(folder: Path) -> None:
+    """Deletes a copy, unless a process has fetched it and still lives."""
+    with _open_lock(folder) as lock, contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+        Path(lock.name).unlink()
 
 
 def _fetch_saved_model(place: Place, local: Path) -> Path:

@@ -273,37 +273,59 @@ def _fetch_run(place: Place, run: Path) -> set[int]:
     """Brings the local folder of a run to the state at the address; returns the equal steps.
 
     The address counts. Steps that could not be uploaded are kept if all that is there is older and
-    of the same run.
+    of the same run. Otherwise they are moved into the folder `replaced` beside the run, once what
+    is at the address has been fetched.
     """
+    fetched, replaced = run.parent / "fetched", run.parent / "replaced"
     names = place.list()
     steps = find_remote_steps(names)
     own = list_steps(run / FOLDER) if (run / FOLDER).is_dir() else []
     equal = {step for step in steps if step in own and _is_equal_step(place, run, step)}
+    failures = {}
+    shutil.rmtree(fetched, ignore_errors=True)
+    for step in sorted(steps - equal):
+        try:
+            download_folder(place, f"{FOLDER}/{step}", fetched / str(step))
+        except DamagedError as error:
+            failures[step] = str(error)
+    whole = steps - failures.keys()
     # Nothing at the address means that nothing has been uploaded yet, or that it was deleted there.
-    is_newer = max(steps) in equal if steps else not (run.parent / "copied").exists()
+    is_newer = max(whole) in equal if whole else bool(steps) or not (run.parent / "copied").exists()
     if not is_newer:
+        newest = max(whole, default=-1)
         with report_write_errors(run):
-            shutil.rmtree(run / FITS, ignore_errors=True)
-            for name in LOG_FILES:
+            for name in LOG_FILES:  # without which they are fetched again, if this one is killed
                 (run / name).unlink(missing_ok=True)
             for step in set(own) - equal:
-                shutil.rmtree(run / FOLDER / str(step))
+                if step > newest:
+                    shutil.rmtree(replaced / str(step), ignore_errors=True)
+                    replaced.mkdir(exist_ok=True)
+                    (run / FOLDER / str(step)).rename(replaced / str(step))
+                else:
+                    shutil.rmtree(run / FOLDER / str(step))
             if not steps:
                 shutil.rmtree(run, ignore_errors=True)
                 (run.parent / "copied").unlink(missing_ok=True)
-    if not is_newer or not (run / "config.json").exists():
-        for name in names:
+            shutil.rmtree(run / FITS, ignore_errors=True)
+        if own and own[-1] > newest:
+            parallel.print_once(
+                f"step {own[-1]} of this host does not continue the run at {place.address}; it is"
+                f" kept in {replaced}"
+            )
+    if not is_newer or not (run / LOG_FILES[0]).exists():
+        for name in sorted(names, reverse=True):
             if name in LOG_FILES or name.startswith(f"{FITS}/"):
                 place.download(name, run / name)
-    failures = {}
-    for step in sorted(steps - equal):
-        try:
-            download_folder(place, f"{FOLDER}/{step}", run / FOLDER / str(step))
-            equal.add(step)
-        except DamagedError as error:
-            failures[step] = str(error)
+    for step in sorted(whole - equal):  # the newest one last, by which a killed fetch is known
+        with report_write_errors(run):
+            (run / FOLDER).mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(run / FOLDER / str(step), ignore_errors=True)
+            (fetched / str(step)).rename(run / FOLDER / str(step))
+        equal.add(step)
+    shutil.rmtree(fetched, ignore_errors=True)
+    remaining = list_steps(run / FOLDER) if (run / FOLDER).is_dir() else []
     for step, reason in failures.items():
-        report_broken(place, f"{FOLDER}/{step}", reason, max(equal, default=None))
+        report_broken(place, f"{FOLDER}/{step}", reason, max(remaining, default=None))
     if equal:
         with report_write_errors(run.parent):
             (run.parent / "copied").touch()
