@@ -52,7 +52,8 @@ class DivergedError(UserError):
 
 
 # One slash, since `Path("gs://bucket/run")` is `gs:/bucket/run`. A drive of Windows is one letter.
-_ADDRESS = re.compile(r"[a-z0-9][a-z0-9+.-]+:/", re.IGNORECASE)
+# Fsspec chains addresses, as simplecache::gs://bucket/run.
+_ADDRESS = re.compile(r"(\w+::)*[a-z0-9][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:

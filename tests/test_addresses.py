@@ -20,7 +20,16 @@ ADDRESS = "gs://bucket/run"
 
 
 @pytest.mark.parametrize(
-    "path", [ADDRESS, Path(ADDRESS), "s3://b", "file:///a", "nas:/share", "10.0.0.2:/runs"]
+    "path",
+    [
+        ADDRESS,
+        Path(ADDRESS),
+        f"simplecache::{ADDRESS}",
+        "s3://b",
+        "file:///a",
+        "nas:/share",
+        "10.0.0.2:/runs",
+    ],
 )
 def test_an_address_is_refused(path):
     sentence = f"^workdir {path} is an address; pass a path on a local disk, or in a bucket"

@@ -72,6 +72,11 @@ def test_an_address_that_was_a_path_is_mended():
         ("nil://b/run", "^workdir nil://b/run is an address of an unknown kind; pass a path"),
         ("nas:/share", "^workdir nas:/share is an address; pass a path on a local disk"),
         ("host:/runs", "^workdir host:/runs is an address; pass a path on a local disk"),
+        (
+            "simplecache::gs://b/run",
+            "^workdir simplecache::gs://b/run is a chain of addresses; pass",
+        ),
+        ("gs://b/run::x", "^workdir gs://b/run::x is a chain of addresses; pass the one"),
         ("https://x.org/run", "^workdir https://x.org/run is an address; download it"),
         ("gs://", "^workdir gs:// is an address; pass a path"),
         ("gs://b/run", r"^workdir gs://b/run needs gcsfs; pip install 'plan_jax\[gcs\]'"),

@@ -176,6 +176,11 @@ def find_place(name: str, path: str | os.PathLike[str]) -> Place | None:
     text = os.fspath(path)
     if not is_address(text):
         return None
+    if "::" in text:
+        raise UserError(
+            f"{name} {text} is a chain of addresses; pass the one of the folder alone, as"
+            " gs://bucket/folder, of which there is a copy on this machine anyway"
+        )
     if isinstance(path, Path):
         text = re.sub(r"^([\w+.-]+:/)(?=[^/])", r"\1/", text)
     protocol, separator, rest = text.partition("://")
