@@ -59,14 +59,14 @@ def criterion(outputs, examples):
     return optax.sigmoid_binary_cross_entropy(outputs, examples["label"]).mean()
 
 
-def attach_scalar_head(mode="frozen", **options):
+def attach_scalar_head(mode="frozen", select=lambda stages: stages.pooled, **options):
     images, labels = labelled_images(2)
     return head_on_tower.attach_head(
         make_tower(),
         ScalarHead(),
         criterion,
         {"image": images, "label": labels},
-        select_features=lambda stages: stages.pooled,
+        select_features=select,
         mode=mode,
         native=False,
         **options,

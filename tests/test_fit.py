@@ -8,6 +8,7 @@ import pytest
 from fitted_heads import attach_scalar_head, fit_scalar_head, labelled_images
 
 from plan_jax.heads import fit
+from plan_jax.heads.examples import StoredRows
 from plan_jax.types import UserError
 
 
@@ -115,6 +116,42 @@ def test_different_settings_and_data_are_different_fits(tmp_path):
                 folder=tmp_path,
             )
     assert len(list(tmp_path.glob("head-*.msgpack"))) == 7
+
+
+def test_a_fit_does_not_depend_on_the_last_bits_of_its_features(tmp_path):
+    """They are those of the devices that computed them; tower and images identify the fit."""
+    attached = attach_scalar_head()
+    images, labels = labelled_images(64, 1)
+    other_images = images.copy()
+    other_images[5, 0, 0] += 1
+    first = attached.examples(images) | {"label": labels}
+    rounded = first | {"features": np.nextafter(first["features"], np.float32(9))}
+    stored = StoredRows(images.__getitem__, range(64), (4, 4, 1), np.uint8, str)
+    other_tower = attach_scalar_head(select=lambda stages: 2 * stages.pooled)
+    counts = []
+    for examples in (
+        first,
+        rounded,
+        attached.examples(other_images) | {"label": labels},
+        attached.examples(stored) | {"label": labels},
+        other_tower.examples(images) | {"label": labels},
+    ):
+        stats = attached.stats | {"head": {"mean": examples["features"].mean(0)}}
+        fit.fit_head(
+            attached.loss,
+            attached.params,
+            stats,
+            examples,
+            examples,
+            optax.sgd(0.1),
+            batch=16,
+            epochs=1,
+            patience=1,
+            seed=0,
+            folder=tmp_path,
+        )
+        counts.append(len(list(tmp_path.iterdir())))
+    assert counts == [1, 1, 2, 3, 4]
 
 
 def test_patience_stops_a_fit_and_the_best_epoch_is_returned():

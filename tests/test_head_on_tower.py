@@ -26,7 +26,8 @@ def test_cached_features_are_the_computed_ones():
     cached, computed = attach_scalar_head(), attach_scalar_head(cache_bytes=0)
     images, _ = labelled_images(70)
     cached_examples = cached.examples(images)
-    assert set(cached_examples) == {"features"} and set(computed.examples(images)) == {"image"}
+    assert set(cached_examples) == {"features", "source"}
+    assert set(computed.examples(images)) == {"image"}
     features = computed.features(computed.params, computed.stats, {"image": images})
     np.testing.assert_allclose(cached_examples["features"], features, rtol=1e-6)
     fits = fit_scalar_head(cached), fit_scalar_head(computed)

@@ -84,6 +84,11 @@ class StoredRows:
         """Returns a digest of the rows, without decoding them."""
         return f"{self._identify()} {list(self._indices)}"
 
+    def identify_rows(self) -> list[str]:
+        """Returns a text for each row that no other row has, without decoding them."""
+        identity = self._identify()
+        return [f"{identity} {index}" for index in self._indices]
+
 
 Images = UInt8[np.ndarray, "N Y X 1"] | StoredRows
 

@@ -4,7 +4,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +61,7 @@ def fit_head(
     incomplete batch is dropped. The fit stops early after `patience` epochs without a new best
     score. With a `folder` the state is saved after every epoch, under a name that is a hash of the
     settings and the data. The same call then resumes an interrupted fit and returns the same
-    result.
+    result; so does one on other devices, where features have a `source` (see `HeadOnTower`).
 
     A batch is divided among all devices in use, see `parallel.BatchFunction`. Each of several
     hosts reads its part of it, and the main one saves the state.
@@ -109,7 +109,10 @@ def fit_head(
     path = None
     if folder is not None:
         settings = (name, description, batch, epochs, patience, seed)
-        path = folder / f"{name}-{_hash_of(settings, params, stats, train, validation)}.msgpack"
+        data = [_without(train, "features"), _without(validation, "features")]
+        # Statistics of the head are initial ones, or those of features.
+        digest = _hash_of(settings, params, _without(stats, "head"), *data)
+        path = folder / f"{name}-{digest}.msgpack"
         state = _restore_state(state, path)
     names = ("params", "stats", "optimiser")
     state |= zip(names, update.place([state[name] for name in names]), strict=True)
@@ -243,6 +246,12 @@ def _record_epoch(
         state["best_score"] = value
     state["epochs_since_best"] = 0 if is_best else state["epochs_since_best"] + 1
     state["epoch"] = epoch
+
+
+def _without(tree: PyTree, name: str) -> PyTree:
+    """Returns a tree without what the devices compute: a part of a head on a tower by its name."""
+    is_known = isinstance(tree, Mapping) and {"source", "tower"} & tree.keys()
+    return {key: x for key, x in tree.items() if key != name} if is_known else tree
 
 
 def _hash_of(settings: tuple, *trees: PyTree) -> str:

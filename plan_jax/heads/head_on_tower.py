@@ -6,6 +6,8 @@ training mode and its running statistics drift, as MGCA's code leaves it for seg
 detection (a fault, reproduced for published numbers).
 """
 
+import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, UInt32
 
-from plan_jax.heads.examples import ExampleFunction, Images, map_chunks
+from plan_jax.heads.examples import ExampleFunction, Images, StoredRows, map_chunks
 from plan_jax.types import Model, Stages, Tower, UserError
 
 Mode = Literal["frozen", "finetune", "frozen_train_norm"]
@@ -27,8 +29,9 @@ CACHE_BYTES = 2**31  # larger features are not cached but computed batch by batc
 class HeadOnTower:
     """A head and its tower as pure functions, ready for `heads.fit.fit_head`.
 
-    Examples are a mapping of arrays with one leading axis: either `features` (cached) or `image`,
-    and whatever the loss reads besides.
+    Examples are a mapping of arrays with one leading axis: either `features` (cached) with their
+    `source`, or `image`, and whatever the loss reads besides. `source` is a digest of the image and
+    of the tower, since the last bits of features depend on the devices that compute them.
 
     Attributes:
       params: the initial parameters, of the head and, with `finetune`, of the tower.
@@ -132,7 +135,14 @@ def attach_head(
         if mode != "frozen" or bytes_per_image * len(images) > cache_bytes:
             return {"image": images}
 
-        return {"features": require_finite(compute_features(params, stats, {"image": images}))}
+        return {
+            "features": require_finite(compute_features(params, stats, {"image": images})),
+            "source": _identify_rows(
+                images,
+                lambda *x: select_features(tower.apply(*x, False, native)[0]),
+                tower_variables,
+            ),
+        }
 
     return HeadOnTower(
         params | {"head": head_variables["params"]},
@@ -165,6 +175,25 @@ def _tower_function(
         return (features if finetune else jax.lax.stop_gradient(features)), tower_stats
 
     return apply_tower
+
+
+def _identify_rows(
+    images: Images, function: Callable[[PyTree, Array], PyTree], variables: PyTree
+) -> UInt32[np.ndarray, "N 4"]:
+    """Returns a digest of what `function(variables, images)` computes features of an image from."""
+    # The program, with its constants: a tower of the same weights may have another precision.
+    shape = jax.ShapeDtypeStruct((2, *images.shape[1:]), np.uint8)
+    program = jax.make_jaxpr(function)(variables, shape)
+    tower = hashlib.blake2b(re.sub("0x[0-9a-f]+", "", str(program)).encode())
+    for leaf in jax.tree.leaves((program.consts, variables)):
+        tower.update(np.ascontiguousarray(leaf).tobytes())
+    rows = (
+        [row.encode() for row in images.identify_rows()]
+        if isinstance(images, StoredRows)
+        else (image.tobytes() for image in images)
+    )
+    digests = (hashlib.blake2b(tower.digest() + row, digest_size=16).digest() for row in rows)
+    return np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 4)
 
 
 def require_finite(features: PyTree) -> PyTree:
