@@ -533,6 +533,40 @@ def test_a_process_that_is_done_does_not_fail_with_another():
     assert hosts.LOST not in "".join(outputs)
 
 
+KERNEL_SCRIPT = """
+    import sys, time
+    from plan_jax import command, parallel
+    from plan_jax.parallel import hosts
+
+    hosts.GRACE = 1.0
+
+    def run():
+        parallel.initialize()
+        with parallel.report_lost_host():
+            parallel.any_process(False)
+            time.sleep(float(sys.argv[2]) if not parallel.is_main() else 0)
+
+    assert command.run(run) == 0
+    is_closed = parallel.is_main() == (sys.argv[1] == "0")
+    print("closed" if is_closed else "open", flush=True)
+    if not is_closed:
+        time.sleep(6)
+        print(command.run(run), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("victim", "seconds"), [(0, 0), (0, 4), (1, 0)])
+def test_a_kernel_that_is_closed_after_a_run_ends_no_other(victim, seconds):
+    """Not while the other one is still at the end of the run, either."""
+    runs = start_cluster(KERNEL_SCRIPT, str(victim), str(seconds))
+    out, error = runs[1 - victim].communicate(timeout=90)
+    assert runs[1 - victim].returncode == 0 and out.splitlines()[-2:] == ["open", "2"], error
+    name = f"host {victim} ({socket.gethostname()}, process {runs[victim].pid}) has ended"
+    assert error.splitlines()[-1].endswith(f"{name}; restart the kernels of all hosts"), error
+    runs[victim].kill()  # JAX waits for the others at its exit, as long as Jupyter lets it
+    runs[victim].communicate()
+
+
 def test_bfloat16_needs_a_card_that_has_it(tmp_path, monkeypatch):
     def device(**attributes):
         return SimpleNamespace(device_kind="Tesla T4", **attributes)

@@ -1,5 +1,6 @@
 """Joins the hosts of a run by JAX's distributed runtime, and says which one has been lost."""
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -29,6 +30,18 @@ _is_done = threading.Event()  # this process has done its work, and waits for th
 _watch: hosts.Watch | None = None  # of this process, which belongs to one run
 
 
+class _Runs:
+    """What this process does with its hosts: a notebook calls one run after the other."""
+
+    num_open = 0  # calls of `report_lost_host`, one inside of the other
+    is_over = False  # a run has ended, and no other one has begun
+    has_failed = False  # the last one, so that the others may wait for this process
+    loss = ""  # what was lost while no run needed it, in a sentence
+
+
+_runs = _Runs()
+
+
 def initialize() -> None:
     """Joins the cluster that the environment describes, if any; called before JAX is used.
 
@@ -39,10 +52,13 @@ def initialize() -> None:
 
     Raises:
       UserError: only some of the three variables are set, or one has a wrong value; a host is
-        missing, or differs in its versions.
+        missing, differs in its versions, or has ended since an earlier run of this process.
     """
     global _watch
     if jax.distributed.is_initialized():
+        if _runs.loss or (_watch and _watch.farewell):
+            reason = _runs.loss or f"{hosts.LOST}: {_watch and _watch.farewell}"
+            raise UserError(f"{reason.partition(';')[0]}; restart the kernels of all hosts")
         return
     mode = os.environ.get("JAX_DISTRIBUTED", "")
     if mode not in ("", "auto", "off"):
@@ -65,6 +81,7 @@ def initialize() -> None:
         with _end_without_host():
             # It finds the devices of a task of SLURM or Open MPI by itself.
             jax.distributed.initialize(address, num_processes, process_id)
+        atexit.register(_leave_at_exit)
     except RuntimeError as error:
         if "called before" in str(error):
             raise UserError(
@@ -197,6 +214,9 @@ def _read_start_timeout() -> float:
 def _end(sentence: str) -> None:
     """Ends the process with a sentence, unless the main thread ends it in the next seconds."""
     time.sleep(hosts.GRACE)
+    if _runs.is_over and not _is_done.is_set():  # a notebook goes on without the others
+        _runs.loss = sentence
+        threading.Event().wait()  # C++ aborts if it returns
     # The watch and JAX notice the same end. The later one waits here: C++ aborts if it returns.
     _is_ending.acquire()
     if _is_done.is_set():  # another host failed after the last thing that this one had to do
@@ -245,8 +265,11 @@ def report_lost_host() -> Iterator[None]:
     Raises:
       UserError: in place of JAX's error.
     """
+    _runs.num_open += 1
+    _runs.is_over, has_failed = False, True
     try:
         yield
+        has_failed = False
     except (UserError, OSError):
         raise
     except Exception as error:
@@ -256,6 +279,17 @@ def report_lost_host() -> Iterator[None]:
         if jax.process_count() > 1 and pattern.search(str(error)):
             raise UserError(_describe_loss()) from error
         raise
+    finally:
+        _runs.num_open -= 1
+        _runs.is_over, _runs.has_failed = not _runs.num_open, has_failed
+
+
+def _leave_at_exit() -> None:
+    """Lets a kernel whose last run is done end without the others, which may go on."""
+    if _watch and _runs.is_over and not _runs.has_failed:
+        _watch.leave()
+    if _runs.loss:
+        os._exit(0)  # JAX would wait for the thread that waits in `_end`
 
 
 def leave(code: int) -> NoReturn:

@@ -247,11 +247,12 @@ class Watch:
     Attributes:
       names: the hosts in their order, as `host 1 (name, process 12)`.
       reason: which host has been lost and how; "" while none has.
+      farewell: which connected host has ended after its work was done; "" while none has.
     """
 
     def __init__(self, names: list[str], index: int, peers: Mapping[int, socket.socket]) -> None:
         """Takes over the connections by the number of their host."""
-        self.names, self.index, self.reason = names, index, ""
+        self.names, self.index, self.reason, self.farewell = names, index, "", ""
         self._peers = dict(peers)
         self._is_lost = threading.Event()
         self._lock = threading.Lock()  # of what is sent: signs of life and farewells
@@ -301,6 +302,7 @@ class Watch:
                     if message.get("lost"):
                         return self._lose(str(message["lost"]), end)
                     if message.get("leaves"):
+                        self.farewell = f"{self.names[position]} has ended"
                         selector.unregister(peers.pop(position))
                         break
             now = time.monotonic()
