@@ -36,6 +36,7 @@ VARIANTS = {
     **{name: (name, {}) for name in HYPERS},
     "convirt_sigmoid": ("convirt", {"contrast": "sigmoid"}),
     "place_attn": ("place", {"match": "attn", "num_decoder_blocks": 0}),
+    "plan_sparse": ("plan", {"regions": "sparsemax", "pixel_dropout": 0.3}),
 }
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from formulas import info_nce, l2_normalise
+from test_sparsemax import literal_sparsemax
 
 from plan_jax.methods import plan, plan_contrast
 from plan_jax.types import MethodContext
@@ -33,7 +34,7 @@ def literal_gate(values, kappa):
 
 
 def literal_grounding(maps, pixels, words, hyper):
-    """Computes equations 2-5, word by word and pixel by pixel, on real words only."""
+    """Computes equations 2-5 or 12, word by word and pixel by pixel, on real words only."""
     num_words, num_pixels = maps.shape
     tau = hyper.tau_importance
     e = np.array([tau * np.log(np.mean(np.exp(maps[n] / tau))) for n in range(num_words)])
@@ -44,8 +45,11 @@ def literal_grounding(maps, pixels, words, hyper):
     matches, regions = [], []
     for n in range(num_words):
         logits = np.array([4 * alpha[n] * beta[p] * maps[n, p] for p in range(num_pixels)])
-        attention = np.exp(logits / hyper.tau_region)
-        attention /= attention.sum()
+        if hyper.regions == "sparsemax":
+            attention = literal_sparsemax(logits / hyper.tau_region)
+        else:
+            attention = np.exp(logits / hyper.tau_region)
+            attention /= attention.sum()
         region = l2_normalise(sum(attention[p] * pixels[p] for p in range(num_pixels)))
         regions.append(region)
         matches.append(float(words[n] @ region))
@@ -206,8 +210,8 @@ def literal_contrast(match, weight, sample, ids, hyper, num_candidates):
     return np.mean(by_text) + np.mean(by_image), np.mean(by_word)
 
 
-@pytest.mark.parametrize("pairs", [2, 5])
-def test_loss_is_the_literal_loop(pairs):
+@pytest.mark.parametrize(("pairs", "regions"), [(2, "softmax"), (5, "softmax"), (5, "sparsemax")])
+def test_loss_is_the_literal_loop(pairs, regions):
     images, texts = features.draw_features(pairs=pairs)
     hyper = plan.Hyper(
         num_sampled_words=4,
@@ -217,6 +221,7 @@ def test_loss_is_the_literal_loop(pairs):
         eta=0.5,
         guide_round_steps=2,
         guide_sigma=1.2,
+        regions=regions,
     )
     key = jax.random.key(3)
     params, memory = plan.init(key, MethodContext(8, ema_decay=0.9), hyper)
@@ -341,13 +346,16 @@ def test_heat_does_not_cross_an_edge_of_the_image():
     assert (smoothed[0, half < 0] > 0.02).all()
 
 
-def test_hidden_pixels_have_no_share_in_a_region():
+@pytest.mark.parametrize("regions", ["softmax", "sparsemax"])
+def test_hidden_pixels_have_no_share_in_a_region(regions):
     pixels, words, ids = draw_unit_vectors(9, 6), draw_unit_vectors(3, 6), jnp.array([1, 2, 3])
     kept = jnp.arange(9) != 4
     image, text = plan.ImageSide(pixels, is_kept=kept), plan.TextSide(words, ids)
+    # Shares of all pixels that are kept, if the temperature is high.
+    hyper = dataclasses.replace(HYPER, regions=regions, tau_region=10.0)
 
     def matches(pixels):
-        return plan.align(image._replace(pixels=pixels), text, (), HYPER, 2).matches.sum()
+        return plan.align(image._replace(pixels=pixels), text, (), hyper, 2).matches.sum()
 
     gradient = jax.grad(matches)(pixels)
     # A hidden pixel counts in the gates, which have no gradient, and nowhere else.

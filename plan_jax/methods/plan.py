@@ -30,6 +30,11 @@ Failed in trials: a word-region contrast with regions of the word's own image on
 looking at the image); selecting words by the importance (2) of their own pair (gives the pairing
 away). `progress="ema"` is the other reading of "iteration", over training time: in round 0, S is
 mixed with that of a moving average of the whole model (config.ema_decay).
+
+The journal's ingredients, as options that are off by default, after the abstract of MedAligner
+(IEEE TIP 34:7321, 2025), very likely PLAN's journal version. Abstract only, form ours:
+
+    (12) sparse region       ground_words
 """
 
 import math
@@ -43,6 +48,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from plan_jax.layers.resize import resize_bilinear
+from plan_jax.layers.sparsemax import sparsemax
 from plan_jax.methods import contrastive, plan_contrast
 from plan_jax.methods.plan_contrast import PairScores
 from plan_jax.methods.ranges import COUNT, FRACTION, STEPS, TEMPERATURE, WEIGHT, Range, check_hyper
@@ -80,6 +86,7 @@ class Hyper:
     history_decay: float = 0.99  # of the moving average (7)
     min_weight: float = 0.25  # of a word (7)
     pixel_dropout: float = 0.0  # share of pixels that training hides from the regions (4)
+    regions: Literal["softmax", "sparsemax"] = "softmax"  # shares of pixels: (4), or sparse (12)
     guide_steps: int = 2  # of smoothing along the image's own affinities (11); not in training
     guide_round_steps: int = 0  # of the same in each round on the finer map (6), also in training
     guide_sigma: float = 2.0  # reach of a step, in cells of the map (11)
@@ -228,22 +235,24 @@ def ground_words(
     hyper: Hyper,
     is_kept: Bool[Array, " P"] | None = None,
 ) -> RoundOutput:
-    """Computes each word's soft region in an image and their match: *equations 4 and 5*.
+    """Computes each word's soft region in an image and their match: *equations 4, 5 and 12*.
 
-        (4)  A_np = softmax_p(4 a_n b_p S_np / tau_region), over the pixels that are kept
-        (5)  r_n = unit(sum_p A_np z_p),  C_n = <u_n, r_n>
+        (4)   A_np = softmax_p(4 a_n b_p S_np / tau_region), over the pixels that are kept
+        (5)   r_n = unit(sum_p A_np z_p),  C_n = <u_n, r_n>
+        (12)  A_np = sparsemax_p(4 a_n b_p S_np / tau_region), with `regions="sparsemax"`
 
     The gates a and b are those of equations 2 and 3. Both are 1/2 for an average word and pixel, so
-    with the factor 4 the product 4 a_n b_p is 1 there and S_np stays as it is. There is no boundary
-    anywhere: every pixel has a share in A.
+    with the factor 4 the product 4 a_n b_p is 1 there and S_np stays as it is. In (4) there is no
+    boundary anywhere: every pixel has a share in A. In (12), *abstract only, form ours*, a pixel
+    whose logit is at least 1 below the largest has none.
     """
     word_importance, pixel_importance = importance_gates(maps, mask, hyper)
     gated_maps = maps * (4 * word_importance[:, None] * pixel_importance)
     logits = gated_maps / hyper.tau_region
     if is_kept is not None:
         logits = jnp.where(is_kept, logits, contrastive.MASKED_LOGIT)
-    attention_KP = jax.nn.softmax(logits, -1)
-    regions = contrastive.l2_normalise(attention_KP @ pixels)
+    shares = sparsemax if hyper.regions == "sparsemax" else jax.nn.softmax
+    regions = contrastive.l2_normalise(shares(logits) @ pixels)
     return RoundOutput(word_importance, regions, jnp.sum(words * regions, -1) * mask)
 
 
