@@ -39,7 +39,7 @@ WATCH_SHAPE = (2, 3)  # of its array
 
 NO_HARD_NEGATIVES = HardNegativesConfig()
 
-Sides = tuple[Features, ...]  # of the images, of the texts, and of their variants, if any
+Sides = tuple[Features, ...]  # of images, of texts, of variants and of short texts, if any
 # Variables of the encoders, and B inputs -> features of B pairs, and the new `batch_stats`.
 Encode = Callable[[dict[str, PyTree], PyTree], tuple[Sides, PyTree]]
 # Parameters of the method, and the features of all pairs -> the loss, and what comes with it.
@@ -88,15 +88,18 @@ def make_step(
         # example depends on its place in the whole batch.
         dropout_key, method_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         count = len(batch.image)
-        inputs = batch.image, batch.text, batch.variant, global_indices(count, axis)
+        shorten_texts = getattr(method, "shorten_texts", None)
+        concise = shorten_texts(state.memory, batch.text, hyper) if shorten_texts else None
+        others = [text for text in (batch.variant, concise) if text is not None]
+        inputs = batch.image, batch.text, others, global_indices(count, axis)
         size = split_microbatches(count, microbatch)
 
         def encode(variables: dict[str, PyTree], inputs: PyTree) -> tuple[Sides, PyTree]:
-            image, text, variant, index = inputs
-            if variant is not None:
-                # One pass for both, and the same dropout: what differs is the text alone.
-                text = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), text, variant)
-                index = jnp.concatenate([index, index])
+            image, text, others, index = inputs
+            if others:
+                # One pass for all, and the same dropout: what differs is the text alone.
+                text = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), text, *others)
+                index = jnp.tile(index, 1 + len(others))
             output: Any = encoder.apply(
                 variables,
                 Batch(image, text),
@@ -114,18 +117,18 @@ def make_step(
         extra: dict[str, Any] = dict(batch.extra)
         if state.ema_params:
             averaged = {"params": state.ema_params["encoders"], "batch_stats": state.batch_stats}
-            image, text, _, index = inputs  # a teacher is not asked about variants
-            sides, _ = encode_parts(encode, averaged, (image, text, None, index), size)
+            image, text, _, index = inputs  # a teacher is not asked about other texts
+            sides, _ = encode_parts(encode, averaged, (image, text, [], index), size)
             extra["teacher"] = lax.stop_gradient(sides)
 
         def compute_loss(params: Params, features: Sides) -> tuple[Array, tuple[Metrics, Memory]]:
-            images, texts, *variants = features
+            images, texts, *others = features
             loss, (metrics, memory) = method.loss(
                 params,
                 state.memory,
                 images,
                 texts,
-                extra,
+                extra if concise is None else extra | {"concise": others[-1]},
                 key=method_key,
                 step=state.step,
                 hyper=hyper,
@@ -140,7 +143,7 @@ def make_step(
                 state.memory,
                 images,
                 texts,
-                variants[0],
+                others[0],
                 differs,
                 hyper,
                 hard_negatives.tau,
@@ -286,7 +289,7 @@ def encode_parts(
 
 
 def split_texts(texts: Features, count: int) -> list[Features]:
-    """Returns the features of `count` texts, and those of their variants if there are more."""
+    """Returns the features of `count` texts, and those of other texts for them if there are."""
     total = len(jax.tree.leaves(texts)[0])
     return [
         jax.tree.map(lambda leaf, start=start: leaf[start : start + count], texts)

@@ -377,7 +377,8 @@ class Method(Protocol):
     `Features`. Training passes no others, so that none is stored or sent in vain. `axis` is the
     name of the mapped device axis, None on one device. A method that needs features of the
     dataset's findings also has `encode_tags(encode_names, findings)`, whose result becomes
-    `MethodContext.tags`.
+    `MethodContext.tags`. One that reads shorter texts too has `shorten_texts(memory, text, hyper)`;
+    their features come as `extra["concise"]`, with a gradient.
     """
 
     PAPER: str

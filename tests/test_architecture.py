@@ -39,7 +39,10 @@ MAY_IMPORT = {
     "methods.ranges": "types",
     "methods.gloria": "methods.contrastive methods.gloria_packed methods.ranges types",
     "methods.plan_contrast": "methods.contrastive layers* types",
-    "methods.plan": "methods.contrastive methods.plan_contrast methods.ranges layers* types",
+    "methods.plan": (
+        "methods.contrastive methods.plan_concise methods.plan_contrast methods.ranges layers*"
+        " types"
+    ),
     "methods.*": "methods.contrastive methods.ranges layers* types",
     "tasks": "tasks.* metrics types",
     "tasks.*": "metrics* tasks.grounding_targets tasks.report_variants heads* types",

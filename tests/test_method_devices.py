@@ -36,7 +36,10 @@ VARIANTS = {
     **{name: (name, {}) for name in HYPERS},
     "convirt_sigmoid": ("convirt", {"contrast": "sigmoid"}),
     "place_attn": ("place", {"match": "attn", "num_decoder_blocks": 0}),
-    "plan_sparse": ("plan", {"regions": "sparsemax", "pixel_dropout": 0.3}),
+    "plan_journal": (
+        "plan",
+        {"regions": "sparsemax", "pixel_dropout": 0.3, "concise_start_step": 9},
+    ),
 }
 
 
@@ -67,6 +70,7 @@ def make_arguments(name, changes):
     extra = features.draw_extra(texts)
     extra = {name: extra[name] for name in method.REQUIRES}
     extra["teacher"] = features.draw_features(PAIRS, seed=5)
+    extra["concise"] = features.draw_features(PAIRS, seed=6)[1]
     return hyper, (params, memory, sides, extra)
 
 

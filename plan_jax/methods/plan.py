@@ -34,7 +34,8 @@ mixed with that of a moving average of the whole model (config.ema_decay).
 The journal's ingredients, as options that are off by default, after the abstract of MedAligner
 (IEEE TIP 34:7321, 2025), very likely PLAN's journal version. Abstract only, form ours:
 
-    (12) sparse region       ground_words
+    (12) sparse region       ground_words          (14) their loss           concise_loss
+    (13) concise reports     plan_concise.py
 """
 
 import math
@@ -49,10 +50,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from plan_jax.layers.resize import resize_bilinear
 from plan_jax.layers.sparsemax import sparsemax
-from plan_jax.methods import contrastive, plan_contrast
+from plan_jax.methods import contrastive, plan_concise, plan_contrast
 from plan_jax.methods.plan_contrast import PairScores
 from plan_jax.methods.ranges import COUNT, FRACTION, STEPS, TEMPERATURE, WEIGHT, Range, check_hyper
-from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, UserError
+from plan_jax.types import Features, Memory, MethodContext, Metrics, Params, TextBatch, UserError
 
 PAPER = (
     "Yan, Yang, Bai, Liang, Progressive Local Alignment for Medical Multimodal Pre-training, arXiv "
@@ -100,6 +101,9 @@ class Hyper:
     weight_global: float = 2.0  # of the contrast of whole images and reports
     weight_report: float = 1.0  # of (8)
     weight_word: float = 1.0  # of (9)
+    concise_start_step: int = 0  # step from which concise reports (13) count; 0: there are none
+    concise_words: int = 12  # of a concise report
+    weight_concise: float = 1.0  # of (14)
     tile_size: int = 4  # texts (round 0) or images (later rounds) at a time
 
     def __post_init__(self) -> None:
@@ -131,8 +135,16 @@ class Hyper:
             weight_global=WEIGHT,
             weight_report=WEIGHT,
             weight_word=WEIGHT,
+            concise_start_step=STEPS,
+            concise_words=COUNT,
+            weight_concise=WEIGHT,
             tile_size=COUNT,
         )
+        if self.concise_start_step and not self.use_history:
+            raise UserError(
+                f"hyper.concise_start_step is {self.concise_start_step}, and hyper.use_history is"
+                " False, so that no word weighs more than another; set hyper.use_history to True"
+            )
 
 
 class ImageSide(NamedTuple):
@@ -453,6 +465,18 @@ def update_history(
 # The method -------------------------------------------------------------------------------------
 
 
+def shorten_texts(memory: Memory, text: TextBatch, hyper: Hyper) -> TextBatch | None:
+    """Returns the concise reports that the loss reads: *equation 13*, by the weights (7).
+
+    The text tower encodes them beside the reports, and BatchNorm of text heads has the statistics
+    of both, whatever the step. None without `concise_start_step`.
+    """
+    if not hyper.concise_start_step:
+        return None
+    weight = history_weights(memory, text.word_id, hyper)
+    return plan_concise.rebuild_texts(text, plan_concise.choose_words(weight, hyper.concise_words))
+
+
 def logit_scale(log_scale: Float[Array, ""]) -> Float[Array, ""]:
     """Returns the learned factor on cosines, 1 / temperature, at most MAX_LOGIT_SCALE.
 
@@ -536,9 +560,9 @@ def loss(
         L = weight_global L_global
             + sum_t omega_t (weight_report L_report^t + weight_word L_word^t)
 
-    L_global is InfoNCE of the cosines times the learned scale, the mean of both directions; with
-    `contrast="sigmoid"` it is `contrastive.sigmoid_loss`. The other two are equations 8 and 9 with
-    the matches of round t; omega is that of `round_weights`.
+    L_global is that of `global_loss`. The other two are equations 8 and 9 with the matches of round
+    t; omega is that of `round_weights`. From `concise_start_step` on, weight_concise L_concise of
+    equation 14 is added; the features of concise reports are `extra["concise"]`.
     """
     # 1. Sample words of this device's texts by their history. The weights do not depend on the
     #    images: by the importance (2), the selection alone would tell which image belongs to the
@@ -586,16 +610,56 @@ def loss(
     # 4. Update the history by round 0, whose margins are over all images.
     memory = update_history(memory, first.similarity_margin, text_sides.word_id, hyper)
 
-    # 5. Contrast whole images and reports.
-    if hyper.contrast == "sigmoid":
-        loss_global = contrastive.sigmoid_loss(images.pooled, texts.pooled, params, axis)
-    else:
-        text_pooled = contrastive.all_gather(texts.pooled, axis)
-        cosines = contrastive.cosine_similarity(images.pooled, text_pooled)
-        logits = logit_scale(params["log_scale"]) * cosines
-        loss_global = jnp.add(*contrastive.info_nce(logits, axis)) / 2
+    # 5. Contrast whole images and reports, and concise ones.
+    loss_global = global_loss(params, images.pooled, texts.pooled, hyper, axis)
     metrics["loss_global"] = loss_global
-    return hyper.weight_global * loss_global + loss_local, (metrics, memory)
+    total = hyper.weight_global * loss_global + loss_local
+    if hyper.concise_start_step:
+        concise = extra["concise"].pooled
+        loss_concise = concise_loss(params, images.pooled, texts.pooled, concise, hyper, axis)
+        metrics["loss_concise"] = (step >= hyper.concise_start_step) * loss_concise
+        total += hyper.weight_concise * metrics["loss_concise"]
+    return total, (metrics, memory)
+
+
+def global_loss(
+    params: Params,
+    images: Float[Array, "b D"],
+    texts: Float[Array, "b D"],
+    hyper: Hyper,
+    axis: str | None,
+) -> Float[Array, ""]:
+    """Computes the contrast of whole images and texts: the L_global of *equation 10*.
+
+    It is InfoNCE of the cosines times the learned scale, the mean of both directions; with
+    `contrast="sigmoid"` it is `contrastive.sigmoid_loss`.
+    """
+    if hyper.contrast == "sigmoid":
+        return contrastive.sigmoid_loss(images, texts, params, axis)
+    cosines = contrastive.cosine_similarity(images, contrastive.all_gather(texts, axis))
+    logits = logit_scale(params["log_scale"]) * cosines
+    return jnp.add(*contrastive.info_nce(logits, axis)) / 2
+
+
+def concise_loss(
+    params: Params,
+    images: Float[Array, "b D"],
+    texts: Float[Array, "b D"],
+    concise: Float[Array, "b D"],
+    hyper: Hyper,
+    axis: str | None,
+) -> Float[Array, ""]:
+    """Computes the loss of concise reports: *equation 14. Abstract only, form ours.*
+
+        (14)  L_concise = L_global(v, c) + mean_i (1 - cos(t_i, c_i)),  c without gradient in cos
+
+    v, t and c are the vectors of images, reports and concise reports. The contrast teaches what the
+    chosen words say about the image, and the target draws the whole report towards it.
+    """
+    target = contrastive.l2_normalise(lax.stop_gradient(concise))
+    cosines = jnp.sum(contrastive.l2_normalise(texts) * target, -1)
+    distance = contrastive.mean(1 - cosines, axis)
+    return global_loss(params, images, concise, hyper, axis) + distance
 
 
 def round_weights(step: Array, hyper: Hyper) -> Float[Array, " N"]:
