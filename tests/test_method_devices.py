@@ -38,7 +38,13 @@ VARIANTS = {
     "place_attn": ("place", {"match": "attn", "num_decoder_blocks": 0}),
     "plan_journal": (
         "plan",
-        {"regions": "sparsemax", "pixel_dropout": 0.3, "concise_start_step": 9},
+        {
+            "regions": "sparsemax",
+            "pixel_dropout": 0.3,
+            "concise_start_step": 9,
+            "report_negatives": "unlike",
+            "report_alike": 0.3,
+        },
     ),
 }
 

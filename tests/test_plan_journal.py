@@ -1,4 +1,4 @@
-"""The journal's ingredients of PLAN: equations 13 and 14 against literal loops, and the step."""
+"""The journal's ingredients of PLAN: equations 13 to 15 against literal loops, and the step."""
 
 import dataclasses
 from functools import cache
@@ -14,7 +14,7 @@ from test_train import random_batch
 from configs import testing
 from plan_jax import parallel
 from plan_jax.config import Config
-from plan_jax.methods import plan, plan_concise
+from plan_jax.methods import contrastive, plan, plan_concise, plan_contrast
 from plan_jax.model import build_components
 from plan_jax.state import init_state
 from plan_jax.step import make_step
@@ -169,3 +169,92 @@ def test_devices_and_microbatches_do_not_change_a_step_with_concise_reports():
         for tree in (jax.tree.map(np.subtract, grads, expected_grads), expected_grads)
     )
     assert error <= 1e-5 * norm
+
+
+# Alike reports ----------------------------------------------------------------------------------
+
+ALIKE = ({0, 3}, {2, 4})  # of `draw_alike_features`
+
+
+def draw_alike_features():
+    """Returns features of six pairs: texts 0 and 3 are close, 2 and 4 have the same words."""
+    images, texts = features.draw_features(pairs=6)
+    pooled = texts.pooled.at[3].set(2 * texts.pooled[0] + 0.01)
+    word_id = texts.word_id.at[2].set(jnp.array([5, 6, 5, 0, 0]))
+    word_id = word_id.at[4].set(jnp.array([6, 5, 0, 0, 0]))
+    return images, texts.replace(pooled=pooled, word_id=word_id, mask=word_id > 0)
+
+
+def test_alike_reports_are_close_or_have_the_same_words():
+    _, texts = draw_alike_features()
+    actual = plan_contrast.alike_reports(texts.pooled, texts.word_id, 0.95, None)
+    expected = np.zeros((6, 6), bool)
+    for i, j in ALIKE:
+        expected[i, j] = expected[j, i] = True
+    np.testing.assert_array_equal(actual, expected)
+
+
+def literal_unlike_loss(params, images, texts, hyper):
+    """Computes equation 10 without its words' part, and without alike pairs, pair by pair."""
+    size, grids = len(images.pooled), (images.grid, images.fine_grid)
+    sides = plan.TextSide(contrastive.l2_normalise(texts.local), texts.word_id)
+
+    def align(image):
+        return jax.vmap(lambda text: plan.align(image, text, grids, hyper, 1).matches)(sides)
+
+    matches = jax.vmap(align)(plan.unit_image_sides(images))  # image, text, round, word
+    x, y = jax.vmap(unit)(images.pooled), jax.vmap(unit)(texts.pooled)
+
+    def contrast(logits, count):
+        total = 0.0
+        for i in range(size):
+            others = [j for j in range(size) if {i, j} not in ALIKE]
+            rows = [j for j in others if (i - j) % size < count]
+            columns = [k for k in others if (k - i) % size < count]
+            total += jnp.log(sum(jnp.exp(logits[i, j]) for j in rows)) - logits[i, i]
+            total += jnp.log(sum(jnp.exp(logits[k, i]) for k in columns)) - logits[i, i]
+        return total / size
+
+    omega = plan.round_weights(jnp.array(5), hyper)
+    total = hyper.weight_global * contrast(jnp.exp(params["log_scale"]) * x @ y.T, size) / 2
+    real = texts.word_id > 0
+    for t, count in enumerate((size, hyper.num_candidates)):
+        scores = (matches[:, :, t] * real).sum(-1) / real.sum(-1)
+        total += omega[t] * contrast(scores / hyper.tau_local, count)
+    return total
+
+
+def test_alike_reports_are_no_negatives_in_the_loss_and_its_gradient():
+    images, texts = draw_alike_features()
+    hyper = plan.Hyper(
+        num_sampled_words=5, rounds=1, num_candidates=4, weight_word=0.0, tile_size=8
+    )
+    unlike = dataclasses.replace(hyper, report_negatives="unlike")
+    params, memory = plan.init(KEY, MethodContext(8), hyper)
+
+    def replace(arrays):
+        pooled, local, fine, text_pooled, text_local = arrays
+        sides = images.replace(pooled=pooled, local=local, fine=fine)
+        return sides, texts.replace(pooled=text_pooled, local=text_local)
+
+    def literal(params, arrays):
+        return literal_unlike_loss(params, *replace(arrays), unlike)
+
+    def actual(params, arrays, hyper=unlike):
+        options = {"key": KEY, "step": jnp.array(5), "hyper": hyper}
+        return plan.loss(params, memory, *replace(arrays), {}, **options)[0]
+
+    arrays = images.pooled, images.local, images.fine, texts.pooled, texts.local
+    (expected, expected_grads), (value, grads) = (
+        jax.jit(jax.value_and_grad(function, (0, 1)))(params, arrays)
+        for function in (literal, actual)
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    for x, y in zip(*map(jax.tree.leaves, (expected_grads, grads)), strict=True):
+        assert np.linalg.norm(x - y) <= 1e-3 * np.linalg.norm(x) + 1e-6
+    assert value < jax.jit(lambda *sides: actual(*sides, hyper))(params, arrays) - 0.01
+
+
+def test_alike_reports_need_the_softmax():
+    with pytest.raises(UserError, match=r"set hyper.contrast to softmax"):
+        plan.Hyper(report_negatives="unlike", contrast="sigmoid")

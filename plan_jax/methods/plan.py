@@ -35,7 +35,7 @@ The journal's ingredients, as options that are off by default, after the abstrac
 (IEEE TIP 34:7321, 2025), very likely PLAN's journal version. Abstract only, form ours:
 
     (12) sparse region       ground_words          (14) their loss           concise_loss
-    (13) concise reports     plan_concise.py
+    (13) concise reports     plan_concise.py       (15) alike reports        plan_contrast.py
 """
 
 import math
@@ -95,6 +95,8 @@ class Hyper:
     tau_grey: float = 0.2  # of squared distances of grey values (11)
     history_size: int = 8192  # slots of the history; word ids are folded into it
     negatives: Literal["token", "all"] = "token"  # "token": images with the same word are none (9)
+    report_negatives: Literal["all", "unlike"] = "all"  # "unlike": alike reports are none (15)
+    report_alike: float = 0.95  # cosine above which two reports are alike (15)
     progress: Literal["rounds", "ema"] = "rounds"  # refinement in rounds, or over training time
     ema_share: float = 0.5  # lambda: share of the averaged model's S, at the end of the ramp
     ema_ramp_steps: int = 1000  # over which the share grows from 0
@@ -130,6 +132,7 @@ class Hyper:
             tau_guide=Range(1e-3, 1e9),
             tau_grey=Range(1e-3, 1e9),
             history_size=Range(1, 2**24),
+            report_alike=FRACTION,
             ema_share=FRACTION,
             ema_ramp_steps=STEPS._replace(low=1),
             weight_global=WEIGHT,
@@ -140,6 +143,11 @@ class Hyper:
             weight_concise=WEIGHT,
             tile_size=COUNT,
         )
+        if self.report_negatives == "unlike" and self.contrast == "sigmoid":
+            raise UserError(
+                "hyper.report_negatives is unlike, and hyper.contrast is sigmoid, which compares"
+                " all pairs; set hyper.contrast to softmax"
+            )
         if self.concise_start_step and not self.use_history:
             raise UserError(
                 f"hyper.concise_start_step is {self.concise_start_step}, and hyper.use_history is"
@@ -587,19 +595,26 @@ def loss(
         ema_share = hyper.ema_share * jnp.minimum(step / hyper.ema_ramp_steps, 1.0)
     if hyper.pixel_dropout:
         image_sides = hide_pixels(image_sides, key, hyper, axis)
+    is_alike = None
+    if hyper.report_negatives == "unlike":
+        is_alike = plan_contrast.alike_reports(
+            texts.pooled, text_sides.word_id, hyper.report_alike, axis
+        )
     text_sides = contrastive.all_gather(text_sides, axis)
     normalised_weight = normalise_weights(history_weights(memory, text_sides.word_id, hyper))
 
     # 3. Contrast round 0 over all images, and later rounds over a few candidates each.
     omega = round_weights(step, hyper)
-    first = first_round_contrast(image_sides, text_sides, normalised_weight, ema_share, hyper, axis)
+    first = first_round_contrast(
+        image_sides, text_sides, normalised_weight, ema_share, hyper, axis, is_alike
+    )
     metrics = {"loss_report": first.report_loss, "loss_word": first.word_loss}
     round_loss = hyper.weight_report * first.report_loss + hyper.weight_word * first.word_loss
     loss_local = omega[0] * round_loss
     if hyper.rounds:
         grids = images.grid, images.fine_grid
         later = later_round_contrasts(
-            image_sides, text_sides, normalised_weight, grids, hyper, axis
+            image_sides, text_sides, normalised_weight, grids, hyper, axis, is_alike
         )
         metrics["loss_report_last"] = later.report_losses[-1]
         metrics["loss_word_last"] = later.word_losses[-1]
@@ -611,12 +626,12 @@ def loss(
     memory = update_history(memory, first.similarity_margin, text_sides.word_id, hyper)
 
     # 5. Contrast whole images and reports, and concise ones.
-    loss_global = global_loss(params, images.pooled, texts.pooled, hyper, axis)
+    loss_global = global_loss(params, images.pooled, texts.pooled, hyper, axis, is_alike)
     metrics["loss_global"] = loss_global
     total = hyper.weight_global * loss_global + loss_local
     if hyper.concise_start_step:
-        concise = extra["concise"].pooled
-        loss_concise = concise_loss(params, images.pooled, texts.pooled, concise, hyper, axis)
+        sides = images.pooled, texts.pooled, extra["concise"].pooled
+        loss_concise = concise_loss(params, *sides, hyper, axis, is_alike)
         metrics["loss_concise"] = (step >= hyper.concise_start_step) * loss_concise
         total += hyper.weight_concise * metrics["loss_concise"]
     return total, (metrics, memory)
@@ -628,16 +643,17 @@ def global_loss(
     texts: Float[Array, "b D"],
     hyper: Hyper,
     axis: str | None,
+    is_alike: Bool[Array, "b T"] | None = None,
 ) -> Float[Array, ""]:
     """Computes the contrast of whole images and texts: the L_global of *equation 10*.
 
     It is InfoNCE of the cosines times the learned scale, the mean of both directions; with
-    `contrast="sigmoid"` it is `contrastive.sigmoid_loss`.
+    `contrast="sigmoid"` it is `contrastive.sigmoid_loss`. Pairs that are alike are no negatives.
     """
     if hyper.contrast == "sigmoid":
         return contrastive.sigmoid_loss(images, texts, params, axis)
     cosines = contrastive.cosine_similarity(images, contrastive.all_gather(texts, axis))
-    logits = logit_scale(params["log_scale"]) * cosines
+    logits = plan_contrast.remove_alike(logit_scale(params["log_scale"]) * cosines, is_alike)
     return jnp.add(*contrastive.info_nce(logits, axis)) / 2
 
 
@@ -648,6 +664,7 @@ def concise_loss(
     concise: Float[Array, "b D"],
     hyper: Hyper,
     axis: str | None,
+    is_alike: Bool[Array, "b T"] | None = None,
 ) -> Float[Array, ""]:
     """Computes the loss of concise reports: *equation 14. Abstract only, form ours.*
 
@@ -659,7 +676,7 @@ def concise_loss(
     target = contrastive.l2_normalise(lax.stop_gradient(concise))
     cosines = jnp.sum(contrastive.l2_normalise(texts) * target, -1)
     distance = contrastive.mean(1 - cosines, axis)
-    return global_loss(params, images, concise, hyper, axis) + distance
+    return global_loss(params, images, concise, hyper, axis, is_alike) + distance
 
 
 def round_weights(step: Array, hyper: Hyper) -> Float[Array, " N"]:
@@ -684,6 +701,7 @@ def first_round_contrast(
     ema_share: Float[Array, ""],
     hyper: Hyper,
     axis: str | None,
+    is_alike: Bool[Array, "b T"] | None = None,
 ) -> plan_contrast.AllImagesContrast:
     """Computes the contrasts of round 0: *equations 8 and 9* over all images.
 
@@ -704,6 +722,7 @@ def first_round_contrast(
         same_word_is_negative=hyper.negatives == "all",
         tile_size=hyper.tile_size,
         axis=axis,
+        is_alike=is_alike,
     )
 
 
@@ -714,6 +733,7 @@ def later_round_contrasts(
     grids: tuple[tuple[int, int] | None, ...],
     hyper: Hyper,
     axis: str | None,
+    is_alike: Bool[Array, "b T"] | None = None,
 ) -> plan_contrast.CandidateContrast:
     """Computes the contrasts of rounds 1..T: *equations 8 and 9* over `num_candidates` images each.
 
@@ -737,6 +757,7 @@ def later_round_contrasts(
         same_word_is_negative=hyper.negatives == "all",
         tile_size=hyper.tile_size,
         axis=axis,
+        is_alike=is_alike,
     )
 
 

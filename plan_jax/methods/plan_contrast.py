@@ -73,6 +73,7 @@ def contrast_all_images(
     same_word_is_negative: bool,
     tile_size: int,
     axis: str | None,
+    is_alike: Bool[Array, "b T"] | None = None,
 ) -> AllImagesContrast:
     """Computes the contrast of all texts with all images of the batch: *equations 8 and 9*.
 
@@ -95,6 +96,7 @@ def contrast_all_images(
       same_word_is_negative: whether images whose report has a word are its negatives too.
       tile_size: texts at a time.
       axis: the mapped device axis.
+      is_alike: pairs that are no negatives in (8), see `alike_reports`; None: there are none.
     """
     num_images = jax.tree.leaves(images)[0].shape[0]
     image_index = contrastive.global_indices(num_images, axis)
@@ -127,7 +129,8 @@ def contrast_all_images(
     # The margins enter the history, which has no gradient.
     sums = contrastive.total(lax.stop_gradient(jnp.stack(sums)), axis)
     margin = sums[0] - sums[1] / jnp.maximum(sums[2], 1)
-    report_loss = jnp.add(*contrastive.info_nce(scores_Tb.T / tau, axis))
+    reports_bT = remove_alike(scores_Tb.T / tau, is_alike)
+    report_loss = jnp.add(*contrastive.info_nce(reports_bT, axis))
     return AllImagesContrast(report_loss, word_loss, margin)
 
 
@@ -142,6 +145,7 @@ def contrast_candidates(
     same_word_is_negative: bool,
     tile_size: int,
     axis: str | None,
+    is_alike: Bool[Array, "b T"] | None = None,
 ) -> CandidateContrast:
     """Computes the contrast of texts with a few candidate images each: *equations 8 and 9*.
 
@@ -153,7 +157,7 @@ def contrast_candidates(
 
     Args:
       score: computes the matches [K N] of one image and one text in N rounds.
-      images, texts, normalised_weight, tau, same_word_is_negative, axis: as there.
+      images, texts, normalised_weight, tau, same_word_is_negative, axis, is_alike: as there.
       num_candidates: at most T are used.
       tile_size: images at a time.
     """
@@ -175,6 +179,9 @@ def contrast_candidates(
     allowed_bCK = is_own | ~pairs_bC.in_report | same_word_is_negative
     words_bCKN = pairs_bC.matches / tau
     reports_bCN = jnp.einsum("bckn,bck->bcn", words_bCKN, normalised_weight[text_index_bC])
+    if is_alike is not None:
+        is_alike = jnp.take_along_axis(is_alike, text_index_bC, 1)[..., None]
+    reports_bCN = remove_alike(reports_bCN, is_alike)
     by_text = order_by_text((words_bCKN, allowed_bCK, reports_bCN), image_index[0], num_texts)
     (words_TCKN, allowed_TCK, reports_TCN), is_here_TC = by_text
 
@@ -189,6 +196,35 @@ def contrast_candidates(
     word_losses = jnp.einsum("tkn,tk->n", logsumexp_TKN, normalised_weight) / num_texts
     # The positives of the words, weighted and summed over the words, are those of the reports.
     return CandidateContrast(image_losses + text_losses - 2 * positives, word_losses - positives)
+
+
+def alike_reports(
+    texts: Float[Array, "b D"], word_id: Int[Array, "b K"], alike: float, axis: str | None
+) -> Bool[Array, "b T"]:
+    """Returns which texts of all devices are as good as those of this device: *equation 15*.
+
+        (15)  i ~ j  if  cos(t_i, t_j) > alike  or  W_i = W_j,  i != j
+
+    t are the vectors of whole texts, which get no gradient here, and W the sets of their sampled
+    words. *Ours; the idea that alike reports are false negatives is common.*
+    """
+    all_texts, all_word_id = contrastive.all_gather((texts, word_id), axis)
+
+    def is_same_set(own: Int[Array, " K"], other: Int[Array, " K"]) -> Bool[Array, ""]:
+        equal = own[:, None] == other
+        return jnp.all(equal.any(1) | (own == 0)) & jnp.all(equal.any(0) | (other == 0))
+
+    has_same_words = contrastive.score_all_pairs(is_same_set, word_id, all_word_id, IMAGE_TILE)
+    is_close = contrastive.cosine_similarity(texts, all_texts) > alike
+    is_own = contrastive.global_indices(len(texts), axis)[:, None] == jnp.arange(len(all_texts))
+    return (is_close | has_same_words) & ~is_own
+
+
+def remove_alike(
+    logits: Float[Array, "b T *N"], is_alike: Bool[Array, "b T *#N"] | None
+) -> Float[Array, "b T *N"]:
+    """Returns logits in which pairs that are alike count for nothing."""
+    return logits if is_alike is None else jnp.where(is_alike, contrastive.MASKED_LOGIT, logits)
 
 
 def score_nearby_pairs(
