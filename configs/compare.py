@@ -45,6 +45,7 @@ ABLATION = {
     "plan_same": "PLAN, T = 1, rounds stay on the coarse map",
     "plan_same_pull": "PLAN, T = 1, coarse map, words pulled to their regions (eta 0.5)",
     "plan_forget": "PLAN, T = 1, no history of the map (rho 0)",
+    "plan_unguided": "PLAN, T = 1, rounds not guided by the image",
     "plan_no_gates": "PLAN, T = 1, no word and pixel importance",
     "plan_no_history": "PLAN, T = 1, no history of words",
     "plan_all_negatives": "PLAN, T = 1, same word is a negative too",
@@ -57,6 +58,7 @@ _HYPER = {
     "plan_reading": {"eta": 0.5, "refinement_start_step": STEPS},
     "plan_same_pull": {"eta": 0.5},
     "plan_forget": {"rho": 0.0},
+    "plan_unguided": {"guide_round_steps": 0},
     "plan_no_gates": {"use_gates": False},
     "plan_no_history": {"use_history": False},
     "plan_all_negatives": {"negatives": "all"},
@@ -72,8 +74,8 @@ def get_config(variant: str = "plan") -> ConfigDict:
     config = modules.get(variant, plan).get_config("phantom")
     config.steps = STEPS
     config.checkpoint.every = 400
-    if variant in _HYPER:
-        config.hyper = ConfigDict(_HYPER[variant])
     if variant in _COARSE:
         config.fine_map = False
+        config.hyper.guide_round_steps = 0  # guides rounds on the finer map
+    config.hyper.update(_HYPER.get(variant, {}))
     return config

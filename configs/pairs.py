@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.data.max_tokens = 96
     config.data.max_words = 80
     config.data.builder = ConfigDict({"manifest": "manifest.csv", "size": 160})
+    config.optim.name = "adamw"  # muon was not tried on radiographs
     config.optim.learning_rate = 1e-3
     config.checkpoint.every = 200
     config.checkpoint.best = ""

@@ -14,4 +14,5 @@ def get_config(size: str = "paper") -> ConfigDict:
     config = base.get_sized_config(size)
     config.method = "plan"
     config.fine_map = True  # rounds on the coarse map do not help, see docs/plan.md
+    config.hyper = ConfigDict({"guide_round_steps": 1})  # maps cover findings, not their edges
     return config

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from plan_jax import parallel
 from plan_jax.data.augmentation import PRESETS, Augmentation, preset_fields
@@ -167,10 +167,11 @@ class WeightsConfig(Section):
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW or Muon with linear warm-up and cosine decay."""
 
     PREFIX: ClassVar[str] = "optim."
 
+    name: Literal["adamw", "muon"] = "adamw"  # muon: AdamW too, but for kernels
     learning_rate: float = 3e-3  # peak; 2e-5 to 1e-4 for pretrained encoders
     warmup_fraction: float = 0.1  # of all steps; too short, and norms diverge in the first steps
     end_lr_factor: float = 0.02  # last learning rate, relative to the peak
@@ -327,7 +328,8 @@ class Config(Section):
             not guide_steps or (self.fine_map and self.hyper.rounds > 0),
             "hyper.guide_round_steps",
             guide_steps,
-            "it guides rounds on the finer map; set fine_map to True and hyper.rounds to 1",
+            "it guides rounds on the finer map; set it to 0, or set fine_map to True and "
+            "hyper.rounds to 1",
         )
         if self.vision["name"] in VITS:
             sizes = {**VITS[self.vision["name"]], **self.vision}

@@ -342,6 +342,7 @@ class Encoder(nn.Module):
             images["raw"] = seen.local
         if self.fine_head is not None:
             images["fine"] = self.fine_head(seen.fine, seen.local, seen.grids)
+            images["guide"] = describe_grey(image, seen.grids[1])
         read = self.text_tower(tokens, word_index, num_words, "attention" in self.text_names)
         texts = {"pooled": self.heads["text_global"](read.pooled), "attention": read.attention}
         if "local" in self.text_names:
@@ -350,6 +351,27 @@ class Encoder(nn.Module):
             for name, value in side.items():
                 side[name] = None if value is None else value.float()
         return images | {"grids": seen.grids}, texts
+
+
+def describe_grey(image: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Returns the grey values' mean and deviation in each cell [B Q 2], as the encoder's guide."""
+    grey = image.float() / 255
+    grey = grey - grey.mean((2, 3), keepdim=True)
+
+    def mean_cells(x: torch.Tensor) -> torch.Tensor:
+        # Cells may share a pixel, by its parts; torch's adaptive pooling would count it twice.
+        shares = []
+        for count, cells in zip(x.shape[2:], grid, strict=True):
+            edges = torch.arange(cells + 1, device=x.device) * (count / cells)
+            pixel = torch.arange(count, device=x.device)
+            overlap = edges[1:, None].minimum(pixel + 1) - edges[:-1, None].maximum(pixel)
+            shares.append(overlap.clamp(min=0) * (cells / count))
+        return torch.einsum("Yy,Xx,bcyx->bcYX", *shares, x)
+
+    mean, square = mean_cells(grey), mean_cells(grey**2)
+    values = torch.cat([mean, (square - mean**2).clamp(min=0).sqrt()], 1).flatten(2).mT
+    values = values - values.mean(1, keepdim=True)
+    return values / (values.std(1, correction=0, keepdim=True) + 1e-3)
 
 
 # Losses ------------------------------------------------------------------------------------------
@@ -629,7 +651,7 @@ class PlaceLoss(nn.Module):
 
 
 class PlanLoss(nn.Module):
-    """PLAN: equations 1 to 10 of `plan_jax.methods.plan`, with `progress="rounds"`."""
+    """PLAN: equations 1 to 11 of `plan_jax.methods.plan`, with `progress="rounds"`."""
 
     def __init__(self, hyper: Any, **_: Any) -> None:
         """Builds the learned scale and the history of words.
@@ -638,9 +660,12 @@ class PlanLoss(nn.Module):
           UserError: a constant asks for what is not written here.
         """
         super().__init__()
-        for name in ("guide_round_steps", "pixel_dropout"):
-            if value := getattr(hyper, name):
-                raise UserError(f"hyper.{name} is {value}, which torch's PLAN lacks; set it to 0")
+        defaults = type(hyper)()
+        for name in ("pixel_dropout", "regions", "report_negatives", "concise_start_step"):
+            value, default = getattr(hyper, name), getattr(defaults, name)
+            if value != default:
+                message = f"hyper.{name} is {value}, which torch's PLAN lacks; set it to {default}"
+                raise UserError(message)
         self.hyper = hyper
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / hyper.tau)))
         self.register_buffer("margin", torch.zeros(hyper.history_size))
@@ -693,6 +718,20 @@ class PlanLoss(nn.Module):
         attention = (maps * factor / self.hyper.tau_region).softmax(-1)
         return words, unit(torch.einsum(equation, attention, pixels))
 
+    @torch.no_grad()
+    def affinity(
+        self, pixels: torch.Tensor, guide: torch.Tensor, grid: tuple[int, int]
+    ) -> torch.Tensor:
+        """Computes how alike the cells of each image are [I Q Q]: equation 11, as one table."""
+        hyper = self.hyper
+        cells = torch.cartesian_prod(*(torch.arange(x, device=pixels.device) for x in grid))
+        offset = cells[:, None] - cells
+        is_near = (offset.abs() <= math.ceil(2 * hyper.guide_sigma)).all(-1)
+        distance = (2 - 2 * torch.einsum("ipd,iqd->ipq", pixels, pixels)) / hyper.tau_guide
+        distance += torch.cdist(guide, guide) ** 2 / hyper.tau_grey
+        distance += (offset**2).sum(-1) / (2 * hyper.guide_sigma**2)
+        return (-distance).masked_fill(~is_near, MASKED_LOGIT).softmax(-1)
+
     def forward(self, images: dict, texts: dict, batch: SimpleNamespace) -> torch.Tensor:
         """Computes the loss of a batch, a scalar []."""
         hyper, tau, word_id = self.hyper, self.hyper.tau_local, batch.word_id
@@ -738,12 +777,17 @@ class PlanLoss(nn.Module):
                 nearby.flatten(0, 1).unflatten(-1, grid), fine_grid, mode="bilinear"
             )
             nearby = nearby.flatten(2).unflatten(0, (size, count))
+        affinity = None
+        if hyper.guide_round_steps and "fine" in images:
+            affinity = self.affinity(fine, images["guide"], fine_grid)
         near_allowed = allowed[pick, image]  # [T C K]
         labels = torch.zeros(size, dtype=torch.long, device=device)
         for _ in range(hyper.rounds):
             query = unit(near_words + hyper.eta * importance[..., None] * regions)
             closer = torch.einsum("ickd,iqd->ickq", query, fine) * near_mask[..., None]
             nearby = (1 - hyper.rho) * closer + hyper.rho * nearby
+            for _ in range(hyper.guide_round_steps if affinity is not None else 0):
+                nearby = torch.einsum("ickq,ipq->ickp", nearby, affinity)
             importance, regions = self.ground(nearby, near_mask, equation, fine)
             near_matches = (near_words * regions).sum(-1) * near_mask / tau  # [I C K]
             logits = near_matches[image, offset]  # [T C K]: text j with image j + r

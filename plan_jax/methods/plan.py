@@ -62,6 +62,7 @@ PAPER = (
 REQUIRES: tuple[str, ...] = ()
 IMAGE_FEATURES = ("pooled", "local", "fine", "guide")
 TEXT_FEATURES = ("pooled", "local", "word_id")
+GUIDE_ROWS = 4  # rows of cells that are smoothed by one product (11)
 MAX_LOGIT_SCALE = 50.0  # of the learned factor on cosines; CLIP's bound is 100
 
 
@@ -348,7 +349,7 @@ def upsample_maps(
 
 def compute_affinity(
     pixels: Float[Array, "Q D"], guide: Float[Array, "Q G"], grid: tuple[int, int], hyper: Hyper
-) -> Float[Array, "Y X N"]:
+) -> Float[Array, "Z M N"]:
     """Computes how alike the cells of an image are: the K of *equation 11*.
 
         (11)  K_pq ~ exp(-|f_p - f_q|^2 / tau_guide - |g_p - g_q|^2 / tau_grey
@@ -359,31 +360,43 @@ def compute_affinity(
     Manduchi, ICCV 1998). There is no gradient.
 
     Returns:
-      For each cell its weights of the N cells of the rows near it, see `_near_rows`; a table of
-      all pairs of cells would be several times as large.
+      For each of the M cells of a block of GUIDE_ROWS rows, its weights of the N cells of the rows
+      near the block, see `_near_blocks`; a table of all pairs of cells would be larger.
     """
     (num_rows, num_columns), reach = grid, math.ceil(2 * hyper.guide_sigma)
     radius = min(reach, num_rows - 1)
     pixels, guide = (lax.stop_gradient(x).reshape(*grid, -1) for x in (pixels, guide))
-    # Places are known when the program is compiled.
-    offset = np.stack(np.divmod(np.arange((2 * radius + 1) * num_columns), num_columns), -1)
-    offset_XN2 = (
-        offset - np.stack([np.full(num_columns, radius), np.arange(num_columns)], -1)[:, None]
+    # Places are known when the program is compiled: rows and columns in a block, and near it.
+    row, column = np.divmod(np.arange(GUIDE_ROWS * num_columns), num_columns)
+    near_row, near_column = np.divmod(
+        np.arange((GUIDE_ROWS + 2 * radius) * num_columns), num_columns
     )
-    row_YN = np.arange(num_rows)[:, None] + offset[:, 0] - radius
-    is_near_XN = (abs(offset_XN2) <= reach).all(-1)
-    is_near_YXN = is_near_XN & ((row_YN >= 0) & (row_YN < num_rows))[:, None]
-    # Of unit vectors.
-    cosine_YXN = jnp.einsum("yxd,ynd->yxn", pixels, _near_rows(pixels, radius))
-    distance_YXN = (2 - 2 * cosine_YXN) / hyper.tau_guide
-    offset_YXNG = guide[:, :, None] - _near_rows(guide, radius)[:, None]
-    distance_YXN += (offset_YXNG**2).sum(-1) / hyper.tau_grey
-    distance_YXN += (offset_XN2**2).sum(-1) / (2 * hyper.guide_sigma**2)
-    return jax.nn.softmax(jnp.where(is_near_YXN, -distance_YXN, contrastive.MASKED_LOGIT), -1)
+    row_offset = near_row - radius - row[:, None]
+    column_offset = near_column - column[:, None]
+    is_near_MN = (abs(row_offset) <= reach) & (abs(column_offset) <= reach)
+    near_row_ZN = np.arange(0, num_rows, GUIDE_ROWS)[:, None] + near_row - radius
+    is_inside_ZN = (near_row_ZN >= 0) & (near_row_ZN < num_rows)
+    place_MN = -(row_offset**2 + column_offset**2) / (2 * hyper.guide_sigma**2)
+    place_ZMN = np.where(
+        is_near_MN & is_inside_ZN[:, None], place_MN.astype(np.float32), contrastive.MASKED_LOGIT
+    )
+    # |p - q|^2 is |p|^2 + |q|^2 - 2 <p, q>: the first is the same for all q, so that it leaves no
+    # trace in the softmax, and the pixels have unit length. One product remains.
+    ones = jnp.ones((*grid, 1))
+    grey_square = jnp.sum(guide**2, -1, keepdims=True)
+    cells = jnp.concatenate([pixels, guide, ones], -1)
+    scales = 2 / hyper.tau_guide, 2 / hyper.tau_grey, -1 / hyper.tau_grey
+    parts = (scale * x for scale, x in zip(scales, (pixels, guide, grey_square), strict=True))
+    others_ZNE = _near_blocks(jnp.concatenate([*parts], -1), radius)
+    # Exact also on a TPU: grey values may be large, and their differences small.
+    precision = lax.Precision.HIGHEST
+    queries_ZME = _near_blocks(cells, 0)
+    logits_ZMN = jnp.einsum("zme,zne->zmn", queries_ZME, others_ZNE, precision=precision)
+    return jax.nn.softmax(logits_ZMN + place_ZMN, -1)
 
 
 def guide_maps(
-    maps: Float[Array, "K Q"], affinity: Float[Array, "Y X N"], num_steps: int
+    maps: Float[Array, "K Q"], affinity: Float[Array, "Z M N"], num_steps: int
 ) -> Float[Array, "K Q"]:
     """Smooths maps along the affinities of the image itself: *equation 11*.
 
@@ -392,23 +405,31 @@ def guide_maps(
     What gives a finding away is often its edge, as the line of a pneumothorax; cells that look
     alike share their heat, so that the edge hands it on to what it encloses.
     """
-    num_rows, num_columns, num_near = affinity.shape
-    radius = num_near // num_columns // 2
+    num_columns = affinity.shape[1] // GUIDE_ROWS
+    radius = (affinity.shape[2] // num_columns - GUIDE_ROWS) // 2
 
-    def smooth(maps_YXK: Array, _: None) -> tuple[Array, None]:
-        near_YNK = _near_rows(maps_YXK, radius)
-        return jnp.einsum("yxn,ynk->yxk", affinity, near_YNK), None
+    def smooth(maps_KYX: Array, _: None) -> tuple[Array, None]:
+        near_ZNK = _near_blocks(jnp.moveaxis(maps_KYX, 0, -1), radius)
+        smoothed_KQ = jnp.einsum("zmn,znk->kzm", affinity, near_ZNK).reshape(len(maps), -1)
+        return smoothed_KQ[:, : maps.shape[1]].reshape(maps_KYX.shape), None
 
-    maps_YXK = maps.T.reshape(num_rows, num_columns, -1)
-    smoothed = lax.scan(smooth, maps_YXK, None, num_steps)[0]
-    return smoothed.reshape(maps.shape[1], -1).T
+    maps_KYX = maps.reshape(len(maps), -1, num_columns)
+    return lax.scan(smooth, maps_KYX, None, num_steps)[0].reshape(maps.shape)
 
 
-def _near_rows(cells: Float[Array, "Y X C"], radius: int) -> Float[Array, "Y N C"]:
-    """Returns for each row the cells of the 2 radius + 1 rows around it; 0 outside of the grid."""
-    num_rows = len(cells)
-    padded = jnp.pad(cells, ((radius, radius), (0, 0), (0, 0)))
-    return jnp.concatenate([padded[i : i + num_rows] for i in range(2 * radius + 1)], 1)
+def _near_blocks(cells: Float[Array, "Y X C"], radius: int) -> Float[Array, "Z N C"]:
+    """Returns the cells of each block of GUIDE_ROWS rows and of `radius` rows above and below it.
+
+    They are 0 outside of the grid.
+    """
+    num_rows, num_columns, _ = cells.shape
+    num_blocks = -(-num_rows // GUIDE_ROWS)
+    below = num_blocks * GUIDE_ROWS - num_rows + radius
+    padded = jnp.pad(cells, ((radius, below), (0, 0), (0, 0)))
+    height = GUIDE_ROWS + 2 * radius
+    starts = range(0, num_blocks * GUIDE_ROWS, GUIDE_ROWS)
+    blocks = jnp.stack([padded[start : start + height] for start in starts])
+    return blocks.reshape(num_blocks, height * num_columns, -1)
 
 
 # The history of words: equation 7 ---------------------------------------------------------------

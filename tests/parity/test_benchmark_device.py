@@ -45,7 +45,7 @@ CASES = {
     "mgca": {"hyper.num_prototypes": "10"},
     "asg": {"hyper.num_layers": "2", "hyper.hidden_dim": "32", "hyper.dropout_rate": "0.0"},
     "place": {"hyper.mask_ratio": "1.0"},  # all patches are hidden
-    "plan": {},  # all words are drawn
+    "plan": {"hyper.guide_round_steps": "0"},  # all words are drawn; no finer map
 }
 
 
@@ -220,8 +220,7 @@ def test_the_maps_of_a_resnet_agree(tmp_path):
         variables = {"params": params, "batch_stats": state.batch_stats}
         options = {"mutable": ["batch_stats"], "method": "encode_image"}
         images, _ = components.encoder.apply(variables, image, True, **options)
-        names = set(components.method.IMAGE_FEATURES) - {"guide"}  # grey values, without weights
-        return {name: getattr(images, name) for name in names}
+        return {name: getattr(images, name) for name in components.method.IMAGE_FEATURES}
 
     tensors = to_tensors(batch, "cpu")
     words = tensors.word_id.shape[1]
@@ -234,7 +233,14 @@ def test_the_maps_of_a_resnet_agree(tmp_path):
 
 
 def test_the_loss_of_plan_with_a_finer_map():
-    hyper = plan.Hyper(rounds=2, eta=0.5, num_sampled_words=6, num_candidates=3)
+    hyper = plan.Hyper(
+        rounds=2,
+        eta=0.5,
+        num_sampled_words=6,
+        num_candidates=3,
+        guide_round_steps=2,
+        guide_sigma=0.7,
+    )
     rng = np.random.default_rng(0)
 
     def draw(*shape):
@@ -244,6 +250,7 @@ def test_the_loss_of_plan_with_a_finer_map():
     word_id[1, 4:] = 0
     image = {"pooled": draw(5, 8), "local": draw(5, 6, 8), "fine": draw(5, 24, 8)}
     text = {"pooled": draw(5, 8), "local": draw(5, 6, 8) * (word_id > 0)[..., None]}
+    guide = draw(5, 24, 2)
     loss = PlanLoss(hyper)
     _, memory = plan.init(jax.random.key(0), MethodContext(8), hyper)
 
@@ -251,7 +258,11 @@ def test_the_loss_of_plan_with_a_finer_map():
     def run(memory, learned, word_id):
         def value(learned):
             images = Features(
-                **learned[0], mask=jnp.ones((5, 6), bool), grid=(2, 3), fine_grid=(4, 6)
+                **learned[0],
+                mask=jnp.ones((5, 6), bool),
+                grid=(2, 3),
+                fine_grid=(4, 6),
+                guide=jnp.asarray(guide),
             )
             texts = Features(**learned[1], mask=word_id > 0, word_id=word_id)
             params = {"log_scale": jnp.log(1 / hyper.tau)}
@@ -271,7 +282,8 @@ def test_the_loss_of_plan_with_a_finer_map():
         (value, memory), grads = run(memory, learned, jnp.asarray(word_id))
         for tensor in (*tensors[0].values(), *tensors[1].values()):
             tensor.grad = None
-        torch_value = loss(tensors[0] | {"grids": ((2, 3), (4, 6))}, tensors[1], batch)
+        others = {"grids": ((2, 3), (4, 6)), "guide": torch.tensor(guide)}
+        torch_value = loss(tensors[0] | others, tensors[1], batch)
         torch_value.backward()
         np.testing.assert_allclose(value, torch_value.item(), rtol=1e-5)
         for actual, expected in zip(grads, tensors, strict=True):
