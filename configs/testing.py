@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
     config.embed_dim = 8
     config.head_hidden_dim = 16
     config.hyper = ConfigDict({"num_sampled_words": 4, "tile_size": 2})
+    config.optim.name = "adamw"  # compiles in less time than muon
+    config.optim.learning_rate = 3e-3
     config.checkpoint.every = 2
     config.eval.limit = 8
     config.eval.num_prior_records = 16

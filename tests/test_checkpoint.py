@@ -683,6 +683,7 @@ def test_a_lost_host_is_not_a_full_disk(error, tmp_path, monkeypatch):
         checkpoint.save(manager, 1, state, {}, CONFIG)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(parallel, "gather_strings", lambda text: [text, text])
+    monkeypatch.setattr(parallel, "to_host", lambda tree: tree)
     with pytest.raises(UserError, match="another host of this run has ended .*repeat the command"):
         checkpoint.save(manager, 1, state, {}, CONFIG)
 

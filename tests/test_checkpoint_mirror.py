@@ -319,7 +319,9 @@ def test_a_killed_upload_leaves_whole_steps(address, finished, tmp_path, lines, 
             shutil.rmtree(run / name, ignore_errors=True)
         shutil.copytree(finished, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
     assert objects(address) == contents(finished)
-    assert "broken" not in capsys.readouterr().err
+    # Only here, and not in a bucket, can the kill leave a part of a step's last file.
+    error = capsys.readouterr().err
+    assert "broken" not in error.replace("is broken (config/metadata has", "")
 
 
 def test_an_upload_that_fails_does_not_end_the_training(address, finished, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def test_trials_use_no_seed_and_no_split_of_a_final_run(contest, tmp_path, capsy
     assert stored["convirt"]["choice"] == {"hyper.tau": 0.2} and stored["plan"]["choice"] == {}
     assert [len(method["trials"]) for method in stored.values()] == [NUM_TRIALS] * 2
     output = capsys.readouterr().out
-    default = "default: learning_rate=0.003,tau=0.1,image_to_text=0.75"
+    default = "default: learning_rate=0.006,tau=0.1,image_to_text=0.75"
     assert f"| ConVIRT | {default} | 0.275 |  |" in output
     assert "| ConVIRT | tau=0.2 | 0.300 | chosen |" in output
     assert output.count("| chosen |") == 2 and "validation phantoms" in output

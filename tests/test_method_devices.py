@@ -27,7 +27,6 @@ HYPERS = {
         "num_candidates": 3,
         "rounds": 2,
         "eta": 0.5,
-        "guide_round_steps": 1,
         "progress": "ema",
         "ema_ramp_steps": 1,
     },
@@ -36,6 +35,8 @@ VARIANTS = {
     **{name: (name, {}) for name in HYPERS},
     "convirt_sigmoid": ("convirt", {"contrast": "sigmoid"}),
     "place_attn": ("place", {"match": "attn", "num_decoder_blocks": 0}),
+    # Not with the rounds and the pull above, which amplify rounding beyond the tolerance.
+    "plan_guided": ("plan", {"guide_round_steps": 1, "rounds": 1, "eta": 0.0}),
     "plan_journal": (
         "plan",
         {

@@ -211,7 +211,7 @@ def compute_tiny_loss(name, hyper):
     take minutes.
     """
     method, sides = METHODS[name], features.draw_features(pairs=2, words=3, grid=(2, 2))
-    extra = features.draw_extra(sides[1]) | {"teacher": sides}
+    extra = features.draw_extra(sides[1]) | {"teacher": sides, "concise": sides[1]}
     params, memory = method.init(KEY, features.make_context(), hyper)
     loss, _ = method.loss(params, memory, *sides, extra, key=KEY, step=jnp.array(9), hyper=hyper)
     return loss

@@ -67,7 +67,7 @@ TRAIN = {
     "field of 0.1": ("--config old.py", ["config.optim.rate is not a field", "did you mean"]),
     "value for a section": (
         "--config section.py",
-        ["config.optim is 3", "set one of its fields learning_rate"],
+        ["config.optim is 3", "set one of its fields name, learning_rate"],
     ),
     "constant of another method": (
         "config.method=convirt",

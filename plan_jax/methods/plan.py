@@ -380,19 +380,13 @@ def compute_affinity(
     place_ZMN = np.where(
         is_near_MN & is_inside_ZN[:, None], place_MN.astype(np.float32), contrastive.MASKED_LOGIT
     )
-    # |p - q|^2 is |p|^2 + |q|^2 - 2 <p, q>: the first is the same for all q, so that it leaves no
-    # trace in the softmax, and the pixels have unit length. One product remains.
-    ones = jnp.ones((*grid, 1))
-    grey_square = jnp.sum(guide**2, -1, keepdims=True)
-    cells = jnp.concatenate([pixels, guide, ones], -1)
-    scales = 2 / hyper.tau_guide, 2 / hyper.tau_grey, -1 / hyper.tau_grey
-    parts = (scale * x for scale, x in zip(scales, (pixels, guide, grey_square), strict=True))
-    others_ZNE = _near_blocks(jnp.concatenate([*parts], -1), radius)
-    # Exact also on a TPU: grey values may be large, and their differences small.
-    precision = lax.Precision.HIGHEST
-    queries_ZME = _near_blocks(cells, 0)
-    logits_ZMN = jnp.einsum("zme,zne->zmn", queries_ZME, others_ZNE, precision=precision)
-    return jax.nn.softmax(logits_ZMN + place_ZMN, -1)
+    near_pixels_ZND, near_guide_ZNG = (_near_blocks(x, radius) for x in (pixels, guide))
+    # Of unit vectors.
+    cosine_ZMN = jnp.einsum("zmd,znd->zmn", _near_blocks(pixels, 0), near_pixels_ZND)
+    distance_ZMN = (2 - 2 * cosine_ZMN) / hyper.tau_guide
+    offset_ZMNG = _near_blocks(guide, 0)[:, :, None] - near_guide_ZNG[:, None]
+    distance_ZMN += (offset_ZMNG**2).sum(-1) / hyper.tau_grey
+    return jax.nn.softmax(place_ZMN - distance_ZMN, -1)
 
 
 def guide_maps(
@@ -408,13 +402,12 @@ def guide_maps(
     num_columns = affinity.shape[1] // GUIDE_ROWS
     radius = (affinity.shape[2] // num_columns - GUIDE_ROWS) // 2
 
-    def smooth(maps_KYX: Array, _: None) -> tuple[Array, None]:
-        near_ZNK = _near_blocks(jnp.moveaxis(maps_KYX, 0, -1), radius)
-        smoothed_KQ = jnp.einsum("zmn,znk->kzm", affinity, near_ZNK).reshape(len(maps), -1)
-        return smoothed_KQ[:, : maps.shape[1]].reshape(maps_KYX.shape), None
+    def smooth(maps_QK: Array, _: None) -> tuple[Array, None]:
+        near_ZNK = _near_blocks(maps_QK.reshape(-1, num_columns, len(maps)), radius)
+        smoothed_ZMK = jnp.einsum("zmn,znk->zmk", affinity, near_ZNK)
+        return smoothed_ZMK.reshape(-1, len(maps))[: len(maps_QK)], None
 
-    maps_KYX = maps.reshape(len(maps), -1, num_columns)
-    return lax.scan(smooth, maps_KYX, None, num_steps)[0].reshape(maps.shape)
+    return lax.scan(smooth, maps.T, None, num_steps)[0].T
 
 
 def _near_blocks(cells: Float[Array, "Y X C"], radius: int) -> Float[Array, "Z N C"]:
