@@ -27,7 +27,7 @@ from jaxtyping import PyTree
 
 from plan_jax import parallel
 from plan_jax.checkpoint.checksums import fingerprint
-from plan_jax.config import PLACES, Config
+from plan_jax.config import PLACES, Config, DataConfig, ParallelConfig
 from plan_jax.data.tokenizer import SAVED_BY, Tokenizer, encode_tokenizer, remove_folders
 from plan_jax.logger import encode_json, report_write_errors, write_atomically
 from plan_jax.types import UserError
@@ -232,10 +232,9 @@ def remove_places(config: Config) -> dict[str, Any]:
         return _last_name(value) if is_place or _is_path(value) else value
 
     values = replace(config.to_dict())
-    defaults = Config(hyper=config.hyper)
-    values["data"]["dir"] = defaults.data.dir
+    values["data"]["dir"] = DataConfig().dir
     values["data"]["tokenizer"] = remove_folders(config.data.tokenizer)
-    values["parallel"]["cache"] = defaults.parallel.cache
+    values["parallel"]["cache"] = ParallelConfig().cache
     return values
 
 
