@@ -21,6 +21,7 @@ from plan_jax.checkpoint.checksums import fingerprint
 from plan_jax.config import Config
 from plan_jax.data.tokenizer import load_tokenizer, tokenize_batch
 from plan_jax.export import folder as folders
+from plan_jax.methods import plan
 from plan_jax.types import UserError
 
 FIELDS = {"hyper": {}, "fine_map": False}
@@ -378,3 +379,9 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(copy):
     (copy / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer.json is not a tokenizer \(.*; save the model"):
         load_tokenizer(str(copy))
+
+
+def test_a_config_with_guided_rounds_is_saved():
+    hyper = plan.Hyper(guide_round_steps=1)
+    config = Config(method="plan", fine_map=True, hyper=hyper)
+    assert folders.remove_places(config)["hyper"]["guide_round_steps"] == 1
