@@ -64,7 +64,11 @@ def test_half_precision_changes_the_answers_of_the_model_in_the_package_by_less_
             pooled = np.asarray(features.pooled)
             answers[-1][name] = pooled / np.linalg.norm(pooled, axis=-1, keepdims=True)
     for name, expected in answers[0].items():
-        np.testing.assert_allclose(answers[1][name], expected, atol=1e-2, rtol=0, err_msg=name)
+        # `both` is a sum of logits, which are larger than 1; the others are cosines and shares.
+        scale = max(1.0, float(np.abs(expected).max()))
+        np.testing.assert_allclose(
+            answers[1][name], expected, atol=1e-2 * scale, rtol=0, err_msg=name
+        )
 
 
 def test_the_model_in_the_package_is_loaded_without_a_network(tmp_path):
