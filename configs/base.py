@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     config.optim.warmup_fraction = 0.1  # of all steps; too short, and the first steps diverge
     config.optim.end_lr_factor = 0.02  # last learning rate, relative to the peak
     config.optim.weight_decay = 1e-3  # of matrices and kernels only
-    config.optim.b1 = 0.9
+    config.optim.b1 = 0.9  # not of the kernels that Muon updates
     config.optim.b2 = 0.98  # 0.999 forgets too slowly for runs of a few thousand steps
     config.optim.clip_norm = 1.0  # 0 does not clip
     config.optim.accumulate_steps = 1  # batches per update; negatives stay within a batch

@@ -176,7 +176,7 @@ class OptimConfig(Section):
     warmup_fraction: float = 0.1  # of all steps; too short, and norms diverge in the first steps
     end_lr_factor: float = 0.02  # last learning rate, relative to the peak
     weight_decay: float = 1e-3  # of matrices and kernels only
-    b1: float = 0.9  # decay of the mean of the gradients
+    b1: float = 0.9  # decay of the mean of the gradients; for Muon's kernels it is 0.95
     b2: float = 0.98  # of their squares; 0.999 for batches below about 100 of noisy gradients
     clip_norm: float = 1.0  # largest global norm of the gradient; 0 does not clip
     accumulate_steps: int = 1  # batches averaged into one update; negatives stay within a batch

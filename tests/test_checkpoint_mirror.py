@@ -411,6 +411,18 @@ def test_a_run_that_was_deleted_begins_anew(uploaded, capsys):
     assert "step 3 of this host does not continue the run at bucket://" in capsys.readouterr().err
 
 
+def fail_to_fetch(address, monkeypatch):
+    """Opens a run while the reads of its bucket fail."""
+
+    def fail(self, path, *arguments, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketFileSystem, "get_file", fail)
+        with pytest.raises(UserError, match="cannot be read .Input/output"), open_run(address):
+            raise AssertionError("the body must not begin")
+
+
 def test_a_fetch_that_fails_leaves_the_steps_of_this_host(uploaded, tmp_path, monkeypatch):
     with open_run(uploaded) as run:
         pass
@@ -421,13 +433,7 @@ def test_a_fetch_that_fails_leaves_the_steps_of_this_host(uploaded, tmp_path, mo
     save(run, 5)
     before = contents(run)
 
-    def fail(self, path, *arguments, **options):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BucketFileSystem, "get_file", fail)
-        with pytest.raises(UserError, match="cannot be read .Input/output"), open_run(uploaded):
-            raise AssertionError("the body must not begin")
+    fail_to_fetch(uploaded, monkeypatch)
     assert contents(run) == before
     with open_run(uploaded) as run:
         assert restore(run) == 4
@@ -487,13 +493,7 @@ def test_an_older_step_is_taken_and_said_so(uploaded, fault, capsys):
 def test_a_read_that_fails_sets_nothing_aside(uploaded, monkeypatch):
     before = objects(uploaded)
 
-    def fail(self, path, *arguments, **options):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BucketFileSystem, "get_file", fail)
-        with pytest.raises(UserError, match="cannot be read .Input/output"), open_run(uploaded):
-            raise AssertionError("the body must not begin")
+    fail_to_fetch(uploaded, monkeypatch)
     assert objects(uploaded) == before
     with open_run(uploaded) as run:
         assert restore(run) == 3

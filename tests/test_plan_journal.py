@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from test_train import random_batch
+from tiny_models import TOWERS
 
 from configs import testing
 from plan_jax import parallel
@@ -129,20 +130,9 @@ def test_concise_reports_need_the_history():
 @cache
 def take_step(devices, microbatch, start=1):
     """Returns the metrics and the gradients of a step with towers without BatchNorm."""
-    towers = {
-        "method": "plan",
-        "vision": {"name": "vit_tiny"},
-        "text": {"name": "bert_tiny", "dropout": 0.3},
-        "heads": {
-            "image_global": "mlp_ln",
-            "image_local": "linear",
-            "text_global": "mlp_ln",
-            "text_local": "linear",
-        },
-        "fine_map": False,
-        "hyper": {"concise_start_step": start, "concise_words": 3, "rounds": 0, "tile_size": 16},
-    }
-    config = Config.from_dict(testing.get_config().to_dict() | towers)
+    hyper = {"concise_start_step": start, "concise_words": 3, "rounds": 0, "tile_size": 16}
+    changes = TOWERS | {"method": "plan", "hyper": hyper}
+    config = Config.from_dict(testing.get_config().to_dict() | changes)
     components, batch = build_components(config, parallel.AXIS), random_batch(16)
     state, _ = init_state(components, config, batch)
     optimiser, before = optax.sgd(1.0), parallel.to_host(state.params)

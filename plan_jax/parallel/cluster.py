@@ -56,8 +56,9 @@ def initialize() -> None:
     """
     global _watch
     if jax.distributed.is_initialized():
-        if _runs.loss or (_watch and _watch.farewell):
-            reason = _runs.loss or f"{hosts.LOST}: {_watch and _watch.farewell}"
+        farewell = _watch.farewell if _watch else ""
+        if _runs.loss or farewell:
+            reason = _runs.loss or f"{hosts.LOST}: {farewell}"
             raise UserError(f"{reason.partition(';')[0]}; restart the kernels of all hosts")
         return
     mode = os.environ.get("JAX_DISTRIBUTED", "")
