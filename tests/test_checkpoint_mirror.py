@@ -549,6 +549,18 @@ def test_a_process_of_another_host_that_still_writes_keeps_the_lock(address, cap
     assert "waiting 1 s to see whether it still is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b'{"pid": 7, "ho'])
+def test_a_lock_that_is_being_written_is_held_and_a_damaged_one_is_taken(address, content):
+    place = storage.find_place("workdir", address)
+    place.write(".lock", content)
+    threading.Timer(0.2, place.write, (".lock", owner(host="other"))).start()
+    with pytest.raises(UserError, match="in use by process .* on other"), AddressLock(place):
+        raise AssertionError("the lock must not be taken")
+    place.write(".lock", content)
+    with AddressLock(place):
+        assert json.loads(place.read(".lock"))["pid"] == os.getpid()
+
+
 def test_a_run_whose_lock_is_taken_uploads_no_more(address, finished):
     place = storage.find_place("workdir", address)
     sentence = "is not copied completely: workdir .* is in use by process 7 on other"

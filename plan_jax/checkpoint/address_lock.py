@@ -48,8 +48,8 @@ class AddressLock:
         Raises:
           UserError: another run holds it, or the address cannot be written.
         """
-        owner = self._read()
-        if owner and self._is_held(owner):
+        content = self.place.read(FILE)
+        if content is not None and self._is_held(content):
             raise self._refusal(self._read())
         self._write()
         time.sleep(SETTLE)
@@ -93,8 +93,12 @@ class AddressLock:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
         self.place.write(FILE, json.dumps(owner | {"token": self.token}).encode())
 
-    def _is_held(self, owner: Mapping[str, Any]) -> bool:
-        """Returns whether another process still writes the lock, which it waits to see."""
+    def _is_held(self, content: bytes) -> bool:
+        """Returns whether another process still writes the lock, which it waits to see.
+
+        Bytes are compared: where an object appears before it is complete, half of a lock is a lock.
+        """
+        owner = parse_owner(content)
         # A process of that number may be another one, as after a container has been restarted.
         if owner.get("host") == socket.gethostname() and not is_alive(owner):
             return False
@@ -109,9 +113,9 @@ class AddressLock:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(min(BEAT / 4, 5.0))
-            current = self._read()
-            if current != owner:
-                return bool(current)
+            current = self.place.read(FILE)
+            if current != content:
+                return current is not None
         return False
 
     def _refusal(self, owner: Mapping[str, Any]) -> UserError:

@@ -31,7 +31,7 @@ _watch: hosts.Watch | None = None  # of this process, which belongs to one run
 
 
 class _Runs:
-    """What this process does with its hosts: a notebook calls one run after the other."""
+    """The runs of this process with its hosts: a notebook calls one after the other."""
 
     num_open = 0  # calls of `report_lost_host`, one inside of the other
     is_over = False  # a run has ended, and no other one has begun
