@@ -214,8 +214,20 @@ def test_all_hosts_get_the_checkout_and_one_environment(machine):
     # The second start has nothing to install.
     installations = [" ".join(call[:4]) for call in machine.calls("python3")]
     assert installations == ["-m pip install --quiet", "-m uv venv --quiet", "-m uv pip install"]
-    assert machine.calls("python3")[2][-3:] == ["constraints.txt", "-e", ".[tpu]"]
+    assert machine.calls("python3")[2][-3:] == ["constraints.txt", "-e", ".[tpu,gcs]"]
     assert machine.calls("gcsfuse")[0] == ["--implicit-dirs", "my-bucket", "shared"]
+
+
+ADDRESS = ["--config", "mgca", "--workdir", "gs://my-bucket/runs/mgca"]
+
+
+@pytest.mark.parametrize("option", ["--type=v4-32", "--spot"])
+def test_a_run_at_an_address_needs_no_share(option, machine):
+    machine.play("143", "0")
+    result = start_tpu(machine, option, arguments=ADDRESS)
+    assert result.returncode == 0, result.stderr
+    assert [call[4:] for call in machine.calls("python")] == [ADDRESS] * 2
+    assert not machine.calls("gcsfuse") and not machine.calls("sudo")
 
 
 def test_a_share_of_nfs_is_mounted(machine):
@@ -303,7 +315,11 @@ MISTAKES = {
     "no size": (["--type", "v5e"], "--type is v5e; use a generation and a size, as v5e-8"),
     "no number": (["--restarts", "many"], "--restarts is many; use a number"),
     "no arguments": ([], "plan_jax.main has no arguments; write them after --"),
-    "several hosts": (["--type=v5e-16", "--", "x"], "v5litepod-16 has several hosts, which need"),
+    "several hosts": (
+        ["--type=v5e-16", "--", "x"],
+        "v5litepod-16 has several hosts, which need a run that all of them can reach; pass"
+        " --workdir gs://BUCKET/NAME, or --mount SHARE",
+    ),
     "spot": (["--spot", "--", "x"], "a pre-empted TPU VM loses its disk, and the run with it"),
     "no workdir": (["--mount=b", "--", "x"], "--workdir is not set, not in the mounted folder"),
     "workdir": (
@@ -480,11 +496,19 @@ def test_a_workload_of_gke_is_restarted_with_the_same_arguments(machine):
     assert "\n" not in command  # it becomes a line of YAML
 
 
+def test_a_workload_at_an_address_needs_no_storage(machine):
+    result = machine.start("gke.sh", *XPK[:-1], "--", *ADDRESS)
+    assert result.returncode == 0, result.stderr
+    (call,) = machine.calls("xpk")
+    assert call[-1].endswith(f"worker.sh run {' '.join(ADDRESS)}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--storage", "s"], "plan_jax.main has no arguments; write them after --"),
-        (["--cluster", "c", "--", "x"], "a pod loses its disk, and the run with it; pass --stor"),
+        (["--cluster", "c", "--", "x"], "a pod loses its disk, and the run with it; pass --workd"),
+        (["--", "--workdir", "/shared/x"], "a pod loses its disk, and the run with it; pass --w"),
         (["--storage", "s", "--", "x"], "--workdir is not set, on the disk of a pod"),
         (["--storage=s", "--", "--workdir=runs/x"], "--workdir is runs/x, on the disk of a pod"),
     ],

@@ -27,6 +27,11 @@ find_workdir() {
   printf '%s' "$workdir"
 }
 
+# Succeeds if a run lies at an address, as gs://bucket/run, and not in a folder.
+is_address() {
+  [[ $1 =~ ^[A-Za-z][A-Za-z0-9+.-]*://. ]]
+}
+
 # Writes an archive of the checkout $1 to $2: what git tracks or does not ignore, as it is now. The
 # folder `shared` is left out, which is the name of the mounted one.
 pack_checkout() {

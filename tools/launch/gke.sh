@@ -2,10 +2,11 @@
 # Runs plan_jax.main as a workload of xpk, on the TPUs of a GKE cluster, restarted until it is done.
 #
 #   tools/launch/gke.sh --cluster my-cluster --workload mgca --tpu-type v5litepod-16 \
-#     --storage my-storage -- --config mgca --config.data.dir=/shared/data --workdir /shared/mgca
+#     -- --config mgca --config.data.dir=gs://my-bucket/data --workdir gs://my-bucket/runs/mgca
 #
 # What precedes `--` are options of `xpk workload create`, and what follows are the arguments of
-# plan_jax.main. `xpk storage attach` gives a storage its name and its place, here /shared. A pod
+# plan_jax.main. The run lies at an address, or in a folder of a storage, which is passed as
+# `--storage NAME`; `xpk storage attach` gives a storage its name and its place in a pod. A pod
 # installs plan_jax when it starts; with --base-docker-image of an image that has the packages of
 # constraints.txt, this takes seconds. A workload is restarted 50 times at most, or --max-restarts,
 # and not after a mistake or a loss that is not finite.
@@ -34,10 +35,12 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -gt 1 ] || fail "plan_jax.main has no arguments; write them after --, as -- --config mgca"
 shift
-[ -n "$has_storage" ] || fail "a pod loses its disk, and the run with it; pass --storage NAME"
 workdir=$(find_workdir "$@")
-if [[ $workdir != /* ]]; then
-  fail "--workdir is ${workdir:-not set}, on the disk of a pod; pass a folder of the storage"
+if ! is_address "$workdir"; then
+  [ -n "$has_storage" ] || fail \
+    "a pod loses its disk, and the run with it; pass --workdir gs://BUCKET/NAME, or --storage NAME"
+  [[ $workdir == /* ]] ||
+    fail "--workdir is ${workdir:-not set}, on the disk of a pod; pass a folder of the storage"
 fi
 command -v xpk >/dev/null || fail "xpk is not installed, or not in PATH; pip install xpk"
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Runs plan_jax.main on all hosts of a Cloud TPU VM, and starts it again until the run is done.
 #
-#   tools/launch/tpu_vm.sh --type v5e-16 --zone us-west4-a --spot --mount my-bucket -- \
-#     --config mgca --config.data.dir=shared/data --workdir shared/runs/mgca
+#   tools/launch/tpu_vm.sh --type v5e-16 --zone us-west4-a --spot -- \
+#     --config mgca --config.data.dir=gs://my-bucket/data --workdir gs://my-bucket/runs/mgca
 #
-# What follows `--` are the arguments of plan_jax.main. The options:
+# What follows `--` are the arguments of plan_jax.main. A TPU VM of several hosts, or one that may be
+# pre-empted, needs a run that outlives its disks: an address, or a folder of a mounted share. The
+# options:
 #
 #   --name NAME       of the TPU VM, which is created unless it exists (plan-jax)
 #   --zone ZONE       of Google Cloud (that of `gcloud config`)
@@ -59,15 +61,18 @@ for option in restarts wait; do
   [[ ${!option} =~ ^[0-9]+$ ]] || fail "--$option is ${!option}; use a number"
 done
 [ $# -gt 0 ] || fail "plan_jax.main has no arguments; write them after --, as -- --config mgca"
-# Larger slices of all generations have several hosts, and none of up to 8.
-if [ -z "$mount" ] && [ "${type##*-}" -gt 8 ]; then
-  fail "$type has several hosts, which need a folder in common; pass --mount BUCKET"
-elif [ -z "$mount" ] && [ -n "$spot" ]; then
-  fail "a pre-empted TPU VM loses its disk, and the run with it; pass --mount BUCKET"
-fi
 workdir=$(find_workdir "$@")
-if [ -n "$mount" ] && [[ $workdir != shared/?* ]]; then
-  fail "--workdir is ${workdir:-not set}, not in the mounted folder; pass --workdir shared/NAME"
+remedy='pass --workdir gs://BUCKET/NAME, or --mount SHARE'
+if is_address "$workdir"; then
+  : # it outlives any disk
+elif [ -n "$mount" ]; then
+  [[ $workdir == shared/?* ]] ||
+    fail "--workdir is ${workdir:-not set}, not in the mounted folder; pass --workdir shared/NAME"
+elif [ "${type##*-}" -gt 8 ]; then
+  # Larger slices of all generations have several hosts, and none of up to 8.
+  fail "$type has several hosts, which need a run that all of them can reach; $remedy"
+elif [ -n "$spot" ]; then
+  fail "a pre-empted TPU VM loses its disk, and the run with it; $remedy"
 fi
 if [ -z "$dry_run" ] && ! command -v gcloud >/dev/null; then
   fail "gcloud is not installed, or not in PATH; install the Google Cloud CLI"

@@ -64,7 +64,7 @@ install() {
   if ! {
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv &&
       python3 -m uv venv --quiet --python '>=3.11,<3.14' .venv &&
-      python3 -m uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu]'
+      python3 -m uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu,gcs]'
   }; then
     fail_for_now "plan_jax cannot be installed; pip says why above"
   fi
