@@ -1,8 +1,9 @@
 """Bootstrap intervals: coverage, whole rows, repeatability."""
 
 import numpy as np
+import pytest
 
-from plan_jax.metrics import intervals
+from plan_jax.metrics import classification, intervals
 
 
 def test_an_interval_covers_the_mean_as_often_as_its_level():
@@ -53,13 +54,54 @@ def test_means_are_over_groups_that_have_a_count():
     table = np.zeros((3, 2, 3))
     table[:, 0, 0], table[:, 1, 0] = [1, 2, 6], 1
     table[0, :, 1] = 4, 2
-    assert intervals.macro_mean(table) == (3 + 2) / 2
-    assert np.isnan(intervals.macro_mean(np.zeros((3, 2, 3))))
+    assert intervals.compute_metric(table, "mean") == (3 + 2) / 2
+    assert np.isnan(intervals.compute_metric(np.zeros((3, 2, 3)), "mean"))
 
 
 def test_an_area_is_over_findings_with_both_labels():
     scores = np.array([[0.1, 5, 1], [0.4, 5, 2], [0.4, 5, 3], [0.8, 5, 9]])
     labels = np.array([[0, 1, 0], [0, 1, 1], [1, 1, 1], [1, 1, -1]])
     table = np.stack([scores, labels], 1)
-    assert intervals.macro_auroc(table) == (0.875 + 1) / 2
-    assert np.isnan(intervals.macro_auroc(table[:, :, 1:2]))
+    assert intervals.compute_metric(table, "auroc") == (0.875 + 1) / 2
+    assert np.isnan(intervals.compute_metric(table[:, :, 1:2], "auroc"))
+    table[1, 0, 0] = np.nan
+    assert np.isnan(intervals.compute_metric(table, "auroc"))
+
+
+def literal_mean(rows):
+    pairs = [(rows[:, 0, f].sum(), rows[:, 1, f].sum()) for f in range(rows.shape[2])]
+    return np.mean([total / count for total, count in pairs if count])
+
+
+def literal_auroc(rows):
+    areas = []
+    for scores, labels in rows.transpose(2, 1, 0):
+        positive = labels[labels >= 0] == 1
+        if positive.any() and not positive.all():
+            areas.append(classification.auroc(scores[labels >= 0], positive))
+    return np.mean(areas) if areas else np.nan
+
+
+@pytest.mark.parametrize(
+    ("statistic", "literal"), [("mean", literal_mean), ("auroc", literal_auroc)]
+)
+@pytest.mark.parametrize("max_counts", [2**22, 40])
+def test_counts_of_rows_give_the_interval_of_the_rows(statistic, literal, max_counts, monkeypatch):
+    monkeypatch.setattr(intervals, "MAX_COUNTS", max_counts)
+    random = np.random.default_rng(0)
+    first, second = random.integers(-1, 2, (2, 13, 2, 4)).astype(float)
+    if statistic == "mean":
+        first[:, 1] = second[:, 1] = 1 + abs(first[:, 1])
+    else:
+        second[:, 1] = first[:, 1]
+        first[0, 0] = -np.inf
+    result = intervals.bootstrap_metric(first, statistic, n=50, seed=2)
+    np.testing.assert_allclose(result, intervals.bootstrap(first, literal, n=50, seed=2))
+    draw = np.random.default_rng(2)
+    chosen = [draw.integers(13, size=13) for _ in range(50)]
+    np.testing.assert_allclose(
+        result, np.quantile([literal(first[rows]) for rows in chosen], [0.025, 0.975])
+    )
+    differences = [literal(second[rows]) - literal(first[rows]) for rows in chosen]
+    result = intervals.bootstrap_difference(first, second, statistic, n=50, seed=2)
+    np.testing.assert_allclose(result, np.quantile(differences, [0.025, 0.975]), atol=1e-12)

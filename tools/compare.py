@@ -44,7 +44,7 @@ from plan_jax import command  # noqa: E402
 from plan_jax.command.arguments import local_path  # noqa: E402
 from plan_jax.config import fill_defaults, flatten  # noqa: E402
 from plan_jax.logger import encode_json, write_atomically  # noqa: E402
-from plan_jax.metrics.intervals import STATISTICS, bootstrap_difference_over_seeds  # noqa: E402
+from plan_jax.metrics.intervals import bootstrap_difference_over_seeds, compute_metric  # noqa: E402
 from plan_jax.page import render_comparison  # noqa: E402
 from plan_jax.page.comparison import Comparison, compare, format_seeds, to_markdown  # noqa: E402
 from plan_jax.page.examples import ScoreTable, load_examples  # noqa: E402
@@ -240,11 +240,13 @@ def format_difference(
     if not pairs:
         return ""
     statistic = pairs[0][0].statistic
-    compute = STATISTICS[statistic]
-    differences = [compute(other.table) - compute(one.table) for one, other in pairs]
+    first, second = (
+        np.array([compute_metric(scores.table, statistic) for scores in side])
+        for side in zip(*pairs, strict=True)
+    )
     tables = (np.stack([scores.table for scores in side]) for side in zip(*pairs, strict=True))
     low, high = bootstrap_difference_over_seeds(*tables, statistic)
-    return f"{format_seeds(differences)} [{low:.2f}, {high:.2f}]"
+    return f"{format_seeds(second - first)} [{low:.2f}, {high:.2f}]"
 
 
 def add_differences(comparison: Comparison, folder: Path, variants: Sequence[str]) -> Comparison:

@@ -1,11 +1,15 @@
-"""Bootstrap intervals, of one model and of the difference between two."""
+"""Bootstrap intervals, of one model and of the difference between two.
+
+A resample is described by how often it holds each row. Metrics that are sums or areas follow from
+these counts for many resamples at once, without gathering the rows of any.
+"""
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
-from plan_jax.metrics import classification
+MAX_COUNTS = 2**22  # counts at a time, 32 MiB
 
 
 def bootstrap(
@@ -22,7 +26,7 @@ def bootstrap(
 
     Args:
       values: the rows.
-      statistic: from N resampled rows to a number; the mean by default.
+      statistic: from N resampled rows, in any order, to a number; the mean by default.
       n: number of resamples.
       seed: selects the resamples.
       level: share of the resampled statistics inside the interval.
@@ -30,14 +34,30 @@ def bootstrap(
     Returns:
       The lower and the upper end; NaN if there are no rows or a statistic is not defined.
     """
-    if not len(values):
-        return float("nan"), float("nan")
-    random = np.random.default_rng(seed)
-    statistic = statistic or (lambda rows: float(np.mean(rows)))
-    # One resample at a time: all N x n indices at once would not fit in memory for large N.
-    samples = [statistic(values[random.integers(len(values), size=len(values))]) for _ in range(n)]
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+
+    def compute(counts: np.ndarray) -> np.ndarray:
+        if statistic is None:
+            return counts @ values.reshape(len(values), -1).mean(1) / len(values)
+        repeats = counts.astype(int)
+        return np.array([statistic(np.repeat(values, row, axis=0)) for row in repeats])
+
+    return _bootstrap(len(values), compute, n, seed, level)
+
+
+def bootstrap_metric(
+    table: Float[np.ndarray, "N 2 F"],
+    statistic: str,
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Returns the percentile interval of a metric of `STATISTICS` over resampled rows.
+
+    Arguments and result are those of `bootstrap`; the table is described there where the statistic
+    is.
+    """
+    compute = STATISTICS[statistic]
+    return _bootstrap(len(table), lambda counts: compute(table, counts), n, seed, level)
 
 
 def bootstrap_difference(
@@ -76,37 +96,98 @@ def bootstrap_difference_over_seeds(
     compute = STATISTICS[statistic]
     draw = np.random.default_rng([seed, 1])  # not the numbers that draw the examples
 
-    def difference(rows: np.ndarray) -> float:
-        seeds = draw.integers(len(first), size=len(first))
-        return float(np.mean([compute(rows[:, 1, s]) - compute(rows[:, 0, s]) for s in seeds]))
+    def compute_differences(counts: np.ndarray) -> np.ndarray:
+        of_first, of_second = ([compute(x, counts) for x in tables] for tables in (first, second))
+        difference_RS = np.subtract(of_second, of_first).T
+        seeds_RS = draw.integers(len(first), size=difference_RS.shape)
+        return np.take_along_axis(difference_RS, seeds_RS, 1).mean(1)
 
-    pairs = np.moveaxis(np.stack([first, second]), 2, 0)
-    return bootstrap(pairs, difference, n, seed, level)
+    return _bootstrap(first.shape[1], compute_differences, n, seed, level)
 
 
-def macro_mean(sum_and_count: Float[np.ndarray, "N 2 F"]) -> float:
-    """Returns the mean over F groups of *sum_n s_nf / sum_n c_nf*; groups without a count are left
-    out.
+def _bootstrap(
+    num_rows: int,
+    statistic: Callable[[Float[np.ndarray, "R N"]], Float[np.ndarray, " R"]],
+    n: int,
+    seed: int,
+    level: float,
+) -> tuple[float, float]:
+    """Returns the interval of a statistic of counts: how often each of R resamples has each row."""
+    if not num_rows:
+        return float("nan"), float("nan")
+    random = np.random.default_rng(seed)
 
-    s are sums over the items of example n in group f, and c their numbers.
+    def draw_counts() -> np.ndarray:
+        return np.bincount(random.integers(num_rows, size=num_rows), minlength=num_rows)
+
+    at_a_time = max(1, MAX_COUNTS // num_rows)
+    samples = [
+        statistic(np.array([draw_counts() for _ in range(min(at_a_time, n - start))], float))
+        for start in range(0, n, at_a_time)
+    ]
+    low, high = np.quantile(np.concatenate(samples), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def compute_metric(table: Float[np.ndarray, "N 2 F"], statistic: str) -> float:
+    """Computes a metric of `STATISTICS` from all rows of its table, each once."""
+    return float(STATISTICS[statistic](table, np.ones((1, len(table))))[0])
+
+
+def macro_mean(
+    sum_and_count: Float[np.ndarray, "N 2 F"], counts: Float[np.ndarray, "R N"]
+) -> Float[np.ndarray, " R"]:
+    """Returns the mean over F groups of *sum_n k_n s_nf / sum_n k_n c_nf* for each resample.
+
+    s are sums over the items of example n in group f, c their numbers, and k how often a resample
+    has example n. Groups without an item are left out.
     """
-    total, count = sum_and_count.sum(0)
-    return float((total[count > 0] / count[count > 0]).mean()) if (count > 0).any() else np.nan
+    total, count = (counts @ sum_and_count[:, i] for i in range(2))
+    return _mean_where(total / np.maximum(count, 1), count > 0)
 
 
-def macro_auroc(scores_and_labels: Float[np.ndarray, "N 2 F"]) -> float:
-    """Returns the mean AUROC over the findings that have both labels, 1 and 0; -1 is unknown."""
-    areas = []
+def macro_auroc(
+    scores_and_labels: Float[np.ndarray, "N 2 F"], counts: Float[np.ndarray, "R N"]
+) -> Float[np.ndarray, " R"]:
+    """Returns the mean AUROC over findings for each resample, as `classification.auroc` has it.
+
+    Labels are 1 and 0; -1 is unknown. Findings without both labels are left out.
+
+    *(sum over distinct scores of n1 (n0_below + n0 / 2)) / (N1 N0)*, n1 and n0 the numbers of
+    positives and negatives that have the score, and N1 and N0 all of them: of tied pairs, half
+    count.
+    """
+    areas, is_defined = [], []
     for scores, labels in scores_and_labels.transpose(2, 1, 0):
-        known = labels >= 0
-        positive = labels[known] == 1
-        if positive.any() and not positive.all():
-            areas.append(classification.auroc(scores[known], positive))
-    return classification.macro_mean(areas)
+        rows = np.flatnonzero(labels >= 0)
+        rows = rows[np.argsort(scores[rows], kind="stable")]
+        if not len(rows):
+            continue
+        positives, negatives = (counts[:, rows] * (labels[rows] == label) for label in (1, 0))
+        is_first = scores[rows][1:] != scores[rows][:-1]
+        starts = np.flatnonzero(np.concatenate([[True], is_first]))
+        positives, negatives = (np.add.reduceat(x, starts, axis=1) for x in (positives, negatives))
+        below = np.cumsum(negatives, 1) - negatives
+        wins = (positives * (below + negatives / 2)).sum(1)
+        pairs = positives.sum(1) * negatives.sum(1)
+        wins = np.where(np.isnan(scores[rows]).any(), np.nan, wins)
+        areas.append(wins / np.maximum(pairs, 1))
+        is_defined.append(pairs > 0)
+    if not areas:
+        return np.full(len(counts), np.nan)
+    return _mean_where(np.stack(areas, 1), np.stack(is_defined, 1))
 
 
-# How a metric follows from the scores of single examples, `types.ExampleScores`.
-STATISTICS: Mapping[str, Callable[[np.ndarray], float]] = {
+def _mean_where(
+    values: Float[np.ndarray, "R F"], is_chosen: Bool[np.ndarray, "R F"]
+) -> Float[np.ndarray, " R"]:
+    """Returns the mean of the chosen values of each row; NaN where there are none."""
+    total, count = np.where(is_chosen, values, 0).sum(1), is_chosen.sum(1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+# How a metric follows from the scores of single examples, `types.ExampleScores`, for each resample.
+STATISTICS: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "mean": macro_mean,
     "auroc": macro_auroc,
 }

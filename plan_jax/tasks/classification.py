@@ -476,17 +476,11 @@ def _test_metrics(
         values["accuracy"] = macro_mean(
             per_finding(classification_metrics.accuracy, test, columns, thresholds)
         )
-        table_NF3 = np.stack([x[:, scored].astype(float) for x in test], 2)
+        labels = np.where(test.mask, test.labels, -1.0)
+        table = np.stack([test.scores, labels], 1)[..., scored]
         headline = "auroc_macro"
-        interval = intervals.bootstrap(table_NF3, _resampled_auroc, samples, seed)
+        interval = intervals.bootstrap_metric(table, "auroc", samples, seed)
     return values | {f"{headline}_low": interval[0], f"{headline}_high": interval[1]}
-
-
-def _resampled_auroc(table: Float[np.ndarray, "N F 3"]) -> float:
-    """Returns the macro AUROC of resampled images, over findings with both classes among them."""
-    resampled = Predictions(table[..., 0], table[..., 1] == 1, table[..., 2] == 1)
-    columns = np.flatnonzero(has_both_classes(resampled.labels, resampled.mask)).tolist()
-    return macro_mean(per_finding(classification_metrics.auroc, resampled, columns))
 
 
 def _probabilities(

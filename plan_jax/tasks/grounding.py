@@ -826,7 +826,7 @@ def _macro_intervals(
     metrics: dict[str, float] = {}
     for key in PRIMARY_KEYS:
         table = _sum_by_image(scores[key], names, images)
-        low, high = intervals.bootstrap(table, intervals.macro_mean, samples, seed)
+        low, high = intervals.bootstrap_metric(table, "mean", samples, seed)
         metrics |= {f"{key}_low": low, f"{key}_high": high}
     return metrics
 

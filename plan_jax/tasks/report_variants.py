@@ -191,17 +191,12 @@ def _summarise(
     for name in names:
         key, part = f"{name}_accuracy", name.removeprefix("negation_")
         columns = table if part not in parts else table[:, [parts.index(part)]]
-        rows = columns[~np.isnan(columns).all(1)]
+        is_known = ~np.isnan(columns)
+        rows = np.stack([np.where(is_known, columns, 0), is_known], 1)[is_known.any(1)]
         if np.isnan(wins).any():  # a score of the model is not finite
             metrics |= dict.fromkeys((key, f"{key}_low", f"{key}_high"), float("nan"))
             continue
-        low, high = intervals.bootstrap(rows, _mean_of_parts, bootstrap_samples, seed)
-        metrics |= {key: _mean_of_parts(rows), f"{key}_low": low, f"{key}_high": high}
+        low, high = intervals.bootstrap_metric(rows, "mean", bootstrap_samples, seed)
+        accuracy = intervals.compute_metric(rows, "mean")
+        metrics |= {key: accuracy, f"{key}_low": low, f"{key}_high": high}
     return metrics
-
-
-def _mean_of_parts(wins: Float[np.ndarray, "N K"]) -> float:
-    """Returns the mean over parts of the share of wins; a part without a row is left out."""
-    counts = (~np.isnan(wins)).sum(0)
-    means = np.nansum(wins, 0)[counts > 0] / counts[counts > 0]
-    return float(means.mean())

@@ -419,12 +419,10 @@ def _recalls(ranks: Float[np.ndarray, " Q"], samples: int, seed: int) -> dict[st
     """Returns the median rank, and recall at each cutoff with its interval over queries."""
     metrics = {"median_rank": float(np.median(ranks))}
     for k in RECALL_CUTOFFS:
-
-        def recall(sample: np.ndarray, k: int = k) -> float:
-            return retrieval_metrics.recall_at(sample, k)
-
-        low, high = intervals.bootstrap(ranks, recall, samples, seed)
-        metrics |= {f"r{k}": recall(ranks), f"r{k}_low": low, f"r{k}_high": high}
+        hits = np.where(np.isnan(ranks), np.nan, ranks <= k)
+        low, high = intervals.bootstrap(hits, None, samples, seed)
+        recall = retrieval_metrics.recall_at(ranks, k)
+        metrics |= {f"r{k}": recall, f"r{k}_low": low, f"r{k}_high": high}
     return metrics
 
 

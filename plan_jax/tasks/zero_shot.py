@@ -415,7 +415,7 @@ def _chance_and_interval(
 ) -> dict[str, float]:
     """Returns the interval of the mean AUROC, the AUPRC of chance, and the numbers of findings."""
     table = np.stack([scores, labels], axis=1)
-    low, high = intervals.bootstrap(table, intervals.macro_auroc, samples, seed)
+    low, high = intervals.bootstrap_metric(table, "auroc", samples, seed)
     shares = _by_finding(lambda _, positive: float(positive.mean()), scores, labels)
     num_scored = sum(share is not None for share in shares)
     return {

@@ -116,7 +116,7 @@ def test_two_hosts_share_a_run_at_an_address(tmp_path):
     """Its bucket is all that they share. Each start is on new machines, with empty disks."""
     script, bucket = tmp_path / "train.py", tmp_path / "bucket/run"
     script.write_text(TRAIN_OFTEN)
-    fields = {"steps": 400, "checkpoint.every": 20, "eval.tasks": "('retrieval',)"}
+    fields = {"steps": 160, "checkpoint.every": 20, "eval.tasks": "('retrieval',)"}
 
     def start(workdir, machines):
         port = portpicker.pick_unused_port()
