@@ -15,9 +15,9 @@ for number in (signal.SIGINT, signal.SIGHUP):
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # Tests spend most of their time in compilation, so LLVM optimises as little as possible, and
-    # MLIR lowers no fusions. The folders `parity` and `soak` have settings of their own.
-    xla_flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+    # Tests spend most of their time in compilation, so LLVM optimises nothing, and MLIR lowers no
+    # fusions. The folders `parity` and `soak` have settings of their own.
+    xla_flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # 0.11.2 ends at this flag
         xla_flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
