@@ -64,6 +64,7 @@ def test_an_area_is_over_findings_with_both_labels():
     table = np.stack([scores, labels], 1)
     assert intervals.compute_metric(table, "auroc") == (0.875 + 1) / 2
     assert np.isnan(intervals.compute_metric(table[:, :, 1:2], "auroc"))
+    assert np.isnan(intervals.compute_metric(table[:, :, :0], "auroc"))
     table[1, 0, 0] = np.nan
     assert np.isnan(intervals.compute_metric(table, "auroc"))
 

@@ -37,8 +37,8 @@ def bootstrap(
 
     def compute(counts: np.ndarray) -> np.ndarray:
         if statistic is None:
-            return counts @ values.reshape(len(values), -1).mean(1) / len(values)
-        repeats = counts.astype(int)
+            return values.reshape(len(values), -1).mean(1) @ counts / len(values)
+        repeats = counts.T.astype(int)
         return np.array([statistic(np.repeat(values, row, axis=0)) for row in repeats])
 
     return _bootstrap(len(values), compute, n, seed, level)
@@ -107,12 +107,12 @@ def bootstrap_difference_over_seeds(
 
 def _bootstrap(
     num_rows: int,
-    statistic: Callable[[Float[np.ndarray, "R N"]], Float[np.ndarray, " R"]],
+    statistic: Callable[[Float[np.ndarray, "N R"]], Float[np.ndarray, " R"]],
     n: int,
     seed: int,
     level: float,
 ) -> tuple[float, float]:
-    """Returns the interval of a statistic of counts: how often each of R resamples has each row."""
+    """Returns the interval of a statistic of counts: how often each row is in each resample."""
     if not num_rows:
         return float("nan"), float("nan")
     random = np.random.default_rng(seed)
@@ -121,68 +121,67 @@ def _bootstrap(
         return np.bincount(random.integers(num_rows, size=num_rows), minlength=num_rows)
 
     at_a_time = max(1, MAX_COUNTS // num_rows)
-    samples = [
-        statistic(np.array([draw_counts() for _ in range(min(at_a_time, n - start))], float))
-        for start in range(0, n, at_a_time)
-    ]
+    samples = []
+    for start in range(0, n, at_a_time):
+        num_resamples = min(at_a_time, n - start)
+        counts = np.stack([draw_counts() for _ in range(num_resamples)], 1)
+        samples.append(statistic(counts.astype(float)))
     low, high = np.quantile(np.concatenate(samples), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def compute_metric(table: Float[np.ndarray, "N 2 F"], statistic: str) -> float:
     """Computes a metric of `STATISTICS` from all rows of its table, each once."""
-    return float(STATISTICS[statistic](table, np.ones((1, len(table))))[0])
+    return float(STATISTICS[statistic](table, np.ones((len(table), 1)))[0])
 
 
 def macro_mean(
-    sum_and_count: Float[np.ndarray, "N 2 F"], counts: Float[np.ndarray, "R N"]
+    sum_and_count: Float[np.ndarray, "N 2 F"], counts: Float[np.ndarray, "N R"]
 ) -> Float[np.ndarray, " R"]:
     """Returns the mean over F groups of *sum_n k_n s_nf / sum_n k_n c_nf* for each resample.
 
     s are sums over the items of example n in group f, c their numbers, and k how often a resample
     has example n. Groups without an item are left out.
     """
-    total, count = (counts @ sum_and_count[:, i] for i in range(2))
+    total, count = (sum_and_count[:, i].T @ counts for i in range(2))
     return _mean_where(total / np.maximum(count, 1), count > 0)
 
 
 def macro_auroc(
-    scores_and_labels: Float[np.ndarray, "N 2 F"], counts: Float[np.ndarray, "R N"]
+    scores_and_labels: Float[np.ndarray, "N 2 F"], counts: Float[np.ndarray, "N R"]
 ) -> Float[np.ndarray, " R"]:
     """Returns the mean AUROC over findings for each resample, as `classification.auroc` has it.
 
     Labels are 1 and 0; -1 is unknown. Findings without both labels are left out.
 
-    *(sum over distinct scores of n1 (n0_below + n0 / 2)) / (N1 N0)*, n1 and n0 the numbers of
-    positives and negatives that have the score, and N1 and N0 all of them: of tied pairs, half
-    count.
+    *sum_p k_p (n_below(p) + n_tied(p) / 2) / (n1 n0)* over the positives p, k_p how often a
+    resample has p, and n the numbers of its negatives with a lower and with the same score; n1 and
+    n0 are the numbers of its positives and negatives.
     """
     areas, is_defined = [], []
     for scores, labels in scores_and_labels.transpose(2, 1, 0):
-        rows = np.flatnonzero(labels >= 0)
-        rows = rows[np.argsort(scores[rows], kind="stable")]
-        if not len(rows):
-            continue
-        positives, negatives = (counts[:, rows] * (labels[rows] == label) for label in (1, 0))
-        is_first = scores[rows][1:] != scores[rows][:-1]
-        starts = np.flatnonzero(np.concatenate([[True], is_first]))
-        positives, negatives = (np.add.reduceat(x, starts, axis=1) for x in (positives, negatives))
-        below = np.cumsum(negatives, 1) - negatives
-        wins = (positives * (below + negatives / 2)).sum(1)
-        pairs = positives.sum(1) * negatives.sum(1)
-        wins = np.where(np.isnan(scores[rows]).any(), np.nan, wins)
+        positives, negatives = (np.flatnonzero(labels == label) for label in (1, 0))
+        negatives = negatives[np.argsort(scores[negatives])]
+        num_below = np.cumsum(np.pad(counts[negatives], ((1, 0), (0, 0))), 0)
+        below, up_to = (
+            num_below[np.searchsorted(scores[negatives], scores[positives], side)]
+            for side in ("left", "right")
+        )
+        wins = (counts[positives] * (below + up_to)).sum(0) / 2
+        pairs = counts[positives].sum(0) * num_below[-1]
+        if np.isnan(scores[labels >= 0]).any():
+            wins = np.full_like(wins, np.nan)
         areas.append(wins / np.maximum(pairs, 1))
         is_defined.append(pairs > 0)
-    if not areas:
-        return np.full(len(counts), np.nan)
-    return _mean_where(np.stack(areas, 1), np.stack(is_defined, 1))
+    shape = scores_and_labels.shape[2], counts.shape[1]
+    return _mean_where(np.reshape(areas, shape), np.reshape(is_defined, shape).astype(bool))
 
 
 def _mean_where(
-    values: Float[np.ndarray, "R F"], is_chosen: Bool[np.ndarray, "R F"]
+    values: Float[np.ndarray, "F R"], is_chosen: Bool[np.ndarray, "F R"]
 ) -> Float[np.ndarray, " R"]:
-    """Returns the mean of the chosen values of each row; NaN where there are none."""
-    total, count = np.where(is_chosen, values, 0).sum(1), is_chosen.sum(1)
+    """Returns the mean of the chosen values of each column; NaN where there are none."""
+    total, count = np.where(is_chosen, values, 0).sum(0), is_chosen.sum(0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
