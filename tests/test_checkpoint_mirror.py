@@ -554,7 +554,7 @@ def test_a_lock_that_is_being_written_is_held_and_a_damaged_one_is_taken(address
     place = storage.find_place("workdir", address)
     place.write(".lock", content)
     threading.Timer(0.2, place.write, (".lock", owner(host="other"))).start()
-    with pytest.raises(UserError, match="in use by process .* on other"), AddressLock(place):
+    with pytest.raises(UserError, match="in use by process"), AddressLock(place):
         raise AssertionError("the lock must not be taken")
     place.write(".lock", content)
     with AddressLock(place):

@@ -240,13 +240,13 @@ def format_difference(
     if not pairs:
         return ""
     statistic = pairs[0][0].statistic
-    first, second = (
-        np.array([compute_metric(scores.table, statistic) for scores in side])
-        for side in zip(*pairs, strict=True)
-    )
+    differences = [
+        compute_metric(other.table, statistic) - compute_metric(one.table, statistic)
+        for one, other in pairs
+    ]
     tables = (np.stack([scores.table for scores in side]) for side in zip(*pairs, strict=True))
     low, high = bootstrap_difference_over_seeds(*tables, statistic)
-    return f"{format_seeds(second - first)} [{low:.2f}, {high:.2f}]"
+    return f"{format_seeds(differences)} [{low:.2f}, {high:.2f}]"
 
 
 def add_differences(comparison: Comparison, folder: Path, variants: Sequence[str]) -> Comparison:
