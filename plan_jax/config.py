@@ -220,7 +220,7 @@ class ParallelConfig(Section):
     cpu_devices: int = (
         1  # virtual devices of a machine with only a CPU; more than its cores is slow
     )
-    cache: str = ""  # folder of compiled programs; "" is `programs` beside the run
+    cache: str = ""  # folder of compiled programs; "" is `programs` beside the run, or on the host
 
     def __post_init__(self) -> None:
         check_choice("parallel.implementation", self.implementation, parallel.IMPLEMENTATIONS)

@@ -553,9 +553,11 @@ def test_a_process_of_another_host_that_still_writes_keeps_the_lock(address, cap
 def test_a_lock_that_is_being_written_is_held_and_a_damaged_one_is_taken(address, content):
     place = storage.find_place("workdir", address)
     place.write(".lock", content)
-    threading.Timer(0.2, place.write, (".lock", owner(host="other"))).start()
-    with pytest.raises(UserError, match="in use by process"), AddressLock(place):
+    timer = threading.Timer(0.2, place.write, (".lock", owner(host="other")))
+    timer.start()
+    with pytest.raises(UserError, match="in use by process .* on other"), AddressLock(place):
         raise AssertionError("the lock must not be taken")
+    timer.join()
     place.write(".lock", content)
     with AddressLock(place):
         assert json.loads(place.read(".lock"))["pid"] == os.getpid()

@@ -221,13 +221,40 @@ def test_all_hosts_get_the_checkout_and_one_environment(machine):
 ADDRESS = ["--config", "mgca", "--workdir", "gs://my-bucket/runs/mgca"]
 
 
+EVALUATION = ["--mode", "eval", "--checkpoint=gs://my-bucket/runs/mgca"]
+
+
 @pytest.mark.parametrize("option", ["--type=v4-32", "--spot"])
-def test_a_run_at_an_address_needs_no_share(option, machine):
+@pytest.mark.parametrize("arguments", [ADDRESS, EVALUATION])
+def test_a_run_at_an_address_needs_no_share(option, arguments, machine):
     machine.play("143", "0")
-    result = start_tpu(machine, option, arguments=ADDRESS)
+    result = start_tpu(machine, option, arguments=arguments)
     assert result.returncode == 0, result.stderr
-    assert [call[4:] for call in machine.calls("python")] == [ADDRESS] * 2
+    assert [call[4:] for call in machine.calls("python")] == [arguments] * 2
     assert not machine.calls("gcsfuse") and not machine.calls("sudo")
+
+
+def test_a_run_at_an_address_may_read_from_a_share(machine):
+    machine.play("0")
+    arguments = [*ADDRESS, "--config.data.dir=shared/data"]
+    assert start_tpu(machine, "--mount=b", arguments=arguments).returncode == 0
+    assert machine.calls("gcsfuse")[0] == ["--implicit-dirs", "b", "shared"]
+
+
+@pytest.mark.parametrize("workdir", ["file:///tmp/run", "memory://run", "s3://b/run", "gs:///run"])
+def test_what_does_not_outlive_the_hosts_or_needs_other_packages_is_no_address(workdir, machine):
+    result = start_tpu(machine, "--type=v5e-16", arguments=["--workdir", workdir])
+    assert result.returncode == 2 and "pass --workdir gs://BUCKET/NAME" in result.stderr
+    assert not machine.calls("gcloud")
+
+
+def test_a_launcher_that_installs_something_else_installs_again(machine):
+    machine.play("0", "0")
+    for _ in range(2):
+        assert start_tpu(machine, arguments=ADDRESS).returncode == 0
+        path = machine.checkout / "tools/launch/worker.sh"
+        path.write_text(path.read_text() + "# changed\n")
+    assert len(machine.calls("python3")) == 6
 
 
 def test_a_share_of_nfs_is_mounted(machine):
@@ -257,10 +284,17 @@ def test_a_machine_that_exists_is_used_and_waited_for_once_it_is_lost(machine):
     assert "exit code 2, plan-jax is PREEMPTED" in result.stderr
 
 
-def test_a_run_that_lost_a_host_starts_again(machine):
-    sentence = "another host of this run has ended or cannot be reached"
-    assert f'"{sentence}' in (ROOT / "plan_jax/parallel/hosts.py").read_text()
-    machine.play(f"2 {sentence}; look", "0")
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("parallel/hosts.py", "another host of this run has ended or cannot be reached"),
+        ("checkpoint/mirror.py", "is not copied completely"),
+        ("checkpoint/lock.py", "is in use by "),
+    ],
+)
+def test_a_run_starts_again_after_what_passes(path, sentence, machine):
+    assert sentence in (ROOT / "plan_jax" / path).read_text()
+    machine.play(f"2 {sentence}process 7; look", "0")
     assert start_tpu(machine, "--mount", "b", "--type=v6e-16").returncode == 0
     assert len(machine.calls("python")) == 2
 

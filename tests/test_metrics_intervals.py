@@ -92,10 +92,13 @@ def test_counts_of_rows_give_the_interval_of_the_rows(statistic, literal, max_co
     random = np.random.default_rng(0)
     first, second = random.integers(-1, 2, (2, 13, 2, 4)).astype(float)
     if statistic == "mean":
-        first[:, 1] = second[:, 1] = 1 + abs(first[:, 1])
+        # Many groups are empty in some resamples, and the counts of others are below 1.
+        first[:, 1] = random.integers(0, 3, (13, 4)) * (random.random((13, 4)) < 0.2) / 4
+        first[:, 0] *= first[:, 1] > 0
+        second[:, 0] *= first[:, 1] > 0
     else:
-        second[:, 1] = first[:, 1]
         first[0, 0] = -np.inf
+    second[:, 1] = first[:, 1]
     result = intervals.bootstrap_metric(first, statistic, n=50, seed=2)
     np.testing.assert_allclose(result, intervals.bootstrap(first, literal, n=50, seed=2))
     draw = np.random.default_rng(2)
@@ -106,3 +109,19 @@ def test_counts_of_rows_give_the_interval_of_the_rows(statistic, literal, max_co
     differences = [literal(second[rows]) - literal(first[rows]) for rows in chosen]
     result = intervals.bootstrap_difference(first, second, statistic, n=50, seed=2)
     np.testing.assert_allclose(result, np.quantile(differences, [0.025, 0.975]), atol=1e-12)
+    first[0, 0, 0], first[0, 1, 0] = np.nan, 1
+    assert np.isnan(intervals.bootstrap_metric(first, statistic, n=50)).all()
+
+
+def test_an_interval_over_seeds_is_that_of_a_loop():
+    random, draw, draw_seeds = (np.random.default_rng(seed) for seed in (0, 5, [5, 1]))
+    first, second = (
+        np.stack([random.normal(size=(3, 11, 2)), np.ones((3, 11, 2))], 2) for _ in "ab"
+    )
+    differences = []
+    for _ in range(40):
+        rows, seeds = draw.integers(11, size=11), draw_seeds.integers(3, size=3)
+        pairs = [(literal_mean(second[s][rows]), literal_mean(first[s][rows])) for s in seeds]
+        differences.append(np.mean([own - other for own, other in pairs]))
+    result = intervals.bootstrap_difference_over_seeds(first, second, n=40, seed=5)
+    np.testing.assert_allclose(result, np.quantile(differences, [0.025, 0.975]))

@@ -50,11 +50,12 @@ class AddressLock:
         """
         content = self.place.read(FILE)
         if content is not None and self._is_held(content):
-            raise self._refusal(self._read())
+            raise self._refusal(self._read_whole())
         self._write()
         time.sleep(SETTLE)
-        if self._read().get("token") != self.token:
-            raise self._refusal(self._read())
+        owner = self._read_whole()
+        if owner.get("token") != self.token:
+            raise self._refusal(owner)
         self._thread.start()
         return self
 
@@ -88,6 +89,15 @@ class AddressLock:
 
     def _read(self) -> dict[str, Any]:
         return parse_owner(self.place.read(FILE) or b"")
+
+    def _read_whole(self) -> dict[str, Any]:
+        """Returns what the lock says, after a moment if another process is just writing it."""
+        for _ in range(20):
+            owner = self._read()
+            if owner:
+                break
+            time.sleep(0.05)
+        return owner
 
     def _write(self) -> None:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}

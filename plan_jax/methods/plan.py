@@ -10,7 +10,7 @@ a learnable map g of pixels to the words' space; a word-pixel similarity matrix 
 words and of pixels, from the rows and columns of S, to damp noise; a region feature for each word,
 contrasted with selected words; S updated in each iteration with its history.
 
-Ours: the eleven equations. Each is written out beside the function that computes it:
+Ours: the equations. Each is written out beside the function that computes it:
 
     (1) first map            align                   (6) refinement in round t   align
     (2) word importance      importance_gates        (7) history of words        history_weights

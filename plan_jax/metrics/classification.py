@@ -125,8 +125,6 @@ def auroc(scores: Float[np.ndarray, " N"], labels: Bool[np.ndarray, " N"]) -> fl
         return NAN
     positives = int(labels.sum())
     negatives = len(labels) - positives
-    # By ranks, not by scikit-learn's curve: a bootstrap calls this thousands of times, and ranking
-    # is several times faster.
     rank_sum = rankdata(scores)[labels].sum()
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 

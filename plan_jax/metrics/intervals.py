@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-MAX_COUNTS = 2**22  # counts at a time, 32 MiB
+MAX_COUNTS = 2**22  # counts at a time, 32 MiB; a statistic has a few arrays of this size
 
 
 def bootstrap(
@@ -26,7 +26,8 @@ def bootstrap(
 
     Args:
       values: the rows.
-      statistic: from N resampled rows, in any order, to a number; the mean by default.
+      statistic: from N resampled rows to a number; the mean by default. The order of the rows must
+        not matter.
       n: number of resamples.
       seed: selects the resamples.
       level: share of the resampled statistics inside the interval.
@@ -53,8 +54,8 @@ def bootstrap_metric(
 ) -> tuple[float, float]:
     """Returns the percentile interval of a metric of `STATISTICS` over resampled rows.
 
-    Arguments and result are those of `bootstrap`; the table is described there where the statistic
-    is.
+    `macro_mean` and `macro_auroc` describe the table. The other arguments and the result are those
+    of `bootstrap`.
     """
     compute = STATISTICS[statistic]
     return _bootstrap(len(table), lambda counts: compute(table, counts), n, seed, level)
@@ -144,15 +145,16 @@ def macro_mean(
     has example n. Groups without an item are left out.
     """
     total, count = (sum_and_count[:, i].T @ counts for i in range(2))
-    return _mean_where(total / np.maximum(count, 1), count > 0)
+    return _mean_where(total / np.where(count > 0, count, 1), count > 0)
 
 
 def macro_auroc(
     scores_and_labels: Float[np.ndarray, "N 2 F"], counts: Float[np.ndarray, "N R"]
 ) -> Float[np.ndarray, " R"]:
-    """Returns the mean AUROC over findings for each resample, as `classification.auroc` has it.
+    """Returns the mean AUROC over findings for each resample.
 
-    Labels are 1 and 0; -1 is unknown. Findings without both labels are left out.
+    AUROC is that of `classification.auroc`. Labels are 1 and 0; -1 is unknown. Findings without
+    both labels are left out.
 
     *sum_p k_p (n_below(p) + n_tied(p) / 2) / (n1 n0)* over the positives p, k_p how often a
     resample has p, and n the numbers of its negatives with a lower and with the same score; n1 and
@@ -160,14 +162,16 @@ def macro_auroc(
     """
     areas, is_defined = [], []
     for scores, labels in scores_and_labels.transpose(2, 1, 0):
-        positives, negatives = (np.flatnonzero(labels == label) for label in (1, 0))
-        negatives = negatives[np.argsort(scores[negatives])]
+        order = np.argsort(scores)  # of positives too, so that memory is read in its order
+        positives, negatives = (order[labels[order] == label] for label in (1, 0))
         num_below = np.cumsum(np.pad(counts[negatives], ((1, 0), (0, 0))), 0)
-        below, up_to = (
-            num_below[np.searchsorted(scores[negatives], scores[positives], side)]
+        first, last = (
+            np.searchsorted(scores[negatives], scores[positives], side)
             for side in ("left", "right")
         )
-        wins = (counts[positives] * (below + up_to)).sum(0) / 2
+        below_and_tied = num_below[first]
+        below_and_tied += num_below[last]
+        wins = np.einsum("pr,pr->r", counts[positives], below_and_tied) / 2
         pairs = counts[positives].sum(0) * num_below[-1]
         if np.isnan(scores[labels >= 0]).any():
             wins = np.full_like(wins, np.nan)

@@ -17,14 +17,14 @@ TRAIN = """
 import sys
 from bucket import BucketFileSystem
 from plan_jax import main
+from plan_jax.checkpoint import mirror
 
 if __name__ == "__main__":
     BucketFileSystem.pause = 0.0005
+    mirror.SECONDS = 0.1
     main.run_process(sys.argv[1:])
 """
-TRAIN_OFTEN = TRAIN.replace("0.0005", "0.0001; mirror.SECONDS = 0.1").replace(
-    "from plan_jax import main", "from plan_jax import main\nfrom plan_jax.checkpoint import mirror"
-)
+TRAIN_OFTEN = TRAIN.replace("0.0005", "0.0001")
 
 
 def launch(script, data, workdir, host, fields=None, **environment):
@@ -53,12 +53,13 @@ def wait_for_exit(process):
     return process.returncode, output
 
 
-def wait_for_upload(process, bucket, step):
-    """Waits until a step at least this one is being uploaded."""
+def wait_for_upload(process, bucket, step, num_whole):
+    """Waits until a step at least this one is being uploaded, after so many that are whole."""
     deadline = time.monotonic() + 600
     while True:
         folders = [path for path in bucket.glob("checkpoints/*") if int(path.name) >= step]
-        if any(not (path / "config/metadata").exists() for path in folders):
+        is_uploading = any(not (path / "config/metadata").exists() for path in folders)
+        if is_uploading and len(list(bucket.glob("checkpoints/*/config/metadata"))) >= num_whole:
             return
         assert process.poll() is None, wait_for_exit(process)
         assert time.monotonic() < deadline
@@ -77,7 +78,7 @@ def test_a_run_that_is_killed_while_it_uploads_resumes_elsewhere(data, tmp_path)
     resumed = []
     for number, step in enumerate((1, 6, 10)):
         run = launch(script, places[data], address, tmp_path / f"host_{number}")
-        wait_for_upload(run, bucket, step)
+        wait_for_upload(run, bucket, step, num_whole=min(number, 1))
         run.send_signal(signal.SIGKILL)
         _, output = wait_for_exit(run)
         assert "Traceback" not in output and "broken" not in output, output

@@ -14,22 +14,24 @@ quote() {
   printf '%s' "${line% }"
 }
 
-# Prints the value of --workdir among the arguments of plan_jax.main.
+# Prints where plan_jax.main writes by its arguments: --workdir, or else the run of --checkpoint.
 find_workdir() {
-  local workdir=''
+  local workdir='' checkpoint=''
   while [ $# -gt 0 ]; do
     case $1 in
       --workdir=*) workdir=${1#*=} ;;
       --workdir) workdir=${2:-} ;;
+      --checkpoint=*) checkpoint=${1#*=} ;;
+      --checkpoint) checkpoint=${2:-} ;;
     esac
     shift
   done
-  printf '%s' "$workdir"
+  printf '%s' "${workdir:-$checkpoint}"
 }
 
-# Succeeds if a run lies at an address, as gs://bucket/run, and not in a folder.
+# Succeeds if a run lies in a bucket of Google's, as gs://bucket/run, and not on a disk.
 is_address() {
-  [[ $1 =~ ^[A-Za-z][A-Za-z0-9+.-]*://. ]]
+  [[ $1 =~ ^(gs|gcs)://[^/] ]]
 }
 
 # Writes an archive of the checkout $1 to $2: what git tracks or does not ignore, as it is now. The

@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
 # What each host of a TPU slice does. tpu_vm.sh and gke.sh call it there.
 #
-#   worker.sh install [SHARE]   mounts SHARE as the folder `shared`; installs plan_jax into .venv
+#   worker.sh install [SHARE]   mounts SHARE as the folder `shared`; installs plan_jax into .venv, with
+#                               what TPUs and gs:// need
 #   worker.sh run ARGUMENTS     runs plan_jax.main as one process of the slice
 #
 # SHARE is a bucket (by gcsfuse) or HOST:/FOLDER (by NFS). Exit codes: 0; 2, a mistake; 65, that of
 # plan_jax.main was 1, which is also that of gcloud's own errors; 75, what is to be installed cannot
-# be fetched; 143, the run was stopped or has lost another host, and the same command continues; else
-# that of plan_jax.main.
+# be fetched; 143, the run was stopped, has lost another host or was not copied, and the same command
+# continues; else that of plan_jax.main.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 GCSFUSE=${GCSFUSE:-3.7.1}
 RELEASES=https://github.com/GoogleCloudPlatform/gcsfuse/releases/download
-LOST_HOST='another host of this run has ended or cannot be reached' # of plan_jax/parallel/hosts.py
+# Sentences of plan_jax of what may be gone at the next start: a lost host (parallel/hosts.py), a
+# failed upload (checkpoint/mirror.py), a run that another pod is still ending (checkpoint/lock.py).
+PASSING='another host of this run has ended or cannot be reached|is not copied completely'
+PASSING+='|is in use by process'
 
 fail() {
   printf '%s\n' "$1" >&2
@@ -57,7 +61,7 @@ mount_share() {
 install() {
   if [ -n "${1:-}" ]; then mount_share "$1"; fi
   local versions
-  versions=$(cksum pyproject.toml constraints.txt)
+  versions=$(cksum pyproject.toml constraints.txt tools/launch/worker.sh)
   if [ "$(cat .venv/.installed 2>/dev/null)" = "$versions" ]; then return; fi
   rm -rf .venv
   # uv finds a Python that is new enough, or fetches one: that of an image may be too old.
@@ -101,7 +105,7 @@ run() {
     sleep 0.1
   done
   if [ "$code" = 0 ] && [ -n "$stopped" ]; then code=143; fi
-  if [ "$code" = 2 ] && grep -q "$LOST_HOST" "$messages/text"; then code=143; fi
+  if [ "$code" = 2 ] && grep -Eq "$PASSING" "$messages/text"; then code=143; fi
   if [ "$code" = 1 ]; then code=65; fi
   rm -rf "$messages"
   exit "$code"
