@@ -1,5 +1,6 @@
 """A run at an address that is killed in the middle of an upload resumes on another host."""
 
+import contextlib
 import json
 import os
 import signal
@@ -53,12 +54,24 @@ def wait_for_exit(process):
     return process.returncode, output
 
 
-def wait_for_upload(process, bucket, step, num_whole):
-    """Waits until a step at least this one is being uploaded, after so many that are whole."""
+def find_time(path):
+    """Returns when a file was written; 0 for a file that has been deleted meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0
+
+
+def wait_for_upload(process, bucket, step, began, num_whole):
+    """Waits until a step at least this one is being uploaded, and so many are whole.
+
+    What a run that was killed before has left is older than `began`.
+    """
     deadline = time.monotonic() + 600
     while True:
         folders = [path for path in bucket.glob("checkpoints/*") if int(path.name) >= step]
-        is_uploading = any(not (path / "config/metadata").exists() for path in folders)
+        partial = [path for path in folders if not (path / "config/metadata").exists()]
+        files = [file for path in partial for file in path.rglob("*")]
+        is_uploading = any(find_time(file) > began for file in files)
         if is_uploading and len(list(bucket.glob("checkpoints/*/config/metadata"))) >= num_whole:
             return
         assert process.poll() is None, wait_for_exit(process)
@@ -77,8 +90,9 @@ def test_a_run_that_is_killed_while_it_uploads_resumes_elsewhere(data, tmp_path)
     address = f"bucket://{bucket}"
     resumed = []
     for number, step in enumerate((1, 6, 10)):
+        began = time.time()
         run = launch(script, places[data], address, tmp_path / f"host_{number}")
-        wait_for_upload(run, bucket, step, num_whole=min(number, 1))
+        wait_for_upload(run, bucket, step, began, num_whole=min(number, 1))
         run.send_signal(signal.SIGKILL)
         _, output = wait_for_exit(run)
         assert "Traceback" not in output and "broken" not in output, output
