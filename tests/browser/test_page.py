@@ -6,6 +6,7 @@ import json
 import re
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import gradio as gr
 import numpy as np
@@ -135,7 +136,9 @@ def test_gradio_keeps_nothing_of_a_tab():
         field = gr.Textbox()
         field.change(str.upper, field, field)
     state = demo_page.SessionState(blocks)
-    answer = asyncio.run(blocks.process_api(blocks.fns[0], ["secret"], state=state))
+    with ThreadPoolExecutor() as pool:  # the browser's loop runs in this thread
+        call = blocks.process_api(blocks.fns[0], ["secret"], state=state)
+        answer = pool.submit(asyncio.run, call).result()
     assert answer["data"] == ["SECRET"] and "secret" not in str(state.config_values).lower()
 
 
