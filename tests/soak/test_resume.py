@@ -86,7 +86,9 @@ def wait_for_step(run, workdir, step):
     """Waits until a run has logged a step."""
     deadline = time.monotonic() + TIMEOUT
     while not any(row["step"] >= step for row in read_metrics(workdir)[-1:]):
-        assert run.poll() is None, wait_for_exit(run)
+        if run.poll() is not None:
+            code, output = wait_for_exit(run)
+            pytest.fail(f"ended with {code} before step {step}:\n{output}")
         assert time.monotonic() < deadline, f"step {step} is not logged after {TIMEOUT} s"
         time.sleep(0.01)
 
