@@ -469,7 +469,7 @@ class ExampleScores:
 
     Two models that scored the same examples are compared pairwise by these rows. `names` identify
     the examples and what was asked of them. `statistic` is a name of
-    `metrics.intervals.STATISTICS`, which computes the metric from `table`.
+    `metrics.intervals.STATISTICS`; `compute_metric` there computes the metric from `table`.
     """
 
     names: Sequence[str]

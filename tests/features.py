@@ -9,6 +9,9 @@ import numpy as np
 
 from plan_jax.types import Features, MethodContext
 
+# Programs of tests are not optimised. There two ways of computing round more often, and may differ
+# by more than a tolerance; these options of the compiler are for such tests.
+OPTIMISED = {"xla_backend_optimization_level": 1}
 ENCODER_WIDTH = 10  # channels of the encoder's output, before the projection heads
 
 

@@ -12,9 +12,6 @@ from hypothesis import strategies as st
 
 from plan_jax.methods import contrastive, gloria, gloria_packed
 
-# Programs of other tests are not optimised. There two ways of computing round more often, and
-# differ by more than the tolerance.
-OPTIMISED = {"xla_backend_optimization_level": 1}
 HYPER = gloria.Hyper(tile_size=2)  # the smallest blocks: as many slots as the longest text has
 
 
@@ -51,7 +48,7 @@ def compare_with_dense(images, texts, hyper, kind="sum"):
             return jnp.sum(weight * table), table
 
         gradient = jax.jit(
-            jax.grad(weighted_total, (0, 1), has_aux=True), compiler_options=OPTIMISED
+            jax.grad(weighted_total, (0, 1), has_aux=True), compiler_options=features.OPTIMISED
         )
         results.append(gradient(images.local, texts.local))
     (actual_gradients, table), (expected_gradients, dense_table) = results

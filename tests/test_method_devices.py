@@ -14,9 +14,6 @@ from plan_jax import parallel
 from plan_jax.methods import METHODS
 
 PAIRS, DEVICES = 16, 8
-# Programs of other tests are not optimised. There two ways of computing round more often, and
-# differ by more than the tolerance.
-OPTIMISED = {"xla_backend_optimization_level": 1}
 KEY = jax.random.key(0)
 HYPERS = {
     "convirt": {},
@@ -121,14 +118,14 @@ def compute_on_eight(name, hyper, arguments):
         out_specs=(sharded, replicated, sharded),
         check_vma=False,
     )
-    return jax.jit(mapped, compiler_options=OPTIMISED)(*arguments)
+    return jax.jit(mapped, compiler_options=features.OPTIMISED)(*arguments)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_eight_devices_have_the_loss_and_gradients_of_one(variant):
     name, changes = VARIANTS[variant]
     hyper, arguments = make_arguments(name, changes)
-    whole = jax.jit(make_gradient(name, hyper, None), compiler_options=OPTIMISED)
+    whole = jax.jit(make_gradient(name, hyper, None), compiler_options=features.OPTIMISED)
     expected, (params_gradient, sides_gradient) = whole(*arguments)
     values, params_gradient_8, sides_gradient_8 = compute_on_eight(name, hyper, arguments)
     for device in range(DEVICES):  # all metrics and the memory are the same on every device

@@ -121,7 +121,7 @@ def test_an_interval_over_seeds_is_that_of_a_loop():
     differences = []
     for _ in range(40):
         rows, seeds = draw.integers(11, size=11), draw_seeds.integers(3, size=3)
-        pairs = [(literal_mean(second[s][rows]), literal_mean(first[s][rows])) for s in seeds]
-        differences.append(np.mean([own - other for own, other in pairs]))
+        means = [[literal_mean(x[s][rows]) for s in seeds] for x in (first, second)]
+        differences.append(np.mean(means[1]) - np.mean(means[0]))
     result = intervals.bootstrap_difference_over_seeds(first, second, n=40, seed=5)
     np.testing.assert_allclose(result, np.quantile(differences, [0.025, 0.975]))

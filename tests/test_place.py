@@ -1,7 +1,6 @@
 """PLACE's equations against literal loops, and what its decoder must not depend on."""
 
 from dataclasses import replace
-from functools import partial
 
 import features
 import jax
@@ -15,21 +14,19 @@ from plan_jax import parallel
 from plan_jax.methods import place
 from plan_jax.types import MethodContext, UserError
 
-# These tests are about values: compiling quickly matters more to them than running quickly.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 HYPER = place.Hyper(num_queries=4, num_heads=2, tile_size=2)
 MATCHES = ("max", "soft", "attn")
 ATTENTION_HYPER = replace(HYPER, match="attn", num_decoder_blocks=0)
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(1)
-PARAMS, _ = jit(place.init, static_argnums=(1, 2))(KEY, MethodContext(8), HYPER)
-SIMILARITY = jit(place.similarity, static_argnums=4)
-HEATMAP = jit(place.heatmap, static_argnums=4)
-EXTRACT = jit(place.extract_observations, static_argnums=2)
-SCORES = jit(place.late_interaction, static_argnums=3)
-SAMPLE_MASK = jit(place.sample_patch_mask, static_argnums=(1, 2, 3))
-POSITIONS = jit(place.sinusoidal_positions, static_argnums=(0, 1))
-DECODE = jit(lambda hyper, *inputs: place.Decoder(hyper).apply(*inputs), static_argnums=0)
+PARAMS, _ = jax.jit(place.init, static_argnums=(1, 2))(KEY, MethodContext(8), HYPER)
+SIMILARITY = jax.jit(place.similarity, static_argnums=4)
+HEATMAP = jax.jit(place.heatmap, static_argnums=4)
+EXTRACT = jax.jit(place.extract_observations, static_argnums=2)
+SCORES = jax.jit(place.late_interaction, static_argnums=3)
+SAMPLE_MASK = jax.jit(place.sample_patch_mask, static_argnums=(1, 2, 3))
+POSITIONS = jax.jit(place.sinusoidal_positions, static_argnums=(0, 1))
+DECODE = jax.jit(lambda hyper, *inputs: place.Decoder(hyper).apply(*inputs), static_argnums=0)
 
 
 def draw_normal(*shape):
@@ -51,9 +48,9 @@ def compute_loss(params, images, texts, axis=None, hyper=HYPER):
     return loss, metrics
 
 
-LOSS = jit(compute_loss, static_argnames=("axis", "hyper"))
+LOSS = jax.jit(compute_loss, static_argnames=("axis", "hyper"))
 LOSS_AND_GRADIENT = jax.value_and_grad(compute_loss, (0, 1, 2), has_aux=True, allow_int=True)
-GRADIENT = jit(LOSS_AND_GRADIENT, static_argnames=("axis", "hyper"))
+GRADIENT = jax.jit(LOSS_AND_GRADIENT, static_argnames=("axis", "hyper"))
 
 
 def literal_sentences(texts, hyper):
@@ -240,7 +237,7 @@ def test_overlap_is_0_for_orthogonal_and_1_for_equal_observations():
 
 def test_correlations_are_symmetric_positive_and_1_with_themselves():
     tokens = draw_normal(9, 5) * np.array([1, 9, 0.1, 3, 1], np.float32) + 4
-    actual = np.asarray(jit(place.patch_correlations)(tokens))
+    actual = np.asarray(jax.jit(place.patch_correlations)(tokens))
     np.testing.assert_allclose(actual, literal_correlations(tokens), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(actual, actual.T, atol=1e-6)
     np.testing.assert_allclose(np.diag(actual), 1.0, rtol=1e-5)
@@ -249,7 +246,7 @@ def test_correlations_are_symmetric_positive_and_1_with_themselves():
 
 def test_correlation_error_counts_only_pairs_that_touch_a_hidden_patch():
     true, hidden = jnp.asarray(draw_normal(4, 4)), jnp.array([True, False, False, False])
-    correlation_error = jit(place.correlation_error)
+    correlation_error = jax.jit(place.correlation_error)
     assert correlation_error(true, true, hidden) == 0
     # A patch with itself, and a pair of visible patches.
     difference = jnp.zeros((4, 4)).at[(0, 1), (0, 2)].set(9.0)
@@ -277,7 +274,7 @@ def test_the_decoder_does_not_depend_on_hidden_patches():
         y = place.Decoder(HYPER).apply(variables, pixels, hidden, words, texts.mask, code)
         return jnp.sum(jnp.sin(y))
 
-    pixels, words = jit(jax.grad(total, (0, 1)))(images.local, texts.local)
+    pixels, words = jax.jit(jax.grad(total, (0, 1)))(images.local, texts.local)
     assert ((np.abs(pixels).max(-1) > 0) == ~np.asarray(hidden)).all()
     assert ((np.abs(words).max(-1) > 0) == np.asarray(texts.mask)).all()
 
@@ -291,7 +288,7 @@ def test_the_target_of_cce_has_no_gradient_even_where_it_is_the_decoders_input()
             PARAMS, images.replace(local=local), texts, hidden, HYPER
         ).sum()
 
-    grads = jit(jax.grad(total))(images.local)
+    grads = jax.jit(jax.grad(total))(images.local)
     assert ((np.abs(grads).max(-1) > 0) == ~np.asarray(hidden)).all()
 
 
@@ -375,7 +372,7 @@ def test_eight_devices_equal_one(hyper):
         out_specs=(sharded, replicated, sharded),
         check_vma=False,
     )
-    losses, *actual = jit(mapped)(PARAMS, images, texts)
+    losses, *actual = jax.jit(mapped)(PARAMS, images, texts)
     (loss, _), (params_gradient, *sides) = GRADIENT(PARAMS, images, texts, hyper=hyper)
     np.testing.assert_allclose(losses, np.full(8, loss), rtol=1e-5)
     expected = params_gradient, [(side.pooled, side.local) for side in sides]

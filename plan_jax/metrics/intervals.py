@@ -121,10 +121,10 @@ def _bootstrap(
     def draw_counts() -> np.ndarray:
         return np.bincount(random.integers(num_rows, size=num_rows), minlength=num_rows)
 
-    at_a_time = max(1, MAX_COUNTS // num_rows)
+    block_size = max(1, MAX_COUNTS // num_rows)
     samples = []
-    for start in range(0, n, at_a_time):
-        num_resamples = min(at_a_time, n - start)
+    for start in range(0, n, block_size):
+        num_resamples = min(block_size, n - start)
         counts = np.stack([draw_counts() for _ in range(num_resamples)], 1)
         samples.append(statistic(counts.astype(float)))
     low, high = np.quantile(np.concatenate(samples), [(1 - level) / 2, (1 + level) / 2])

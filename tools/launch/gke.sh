@@ -8,8 +8,8 @@
 # plan_jax.main. The run lies at an address, or in a folder of a storage, which is passed as
 # `--storage NAME`; `xpk storage attach` gives a storage its name and its place in a pod. A pod
 # installs plan_jax when it starts; with --base-docker-image of an image that has gcsfs and the
-# packages of constraints.txt, this takes seconds. A workload is restarted 50 times at most, or --max-restarts,
-# and not after a mistake or a loss that is not finite.
+# packages of constraints.txt, this takes seconds. A workload is restarted 50 times at most, or
+# --max-restarts, and not after a mistake or a loss that is not finite.
 #
 # Exit codes: 2, a mistake, in one sentence; else that of xpk, which does not wait for the run.
 

@@ -17,8 +17,8 @@ GCSFUSE=${GCSFUSE:-3.7.1}
 RELEASES=https://github.com/GoogleCloudPlatform/gcsfuse/releases/download
 # Sentences of plan_jax of what may be gone at the next start: a lost host (parallel/hosts.py), a
 # failed upload (checkpoint/mirror.py), a run that another pod is still ending (checkpoint/lock.py).
-PASSING='another host of this run has ended or cannot be reached|is not copied completely'
-PASSING+='|is in use by process'
+TEMPORARY='another host of this run has ended or cannot be reached|is not copied completely'
+TEMPORARY+='|is in use by process'
 
 fail() {
   printf '%s\n' "$1" >&2
@@ -105,7 +105,7 @@ run() {
     sleep 0.1
   done
   if [ "$code" = 0 ] && [ -n "$stopped" ]; then code=143; fi
-  if [ "$code" = 2 ] && grep -Eq "$PASSING" "$messages/text"; then code=143; fi
+  if [ "$code" = 2 ] && grep -Eq "$TEMPORARY" "$messages/text"; then code=143; fi
   if [ "$code" = 1 ]; then code=65; fi
   rm -rf "$messages"
   exit "$code"
